@@ -1,0 +1,248 @@
+"""Processes, and who holds which weights and gradients.
+
+Under every strategy the master weights, the gradients and their reduction, and the optimizer states are float32; the
+model computes with a copy in the compute dtype. A strategy has the interface of `Replicated`, and neither the training
+step nor the checkpoint knows which one it talks to.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gptperf.errors import DeviceError
+
+__all__ = ["Process", "Replicated", "start_process"]
+
+_ALIGN = 64  # elements: 128 bytes of bfloat16, so that every view is aligned for vector loads and for cuBLAS
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and the console."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value = value / self.world_size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes; every process has to ask."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start_process(device: str, timeout_s: float = 600.0) -> Process:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        timeout_s: limit of one collective.
+
+    Raises:
+        DeviceError: "cuda" asked for by name on a machine without a usable GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    if world_size > 1:
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, timeout=timedelta(seconds=timeout_s), device_id=here if kind == "cuda" else None
+        )
+    return Process(rank, world_size, here)
+
+
+@dataclass
+class Bucket:
+    """Parameters that lie in one flat buffer: one optimizer tensor, one reduction.
+
+    `master` and `grad` are float32 `(numel,)`; `compute` is the copy that the model reads, or `master` itself. The gaps
+    that alignment leaves are zero and stay zero.
+    """
+
+    names: list[str]
+    master: nn.Parameter
+    grad: Tensor
+    compute: Tensor
+    decayed: bool
+    waiting: int = 0
+    reduction: dist.Work | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies in its bucket."""
+
+    bucket: Bucket
+    offset: int
+    shape: torch.Size
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+
+class Replicated:
+    """Every process holds all weights: one process, or data parallelism.
+
+    The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm weights,
+    biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32 bucket and
+    dropped; in the last micro-batch a full bucket is summed over the processes at once, while backward goes on.
+
+    Args:
+        model: with float32 parameters on their device; equal in every process.
+        compute_dtype: dtype of the matrices that the model computes with.
+        world_size: processes that share the gradients.
+        bucket_numel: elements at which a bucket is closed.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, world_size: int = 1, bucket_numel: int = 32 << 20):
+        self.world_size = world_size
+        self.places: dict[str, _Place] = {}
+        self.buckets: list[Bucket] = []
+        self._arrived: set[str] = set()
+        self._last_micro_batch = False
+        parameters = dict(model.named_parameters())  # a tied weight once
+        for decayed in (True, False):
+            group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
+            for names in _split_by_size(group, bucket_numel):
+                self._add_bucket({name: group[name] for name in names}, decayed, compute_dtype)
+
+    @torch.no_grad()
+    def _add_bucket(self, parameters: dict[str, nn.Parameter], decayed: bool, compute_dtype: torch.dtype) -> None:
+        offsets, numel = [], 0
+        for parameter in parameters.values():
+            offsets.append(numel)
+            numel += -(-parameter.numel() // _ALIGN) * _ALIGN
+        device = next(iter(parameters.values())).device
+        master = nn.Parameter(torch.zeros(numel, dtype=torch.float32, device=device), requires_grad=False)
+        copied = decayed and compute_dtype != torch.float32
+        compute = torch.zeros(numel, dtype=compute_dtype, device=device) if copied else master.data
+        bucket = Bucket(list(parameters), master, torch.zeros_like(master), compute, decayed)
+        self.buckets.append(bucket)
+        for (name, parameter), offset in zip(parameters.items(), offsets, strict=True):
+            place = self.places[name] = _Place(bucket, offset, parameter.shape)
+            place.view(bucket.master).copy_(parameter)
+            place.view(bucket.compute).copy_(parameter)
+            parameter.data = place.view(bucket.compute)
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._arrive(name, p))
+
+    def start_step(self) -> None:
+        """Forget the gradients of the last step."""
+        self._arrived.clear()
+
+    def start_micro_batch(self, last: bool) -> None:
+        """Say whether the backward that follows is the last one of the step."""
+        self._last_micro_batch = last
+        for bucket in self.buckets:
+            bucket.waiting = len(bucket.names)
+
+    @torch.no_grad()
+    def _arrive(self, name: str, parameter: Tensor) -> None:
+        """Move one parameter's gradient into its bucket."""
+        assert parameter.grad is not None
+        place = self.places[name]
+        if name in self._arrived:
+            place.view(place.bucket.grad).add_(parameter.grad)
+        else:
+            place.view(place.bucket.grad).copy_(parameter.grad)
+            self._arrived.add(name)
+        parameter.grad = None
+        place.bucket.waiting -= 1
+        if self._last_micro_batch and place.bucket.waiting == 0:
+            self._reduce(place.bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if self.world_size > 1:
+            bucket.reduction = dist.all_reduce(bucket.grad, async_op=True)
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """Wait until every gradient is the sum over micro-batches and processes; a parameter without one has zero."""
+        for name in self.places.keys() - self._arrived:
+            self.gradient(name).zero_()
+        for bucket in self.buckets:
+            if bucket.waiting > 0:
+                self._reduce(bucket)
+        for bucket in self.buckets:
+            if bucket.reduction is not None:
+                bucket.reduction.wait()
+                bucket.reduction = None
+            bucket.master.grad = bucket.grad
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients, a float32 scalar on the device."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(b.grad) for b in self.buckets]))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the model the master weights, rounded to the compute dtype."""
+        for bucket in self.buckets:
+            if bucket.compute.data_ptr() != bucket.master.data_ptr():
+                bucket.compute.copy_(bucket.master)
+
+    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Optimizer tensors: those with weight decay, those without."""
+        return [b.master for b in self.buckets if b.decayed], [b.master for b in self.buckets if not b.decayed]
+
+    def gradient(self, name: str) -> Tensor:
+        """float32 gradient of a parameter, in its shape."""
+        place = self.places[name]
+        return place.view(place.bucket.grad)
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 master weight of each parameter, in its shape."""
+        for name, place in self.places.items():
+            yield name, place.view(place.bucket.master.data)
+
+    def optimizer_views(self, optimizer: torch.optim.Optimizer, key: str) -> Iterator[tuple[str, Tensor]]:
+        """Name and `optimizer.state[...][key]` of each parameter, in its shape."""
+        for name, place in self.places.items():
+            yield name, place.view(optimizer.state[place.bucket.master][key])
+
+
+def _split_by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
+    """Names in the order in which backward reaches them (last layer first), in runs of about `numel` elements."""
+    names: list[str] = []
+    size = 0
+    for name in reversed(parameters):
+        names.append(name)
+        size += parameters[name].numel()
+        if size >= numel:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names

@@ -1,0 +1,37 @@
+"""The architecture presets, as data: what `arch_preset = NAME` sets in `[model]`.
+
+A preset is expanded where it is named: the keys beside it in the same file or on the same command line, and every
+later file, override it. Sizes are not part of a preset.
+"""
+
+__all__ = ["PRESETS"]
+
+_GPT2 = {
+    "normalization": "layernorm_nobias",
+    "activation": "gelu",
+    "position_encoding": "learned_absolute",
+    "norm_position": "post",
+    "ffn_type": "standard",
+    "bias": False,
+    "weight_tying": True,
+}
+_LLAMA = {
+    "normalization": "rmsnorm",
+    "activation": "gelu",  # of no effect: SwiGLU is SiLU by definition
+    "position_encoding": "rope",
+    "norm_position": "pre",
+    "ffn_type": "swiglu",
+    "bias": False,
+    "weight_tying": False,
+}
+
+PRESETS: dict[str, dict[str, str | bool]] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "team": _LLAMA,
+    "hybrid": _GPT2 | {"position_encoding": "rope", "norm_position": "pre"},
+    # The released GPT-2: pre-norm, biases everywhere, GELU's tanh approximation.
+    "gpt2_openai": _GPT2
+    | {"normalization": "layernorm", "activation": "gelu_tanh", "norm_position": "pre", "bias": True},
+    "custom": {},
+}

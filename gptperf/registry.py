@@ -1,0 +1,142 @@
+"""Two questions, one place: which class a component's name means, and with what code an op runs.
+
+Components say what is computed (`normalization = "rmsnorm"`), `kernels = auto|triton|eager` says with what. A component
+from outside is added by `register(kind, name, cls)` in a module named by `--plugins`. Importing this module imports
+no torch, so that a configuration is checked before torch is loaded.
+"""
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from gptperf.errors import DeviceError
+
+__all__ = ["KINDS", "OPS", "Ops", "component", "component_names", "load_plugins", "register", "resolve_ops"]
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared"),
+    "position_encoding": ("learned_absolute", "rope", "none"),
+    "attention_backend": ("sdpa", "manual", "flash_attn"),
+    "norm_position": ("pre", "post"),
+    "ffn_type": ("standard", "swiglu"),
+}
+"""Component kind -> the names that `gptperf.model` registers for it."""
+
+OPS: dict[str, str | None] = {
+    "rms_norm": None,
+    "layer_norm": None,
+    "rope": None,
+    "swiglu": None,
+    "linear_cross_entropy": None,
+}
+"""Op name -> module of its Triton implementation, or None while there is none. Every op has an eager reference."""
+
+_components: dict[tuple[str, str], Any] = {}
+_T = TypeVar("_T")
+
+
+def register(kind: str, name: str, cls: _T) -> _T:
+    """Make `name` a value of the configuration key `kind`.
+
+    Args:
+        kind: one of `KINDS`.
+        name: the value in TOML and on the command line.
+        cls: for `norm_position` a block `(config, ops) -> nn.Module`, for `activation` a function of a tensor, for every
+            other kind a `nn.Module` class built as the ones in `gptperf.model` are.
+
+    Raises:
+        ValueError: unknown kind, or the name is taken by another class.
+    """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        raise ValueError(f"unknown component kind {kind!r}; wanted one of {', '.join(KINDS)}; nearest: {near}")
+    if _components.setdefault((kind, name), cls) is not cls:
+        raise ValueError(f"{kind} {name!r} is registered already, as {_components[kind, name].__qualname__}")
+    return cls
+
+
+def component_names(kind: str) -> tuple[str, ...]:
+    """Names that `kind` may have now: the built-in ones, then those of plugins in the order of registration."""
+    added = (name for k, name in _components if k == kind and name not in KINDS[kind])
+    return KINDS[kind] + tuple(added)
+
+
+def component(kind: str, name: str) -> Any:
+    """The class or function registered for a component.
+
+    Raises:
+        ValueError: no such name; the nearest one is named.
+    """
+    importlib.import_module("gptperf.model")  # registers the built-in ones
+    if (kind, name) not in _components:
+        near = difflib.get_close_matches(name, component_names(kind), 1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"unknown {kind} {name!r}; wanted one of {', '.join(component_names(kind))}{hint}")
+    return _components[kind, name]
+
+
+def load_plugins(modules: str) -> None:
+    """Import the comma-separated modules of `--plugins`, each of which calls `register`.
+
+    Raises:
+        ModuleNotFoundError: a module is not on `sys.path`.
+    """
+    for module in filter(None, (part.strip() for part in modules.split(","))):
+        importlib.import_module(module)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The implementation of every op that a model calls, chosen once. Signatures: `gptperf.kernels.reference`."""
+
+    rms_norm: Callable[..., Any]
+    layer_norm: Callable[..., Any]
+    rope: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    linear_cross_entropy: Callable[..., Any]
+    chosen: dict[str, str]
+    """Op name -> "eager" or "triton"."""
+    reasons: dict[str, str]
+    """Op name -> why `auto` left it to eager PyTorch."""
+
+
+def resolve_ops(kernels: str, device_type: str) -> Ops:
+    """Choose the implementation of every op.
+
+    Args:
+        kernels: "eager", "triton" (each op or an error) or "auto" (Triton where it can run, eager elsewhere).
+        device_type: "cuda" or "cpu".
+
+    Raises:
+        DeviceError: `kernels = "triton"` and an op cannot run with Triton; the causes are named.
+    """
+    reference = importlib.import_module("gptperf.kernels.reference")
+    chosen, reasons, functions = {}, {}, {}
+    for op, module in OPS.items():
+        reason = None
+        if kernels != "eager":
+            reason = "it has no Triton kernel yet" if module is None else _why_not_triton(device_type)
+        if kernels == "eager" or reason is not None:
+            chosen[op], functions[op] = "eager", getattr(reference, op)
+        else:
+            assert module is not None
+            chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
+        if reason is not None:
+            reasons[op] = reason
+    if kernels == "triton" and reasons:
+        causes = "; ".join(f"{op}: {reason}" for op, reason in reasons.items())
+        raise DeviceError(f"kernels = 'triton' cannot be had: {causes}. Use kernels = 'auto' or 'eager'.")
+    return Ops(**functions, chosen=chosen, reasons=reasons)
+
+
+def _why_not_triton(device_type: str) -> str | None:
+    """The reason that Triton cannot run on this device, or None."""
+    if device_type != "cuda":
+        return f"Triton runs on a CUDA GPU, and the device is {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None

@@ -1,0 +1,183 @@
+"""Eager PyTorch of every op: the fallback where no kernel runs, the oracle of the tests, the baseline of the bench.
+
+Statistics, rotations and the log-sum-exp are computed in float32 (float64 for float64 input) and rounded once to the
+dtype of the input; weights of the norms may be float32 beside activations of a lower precision.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        x: `(..., N)`.
+        weight: `(N,)`, in x's dtype or float32.
+        eps: added to the mean square.
+        residual: like x; where given, x + residual is normalised.
+
+    Returns:
+        y like x; with `residual` the pair (y, x + residual).
+
+    Source: Zhang and Sennrich, 2019, eq. 4.
+    """
+    _check_norm("rms_norm", x, weight, residual)
+    if residual is not None:
+        x = x + residual
+    acc = _accumulator(x)
+    y = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), eps).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
+
+    Args:
+        x: `(..., N)`.
+        weight: `(N,)`, in x's dtype or float32.
+        bias: `(N,)` or None.
+        eps: added to the (biased) variance.
+        residual: like x; where given, x + residual is normalised.
+
+    Returns:
+        y like x; with `residual` the pair (y, x + residual).
+
+    Source: Ba, Kiros and Hinton, 2016, eq. 4.
+    """
+    _check_norm("layer_norm", x, weight, residual)
+    if residual is not None:
+        x = x + residual
+    acc = _accumulator(x)
+    y = F.layer_norm(x.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: found weight {tuple(weight.shape)} for x {tuple(x.shape)}, wanted {tuple(x.shape[-1:])}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: found residual {tuple(residual.shape)} {residual.dtype}, wanted {tuple(x.shape)} {x.dtype} as x"
+        )
+
+
+def rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a packed projection into heads, normalise queries and keys if asked, and rotate them by their position.
+
+    Args:
+        qkv: `(B, T, (H + 2 K) D)`: H query heads, then K key heads, then K value heads.
+        cos, sin: `(T, D / 2)` float32, of the positions 0..T-1 (more rows are ignored).
+        n_head, n_kv_head: H and K.
+        q_weight, k_weight: `(D,)`; where given, RMSNorm of each head comes first (QK-norm).
+        eps: of that norm.
+        interleaved: rotate elements 2i and 2i + 1 together rather than i and i + D/2.
+
+    Returns:
+        q `(B, T, H, D)`, k `(B, T, K, D)`, v `(B, T, K, D)` in qkv's dtype.
+
+    Source: Su et al., 2021, eq. 34; the half-split pairs are those of Hugging Face's LLaMA.
+    """
+    q, k, v = split_heads(qkv, n_head, n_kv_head, q_weight, k_weight, eps)
+    if q.shape[-1] % 2:
+        raise ValueError(f"rope: found head_dim {q.shape[-1]}, wanted an even one; nearest: {q.shape[-1] + 1}")
+    T = q.shape[1]
+    if cos.shape != sin.shape or cos.shape[0] < T or cos.shape[1] * 2 != q.shape[-1]:
+        raise ValueError(f"rope: found tables {tuple(cos.shape)}, {tuple(sin.shape)}, wanted ({T}, {q.shape[-1] // 2})")
+    acc = _accumulator(qkv)
+    cos, sin = cos[:T, None].to(acc), sin[:T, None].to(acc)  # (T, 1, D/2)
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved), v
+
+
+def split_heads(
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of `rope` before the rotation. Shapes as there."""
+    B, T, width = qkv.shape
+    heads = n_head + 2 * n_kv_head
+    if width % heads:
+        raise ValueError(f"rope: found a projection of width {width}, wanted a multiple of {heads} heads")
+    q, k, v = qkv.view(B, T, heads, width // heads).split([n_head, n_kv_head, n_kv_head], dim=2)
+    if q_weight is not None and k_weight is not None:
+        acc = _accumulator(qkv)
+        q = F.rms_norm(q.to(acc), q_weight.shape, q_weight.to(acc), eps).to(qkv.dtype)
+        k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
+    return q, k, v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the pairs of x `(B, T, H, D)` by the angles of cos and sin `(T, 1, D/2)`."""
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    one, two = pairs.unbind(-1 if interleaved else -2)
+    rotated = (one * cos - two * sin, one * sin + two * cos)
+    return torch.stack(rotated, -1 if interleaved else -2).flatten(-2).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up on the packed projection.
+
+    Args:
+        gate_up: `(..., 2 F)`: F gate columns, then F up columns.
+
+    Returns:
+        `(..., F)` in the same dtype.
+
+    Source: Shazeer, 2020, eq. 6.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: found a last dimension of {gate_up.shape[-1]}, wanted an even one")
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of the logits x weight^T against targets.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(V, C)` in x's dtype.
+        targets: `(...)` int64, 0..V-1 or `ignore_index`.
+        ignore_index: targets that count neither in the sum nor in the mean.
+
+    Returns:
+        A float32 scalar; 0 where every target is ignored.
+    """
+    if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy: found x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)}, wanted (..., C), (V, C), (...)"
+        )
+    logits = F.linear(x, weight).flatten(0, -2)
+    targets = targets.flatten()
+    total = F.cross_entropy(logits.to(_accumulator(logits)), targets, ignore_index=ignore_index, reduction="sum")
+    return total / (targets != ignore_index).sum().clamp(min=1)
