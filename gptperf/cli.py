@@ -71,18 +71,11 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     sources.append([given for given in flags if given.name != "show_config"])
     typed = [[checked for given in source if (checked := _check(given, problems))] for source in sources]
     values, origins = _overlay(typed)
-    bad = frozenset(name for name in KEYS if any(given.name == name for s in sources for given in s)) - frozenset(
-        given.name for source in typed for given in source
-    )
-    for keys, text in combination_problems(values, bad):
+    bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
+    for keys, text in combination_problems(values, frozenset(bad)):
         problems.append(f"{_places(keys, origins)}: {text}")
-    accumulation = values["gradient_accumulation_steps"]
-    if "gradient_accumulation_steps" not in bad and accumulation % world_size:
-        near = sorted({max(world_size, accumulation // world_size * world_size), -(-accumulation // world_size) * world_size})
-        problems.append(
-            f"{_places(('gradient_accumulation_steps',), origins)}: found {accumulation} micro-batches an iteration for "
-            f"{world_size} processes, wanted a multiple of {world_size}; nearest: {' or '.join(map(str, near))}"
-        )
+    if "gradient_accumulation_steps" not in bad:
+        problems += _shares(values["gradient_accumulation_steps"], world_size, origins)
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
         raise ConfigError(count + "\n  ".join(problems))
@@ -226,6 +219,17 @@ def _overlay(sources: Sequence[Sequence[_Given]]) -> tuple[dict[str, Any], dict[
         for given in source:
             values[given.name], origins[given.name] = given.value, given.where
     return values, origins
+
+
+def _shares(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:
+    """What is wrong with sharing an iteration's micro-batches out over the processes."""
+    if micro_batches % world_size == 0:
+        return []
+    below, above = micro_batches // world_size * world_size, -(-micro_batches // world_size) * world_size
+    return [
+        f"{_places(('gradient_accumulation_steps',), origins)}: found {micro_batches} micro-batches an iteration for "
+        f"{world_size} processes, wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
+    ]
 
 
 def _places(keys: Sequence[str], origins: dict[str, str]) -> str:

@@ -259,6 +259,8 @@ class LogConfig:
     """Iterations between log lines; between two of them the GPU is not synchronised."""
     sample_tokens: _Count = 200
     """Tokens of the sample generated at the end of the run; 0: none."""
+    trigram_baseline: bool = False
+    """At the end, print the loss of a trigram model of the same tokens (for vocabularies of bytes)."""
     wandb_log: bool = False
     """Log to Weights & Biases."""
     wandb_project: str = "gptperf"

@@ -159,7 +159,8 @@ class ManualAttention(nn.Module):
         """q `(B, T, H, D)`, k and v `(B, S, K, D)`, causal from the last row -> `(B, T, H, D)`."""
         groups = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", q, k).float() / math.sqrt(q.shape[-1])
+        scores = torch.einsum("bthd,bshd->bhts", q, k)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.shape[-1])
         scores = scores.masked_fill(~_causal_mask(q.shape[1], k.shape[1], q.device), -torch.inf)
         weights = F.dropout(scores.softmax(dim=-1).to(v.dtype), self.dropout, self.training)
         return torch.einsum("bhts,bshd->bthd", weights, v)

@@ -1,59 +1,73 @@
 """AdamW on the flat float32 master weights, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptperf.config import OptimizerConfig
+from gptperf.parallel import ALIGN, Bucket
 
-__all__ = ["build_optimizer", "clip_scale", "init_state", "learning_rate"]
+__all__ = ["AdamW", "clip_scale", "learning_rate"]
 
 
-def build_optimizer(
-    decayed: Iterable[nn.Parameter], others: Iterable[nn.Parameter], config: OptimizerConfig
-) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW with its state allocated, weight decay on the first group alone.
+class AdamW(torch.optim.Optimizer):
+    """AdamW in one pass over each flat bucket, which also writes the copy that the model reads.
 
-    Fused, it reads `grad_scale` and `found_inf` on the device: gradients are clipped inside its one pass, and a step
-    whose gradients are not finite changes nothing, without a look from the host.
+    It clips, skips and counts on the device: `grad_scale` (what gradients are divided by) and `found_inf` (not 0: leave
+    this step out) are float32 scalars set before each step, under the names by which GradScaler sets them.
+
+    Args:
+        buckets: of the weights; those with `decayed` get weight decay.
+        config: hyperparameters.
+        op: the update, with the signature of `gptperf.kernels.reference.adamw`.
     """
-    groups = [
-        {"params": list(decayed), "weight_decay": config.weight_decay},
-        {"params": list(others), "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
-    init_state(optimizer)
-    return optimizer
 
+    _step_supports_amp_scaling = True  # tells GradScaler to leave both to the step
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
-def init_state(optimizer: torch.optim.AdamW) -> None:
-    """Zero moments and step counts, which AdamW would otherwise make in its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    def __init__(self, buckets: Sequence[Bucket], config: OptimizerConfig, op: Callable[..., None]):
+        groups = [
+            {"params": [b.master for b in buckets if b.decayed is decayed], "weight_decay": rate}
+            for decayed, rate in ((True, config.weight_decay), (False, 0.0))
+        ]
+        super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
+        self.config = config
+        self.op = op
+        self.copies = {b.master: b.compute if b.has_copy else None for b in buckets}
+        self.steps = torch.zeros((), device=buckets[0].master.device)  # updates made, without those left out
+        for parameter in self.copies:
+            self.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update masters and copies from the masters' gradients."""
+        config, one = self.config, torch.ones_like(self.steps)
+        divisor = one if self.grad_scale is None else self.grad_scale
+        skip = torch.zeros_like(one) if self.found_inf is None else self.found_inf.view(())
+        self.steps += (skip == 0).float()
+        t = self.steps.clamp(min=1)
+        for group in self.param_groups:
+            lr = torch.full_like(one, group["lr"])
+            scalars = torch.stack([lr, 1 - config.beta1**t, 1 - config.beta2**t, divisor.view(()), skip])
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], self.copies[parameter])
+                rows = (None if x is None else x.detach().view(-1, ALIGN) for x in tensors)
+                self.op(*rows, scalars, config.beta1, config.beta2, config.adam_eps, group["weight_decay"])
 
 
 def clip_scale(norm: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
-    """What the fused optimizer divides gradients by, and whether it has to leave the step out.
+    """What the optimizer divides gradients by, and whether it has to leave the step out.
 
     Args:
         norm: global gradient norm, a float32 scalar on the device.
         grad_clip: largest norm; 0 turns clipping off.
 
     Returns:
-        The divisor max(norm / grad_clip, 1) and 1.0 where the norm is not finite, both float32 scalars.
+        The divisor max(norm / grad_clip, 1), and 1.0 where the norm is not finite or else 0.0; float32 scalars.
     """
     divisor = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
     return divisor, (~torch.isfinite(norm)).float()

@@ -32,6 +32,7 @@ OPS: dict[str, str | None] = {
     "rope": None,
     "swiglu": None,
     "linear_cross_entropy": None,
+    "adamw": None,
 }
 """Op name -> module of its Triton implementation, or None while there is none. Every op has an eager reference."""
 
@@ -98,6 +99,7 @@ class Ops:
     rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    adamw: Callable[..., None]
     chosen: dict[str, str]
     """Op name -> "eager" or "triton"."""
     reasons: dict[str, str]

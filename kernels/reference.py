@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -181,3 +181,40 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     targets = targets.flatten()
     total = F.cross_entropy(logits.to(_accumulator(logits)), targets, ignore_index=ignore_index, reduction="sum")
     return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    compute: Tensor | None,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update in place, and the copy of the weights that the model reads.
+
+    Args:
+        master, exp_avg, exp_avg_sq: float32, any shape; updated.
+        grad: like master, float32 or lower.
+        compute: like master in the compute dtype, overwritten with the rounded weights; or None.
+        scalars: `(5,)` float32: learning rate, 1 - beta1^t, 1 - beta2^t, what the gradient is divided by, and 0 or
+            else the update is left out.
+        beta1, beta2, eps, weight_decay: of the update.
+
+    Source: Loshchilov and Hutter, 2019, algorithm 2.
+    """
+    lr, bias1, bias2, divisor, skip = scalars.unbind()
+    keep = skip == 0
+    g = grad.to(master.dtype) / divisor
+    m = torch.lerp(exp_avg, g, 1 - beta1)
+    v = torch.lerp(exp_avg_sq, g * g, 1 - beta2)
+    w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
+    exp_avg.copy_(torch.where(keep, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
+    master.copy_(torch.where(keep, w, master))
+    if compute is not None:
+        compute.copy_(master)

@@ -1,0 +1,40 @@
+# make train | test | bench | lint | help.   An existing environment, without network: make test PYTHON=python3 VENV=
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/tiny.toml
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+.PHONY: train test bench lint help
+.DEFAULT_GOAL := help
+
+train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
+	$(PY) -m gptperf.train $(CONFIG) $(ARGS)
+
+test: $(READY)  ## run the tests; ARGS go to pytest
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)  ## measure the training step and the loader; ARGS go to the step bench
+	$(PY) -m bench.step $(ARGS)
+	$(PY) -m bench.loader
+
+lint: $(READY)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1	/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gptperf needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@

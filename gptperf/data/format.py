@@ -1,0 +1,232 @@
+"""The one shard format: the header of a shard and the manifest of a data set.
+
+A data set is a folder: `manifest.json` and the shards `train_00000.bin`, `val_00000.bin`, ... A shard is a
+header of 64 bytes, little-endian, and its tokens as uint16 or uint32; the shards of a split, in the
+manifest's order, are one stream of tokens in which every document is followed by the tokenizer's `eot`. A
+document may span shards.
+
+    offset  size  header field
+         0     8  magic, b"GPTPERF\\0"
+         8     4  format version
+        12     4  dtype code: 2 uint16, 4 uint32 (bytes a token)
+        16     8  tokens
+        24     8  documents that end in this shard
+        32     8  largest token id
+        40    24  zeros
+
+The manifest's `sha256` is over the tokens alone (the header is known only at the end, and each field of it is
+compared with the manifest).
+"""
+
+import dataclasses
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from gptperf.errors import DataError
+
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "HEADER_BYTES",
+    "Header",
+    "MANIFEST",
+    "Manifest",
+    "SCHEMA_VERSION",
+    "SPLITS",
+    "Shard",
+    "Split",
+    "TokenizerInfo",
+    "read_manifest",
+]
+
+FORMAT = "gptperf-tokens"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+MAGIC = b"GPTPERF\0"
+HEADER_BYTES = 64
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_HEADER = struct.Struct("<8sIIQQQ24s")
+_SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """The first 64 bytes of a shard."""
+
+    itemsize: int
+    tokens: int
+    documents: int
+    max_id: int
+
+    def pack(self) -> bytes:
+        """Return the header's 64 bytes."""
+        return _HEADER.pack(
+            MAGIC, SCHEMA_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b""
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, where: Path) -> Self:
+        """Read the header of the shard `where` from its first bytes.
+
+        Raises:
+            DataError: Too short, or wrong magic, version, dtype code or padding.
+        """
+        if len(data) < HEADER_BYTES:
+            raise DataError(
+                f"{where}: found {len(data)} bytes, wanted at least the {HEADER_BYTES} of a shard header"
+            )
+        magic, version, itemsize, tokens, documents, max_id, zeros = _HEADER.unpack(data[:HEADER_BYTES])
+        if magic != MAGIC:
+            raise DataError(
+                f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or damaged"
+            )
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{where}: found format version {version}, wanted {SCHEMA_VERSION}")
+        if itemsize not in (2, 4):
+            raise DataError(f"{where}: found dtype code {itemsize}, wanted 2 (uint16) or 4 (uint32)")
+        if any(zeros):
+            raise DataError(
+                f"{where}: found non-zero bytes in the header's padding (40..63), wanted zeros: damaged"
+            )
+        return cls(itemsize=itemsize, tokens=tokens, documents=documents, max_id=max_id)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One shard as the manifest describes it; `bytes` is the file's size, `sha256` is over its tokens."""
+
+    file: str
+    tokens: int
+    documents: int
+    max_id: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training or the validation part of a data set."""
+
+    tokens: int
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The tokenizer that made the ids."""
+
+    name: str
+    vocab_size: int
+    fingerprint: str
+    eot: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `manifest.json`; `split_method` says in words how validation was chosen."""
+
+    name: str
+    tokenizer: TokenizerInfo
+    dtype: str
+    source: str
+    val_fraction: float
+    split_method: str
+    splits: dict[str, Split]
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        head = {"format": FORMAT, "schema_version": SCHEMA_VERSION}
+        return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check `manifest.json` of the data set in the folder `path`.
+
+    Raises:
+        DataError: Missing, not JSON, of another format or a newer schema, or a field is missing or wrong.
+    """
+    where = Path(path) / MANIFEST
+    try:
+        data = json.loads(where.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{where}: no such file; prepare a data set with python -m gptperf.prepare"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}); prepare the data set again") from error
+    found = _get(data, "format", str, where)
+    if found != FORMAT:
+        raise DataError(f"{where}: format: found {found!r}, wanted {FORMAT!r}")
+    version = _get(data, "schema_version", int, where)
+    if version != SCHEMA_VERSION:
+        hint = "a newer gptperf wrote it" if version > SCHEMA_VERSION else "prepare the data set again"
+        raise DataError(f"{where}: schema_version: found {version}, wanted {SCHEMA_VERSION}; {hint}")
+    dtype = _get(data, "dtype", str, where)
+    if dtype not in DTYPES:
+        raise DataError(f"{where}: dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    splits = _get(data, "splits", dict, where)
+    if set(splits) != set(SPLITS):
+        raise DataError(f"{where}: splits: found {sorted(splits)}, wanted {list(SPLITS)}")
+    return Manifest(
+        tokenizer=TokenizerInfo(**_fields(TokenizerInfo, _get(data, "tokenizer", dict, where), where)),
+        dtype=dtype,
+        splits={name: _read_split(_get(splits, name, dict, where), DTYPES[dtype], where) for name in SPLITS},
+        name=_get(data, "name", str, where),
+        source=_get(data, "source", str, where),
+        val_fraction=_get(data, "val_fraction", float, where),
+        split_method=_get(data, "split_method", str, where),
+    )
+
+
+def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Split:
+    shards = []
+    for item in _get(data, "shards", list, where):
+        shard = Shard(**_fields(Shard, item, where))
+        if not _SHARD_NAME.fullmatch(shard.file):
+            raise DataError(f"{where}: shard file: found {shard.file!r}, wanted a name like train_00000.bin")
+        size = HEADER_BYTES + shard.tokens * dtype.itemsize
+        if shard.bytes != size:
+            raise DataError(
+                f"{where}: {shard.file}: found bytes = {shard.bytes}, wanted {size} for its tokens"
+            )
+        shards.append(shard)
+    split = Split(
+        tokens=_get(data, "tokens", int, where),
+        documents=_get(data, "documents", int, where),
+        shards=tuple(shards),
+    )
+    for key in ("tokens", "documents"):
+        total = sum(getattr(shard, key) for shard in shards)
+        if getattr(split, key) != total:
+            raise DataError(
+                f"{where}: {key}: found {getattr(split, key)} in a split, wanted its shards' sum {total}"
+            )
+    return split
+
+
+def _fields(cls: type, data: Any, where: Path) -> dict[str, Any]:
+    return {field.name: _get(data, field.name, field.type, where) for field in dataclasses.fields(cls)}
+
+
+def _get(data: Any, key: str, kind: Any, where: Path) -> Any:
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: found {type(data).__name__}, wanted an object with the key {key!r}")
+    if key not in data:
+        raise DataError(f"{where}: the key {key!r} is missing; prepare the data set again")
+    value = data[key]
+    valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not valid or (kind is int and value < 0):
+        wanted = "a count" if kind is int else f"a {kind.__name__}"
+        raise DataError(f"{where}: {key}: found {value!r}, wanted {wanted}")
+    return value

@@ -1,0 +1,274 @@
+"""Turn text into a data set: the standard library's own sources, a file, a folder, JSON lines, or Hugging
+Face.
+
+Validation is chosen by content: a document goes to validation when the first 64 bits of its SHA-256, as a
+fraction of 2**64, lie below `val_fraction`. So the split depends neither on the order of the files nor on a
+random state, and copies of a document never lie on both sides. A single text file has one document and is
+split at its tail instead.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gptperf.data import sources
+from gptperf.data.shards import SPLITS, read_manifest
+from gptperf.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gptperf.data.writer import SHARD_TOKENS, ShardWriter
+from gptperf.errors import DataError
+
+__all__ = ["KNOWN", "prepare", "summary"]
+
+KNOWN = ("python_stdlib", "shakespeare", *sources.HUGGING_FACE)
+"""Data sets with a name of their own."""
+DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
+"""5% of some hundred documents holds several; the others are nanoGPT's for Shakespeare and OpenWebText."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BATCH_DOCUMENTS = 256
+_BATCH_BYTES = 8 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with the documents and the tokens so far."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What to read and how to split it."""
+
+    name: str
+    source: str
+    documents: Callable[[sources.Skipped], Iterator[bytes]] | None = None
+    text_file: Callable[[], Path] | None = None
+    kind: str = "documents"
+
+
+def prepare(
+    what: str,
+    *,
+    data_dir: str | os.PathLike[str] = "data",
+    name: str | None = None,
+    tokenizer: str = "byte",
+    val_fraction: float | None = None,
+    overwrite: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    quiet: bool = False,
+    shakespeare_url: str = sources.SHAKESPEARE_URL,
+) -> Path:
+    """Prepare the data set `what` and return its folder, `data_dir`/`name`.
+
+    Args:
+        what: A name of `KNOWN`, "hf:REPO[:CONFIG]", or the path of a text file, a .jsonl file or a folder.
+        data_dir: Where data sets lie.
+        name: The data set's name; by default that of `what`.
+        tokenizer: "byte" or an encoding of tiktoken.
+        val_fraction: Share of validation, 0 to below 1; by default `DEFAULT_VAL_FRACTION` of the kind of
+        source. overwrite: Replace a data set that is there already.
+        shard_tokens: Tokens a shard.
+        quiet: Print nothing.
+        shakespeare_url: Where "shakespeare" is downloaded from.
+
+    Raises:
+        DataError: `what` is unknown, unreadable or too small to split; the data set exists; offline.
+        DeviceError: A Hugging Face data set without the package `datasets`.
+        DiskError: The disk is full or cannot be written.
+    """
+    begin = time.perf_counter()
+    plan = _plan(what, data_dir, shakespeare_url)
+    name = plan.name if name is None else name
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' "
+            "or '-'"
+        )
+    fraction = DEFAULT_VAL_FRACTION[plan.kind] if val_fraction is None else val_fraction
+    if not 0 <= fraction < 1:
+        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
+    method = "the tail of the text" if plan.text_file else "documents whose SHA-256 falls below val_fraction"
+    path = Path(data_dir) / name
+    skipped: sources.Skipped = {}
+    encoder = load_tokenizer(tokenizer)
+    writer = ShardWriter(
+        path,
+        tokenizer=encoder,
+        source=plan.source,
+        val_fraction=fraction,
+        split_method=method,
+        shard_tokens=shard_tokens,
+        overwrite=overwrite,
+    )
+    with writer, _progress(name, quiet) as progress:
+        if plan.text_file is not None:
+            _write_tail_split(writer, encoder, plan.text_file(), fraction, progress)
+        else:
+            assert plan.documents is not None
+            _write_documents(writer, encoder, plan.documents(skipped), fraction, progress)
+    if not quiet:
+        for reason, count in sorted(skipped.items()):
+            print(f"skipped {count} files: {reason}")
+        print(summary(path, time.perf_counter() - begin))
+    return path
+
+
+def summary(path: str | os.PathLike[str], seconds: float) -> str:
+    """Return what the data set in the folder `path` holds, in a few lines; `seconds` is what it took."""
+    manifest = read_manifest(path)
+    lines = [
+        f"{path}: {manifest.source}; tokenizer {manifest.tokenizer.name}, {manifest.dtype}, {seconds:.1f} s"
+    ]
+    total = sum(split.tokens for split in manifest.splits.values())
+    for split in SPLITS:
+        part = manifest.splits[split]
+        share = 100 * part.tokens / max(total, 1)
+        lines.append(
+            f"  {split:5s} {part.tokens:>15,} tokens ({share:.2f}%)  {part.documents:>10,} documents  "
+            f"{len(part.shards):>5} shards"
+        )
+    return "\n".join(lines)
+
+
+def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str) -> _Plan:
+    if what == "python_stdlib":
+        return _Plan(
+            name=what,
+            source=f"standard library of {sources.python_version()}",
+            documents=sources.python_stdlib,
+        )
+    if what == "shakespeare":
+        return _Plan(
+            name=what,
+            source=shakespeare_url,
+            text_file=lambda: sources.download_shakespeare(shakespeare_url, data_dir),
+            kind="tail",
+        )
+    if what in sources.HUGGING_FACE or what.startswith("hf:"):
+        repo, config = sources.HUGGING_FACE.get(what) or sources.parse_hub_name(what)
+        name = what if what in sources.HUGGING_FACE else repo.rpartition("/")[2]
+        return _Plan(
+            name=name,
+            source=f"Hugging Face {repo}" + (f", {config}" if config else ""),
+            documents=lambda skipped: sources.hub_documents(repo, config),
+            kind="hub",
+        )
+    path = Path(what)
+    if path.is_dir():
+        return _Plan(
+            name=path.resolve().name,
+            source=f"folder {path.name}",
+            documents=lambda skipped: sources.folder_documents(path, skipped, without=Path(data_dir)),
+        )
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise DataError(f"{path}: cannot be read: permission denied")
+    if path.is_file() and path.suffix == ".jsonl":
+        return _Plan(
+            name=path.stem,
+            source=f"file {path.name}",
+            documents=lambda skipped: sources.jsonl_documents(path),
+        )
+    if path.is_file():
+        return _Plan(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")
+    near = difflib.get_close_matches(what, KNOWN, n=1, cutoff=0.4)
+    hint = f"; nearest: {near[0]!r}" if near else ""
+    raise DataError(
+        f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}"
+    )
+
+
+def _write_documents(
+    writer: ShardWriter, tokenizer: Tokenizer, documents: Iterable[bytes], fraction: float, progress: Progress
+) -> None:
+    count, low, high = 0, 1.0, 0.0
+    # tiktoken encodes without the GIL, so threads use all cores; bytes need none.
+    threads = 1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(documents):
+            encode = map if threads == 1 else pool.map
+            for document, tokens in zip(batch, encode(tokenizer.encode, batch), strict=True):
+                place = _hash_fraction(document)
+                low, high = min(low, place), max(high, place)
+                writer.add("val" if place < fraction else "train", tokens)
+            count += len(batch)
+            progress(count, sum(writer.counts(split)[0] for split in SPLITS))
+    if count == 0:
+        raise DataError("prepare: found no document, wanted at least one")
+    if high < fraction or (0 < fraction <= low):
+        empty, limit = (
+            ("training", _fraction(high - 1e-4)) if high < fraction else ("validation", _fraction(low + 1e-4))
+        )
+        raise DataError(
+            f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, "
+            "wanted at "
+            f"least one document in each; {limit} puts one there, or give the text as a single file, which "
+            "is split "
+            "at its tail"
+        )
+
+
+def _fraction(fraction: float) -> str:
+    return f"--val_fraction={min(max(fraction, 0.0), 0.9999):.4f}"
+
+
+def _write_tail_split(
+    writer: ShardWriter, tokenizer: Tokenizer, path: Path, fraction: float, progress: Progress
+) -> None:
+    size = path.stat().st_size
+    if size < 2:
+        raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
+    # The same place as nanoGPT's int(n * 0.9): characters there, bytes here, the same for ASCII.
+    cut = (
+        size
+        if fraction == 0
+        else sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
+    )
+    for split, begin, end in (("train", 0, cut), ("val", cut, size)):
+        if begin == end:
+            continue
+        for piece in sources.text_pieces(path, begin, end):
+            writer.append(split, tokenizer.encode(piece))
+            progress(0, sum(writer.counts(part)[0] for part in SPLITS))
+        writer.end_document(split)
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _hash_fraction(document: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") / 2**64
+
+
+@contextlib.contextmanager
+def _progress(name: str, quiet: bool) -> Iterator[Progress]:
+    """Show a line of progress on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda documents, tokens: None
+        return
+    ticks = itertools.count()
+    with console.status(f"{name}: reading") as status:
+
+        def show(documents: int, tokens: int) -> None:
+            if next(ticks) % 4 == 0:
+                status.update(
+                    f"{name}: {tokens:,} tokens" + (f", {documents:,} documents" if documents else "")
+                )
+
+        yield show

@@ -1,0 +1,350 @@
+"""Read a data set in the shard format (`format.py`), after checking everything cheap before the first step.
+
+Shards are read with `preadv`, never mapped: resident memory stays flat, and a shard that shrinks under a run
+is an error in words, not SIGBUS. `writer.py` writes the format; both sides of it are importable from here.
+"""
+
+import difflib
+import hashlib
+import os
+import stat
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gptperf.data.format import (
+    DTYPES,
+    HEADER_BYTES,
+    MANIFEST,
+    SPLITS,
+    Header,
+    Manifest,
+    Shard,
+    Split,
+    TokenizerInfo,
+    read_manifest,
+)
+from gptperf.data.writer import ShardWriter
+from gptperf.errors import DataError
+
+__all__ = [
+    "HEADER_BYTES",
+    "Header",
+    "MANIFEST",
+    "Manifest",
+    "SPLITS",
+    "Shard",
+    "ShardWriter",
+    "Split",
+    "TokenSource",
+    "TokenizerInfo",
+    "read_manifest",
+    "resolve_dataset",
+    "verify",
+]
+
+MAX_OPEN_SHARDS = 512
+"""Open files of one source, half of the usual limit of a process; further shards are opened at each read."""
+
+
+class _OpenFile:
+    """A descriptor that closes when its last user drops it: eviction cannot pull it from under a read."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1  # for __del__, when open raises
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in a shard's place must not block
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class TokenSource:
+    """The tokens of one split as one long array on disk. Use `TokenSource.open`.
+
+    Reads are safe from several threads. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened
+    again must be the file it was (size, mtime, inode).
+
+    Attributes:
+        manifest: The data set's manifest.
+        path: The data set's folder.
+        split: "train" or "val".
+        dtype: Little-endian uint16 or uint32.
+        max_id: Largest token id of the split, from the headers.
+        fingerprint: SHA-256 (hex) over names, sizes, headers and checksums of the split's shards.
+    """
+
+    def __init__(self, manifest: Manifest, path: Path, split: str) -> None:
+        self.manifest = manifest
+        self.path = path
+        self.split = split
+        self.dtype = DTYPES[manifest.dtype]
+        self._shards = manifest.splits[split].shards
+        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
+        self._begins = self._ends - np.array([shard.tokens for shard in self._shards], dtype=np.int64)
+        self._tokens = manifest.splits[split].tokens
+        self._identity: list[tuple[int, int, int]] = []
+        self._files: dict[int, _OpenFile] = {}
+        self._lock = threading.Lock()
+        digest = hashlib.sha256(b"gptperf data set 1\n")
+        for index, shard in enumerate(self._shards):
+            header = self._check_shard(index)
+            digest.update(f"{shard.file} {shard.bytes} {header.hex()} {shard.sha256}\n".encode())
+        self.fingerprint = digest.hexdigest()
+        self.max_id = max((shard.max_id for shard in self._shards), default=0)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], split: str, vocab_size: int | None = None) -> Self:
+        """Open the split `split` of the data set in the folder `path`, after checking every shard of it.
+
+        Args:
+            path: Folder with `manifest.json`.
+            split: "train" or "val".
+            vocab_size: The model's vocabulary; by default the tokenizer's.
+
+        Raises:
+            DataError: A shard is missing, of the wrong size, magic, version or dtype, or differs from the
+                manifest; the split is empty; or a token id is not below `vocab_size`.
+        """
+        if split not in SPLITS:
+            raise DataError(f"split: found {split!r}, wanted one of {', '.join(SPLITS)}")
+        source = cls(read_manifest(path), Path(path), split)
+        if len(source) == 0:
+            raise DataError(
+                f"{Path(path) / MANIFEST}: the split {split!r} is empty, wanted at least one document; "
+                "prepare the data set with another --val_fraction"
+            )
+        wanted = source.vocab_size if vocab_size is None else vocab_size
+        for shard in source._shards:
+            if shard.max_id >= wanted:
+                raise DataError(
+                    f"{Path(path) / shard.file}: found token id {shard.max_id}, wanted ids below "
+                    f"vocab_size = {wanted}; the tokenizer {source.manifest.tokenizer.name!r} needs "
+                    f"vocab_size >= {max(source.vocab_size, shard.max_id + 1)}"
+                )
+        return source
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return self._tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer that made the data."""
+        return self.manifest.tokenizer.vocab_size
+
+    def read_into(self, offset: int, out: npt.NDArray[Any]) -> None:
+        """Fill `out`, (n,) of the source's dtype and contiguous, with the tokens from `offset` on.
+
+        Raises:
+            ValueError: The range does not lie within the source, or `out` has another dtype or layout.
+            DataError: A shard shrank or changed during the run, or holds an id above its header's maximum.
+        """
+        self._check_out(out, ndim=1)
+        if not 0 <= offset <= self._tokens - len(out):
+            raise ValueError(
+                f"offset: found [{offset}, {offset + len(out)}), wanted within [0, {self._tokens})"
+            )
+        self._fill(offset, out)
+        self._check_ids(out)
+
+    def read_rows(self, offsets: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Fill row r of `out`, (R, W) of the source's dtype and contiguous, with the W tokens from
+        `offsets[r]` on.
+
+        The same as R calls of `read_into`, and raises the same, with less work a row.
+        """
+        self._check_out(out, ndim=2)
+        width = out.shape[1]
+        if len(offsets) != len(out) or (
+            len(offsets) and not (offsets.min() >= 0 and offsets.max() <= self._tokens - width)
+        ):
+            raise ValueError(f"offsets: wanted {len(out)} of them within [0, {self._tokens - width}]")
+        shards = np.searchsorted(self._ends, offsets, side="right")
+        within = offsets - self._begins[shards]
+        spans = offsets + width > self._ends[shards]
+        positions = HEADER_BYTES + within * self.dtype.itemsize
+        row_bytes = width * self.dtype.itemsize
+        columns = (offsets.tolist(), shards.tolist(), positions.tolist(), spans.tolist())
+        for row, offset, shard, position, spanning in zip(out, *columns, strict=True):
+            if spanning or os.preadv(self._file(shard).fd, (row,), position) != row_bytes:
+                self._fill(
+                    offset, row
+                )  # over several shards, or the rest of a short read: one place for the error
+        self._check_ids(out)
+
+    def close(self) -> None:
+        """Close the shards; a later read opens them again."""
+        with self._lock:
+            self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_out(self, out: npt.NDArray[Any], ndim: int) -> None:
+        if out.dtype != self.dtype or out.ndim != ndim or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out: found {out.dtype} with {out.ndim} dimensions, wanted contiguous {self.dtype} with "
+                f"{ndim}"
+            )
+
+    def _check_ids(self, out: npt.NDArray[Any]) -> None:
+        # A damaged payload must not reach an embedding as an id out of range. One vectorised pass, 1% of a
+        # read.
+        if out.size and int(out.max()) > self.max_id:
+            raise DataError(
+                f"{self.path}: found token id {int(out.max())} in the split {self.split!r}, wanted at most "
+                f"{self.max_id} as its headers say: damaged; python -m gptperf.prepare NAME --verify finds "
+                "the shard"
+            )
+
+    def _fill(self, offset: int, out: npt.NDArray[Any]) -> None:
+        index = int(np.searchsorted(self._ends, offset, side="right"))
+        done = 0
+        while done < len(out):
+            begin = offset + done - int(self._begins[index])
+            count = min(len(out) - done, self._shards[index].tokens - begin)
+            view = out[done : done + count].data.cast("B")
+            position = HEADER_BYTES + begin * self.dtype.itemsize
+            file = self._file(index)
+            while view:
+                got = os.preadv(file.fd, (view,), position)
+                if got == 0:
+                    shard = self._shards[index]
+                    raise DataError(
+                        f"{self.path / shard.file}: found {os.fstat(file.fd).st_size} bytes, wanted "
+                        f"{shard.bytes}: "
+                        "the shard shrank during the run"
+                    )
+                view, position = view[got:], position + got
+            done += count
+            index += 1
+
+    def _file(self, index: int) -> _OpenFile:
+        return self._files.get(index) or self._reopen(index)
+
+    def _reopen(self, index: int) -> _OpenFile:
+        file, identity = self._open_shard(index)
+        if identity != self._identity[index]:
+            raise DataError(f"{self.path / self._shards[index].file}: the shard changed during the run")
+        self._keep(index, file)
+        return file
+
+    def _keep(self, index: int, file: _OpenFile) -> None:
+        with self._lock:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                self._files.pop(next(iter(self._files)))
+            self._files[index] = file
+
+    def _open_shard(self, index: int) -> tuple[_OpenFile, tuple[int, int, int]]:
+        where = self.path / self._shards[index].file
+        try:
+            file = _OpenFile(where)
+        except OSError as error:
+            raise DataError(f"{where}: {error.strerror}: the manifest names this shard") from error
+        found = os.fstat(file.fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{where}: found something that is not a regular file, wanted a shard")
+        return file, (found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def _check_shard(self, index: int) -> bytes:
+        shard, where = self._shards[index], self.path / self._shards[index].file
+        file, identity = self._open_shard(index)
+        data = os.pread(file.fd, HEADER_BYTES, 0)
+        header = Header.unpack(data, where)
+        if header.itemsize != self.dtype.itemsize:
+            found = f"uint{8 * header.itemsize}"
+            raise DataError(
+                f"{where}: found dtype {found} in the header, wanted {self.manifest.dtype} (the manifest's)"
+            )
+        for key in ("tokens", "documents", "max_id"):
+            if getattr(header, key) != getattr(shard, key):
+                raise DataError(
+                    f"{where}: found {key} = {getattr(header, key)} in the header, wanted "
+                    f"{getattr(shard, key)} "
+                    "(the manifest's)"
+                )
+        if identity[0] != shard.bytes:
+            raise DataError(
+                f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens"
+            )
+        self._identity.append(identity)
+        if index < MAX_OPEN_SHARDS:
+            self._keep(index, file)
+        return data
+
+
+def verify(path: str | os.PathLike[str]) -> int:
+    """Read every token of the data set in the folder `path` and compare it with the manifest.
+
+    Returns:
+        The number of tokens read.
+
+    Raises:
+        DataError: What `TokenSource.open` raises, or a checksum, largest id or number of documents differs.
+    """
+    manifest = read_manifest(path)
+    total = 0
+    for split in SPLITS:
+        with TokenSource(manifest, Path(path), split) as source:
+            begin = 0
+            for shard in manifest.splits[split].shards:
+                _verify_shard(source, shard, begin)
+                begin += shard.tokens
+            total += begin
+    return total
+
+
+def _verify_shard(source: TokenSource, shard: Shard, begin: int) -> None:
+    digest, max_id, documents = hashlib.sha256(), 0, 0
+    buffer = np.empty(min(shard.tokens, 1 << 22), source.dtype)
+    for done in range(0, shard.tokens, 1 << 22):
+        tokens = buffer[: shard.tokens - done]
+        source._fill(begin + done, tokens)
+        digest.update(tokens.data)
+        max_id = max(max_id, int(tokens.max()))
+        documents += int(np.count_nonzero(tokens == source.manifest.tokenizer.eot))
+    found = {"sha256": digest.hexdigest(), "max_id": max_id, "documents": documents}
+    for key, value in found.items():
+        if value != getattr(shard, key):
+            raise DataError(
+                f"{source.path / shard.file}: found {key} = {value} in its tokens, wanted "
+                f"{getattr(shard, key)} "
+                "(the manifest's): damaged; prepare the data set again"
+            )
+
+
+def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
+    """Return the folder of the data set `dataset`: `data_dir`/`dataset`, or `dataset` itself as a path.
+
+    Raises:
+        DataError: Neither holds a data set; the message names the command that prepares it.
+    """
+    if os.sep not in dataset and (Path(data_dir) / dataset / MANIFEST).is_file():
+        return Path(data_dir) / dataset
+    if (Path(dataset) / MANIFEST).is_file():
+        return Path(dataset)
+    where = Path(dataset) if os.sep in dataset else Path(data_dir) / dataset
+    prepared = sorted(folder.parent.name for folder in Path(data_dir).glob(f"[!.]*/{MANIFEST}"))
+    near = difflib.get_close_matches(dataset, prepared, n=3, cutoff=0.4)
+    if near:
+        hint = f"nearest prepared: {', '.join(near)}"
+    elif prepared:
+        hint = f"prepared: {', '.join(prepared[:10])}"
+    else:
+        hint = f"nothing is prepared in {data_dir}"
+    raise DataError(
+        f"dataset: found no data set {dataset!r} at {where}; {hint}; to prepare it: "
+        f"python -m gptperf.prepare {dataset} --data_dir={data_dir}"
+    )

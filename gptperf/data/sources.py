@@ -1,0 +1,272 @@
+"""Where documents come from: each function yields them one by one as UTF-8 bytes."""
+
+import codecs
+import hashlib
+import importlib
+import json
+import os
+import platform
+import stat
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptperf.errors import DataError, DeviceError, DiskError
+
+__all__ = [
+    "HUGGING_FACE",
+    "SHAKESPEARE_SHA256",
+    "SHAKESPEARE_URL",
+    "Skipped",
+    "character_start",
+    "download_shakespeare",
+    "folder_documents",
+    "hub_documents",
+    "jsonl_documents",
+    "parse_hub_name",
+    "python_stdlib",
+    "python_version",
+    "text_pieces",
+]
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+HUGGING_FACE: dict[str, tuple[str, str | None]] = {
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "slimpajama_627b": ("cerebras/SlimPajama-627B", None),
+}
+"""Name -> repository and configuration on the Hugging Face hub; the text is in the field "text"."""
+_PIECE_BYTES = 1 << 24
+_STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+Skipped = dict[str, int]
+"""Reason -> number of files that were left out for it."""
+
+
+def python_version() -> str:
+    """Return e.g. "CPython 3.11.7"."""
+    return f"{platform.python_implementation()} {platform.python_version()}"
+
+
+def python_stdlib(skipped: Skipped) -> Iterator[bytes]:
+    """Yield every .py file of the running Python's standard library, without its tests, by relative path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _files(root, without_names=_STDLIB_WITHOUT):
+        if path.suffix == ".py":
+            yield from _text_document(path, skipped)
+
+
+def folder_documents(root: Path, skipped: Skipped, without: Path) -> Iterator[bytes]:
+    """Yield every text file under `root`, by relative path; hidden, empty and binary ones are counted in
+    `skipped`.
+
+    The folder `without` (where data sets are written) is not entered.
+    """
+    for path in _files(root, skipped=skipped, without=without.resolve()):
+        yield from _text_document(path, skipped)
+
+
+def jsonl_documents(path: Path) -> Iterator[bytes]:
+    """Yield the field "text" of each line of a JSON lines file.
+
+    Raises:
+        DataError: A line is not a JSON object with a string "text".
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
+            yield _text_field(record, f"{path}:{number}")
+
+
+def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB that end after a line where one
+    ends.
+
+    Raises:
+        DataError: The text is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest = b""
+    with path.open("rb") as file:
+        file.seek(begin)
+        while begin < end:
+            data = file.read(min(_PIECE_BYTES, end - begin))
+            if not data:
+                raise DataError(f"{path}: the file shrank while it was read")
+            begin += len(data)
+            try:
+                decoder.decode(data, final=begin == end)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: found bytes that are not UTF-8 near offset {begin - len(data) + error.start}, "
+                    "wanted a "
+                    "text; convert it first, e.g. with iconv"
+                ) from error
+            cut = len(data) if begin == end else data.rfind(b"\n") + 1
+            if cut:
+                yield rest + data[:cut]
+                rest = data[cut:]
+            else:
+                rest += data
+    if rest:
+        yield rest
+
+
+def character_start(path: Path, offset: int) -> int:
+    """Return `offset`, or up to 3 bytes before it, where a UTF-8 character begins; at least 1."""
+    begin = max(1, offset - 3)
+    with path.open("rb") as file:
+        file.seek(begin)
+        data = file.read(offset - begin + 1)
+    for back in range(len(data)):
+        if data[len(data) - 1 - back] & 0xC0 != 0x80:
+            return offset - back
+    return offset
+
+
+def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
+    """Download tiny Shakespeare to `data_dir`/.downloads, unless it is there, and return the file.
+
+    Raises:
+        DataError: No network, or other content than expected.
+    """
+    target = Path(data_dir) / ".downloads" / "shakespeare.txt"
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+        return target
+    remedy = "fetch the text by other means and run: python -m gptperf.prepare PATH --name=shakespeare"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            data = reply.read(1 << 24)
+    except (OSError, ValueError) as error:  # URLError is an OSError; a malformed URL is a ValueError
+        raise DataError(f"shakespeare: cannot download {url} ({error}); {remedy}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise DataError(
+            f"shakespeare: found SHA-256 {found} ({len(data)} bytes) at {url}, wanted {SHAKESPEARE_SHA256}; "
+            f"{remedy}"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(target)
+    except OSError as error:
+        raise DiskError(
+            f"{target}: cannot be written: {error.strerror}; choose another --data_dir"
+        ) from error
+    return target
+
+
+def parse_hub_name(what: str) -> tuple[str, str | None]:
+    """Split "hf:REPO[:CONFIG]" into repository and configuration.
+
+    Raises:
+        DataError: There is no repository in it.
+    """
+    repo, _, config = what.removeprefix("hf:").partition(":")
+    if not repo:
+        raise DataError(
+            f"prepare: found {what!r}, wanted hf:REPO or hf:REPO:CONFIG, e.g. hf:roneneldan/TinyStories"
+        )
+    return repo, config or None
+
+
+def hub_documents(repo: str, config: str | None) -> Iterator[bytes]:
+    """Stream the field "text" of the split "train" of a Hugging Face data set.
+
+    Raises:
+        DeviceError: The package `datasets` is not installed.
+        DataError: The data set cannot be reached, does not exist, or has no "text".
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DeviceError(
+            f"hf:{repo} needs the package datasets, which is not installed: pip install gptperf[hf]"
+        ) from error
+    try:
+        records = datasets.load_dataset(repo, config, split="train", streaming=True)
+        for number, record in enumerate(records):
+            yield _text_field(record, f"hf:{repo} record {number}")
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); is there a network, and is "
+            "the name "
+            "of the data set and of its configuration right?"
+        ) from error
+
+
+def _text_field(record: object, where: str) -> bytes:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{where}: found no string "text", wanted an object with one')
+    return text.encode("utf-8", errors="replace")
+
+
+def _files(
+    root: Path,
+    without_names: frozenset[str] | set[str] = frozenset(),
+    skipped: Skipped | None = None,
+    without: Path | None = None,
+) -> list[Path]:
+    """Return the files below `root` that are not hidden, sorted by relative path."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in without_names
+            and Path(folder, name).resolve() != without
+        ]
+        for name in names:
+            if not name.startswith("."):
+                found.append(Path(folder, name))
+            elif skipped is not None:
+                _count(skipped, "hidden")
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _text_document(path: Path, skipped: Skipped) -> Iterator[bytes]:
+    """Yield the content of one file, or nothing and a count in `skipped`."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+            _count(skipped, "not a regular file")
+            return
+        data = path.read_bytes()
+    except OSError as error:
+        _count(skipped, f"unreadable ({error.strerror})")
+        return
+    if not data:
+        _count(skipped, "empty")
+    elif not _is_text(data):
+        _count(skipped, "binary or not UTF-8")
+    else:
+        yield data
+
+
+def _is_text(data: bytes) -> bool:
+    if b"\0" in data:
+        return False
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _count(skipped: Skipped, reason: str) -> None:
+    skipped[reason] = skipped.get(reason, 0) + 1

@@ -1,0 +1,192 @@
+"""Tokenizers: raw bytes, and tiktoken's vocabularies, behind one small protocol.
+
+A tokenizer is named in a data set's manifest together with a fingerprint of its vocabulary, so that a model
+is never trained on ids whose meaning has changed. Special tokens that occur in a document are plain text.
+"""
+
+import difflib
+import functools
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gptperf.errors import DataError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+__all__ = ["ByteTokenizer", "TiktokenTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
+
+Tokens = npt.NDArray[Any]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest shard dtype, little-endian uint16 or uint32, that holds ids below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class Tokenizer(Protocol):
+    """What preparation and sampling ask of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """The name that `load_tokenizer` knows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; every id is below it."""
+
+    @property
+    def eot(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the vocabulary: equal if and only if every id means the same bytes."""
+
+    def encode(self, text: bytes | str) -> Tokens:
+        """Return the ids of one document, (n,) uint16 or uint32, without `eot`."""
+
+    def decode(self, ids: Iterable[int] | Tokens) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer:
+    """Ids 0..255 are the bytes of the text, 256 ends a document."""
+
+    name = "byte"
+    vocab_size = 257
+    eot = 256
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the vocabulary."""
+        return _fingerprint((bytes([i]) for i in range(256)), self.eot)
+
+    def encode(self, text: bytes | str) -> Tokens:
+        """Return the bytes of `text` (a str as UTF-8, lone surrogates as "?") as ids, (n,) uint16."""
+        data = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: Iterable[int] | Tokens) -> str:
+        """Return the text of `ids`; ids of 256 and above have no bytes and are dropped."""
+        values = _as_array(ids)
+        return (
+            values[(values >= 0) & (values < 256)]
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", errors="replace")
+        )
+
+
+class TiktokenTokenizer:
+    """One of tiktoken's encodings, by its name ("gpt2", "cl100k_base", ...).
+
+    Raises:
+        DataError: The vocabulary is not in tiktoken's cache and cannot be downloaded, or has no end-of-text
+            token.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.encoding = _get_encoding(name)
+        self.vocab_size = self.encoding.n_vocab
+        try:
+            self.eot = self.encoding.eot_token
+        except KeyError as error:
+            raise DataError(
+                f"tokenizer {name!r}: found no <|endoftext|> token, wanted one to end a document"
+            ) from error
+        self._dtype = token_dtype(self.vocab_size)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the vocabulary; an id without bytes counts as a gap."""
+        return _fingerprint((self._token_bytes(i) for i in range(self.vocab_size)), self.eot)
+
+    def encode(self, text: bytes | str) -> Tokens:
+        """Return the ids of `text`, (n,) uint16 or uint32; special tokens in it are plain text, lone
+        surrogates "?".
+
+        Raises:
+            DataError: `text` is bytes and not UTF-8.
+        """
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"tokenizer {self.name!r}: found byte 0x{text[error.start]:02x} at offset {error.start}, "
+                    "wanted UTF-8 (the tokenizer 'byte' takes any bytes)"
+                ) from error
+        try:
+            ids = self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, as JSON's "\\ud800" yields
+            clean = text.encode("utf-8", errors="replace").decode("utf-8")
+            ids = self.encoding.encode_to_numpy(clean, allowed_special=set(), disallowed_special=())
+        return ids.astype(self._dtype)
+
+    def decode(self, ids: Iterable[int] | Tokens) -> str:
+        """Return the text of `ids`; ids without bytes (padding of the vocabulary) are dropped."""
+        pieces = (self._token_bytes(int(i)) for i in _as_array(ids))
+        return b"".join(piece for piece in pieces if piece is not None).decode("utf-8", errors="replace")
+
+    def _token_bytes(self, token: int) -> bytes | None:
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            return None
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer called `name`: "byte" or an encoding of tiktoken.
+
+    Raises:
+        DataError: The name is unknown, or the vocabulary cannot be had offline.
+    """
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    import tiktoken
+
+    known = ["byte", *tiktoken.list_encoding_names()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise DataError(f"tokenizer: found {name!r}, wanted one of {', '.join(known)}{hint}")
+    return TiktokenTokenizer(name)
+
+
+def _get_encoding(name: str) -> "tiktoken.Encoding":
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors of every kind are OSErrors, and so is an unreadable cache
+        raise DataError(
+            f"tokenizer {name!r}: its vocabulary is not in the cache and cannot be downloaded "
+            f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that "
+            "holds "
+            "it, or use --tokenizer=byte, which needs no vocabulary"
+        ) from error
+    except ValueError as error:  # unknown name, or a download that fails tiktoken's own checksum
+        raise DataError(f"tokenizer {name!r}: tiktoken refuses it: {str(error).splitlines()[0]}") from error
+
+
+def _as_array(ids: Iterable[int] | Tokens) -> Tokens:
+    if hasattr(ids, "__array__"):
+        return np.asarray(ids).reshape(-1)
+    return np.fromiter(ids, np.int64)
+
+
+def _fingerprint(vocabulary: Iterable[bytes | None], eot: int) -> str:
+    digest = hashlib.sha256(b"gptperf vocabulary 1\n")
+    for piece in vocabulary:
+        # A length before the bytes, so that no two vocabularies give the same stream; -1 is an id without
+        # bytes.
+        size = -1 if piece is None else len(piece)
+        digest.update(size.to_bytes(4, "little", signed=True) + (piece or b""))
+    digest.update(eot.to_bytes(8, "little"))
+    return digest.hexdigest()

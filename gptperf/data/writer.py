@@ -1,0 +1,288 @@
+"""Write a data set in the shard format (`format.py`): streaming, and visible only when it is complete."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gptperf.data.format import (
+    DTYPES,
+    HEADER_BYTES,
+    MANIFEST,
+    SPLITS,
+    Header,
+    Manifest,
+    Shard,
+    Split,
+    TokenizerInfo,
+)
+from gptperf.data.tokenizer import Tokenizer, token_dtype
+from gptperf.errors import DataError, DiskError
+
+__all__ = ["SHARD_TOKENS", "ShardWriter"]
+
+SHARD_TOKENS = 100_000_000
+"""Default tokens a shard: 200 MB of uint16, so that 10 billion tokens are 100 files."""
+
+
+class ShardWriter:
+    """Write one data set into a folder aside and rename it into place at the end.
+
+    A context manager: leaving it without an error commits (each file, then the folder, fsynced before the
+    rename); leaving it with one removes what was written. Memory is constant.
+
+    Args:
+        path: The data set's folder; its last part is the data set's name.
+        tokenizer: Gives the dtype, the `eot` after each document, and the manifest's fingerprint.
+        source: Where the text came from, in words.
+        val_fraction: Share of the validation split, 0 to 1, for the manifest.
+        split_method: How validation was chosen, in words.
+        shard_tokens: A shard is closed when it holds this many tokens.
+        overwrite: Replace a data set that is there already.
+
+    Raises:
+        DataError: On entering, or at the commit: `path` exists and `overwrite` is false, or it is no data
+        set. DiskError: The disk is full or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer,
+        source: str,
+        val_fraction: float,
+        split_method: str,
+        shard_tokens: int = SHARD_TOKENS,
+        overwrite: bool = False,
+    ) -> None:
+        if shard_tokens < 1:
+            raise DataError(f"shard_tokens: found {shard_tokens}, wanted at least 1")
+        self.path = Path(
+            path
+        ).resolve()  # a link to another disk stays one: the temporary folder lies beside its target
+        self._name = Path(path).name
+        self._tokenizer = tokenizer
+        self._source = source
+        self._val_fraction = val_fraction
+        self._split_method = split_method
+        self._shard_tokens = shard_tokens
+        self._overwrite = overwrite
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._eot = np.array([tokenizer.eot], self._dtype)
+        self._folder: Path | None = None
+        self._splits: dict[str, _SplitWriter] = {}
+
+    def __enter__(self) -> Self:
+        self._check_target()
+        with _disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._name}.tmp-", dir=self.path.parent))
+            self._folder.chmod(0o755)
+        self._splits = {
+            split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._folder is not None
+        try:
+            if error is None:
+                with _disk_errors(self.path):
+                    self._commit(self._folder)
+        finally:
+            for split in self._splits.values():
+                split.abandon()
+            shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is none
+
+    def add(self, split: str, tokens: npt.NDArray[Any]) -> None:
+        """Add one document, (n,) integer ids without `eot`, to "train" or "val"."""
+        self.append(split, tokens)
+        self.end_document(split)
+
+    def append(self, split: str, tokens: npt.NDArray[Any]) -> None:
+        """Add a piece of a document, (n,) integer ids; `end_document` ends it.
+
+        Raises:
+            ValueError: An id is outside of the tokenizer's vocabulary, or is `eot`.
+        """
+        if len(tokens) == 0:
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._tokenizer.vocab_size:
+            raise ValueError(
+                f"tokens: found ids from {low} to {high}, wanted 0 to {self._tokenizer.vocab_size - 1}"
+            )
+        if high >= self._tokenizer.eot and (tokens == self._tokenizer.eot).any():
+            raise ValueError(
+                f"tokens: found eot = {self._tokenizer.eot} inside a document, wanted end_document()"
+            )
+        with _disk_errors(self.path):
+            self._splits[split].append(tokens.astype(self._dtype, copy=False), high)
+
+    def end_document(self, split: str) -> None:
+        """End the current document of "train" or "val" with `eot`."""
+        with _disk_errors(self.path):
+            self._splits[split].append(self._eot, self._tokenizer.eot)
+        self._splits[split].documents += 1
+
+    def counts(self, split: str) -> tuple[int, int]:
+        """Return the tokens and the documents written to "train" or "val" so far."""
+        return self._splits[split].total()
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not (self.path / MANIFEST).is_file():
+            raise DataError(
+                f"{self.path}: exists and is not a data set (no {MANIFEST}); it is never replaced"
+            )
+        if not self._overwrite:
+            raise DataError(
+                f"{self.path}: this data set exists; to replace it: --overwrite=True, or choose another "
+                "--name"
+            )
+
+    def _commit(self, folder: Path) -> None:
+        splits = {name: writer.finish() for name, writer in self._splits.items()}
+        tokenizer = self._tokenizer
+        manifest = Manifest(
+            name=self._name,
+            tokenizer=TokenizerInfo(
+                name=tokenizer.name,
+                vocab_size=tokenizer.vocab_size,
+                fingerprint=tokenizer.fingerprint,
+                eot=tokenizer.eot,
+            ),
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == self._dtype),
+            source=self._source,
+            val_fraction=self._val_fraction,
+            split_method=self._split_method,
+            splits=splits,
+        )
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(folder)
+        self._check_target()  # again: another process may have been faster
+        if self.path.exists():
+            # Two renames: a crash between them leaves both data sets complete, the old one under the name
+            # `aside`.
+            aside = folder.with_name(folder.name.replace(".tmp-", ".old-"))
+            self.path.rename(aside)
+            try:
+                folder.rename(self.path)
+            except OSError:
+                aside.rename(self.path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            folder.rename(self.path)
+        _sync_folder(self.path.parent)
+
+
+class _SplitWriter:
+    """The shards of one split: one open file, its counts and its running checksum."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest = hashlib.sha256()
+        self.tokens = self.documents = self._max_id = 0
+
+    def append(self, tokens: npt.NDArray[Any], max_id: int) -> None:
+        """Write ids of the shard's dtype; `max_id` bounds them from above and is one of them."""
+        while len(tokens):
+            if self.tokens == self._shard_tokens:
+                self._end_shard()
+            piece = tokens[: self._shard_tokens - self.tokens]
+            if self._file is None:
+                path = self._folder / f"{self._split}_{len(self._shards):05d}.bin"
+                self._file = path.open("wb", buffering=1 << 20)
+                self._file.write(bytes(HEADER_BYTES))
+            data = np.ascontiguousarray(piece).data.cast("B")
+            self._file.write(data)
+            self._digest.update(data)
+            self.tokens += len(piece)
+            self._max_id = max(self._max_id, max_id if len(piece) == len(tokens) else int(piece.max()))
+            tokens = tokens[len(piece) :]
+            if len(tokens):
+                max_id = int(tokens.max())
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        header = Header(
+            itemsize=self._dtype.itemsize, tokens=self.tokens, documents=self.documents, max_id=self._max_id
+        )
+        self._file.seek(0)
+        self._file.write(header.pack())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._shards.append(
+            Shard(
+                file=f"{self._split}_{len(self._shards):05d}.bin",
+                tokens=self.tokens,
+                documents=self.documents,
+                max_id=self._max_id,
+                bytes=HEADER_BYTES + self.tokens * self._dtype.itemsize,
+                sha256=self._digest.hexdigest(),
+            )
+        )
+        self._begin()
+
+    def total(self) -> tuple[int, int]:
+        """Return the tokens and the documents written so far."""
+        tokens = sum(shard.tokens for shard in self._shards) + self.tokens
+        return tokens, sum(shard.documents for shard in self._shards) + self.documents
+
+    def finish(self) -> Split:
+        """Close the last shard and return the split's part of the manifest."""
+        if self._file is not None:
+            self._end_shard()
+        tokens, documents = self.total()
+        return Split(tokens=tokens, documents=documents, shards=tuple(self._shards))
+
+    def abandon(self) -> None:
+        """Close the open file, if any, of a data set that is given up."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # the flush of a full disk: its error is already on its way
+                self._file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{path}: cannot be written: {error.strerror or error}; free some space or choose another "
+            "--data_dir"
+        ) from error

@@ -1,0 +1,152 @@
+"""The fields of a run's log, told once: the events of the journal and the JSON file assembled from them."""
+
+from collections.abc import Mapping
+from typing import Any, Required, TypedDict
+
+__all__ = [
+    "EVENTS",
+    "SCHEMA_VERSION",
+    "Checkpoint",
+    "Eval",
+    "Gradients",
+    "Iteration",
+    "Memory",
+    "Message",
+    "Mfu",
+    "Resume",
+    "RunLog",
+    "Start",
+]
+
+SCHEMA_VERSION = 1
+"""Of `RunLog`; a field more does not change it."""
+
+
+class Start(TypedDict, total=False):
+    """Event `start`: what is about to run."""
+
+    config: Required[Mapping[str, Any]]
+    """Every key's value, and under `origins` where each comes from (default, preset, file, command line)."""
+    startup_info: Required[Mapping[str, Any]]
+    """Parameters, FLOPs, hardware, versions, resolved implementations."""
+
+
+class Mfu(TypedDict, total=False):
+    """Speed of one iteration; what is not known (no peak for this device) is absent."""
+
+    mfu_percent: float
+    achieved_tflops: float
+    """Of one GPU, as is the peak."""
+    hardware_peak_tflops: float
+    tokens_per_sec: float
+    """Of the whole job."""
+    flops_per_token: float
+    convention: str
+    """How `flops_per_token` counts, by the name of the formula."""
+    peak_basis: str
+    """"dense" or "sparse"."""
+    hfu_percent: float
+
+
+class Memory(TypedDict, total=False):
+    """GB of 1e9 bytes: the first three on a GPU, the others on a CPU."""
+
+    allocated_gb: float
+    peak_gb: float
+    reserved_gb: float
+    rss_gb: float
+    peak_rss_gb: float
+
+
+class Gradients(TypedDict, total=False):
+    """Health of the gradient before clipping."""
+
+    global_norm: float | None
+    grad_mean: float | None
+    grad_std: float | None
+    layer_norms: Mapping[str, float | None]
+
+
+class Iteration(TypedDict, total=False):
+    """Event `iteration`: one logged optimizer step."""
+
+    iter: Required[int]
+    loss: Required[float | None]
+    """Mean over the tokens of the step, natural logarithm."""
+    time_ms: Required[float]
+    lr: float
+    tokens: int
+    """Tokens trained on so far."""
+    mfu: Mfu
+    memory: Memory
+    gradients: Gradients
+    loss_scale: float
+    """Of fp16."""
+
+
+class Eval(TypedDict, total=False):
+    """Event `eval`: an evaluation."""
+
+    iter: Required[int]
+    train_loss: float | None
+    val_loss: Required[float | None]
+    best_val_loss: float | None
+    tokens: int
+    """Tokens evaluated on."""
+    eval_s: float
+
+
+class Checkpoint(TypedDict, total=False):
+    """Event `checkpoint`: one that is complete on disk."""
+
+    iter: Required[int]
+    path: Required[str]
+    val_loss: float | None
+    save_s: float
+
+
+class Message(TypedDict, total=False):
+    """Event `message`: a line that the user saw, or should have."""
+
+    level: Required[str]
+    """"info", "warning" or "error"."""
+    text: Required[str]
+    iter: int
+
+
+class Resume(TypedDict):
+    """Event `resume`: entries of a greater `iter` written before it no longer count."""
+
+    iter: int
+    time: str
+
+
+EVENTS = {
+    "start": Start,
+    "iteration": Iteration,
+    "eval": Eval,
+    "checkpoint": Checkpoint,
+    "message": Message,
+    "resume": Resume,
+}
+"""The class of each event; `summary` has none, the trainer says what it likes."""
+
+
+class RunLog(TypedDict):
+    """What `assemble` returns and `<run_name>.json` holds."""
+
+    schema_version: int
+    run_name: str
+    start_time: str
+    config: dict[str, Any]
+    startup_info: dict[str, Any]
+    training_iterations: list[dict[str, Any]]
+    eval_steps: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+    resumes: list[dict[str, Any]]
+    summary: dict[str, Any]
+    damaged_lines: int
+    """Lines that could not be read: the torn end of a killed run, or what a full disk cut off."""
+    ignored_events: int
+    """Events of types that this gptperf does not know."""

@@ -1,0 +1,97 @@
+"""Speed of training: tokens a second, achieved FLOP/s and, against a known peak, MFU."""
+
+from typing import Any
+
+from gptperf import flops
+from gptperf.config import ModelConfig
+from gptperf.hardware import Peak
+
+__all__ = ["Throughput", "theoretical"]
+
+_CONVENTION = "strict"
+_EXPECTED_MFU = 0.5
+
+
+class Throughput:
+    """Turns the time of an iteration into a record for console and log."""
+
+    def __init__(self, model: ModelConfig, tokens_per_iter: int, num_gpus: int, peak: Peak | None):
+        """
+        Args:
+            model: counted by `gptperf.flops`.
+            tokens_per_iter: of the whole job.
+            num_gpus: that share them.
+            peak: of one GPU; None when it is not known.
+        """
+        self.tokens_per_iter = tokens_per_iter
+        self.num_gpus = num_gpus
+        self.peak = peak
+        self.flops_per_token = _flops_per_token(model)
+
+    def mfu(self, step_ms: float) -> float | None:
+        """Model FLOPs utilisation (0..1): FLOP/s of the model's matmuls over the peak of all GPUs."""
+        achieved = self._achieved_flop_s(step_ms)
+        return None if achieved is None or self.peak is None else achieved / self.peak.flop_s
+
+    def record(self, step_ms: float) -> dict[str, Any]:
+        """Figures of an iteration that took `step_ms`; those that are not known are left out.
+
+        Returns:
+            mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
+            flops_per_token, convention, peak_basis.
+        """
+        record: dict[str, Any] = {}
+        mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
+        if mfu is not None:
+            record["mfu_percent"] = 100 * mfu
+        if achieved is not None:
+            record["achieved_tflops"] = achieved / 1e12
+        if self.peak is not None:
+            record["hardware_peak_tflops"] = self.peak.flop_s / 1e12
+        record["tokens_per_sec"] = self._tokens_s(step_ms)
+        if self.flops_per_token is not None:
+            record |= {"flops_per_token": self.flops_per_token, "convention": _CONVENTION}
+        if self.peak is not None:
+            record["peak_basis"] = self.peak.basis
+        return record
+
+    def _tokens_s(self, step_ms: float) -> float:
+        assert step_ms > 0, f"an iteration took {step_ms} ms"
+        return self.tokens_per_iter / (step_ms / 1e3)
+
+    def _achieved_flop_s(self, step_ms: float) -> float | None:
+        """Of one GPU."""
+        if self.flops_per_token is None:
+            return None
+        return self.flops_per_token * self._tokens_s(step_ms) / self.num_gpus
+
+
+def _flops_per_token(model: ModelConfig) -> int | float | None:
+    """Training FLOPs of one token; None for a plugin's component whose matmuls nobody knows here."""
+    if flops.uncountable_flops(model) is not None:
+        return None
+    per_token = flops.flops_per_token(model, _CONVENTION).training_per_token
+    return per_token if isinstance(per_token, int) else float(per_token)
+
+
+def theoretical(model: ModelConfig, peak: Peak | None, num_gpus: int) -> dict[str, Any]:
+    """What follows from model and hardware alone, for the start of a run; what is not known is left out.
+
+    Returns:
+        hardware_peak_tflops (of one GPU), peak_basis, peak_source, flops_per_token, convention,
+        attention_ffn_ratio, expected_tokens_per_sec (of the job, at 50% MFU).
+    """
+    facts: dict[str, Any] = {}
+    if peak is not None:
+        facts |= {
+            "hardware_peak_tflops": peak.flop_s / 1e12,
+            "peak_basis": peak.basis,
+            "peak_source": peak.source,
+        }
+    per_token = _flops_per_token(model)
+    if per_token is not None:
+        ratio = flops.attention_ffn_ratio(model)
+        facts |= {"flops_per_token": per_token, "convention": _CONVENTION, "attention_ffn_ratio": ratio}
+    if peak is not None and per_token is not None:
+        facts["expected_tokens_per_sec"] = _EXPECTED_MFU * peak.flop_s * num_gpus / per_token
+    return facts

@@ -1,0 +1,91 @@
+"""Command: turn text into a data set. `python -m gptperf.prepare --help` tells its use."""
+
+import argparse
+from collections.abc import Sequence
+
+from gptperf.errors import main_guard
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+WHAT is one of
+  python_stdlib             the running Python's own .py files, about 11 MB; needs no download
+  shakespeare               tiny Shakespeare, 1 MB, downloaded
+  openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
+                            streamed from Hugging Face; needs pip install gptperf[hf]
+  PATH                      a text file (split at its tail), a .jsonl file with a "text" a line,
+                            or a folder whose text files are the documents
+
+validation: by document hash, 5% of documents (Hugging Face: 0.05%); the last 10% of a single text file
+
+examples
+  python -m gptperf.prepare python_stdlib
+  python -m gptperf.prepare my_notes/ --name=notes --val_fraction=0.1
+  python -m gptperf.prepare openwebtext --tokenizer=gpt2
+  python -m gptperf.prepare python_stdlib --verify
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments `argv`, by default the process's."""
+    args = _parser().parse_args(argv)
+    with main_guard(debug=args.debug):
+        if args.verify:
+            _verify(args)
+            return
+        from gptperf.data.prepare import prepare
+
+        optional = {} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}
+        prepare(
+            args.what,
+            data_dir=args.data_dir,
+            name=args.name,
+            tokenizer=args.tokenizer,
+            val_fraction=args.val_fraction,
+            overwrite=args.overwrite,
+            **optional,
+        )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from gptperf.data.shards import resolve_dataset, verify
+
+    path = resolve_dataset(args.name or args.what, args.data_dir)
+    print(f"{path}: {verify(path):,} tokens match their checksums")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gptperf.prepare",
+        description="Turn text into a data set of token shards, DATA_DIR/NAME.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", metavar="WHAT", help="what to prepare, see below")
+    parser.add_argument("--name", help="name of the data set (default: that of WHAT)")
+    parser.add_argument("--data_dir", default="data", help="folder of data sets (default: data)")
+    parser.add_argument(
+        "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
+    )
+    parser.add_argument(
+        "--val_fraction", type=float, help="share of validation, 0 to below 1 (default: see below)"
+    )
+    parser.add_argument("--shard_tokens", type=int, help="tokens a shard (default: 100000000)")
+    for flag, text in (
+        ("overwrite", "replace a data set that exists"),
+        ("verify", "prepare nothing: compare an existing data set with its checksums"),
+        ("debug", "show the stack of an error"),
+    ):
+        parser.add_argument(f"--{flag}", type=_boolean, nargs="?", const=True, default=False, help=text)
+    return parser
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("True", "False", "true", "false"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted True or False")
+    return text in ("True", "true")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Generate text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--top_k=50]`.
+
+RUN is the folder of a run, of its checkpoints, or of one checkpoint.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptperf.errors import CheckpointError, ConfigError, main_guard
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptperf.model import GPT
+
+__all__ = ["generate", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Generate text with a trained model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a checkpoint."""
+    prompt: str = "\n"
+    """Text to go on from."""
+    tokens: int = 200
+    """Tokens to generate."""
+    num_samples: int = 1
+    """Samples, one after another."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens; 0: among all."""
+    seed: int = 1337
+    """Seed of the draws."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Which checkpoint of a run."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+    plugins: str = ""
+    """Python modules, comma-separated, that register components."""
+    debug: bool = False
+    """Show the stack of an error."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name}: found {getattr(self, name)}, wanted {low} or more; nearest: {low}")
+
+
+def generate(
+    model: "GPT",
+    prompt: "torch.Tensor",
+    tokens: int,
+    *,
+    vocab_size: int,
+    temperature: float,
+    top_k: int,
+    generator: "torch.Generator",
+) -> "torch.Tensor":
+    """Continue a prompt, with a key-value cache; past `block_size` the cache starts again from the last half block.
+
+    Args:
+        model: in evaluation mode.
+        prompt: `(P,)` int64, P >= 1, on the model's device.
+        tokens: how many to add.
+        vocab_size: ids that the tokenizer knows; the model's padding is never drawn.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: likeliest tokens to draw among; 0: all.
+        generator: of the draws, on the model's device.
+
+    Returns:
+        `(tokens,)` int64, without the prompt.
+    """
+    import torch
+
+    from gptperf.model import KVCache
+
+    block = model.config.block_size
+    ids = prompt
+    feed, caches = ids[-block:], [KVCache() for _ in model.blocks]
+    for _ in range(tokens):
+        logits = model(feed[None], caches=caches)[0, -1, :vocab_size].float()
+        if temperature == 0:
+            chosen = logits.argmax(keepdim=True)
+        else:
+            if 0 < top_k < vocab_size:
+                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        ids, feed = torch.cat([ids, chosen]), chosen
+        if caches[0].length == block:
+            feed, caches = ids[-(block // 2 or 1) :], [KVCache() for _ in model.blocks]
+    return ids[-tokens:]
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    with main_guard(debug="--debug" in sys.argv):
+        config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
+        for text in sample(config):
+            print(text)
+    return 0
+
+
+def sample(config: SampleConfig) -> list[str]:
+    """The prompt and its continuation, for each sample.
+
+    Raises:
+        CheckpointError: no usable checkpoint there.
+    """
+    import torch
+
+    from gptperf import registry
+    from gptperf.build import DTYPES
+    from gptperf.checkpoint import best, latest, load
+    from gptperf.config import ModelConfig
+    from gptperf.data.tokenizer import load_tokenizer
+    from gptperf.model import GPT
+    from gptperf.parallel import Replicated, start_process
+    from gptperf.resume import restore_weights
+
+    registry.load_plugins(config.plugins)
+    folder = config.run / "checkpoints" if (config.run / "checkpoints").is_dir() else config.run
+    if not (folder / "MANIFEST.json").is_file():
+        found = (latest if config.checkpoint == "latest" else best)(folder)
+        if found is None:
+            raise CheckpointError(f"{config.run}: found no checkpoint, wanted the folder of a run or of a checkpoint")
+        folder = found.path
+    checkpoint = load(folder)
+    saved = checkpoint.state["config"]
+    device = start_process(config.device).device
+    dtype = DTYPES[saved["system"]["dtype"]] if device.type == "cuda" else torch.float32
+    ops = registry.resolve_ops("auto", device.type)
+    with device:
+        model = GPT(ModelConfig(**saved["model"]), ops).eval()
+    restore_weights(checkpoint, Replicated(model, dtype))
+    tokenizer = load_tokenizer(checkpoint.state["tokenizer"]["name"])
+    prompt = torch.tensor(tokenizer.encode(config.prompt).tolist() or [tokenizer.eot], device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    texts = []
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for _ in range(config.num_samples):
+            new = generate(
+                model,
+                prompt,
+                config.tokens,
+                vocab_size=tokenizer.vocab_size,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                generator=generator,
+            )
+            texts.append(config.prompt + tokenizer.decode(new.tolist()))
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

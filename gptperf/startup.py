@@ -1,0 +1,97 @@
+"""What a run says of itself before its first step: the `StartupInfo` of console and log."""
+
+import platform
+
+import torch
+
+from gptperf import __version__
+from gptperf.config import Config
+from gptperf.data.format import Manifest
+from gptperf.hardware import Peak, match_gpu, no_peak_hint, peak_flop_s
+from gptperf.monitor.console import StartupInfo
+from gptperf.monitor.throughput import theoretical
+from gptperf.parallel import Process
+from gptperf.registry import KINDS
+from gptperf.step import Engine
+
+__all__ = ["find_peak", "startup_info"]
+
+_SHOWN = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
+
+
+def find_peak(config: Config, device: torch.device) -> Peak | None:
+    """The peak that the MFU is taken against, or None where it is not known.
+
+    Raises:
+        DeviceError: the GPU's tensor cores do not have the compute dtype.
+    """
+    system = config.system
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    gpu = match_gpu(properties.name, properties.total_memory / 1e9)
+    return peak_flop_s(gpu, system.dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
+
+
+def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled: str) -> StartupInfo:
+    """Everything that was built, and what follows from it before anything is measured."""
+    config, process = engine.config, engine.process
+    model, train, optimizer = config.model, config.train, config.optimizer
+    total = engine.weights.numel
+    position = sum(p.numel() for name, p in engine.model.position.named_parameters())
+    info: StartupInfo = {
+        "total_parameters": total,
+        "trainable_parameters": total,
+        "non_embedding_parameters": total - position,
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+        "n_head": model.n_head,
+        "kv_heads": model.kv_heads,
+        "block_size": model.block_size,
+        "vocab_size": model.padded_vocab_size,
+        "components": {key: getattr(model, key) for key in _SHOWN} | {"d_ff": model.ffn_width},
+        "kernels": engine.ops.chosen,
+        "kernel_reasons": engine.ops.reasons,
+        "batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "effective_batch_size": train.batch_size * train.gradient_accumulation_steps,
+        "tokens_per_iter": config.tokens_per_iter,
+        "max_iters": train.max_iters,
+        "learning_rate": optimizer.learning_rate,
+        "min_lr": optimizer.min_lr,
+        "lr_schedule": optimizer.lr_schedule,
+        "warmup_iters": optimizer.warmup_iters,
+        "weight_decay": optimizer.weight_decay,
+        "grad_clip": optimizer.grad_clip,
+        "dataset": f"{manifest.name} ({config.data.dataset})" if manifest.name != config.data.dataset else manifest.name,
+        "tokenizer": manifest.tokenizer.name,
+        "train_tokens": manifest.splits["train"].tokens,
+        "val_tokens": manifest.splits["val"].tokens,
+        "dtype": config.system.dtype,
+        "parallelism": "single process" if process.world_size == 1 else f"DDP over {process.world_size} processes",
+        "compile": compiled,
+        "versions": {
+            "gptperf": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "notes": config.notes(),
+    }
+    info |= _hardware(process, config, peak)  # type: ignore[typeddict-item]
+    info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
+    return info
+
+
+def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
+    if process.device.type != "cuda":
+        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
+    properties = torch.cuda.get_device_properties(process.device)
+    info: StartupInfo = {
+        "device": properties.name,
+        "num_gpus": process.world_size,
+        "memory_gb": properties.total_memory / 1e9,
+    }
+    if peak is None:
+        info["peak_hint"] = no_peak_hint(properties.name, config.system.dtype, config.system.peak_basis)
+    return info

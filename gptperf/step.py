@@ -1,0 +1,115 @@
+"""The training step: the objects that it works on, and the one place with autocast, backward, clipping and update."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptperf import build, registry
+from gptperf.config import Config
+from gptperf.model import GPT
+from gptperf.monitor.gradients import gradient_moments
+from gptperf.optim import AdamW, clip_scale, learning_rate
+from gptperf.parallel import Process, Replicated
+
+__all__ = ["Engine", "StepResult", "build_engine", "compile_engine", "train_step"]
+
+
+@dataclass
+class Engine:
+    """Model, weights and optimizer of this process."""
+
+    config: Config
+    process: Process
+    ops: registry.Ops
+    model: GPT
+    weights: Replicated
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    skipped: Tensor
+    """Steps left out because the gradients were not finite, a float32 scalar on the device."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step in this process."""
+        return self.config.train.gradient_accumulation_steps // self.process.world_size
+
+    def autocast(self) -> torch.autocast:
+        """Compute in the run's dtype, which the matrices have already."""
+        dtype = build.DTYPES[self.config.system.dtype]
+        return torch.autocast(self.process.device.type, dtype, enabled=dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves on the device, float32."""
+
+    loss: Tensor
+    """Mean over the step's micro-batches in this process."""
+    gradient_norm: Tensor
+    """Global 2-norm before clipping."""
+    moments: Tensor | None
+    """Mean and standard deviation of the gradients, where asked for."""
+
+
+def build_engine(config: Config, process: Process) -> Engine:
+    """The objects of a step, with fresh weights; not compiled yet."""
+    ops = registry.resolve_ops(config.system.kernels, process.device.type)
+    model = build.build_model(config.model, ops, process.device, config.train.seed)
+    dtype = build.DTYPES[config.system.dtype]
+    weights = Replicated(model, dtype, process.world_size)
+    optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, torch.zeros((), device=process.device))
+
+
+def compile_engine(engine: Engine) -> str:
+    """Compile model and optimizer where that was asked for and can be done.
+
+    Returns:
+        "model", "block", or "off" with the reason, for the log.
+    """
+    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
+    if not scope.startswith("off"):
+        engine.optimizer.op = torch.compile(engine.optimizer.op)
+    return scope
+
+
+def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_moments: bool = False) -> StepResult:
+    """One iteration: forward and backward over the micro-batches, reduce, clip, update. Nothing waits for the device.
+
+    Args:
+        engine: what is trained.
+        batches: int64 `(2, B, T)` a micro-batch, inputs and targets.
+        step: iterations done before this one.
+        with_moments: whether the gradients' distribution is wanted.
+    """
+    config, weights, process = engine.config, engine.weights, engine.process
+    total = torch.zeros((), device=process.device)
+    weights.start_step()
+    for micro in range(engine.micro_batches):
+        _seed_micro_batch(config.train.seed, step, micro * process.world_size + process.rank)
+        tokens, targets = next(batches).to(process.device, non_blocking=True)
+        weights.start_micro_batch(last=micro == engine.micro_batches - 1)
+        with engine.autocast():
+            loss = engine.model(tokens, targets)
+        engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
+        total += loss.detach()
+    weights.finish_gradients()
+    engine.scaler.unscale_(engine.optimizer)
+    norm = weights.gradient_norm()
+    moments = gradient_moments(weights.gradients(), weights.numel) if with_moments else None
+    divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
+    engine.skipped += found_inf
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config.optimizer, config.train.max_iters)
+    engine.optimizer.grad_scale, engine.optimizer.found_inf = divisor, found_inf
+    engine.scaler.step(engine.optimizer)
+    engine.scaler.update()
+    return StepResult(total / engine.micro_batches, norm, moments)
+
+
+def _seed_micro_batch(seed: int, step: int, micro: int) -> None:
+    """Make dropout a function of the place in the run, so that it does not depend on what ran before or elsewhere."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) % (1 << 63))

@@ -1,0 +1,474 @@
+"""The training loop, and what it needs round about: one step, evaluation, saving, reporting.
+
+The GPU is synchronised at log lines, evaluations and saves, and nowhere between them.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from gptperf import checkpoint
+from gptperf.build import check_device, open_dataset
+from gptperf.checkpoint import Checkpoint, RunLock
+from gptperf.config import Config
+from gptperf.data.loader import Loader, validation_batches
+from gptperf.data.ngram import trigram_loss
+from gptperf.data.shards import TokenSource
+from gptperf.data.tokenizer import Tokenizer, load_tokenizer
+from gptperf.errors import PREEMPTED, CheckpointError, DataError, DiskError, NonFiniteError
+from gptperf.monitor.console import Console, Summary
+from gptperf.monitor.events import Iteration
+from gptperf.monitor.journal import Journal, new_run_name
+from gptperf.monitor.memory import memory_record
+from gptperf.monitor.throughput import Throughput
+from gptperf.parallel import Process, start_process
+from gptperf.resume import TrainState, changed_keys, restore, restore_weights, snapshot
+from gptperf.sample import generate
+from gptperf.startup import find_peak, startup_info
+from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
+
+__all__ = ["train"]
+
+_SAVE_TRIES = 3  # failed saves in a row after which the run ends
+
+
+@dataclass
+class Run:
+    """A training engine, its data, its position, and who is told."""
+
+    engine: Engine
+    train_tokens: TokenSource
+    val_tokens: TokenSource
+    tokenizer: Tokenizer
+    state: TrainState
+    throughput: Throughput
+    console: Console
+    journal: Journal | None
+    """In the main process."""
+    failed_saves: int = 0
+
+    @property
+    def config(self) -> Config:
+        """What the run was told."""
+        return self.engine.config
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return Path(self.config.train.out_dir) / "checkpoints"
+
+
+class StepClock:
+    """Wall time of steps, without what happens in `paused`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.elapsed_s, self.steps, self.paused_s = 0.0, 0, 0.0
+        self.since = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the clock means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not a step."""
+        self._synchronize()
+        begin = time.perf_counter()
+        self.elapsed_s += begin - self.since
+        yield
+        self._synchronize()
+        self.since = time.perf_counter()
+        self.paused_s = self.since - begin
+
+    def lap(self) -> tuple[float, int]:
+        """Seconds and steps since the last lap; the device has to be idle."""
+        now = time.perf_counter()
+        seconds, steps = self.elapsed_s + now - self.since, self.steps
+        self.elapsed_s, self.steps, self.since = 0.0, 0, now
+        return seconds, steps
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss over the fixed validation batches of all processes."""
+    engine, process = run.engine, run.engine.process
+    batches = validation_batches(
+        run.val_tokens,
+        block_size=run.config.model.block_size,
+        batch_size=run.config.train.batch_size,
+        max_batches=run.config.train.eval_iters,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=process.device)  # loss times rows, rows
+    engine.model.eval()
+    for batch in batches:
+        tokens, targets = batch.to(process.device, non_blocking=True)
+        with engine.autocast():
+            loss = engine.model(tokens, targets)
+        sums[0] += loss.double() * len(tokens)
+        sums[1] += len(tokens)
+    engine.model.train()
+    total, rows = process.mean(sums).tolist()
+    return total / rows
+
+
+def train(config: Config, origins: Mapping[str, str]) -> int:
+    """Train as configured, from the configuration to the last checkpoint.
+
+    Args:
+        config: of the run.
+        origins: where each of its values comes from.
+
+    Returns:
+        0, or `PREEMPTED` after a request to stop, with a checkpoint committed.
+    """
+    with contextlib.ExitStack() as stack:
+        process = start_process(config.system.device)
+        stack.callback(process.close)
+        check_device(config.system, process.device)
+        stop = stack.enter_context(StopRequest().listening())
+        console = stack.enter_context(Console(max_iters=config.train.max_iters, enabled=process.is_main))
+        run = _start(config, origins, process, console, stack)
+        loader = Loader(
+            run.train_tokens,
+            block_size=config.model.block_size,
+            batch_size=config.train.batch_size,
+            micro_batches=config.train.gradient_accumulation_steps,
+            seed=config.train.seed,
+            rank=process.rank,
+            world_size=process.world_size,
+            start_step=run.state.step,
+            pin_memory=process.device.type == "cuda",
+            prefetch=config.data.prefetch,
+            timeout_s=config.data.loader_timeout_s,
+        )
+        finished = _loop(run, stack.enter_context(loader), stop)
+        if finished:
+            _finish(run)
+        return 0 if finished else PREEMPTED
+
+
+def _start(
+    config: Config, origins: Mapping[str, str], process: Process, console: Console, stack: contextlib.ExitStack
+) -> Run:
+    """Check data and folder, build the engine, take up a checkpoint, say what was built."""
+    manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
+    tokenizer = load_tokenizer(manifest.tokenizer.name)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+        raise DataError(f"{config.data.dataset}: its tokenizer {tokenizer.name} is not the one installed here")
+    out_dir = Path(config.train.out_dir)
+    if process.is_main:
+        stack.enter_context(RunLock(out_dir))
+    found = _find_checkpoint(config, out_dir / "checkpoints", process, console)
+    engine = build_engine(config, process)
+    state = TrainState()
+    if found is not None and config.train.init_from in ("resume", "auto"):
+        for line in changed_keys(found.state, config):
+            console.warning(f"resumed with another value: {line}")
+        state = restore(found, engine.weights, engine.optimizer, engine.scaler, train_tokens.fingerprint)
+        console.message(f"resumed from {found.path} at iteration {state.step}")
+    elif found is not None:
+        restore_weights(found, engine.weights)
+        console.message(f"weights from {found.path}")
+    compiled = compile_engine(engine)
+    peak = find_peak(config, process.device)
+    info = startup_info(engine, manifest, peak, compiled)
+    journal = None
+    if process.is_main:
+        checkpoint.check_space(out_dir, 12 * engine.weights.numel)
+        resumed = state.step if state.run_name else None
+        state.run_name = state.run_name or new_run_name(out_dir)
+        journal = stack.enter_context(Journal(out_dir, state.run_name, resume_from=resumed, warn=console.warning))
+        journal.write("start", {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info})
+    console.startup(info)
+    throughput = Throughput(config.model, config.tokens_per_iter, process.world_size, peak)
+    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal)
+
+
+def _find_checkpoint(config: Config, folder: Path, process: Process, console: Console) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, by `init_from`.
+
+    Raises:
+        CheckpointError: none to resume, or a new run would start where checkpoints lie.
+    """
+    how = config.train.init_from
+    if process.is_main:
+        checkpoint.clean(folder)
+    process.barrier()
+    if how in ("resume", "auto"):
+        found = checkpoint.load_latest(folder, warn=console.warning)
+        if found is None and how == "resume":
+            raise CheckpointError(f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'")
+        return found
+    if checkpoint.checkpoints(folder):
+        if not config.train.overwrite:
+            raise CheckpointError(
+                f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
+                "--overwrite=True, which moves them aside"
+            )
+        if process.is_main:
+            aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
+            folder.rename(aside)
+            console.message(f"moved the checkpoints of an earlier run to {aside}")
+        process.barrier()
+    if how == "scratch":
+        return None
+    source = Path(how)
+    if (source / "checkpoints").is_dir():
+        source /= "checkpoints"
+    newest = checkpoint.latest(source) if source.is_dir() else None
+    return checkpoint.load(newest.path if newest is not None else source)
+
+
+def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
+    """Train until `max_iters` (true) or until asked to stop (false); a checkpoint is committed either way."""
+    train, state, process = run.config.train, run.state, run.engine.process
+    save_interval = train.save_interval or train.eval_interval
+    clock = StepClock(process.device)
+    first = state.step + 1
+    while state.step < train.max_iters:
+        iteration = state.step + 1
+        last = iteration == train.max_iters
+        log_due = last or iteration == first or iteration % run.config.log.log_interval == 0
+        if iteration == first:  # it compiles and fills caches: not a step like the others
+            with clock.paused():
+                result = train_step(run.engine, batches, state.step, with_moments=log_due)
+        else:
+            result = train_step(run.engine, batches, state.step, with_moments=log_due)
+            clock.steps += 1
+        state.step = iteration
+        state.tokens += run.config.tokens_per_iter
+        if log_due:
+            _log(run, result, clock)
+        asked = stop.requested if process.world_size == 1 else log_due and process.any(stop.requested)
+        val_loss = None
+        if last or iteration % train.eval_interval == 0:
+            with clock.paused():
+                val_loss = _evaluate(run)
+        if last or asked or iteration % save_interval == 0:
+            with clock.paused():
+                _save(run, val_loss)
+        if asked and not last:
+            run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume goes on")
+            return False
+    return True
+
+
+def _log(run: Run, result: StepResult, clock: "StepClock") -> None:
+    """Read the step's results, for which the host waits here, and report them."""
+    engine, state = run.engine, run.state
+    loss = engine.process.mean(result.loss.clone()).item()
+    norm, skipped = result.gradient_norm.item(), int(engine.skipped.item())
+    seconds, steps = clock.lap()
+    if steps == 0:
+        seconds, steps = clock.paused_s, 1
+        run.console.message(f"first iteration {_process_age_s():.1f} s after the start, {seconds:.1f} s of them in it")
+    else:
+        state.train_s += seconds
+        state.timed_tokens += steps * run.config.tokens_per_iter
+    step_ms = 1e3 * seconds / steps
+    mean, std = (None, None) if result.moments is None else result.moments.tolist()
+    record: Iteration = {
+        "iter": state.step,
+        "loss": loss,
+        "time_ms": step_ms,
+        "lr": engine.optimizer.param_groups[0]["lr"],
+        "tokens": state.tokens,
+        "mfu": run.throughput.record(step_ms),
+        "memory": memory_record(engine.process.device),
+        "gradients": {"global_norm": norm, "grad_mean": mean, "grad_std": std},
+    }
+    if engine.scaler.is_enabled():
+        record["loss_scale"] = engine.scaler.get_scale()
+    if run.journal is not None:
+        run.journal.write("iteration", record)
+    run.console.iteration(record, (run.config.train.max_iters - state.step) * step_ms / 1e3)
+    scale = record.get("loss_scale")
+    lost = skipped > 0 if scale is None else scale < 1  # a scaler leaves steps out by design
+    if lost:
+        raise NonFiniteError(
+            f"iteration {state.step}: loss {loss}, gradient norm {norm}, {skipped} steps without finite gradients"
+            + ("" if scale is None else f", loss scale {scale}")
+            + f". Their updates were left out, and nothing of them is in {run.checkpoints}. Lower learning_rate, or look at "
+            "the data of these iterations."
+        )
+
+
+def _evaluate(run: Run) -> float:
+    """Evaluate, report, remember the best."""
+    state, start = run.state, time.perf_counter()
+    val_loss = evaluate(run)
+    if state.best_val_loss is None or val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step = val_loss, state.step
+    time_ms = 1e3 * (time.perf_counter() - start)
+    if run.journal is not None:
+        run.journal.write("eval", {"iter": state.step, "val_loss": val_loss, "time_ms": time_ms})
+    run.console.evaluation(
+        {"iter": state.step, "val_loss": val_loss, "best_val_loss": state.best_val_loss, "time_ms": time_ms}
+    )
+    return val_loss
+
+
+def _save(run: Run, val_loss: float | None) -> None:
+    """Commit a checkpoint; a full disk is reported, and ends the run when it happens again and again."""
+    if run.journal is None:
+        return
+    engine, state, start = run.engine, run.state, time.perf_counter()
+    tokenizer = {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint}
+    tensors, saved = snapshot(
+        engine.weights, engine.optimizer, engine.scaler, state, run.config, run.train_tokens.fingerprint, tokenizer
+    )
+    keep = run.config.train.keep_checkpoints
+    try:
+        path = checkpoint.save(
+            run.checkpoints, step=state.step, tensors=tensors, state=saved, keep=keep, metric=val_loss
+        )
+    except DiskError as error:
+        run.failed_saves += 1
+        if run.failed_saves >= _SAVE_TRIES:
+            raise
+        run.console.warning(f"no checkpoint of iteration {state.step}, training goes on: {error}")
+        run.journal.write("message", {"level": "warning", "text": str(error), "iter": state.step})
+        return
+    run.failed_saves = 0
+    record = {"iter": state.step, "path": str(path), "time_ms": 1e3 * (time.perf_counter() - start)}
+    run.journal.write("checkpoint", record | {"metric": val_loss})
+    run.console.checkpoint(record)
+
+
+def _finish(run: Run) -> None:
+    """Say how the run ended, with a sample of what the model writes."""
+    if run.journal is None:
+        return
+    state, log = run.state, run.config.log
+    last = checkpoint.latest(run.checkpoints)
+    summary: Summary = {
+        "iterations": state.step,
+        "val_loss": last.metric if last is not None else None,
+        "best_val_loss": state.best_val_loss,
+        "best_iter": state.best_step,
+        "wall_time_s": _process_age_s(),
+        "checkpoint_dir": str(run.checkpoints),
+        "log_path": str(run.journal.path.with_suffix(".json")),
+    }
+    if state.train_s > 0:
+        speed = run.throughput.record(1e3 * state.train_s * run.config.tokens_per_iter / state.timed_tokens)
+        summary["tokens_per_sec"] = speed["tokens_per_sec"]
+        summary["mfu_percent"] = speed.get("mfu_percent")
+    if log.trigram_baseline:
+        summary["trigram_loss"] = trigram_loss(run.train_tokens, run.val_tokens)
+    if log.sample_tokens:
+        summary["sample"] = _sample(run, log.sample_tokens)
+    run.journal.write("summary", summary)
+    run.journal.write_json()
+    run.console.finish(summary)
+
+
+@torch.no_grad()
+def _sample(run: Run, tokens: int) -> str:
+    """Text that the model writes after the end of a document."""
+    engine, device = run.engine, run.engine.process.device
+    engine.model.eval()
+    with torch.compiler.set_stance("force_eager"), engine.autocast():
+        ids = generate(
+            engine.model,
+            torch.tensor([run.tokenizer.eot], device=device),
+            tokens,
+            vocab_size=run.tokenizer.vocab_size,
+            temperature=0.8,
+            top_k=50,
+            generator=torch.Generator(device).manual_seed(run.config.train.seed),
+        )
+    return run.tokenizer.decode(ids.tolist())
+
+
+class StepClock:
+    """Wall time of steps, without what happens in `paused`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.elapsed_s, self.steps, self.paused_s = 0.0, 0, 0.0
+        self.since = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the clock means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not a step."""
+        self._synchronize()
+        begin = time.perf_counter()
+        self.elapsed_s += begin - self.since
+        yield
+        self._synchronize()
+        self.since = time.perf_counter()
+        self.paused_s = self.since - begin
+
+    def lap(self) -> tuple[float, int]:
+        """Seconds and steps since the last lap; the device has to be idle."""
+        now = time.perf_counter()
+        seconds, steps = self.elapsed_s + now - self.since, self.steps
+        self.elapsed_s, self.steps, self.since = 0.0, 0, now
+        return seconds, steps
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _process_age_s() -> float:
+    """Seconds since this process was started, imports included (Linux); elsewhere since Python's clock began."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.process_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

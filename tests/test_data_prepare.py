@@ -1,0 +1,428 @@
+"""Preparation: what each source becomes, how validation is chosen, the errors of users and networks."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+
+from gptperf import prepare as command
+from gptperf.data import sources
+from gptperf.data.prepare import KNOWN, prepare, summary
+from gptperf.data.shards import TokenSource, read_manifest, verify
+from gptperf.errors import DataError, DeviceError
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def documents(path: Path, split: str) -> list[bytes]:
+    """Return the documents of a split of a data set of bytes."""
+    if read_manifest(path).splits[split].tokens == 0:
+        return []
+    with TokenSource.open(path, split) as source:
+        tokens = np.empty(len(source), source.dtype)
+        source.read_into(0, tokens)
+    pieces = np.split(tokens, np.flatnonzero(tokens == 256) + 1)
+    assert len(pieces.pop()) == 0
+    return [piece[:-1].astype(np.uint8).tobytes() for piece in pieces]
+
+
+def below(document: bytes, fraction: float) -> bool:
+    return int(hashlib.sha256(document).hexdigest()[:16], 16) / 2**64 < fraction
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n\n".join(json.dumps({"text": text, "id": 1}) for text in texts) + "\n")
+    return path
+
+
+TEXTS = [f"document {i} \u00e9" for i in range(200)]
+
+
+# The split.
+
+
+def test_documents_are_split_by_their_hash_in_any_order() -> None:
+    forward = prepare(str(write_jsonl(Path("a.jsonl"), TEXTS)), val_fraction=0.3, quiet=True)
+    backward = prepare(str(write_jsonl(Path("b.jsonl"), TEXTS[::-1])), val_fraction=0.3, quiet=True)
+    encoded = [text.encode() for text in TEXTS]
+    assert documents(forward, "val") == [document for document in encoded if below(document, 0.3)]
+    assert documents(forward, "train") == [document for document in encoded if not below(document, 0.3)]
+    assert documents(backward, "val") == documents(forward, "val")[::-1]
+    assert 40 <= len(documents(forward, "val")) <= 80
+    assert read_manifest(forward).val_fraction == 0.3
+    assert verify(forward) == sum(len(document) + 1 for document in encoded)
+
+
+@pytest.mark.parametrize("size", [2, 10, 11, 999, 1000])
+def test_single_text_is_split_at_its_tail(size: int) -> None:
+    text = bytes(65 + i % 26 for i in range(size))
+    Path("text.txt").write_bytes(text)
+    path = prepare("text.txt", quiet=True)
+    assert path == Path("data/text")
+    cut = max(1, int(size * 0.9))  # as nanoGPT cuts
+    assert documents(path, "train") == [text[:cut]]
+    assert documents(path, "val") == [text[cut:]]
+    assert read_manifest(path).split_method == "the tail of the text"
+
+
+def test_tail_never_cuts_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 7)  # pieces end inside of characters and lines, too
+    for shift in range(4):
+        text = "x" * shift + "a\u00e9\u20ac\U0001f600\n" * 30
+        Path("text.txt").write_text(text, encoding="utf-8")
+        for percent in range(1, 100, 9):
+            path = prepare("text.txt", val_fraction=percent / 100, overwrite=True, quiet=True)
+            train, val = documents(path, "train"), documents(path, "val")
+            assert train[0].decode() + val[0].decode() == text
+            assert 0 <= int(len(text.encode()) * (1 - percent / 100)) - len(train[0]) <= 3
+
+
+def test_val_fraction_zero_gives_no_validation() -> None:
+    Path("text.txt").write_text("hello")
+    path = prepare("text.txt", val_fraction=0, quiet=True)
+    assert documents(path, "train") == [b"hello"]
+    assert documents(path, "val") == []
+    assert (
+        documents(prepare(str(write_jsonl(Path("b.jsonl"), TEXTS)), val_fraction=0, quiet=True), "val") == []
+    )
+
+
+def test_empty_split_is_an_error_whose_remedy_works() -> None:
+    file = str(write_jsonl(Path("few.jsonl"), TEXTS[:4]))
+    for fraction, empty in ((1e-6, "validation"), (0.999999, "training")):
+        with pytest.raises(DataError, match=f"the {empty} split of 4 documents is empty") as caught:
+            prepare(file, val_fraction=fraction, overwrite=True, quiet=True)
+        remedy = float(str(caught.value).split("; --val_fraction=")[1].split()[0])
+        path = prepare(file, val_fraction=remedy, overwrite=True, quiet=True)
+        assert documents(path, "val")
+        assert documents(path, "train")
+    assert [entry.name for entry in Path("data").iterdir()] == ["few"]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
+def test_val_fraction_out_of_range(fraction: float) -> None:
+    Path("text.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"--val_fraction: found .*, wanted 0 <= val_fraction < 1"):
+        prepare("text.txt", val_fraction=fraction)
+
+
+# Sources.
+
+
+def test_python_stdlib() -> None:
+    path = prepare("python_stdlib", quiet=True)
+    train, val = documents(path, "train"), documents(path, "val")
+    assert Path(json.__file__).read_bytes() in train + val
+    assert Path(threading.__file__).read_bytes() in train + val
+    manifest = read_manifest(path)
+    tokens = [manifest.splits[split].tokens for split in ("train", "val")]
+    assert 5e6 < sum(tokens) < 3e7
+    assert 0.01 < tokens[1] / sum(tokens) < 0.1
+    assert all(below(document, 0.05) for document in val)
+    root = Path(os.__file__).parent
+    for left_out in ("test/support/__init__.py", "idlelib/pyshell.py", "lib2to3/pytree.py"):
+        if (root / left_out).is_file():
+            assert (root / left_out).read_bytes() not in train + val
+    assert not any(b"import pytest" in document for document in train)  # no site-packages
+
+
+def test_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path("notes")
+    for name, content in {
+        "b.txt": b"bee",
+        "a/z.md": b"zed",
+        "a/a.py": b"ay",
+        "a-b/c.txt": b"sea",
+        ".hidden": b"no",
+        ".git/config": b"no",
+        "image.png": b"\x89PNG\0",
+        "latin1.txt": b"caf\xe9",
+        "nul.txt": b"a\0b",
+        "empty": b"",
+        "data/other/manifest.json": b"no",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    os.mkfifo(root / "pipe")
+    path = prepare("notes", val_fraction=0, data_dir="notes/data")
+    assert path == Path("notes/data/notes")
+    assert documents(path, "train") == [b"sea", b"ay", b"zed", b"bee"]  # sorted by relative path
+    out = capsys.readouterr().out
+    for line in (
+        "1 files: hidden",
+        "3 files: binary or not UTF-8",
+        "1 files: empty",
+        "1 files: not a regular file",
+    ):
+        assert f"skipped {line}" in out
+    assert "4 documents" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", 'no string "text"'),
+        ('{"text": 1}', 'no string "text"'),
+        ("[" * 99999, "JSON"),
+    ],
+)
+def test_bad_json_line_names_file_and_line(line: str, message: str) -> None:
+    Path("bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:2: .*{message}"):
+        prepare("bad.jsonl", quiet=True)
+    assert list(Path("data").iterdir()) == []
+
+
+def test_text_that_is_not_utf8_names_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("latin1.txt").write_bytes(b"a" * 100 + b"\xe9" + b"a" * 1000)
+    with pytest.raises(DataError, match=r"latin1\.txt: found bytes that are not UTF-8 near offset 100"):
+        prepare("latin1.txt", quiet=True)
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 50)
+    with pytest.raises(DataError, match="near offset 100"):
+        prepare("latin1.txt", quiet=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"a"])
+def test_text_too_short(content: bytes) -> None:
+    Path("short.txt").write_bytes(content)
+    with pytest.raises(DataError, match=f"short.txt: found {len(content)} bytes"):
+        prepare("short.txt", quiet=True)
+
+
+def test_no_documents() -> None:
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="found no document"):
+        prepare("empty", quiet=True)
+
+
+def test_tiktoken_in_threads_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {bytes([i]): i for i in range(256)} | {b"do": 256}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    path = prepare(str(write_jsonl(Path("a.jsonl"), TEXTS)), tokenizer="gpt2", val_fraction=0, quiet=True)
+    manifest = read_manifest(path)
+    assert (manifest.dtype, manifest.tokenizer.name, manifest.tokenizer.eot) == ("uint32", "gpt2", 70_000)
+    with TokenSource.open(path, "train") as source:
+        tokens = np.empty(len(source), source.dtype)
+        source.read_into(0, tokens)
+    expected = [token for text in TEXTS for token in [*encoding.encode_ordinary(text), 70_000]]
+    assert tokens.tolist() == expected
+
+
+# Shakespeare, from a server of this machine.
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[bytes, int], str]]:
+    servers = []
+
+    def start(content: bytes, status: int = 200) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/input.txt"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_shakespeare(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    path = prepare("shakespeare", shakespeare_url=serve(text), quiet=True)
+    assert path == Path("data/shakespeare")
+    assert documents(path, "train") + documents(path, "val") == [
+        text[: int(len(text) * 0.9)],
+        text[int(len(text) * 0.9) :],
+    ]
+    # The download is kept: again, without a network.
+    prepare("shakespeare", shakespeare_url="http://127.0.0.1:1/", overwrite=True, quiet=True)
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_shakespeare_that_is_not_shakespeare(serve: Callable[..., str], status: int) -> None:
+    url = serve(b"<html>please log in</html>", status)
+    with pytest.raises(DataError, match=r"python -m gptperf.prepare PATH --name=shakespeare"):
+        prepare("shakespeare", shakespeare_url=url, quiet=True)
+    assert list(Path("data").iterdir()) == []
+
+
+def test_shakespeare_offline() -> None:
+    with pytest.raises(
+        DataError, match=r"cannot download .* python -m gptperf.prepare PATH --name=shakespeare"
+    ):
+        prepare("shakespeare", shakespeare_url="http://127.0.0.1:1/", quiet=True)
+
+
+# Hugging Face, with a stand-in for the package.
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+    module = types.ModuleType("datasets")
+    module.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "repo", "config"),
+    [
+        ("openwebtext", "openwebtext", "Skylion007/openwebtext", None),
+        ("fineweb_edu", "fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        ("slimpajama_627b", "slimpajama_627b", "cerebras/SlimPajama-627B", None),
+        ("hf:me/my-set", "my-set", "me/my-set", None),
+        ("hf:me/my-set:en", "my-set", "me/my-set", "en"),
+    ],
+)
+def test_hub(monkeypatch: pytest.MonkeyPatch, what: str, name: str, repo: str, config: str | None) -> None:
+    calls = []
+
+    def load(*args: Any, **kwargs: Any) -> Iterator[dict[str, str]]:
+        calls.append((args, kwargs))
+        return ({"text": text} for text in TEXTS)
+
+    fake_datasets(monkeypatch, load)
+    path = prepare(what, val_fraction=0.1, quiet=True)
+    assert path == Path("data") / name
+    assert calls == [((repo, config), {"split": "train", "streaming": True})]
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(
+        text.encode() for text in TEXTS
+    )
+    assert repo in read_manifest(path).source
+
+
+def test_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DeviceError, match=r"pip install gptperf\[hf\]"):
+        prepare("openwebtext", quiet=True)
+    assert list(Path("data").iterdir()) == []
+
+
+def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no route\nmore")
+
+    fake_datasets(monkeypatch, offline)
+    with pytest.raises(DataError, match=r"cannot be read \(ConnectionError: no route\)"):
+        prepare("hf:me/my-set", quiet=True)
+    fake_datasets(monkeypatch, lambda *args, **kwargs: iter([{"text": "a"}, {"content": "b"}]))
+    with pytest.raises(DataError, match='hf:me/my-set record 1: found no string "text"'):
+        prepare("hf:me/my-set", quiet=True)
+    with pytest.raises(DataError, match="wanted hf:REPO"):
+        prepare("hf:", quiet=True)
+
+
+def test_hub_with_the_real_package(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the package datasets (extra hf) is not installed")
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS)
+    path = prepare(f"hf:{tmp_path / 'set'}", val_fraction=0.1, quiet=True)
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(
+        text.encode() for text in TEXTS
+    )
+
+
+# Names and the command.
+
+
+def test_unknown_name_proposes_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"found 'shakespere', .*nearest: 'shakespeare'"):
+        prepare("shakespere")
+    with pytest.raises(DataError, match="found 'no/such/path'"):
+        prepare("no/such/path")
+    assert "python_stdlib" in KNOWN
+
+
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "..", "-x", "a b", "x" * 65, "\u00e9"])
+def test_bad_names(name: str) -> None:
+    Path("text.txt").write_text("hello")
+    with pytest.raises(DataError, match="--name: found"):
+        prepare("text.txt", name=name)
+    assert not Path("data").exists()
+
+
+def run(*args: str) -> None:
+    command.main(args)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("hello world " * 20)
+    run("text.txt", "--name=hello", "--data_dir=sets", "--val_fraction=0.25", "--shard_tokens=50")
+    out = capsys.readouterr().out
+    assert "sets/hello: file text.txt; tokenizer byte, uint16" in out
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["train", "181"], ["val", "61"]]
+    assert [line.split()[-2:] for line in out.splitlines()[1:]] == [["4", "shards"], ["2", "shards"]]
+    run("hello", "--data_dir=sets", "--verify")
+    assert capsys.readouterr().out == "sets/hello: 242 tokens match their checksums\n"
+    run("text.txt", "--name=hello", "--data_dir=sets", "--overwrite=True")
+    assert "217 tokens" in summary("sets/hello", 0.0)
+
+
+def test_command_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("hello world")
+    run("text.txt")
+    for args, message in (
+        (("text.txt",), "--overwrite=True"),
+        (("text.txt", "--overwrite=False"), "--overwrite=True"),
+        (("text.txt", "--name=b", "--tokenizer=bite"), "nearest: 'byte'"),
+        (("text.txt", "--name=b", "--shard_tokens=0"), "shard_tokens: found 0"),
+        (("missing", "--verify"), "no data set 'missing'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(*args)
+        assert caught.value.code == 3
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("gptperf: E3: ")
+        assert message in lines[0]
+    with pytest.raises(SystemExit) as caught:
+        run("text.txt", "--overwrite=yes")
+    assert caught.value.code == 2
+    with pytest.raises(DataError):
+        run("text.txt", "--debug")
+
+
+def test_preparation_does_not_import_torch() -> None:
+    code = """
+import sys
+import gptperf.prepare
+assert not {"torch", "numpy", "rich"} & set(sys.modules), "help must be fast"
+import gptperf.data.prepare, gptperf.data.ngram
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(command.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,209 @@
+"""The GPU table: whom it knows, whom it must not take for another, and what MFU is made of."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from gptperf import hardware
+from gptperf.config import ModelConfig
+from gptperf.errors import DeviceError
+from gptperf.monitor.memory import memory_record
+from gptperf.monitor.throughput import Throughput, theoretical
+
+KNOWN = {
+    "Tesla V100-SXM2-32GB": ("V100 SXM2 32 GB", 34.1),
+    "Tesla V100-PCIE-16GB": ("V100 PCIe 16 GB", 16.9),
+    "NVIDIA A100-SXM4-80GB": ("A100 SXM 80 GB", 85.1),
+    "A100-SXM4-40GB": ("A100 SXM 40 GB", 42.4),
+    "NVIDIA A100-PCIE-40GB": ("A100 PCIe 40 GB", 42.4),
+    "NVIDIA A100 80GB PCIe": ("A100 PCIe 80 GB", 85.1),
+    "NVIDIA H100 80GB HBM3": ("H100", 85.0),
+    "NVIDIA H100 PCIe": ("H100 PCIe", 85.0),
+    "NVIDIA H100 NVL": ("H100 NVL", 100.0),
+    "NVIDIA H200": ("H200", 150.1),
+    "NVIDIA H200 NVL": ("H200 NVL", 150.1),
+    "NVIDIA GH200 480GB": ("GH200 96 GB", 101.5),
+    "NVIDIA GH200 144G HBM3e": ("GH200 144 GB", 151.5),
+    "NVIDIA B200": ("B200", 191.5),
+    "NVIDIA GB200": ("GB200", 198.0),
+    "NVIDIA B300 SXM6 AC": ("B300", 288.0),
+    "NVIDIA L40S": ("L40S", 47.7),
+    "NVIDIA L4": ("L4", 23.6),
+    "NVIDIA GeForce RTX 4090": ("RTX 4090", 25.4),
+    "NVIDIA GeForce RTX 5090": ("RTX 5090", 33.7),
+    "NVIDIA RTX 6000 Ada Generation": ("RTX 6000 Ada", 51.0),
+}
+ALIKE = [
+    "NVIDIA RTX A1000",
+    "NVIDIA A10",
+    "NVIDIA A10G",
+    "NVIDIA A100",
+    "NVIDIA A100-SXM-64GB",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    "NVIDIA H20",
+    "NVIDIA H800",
+    "NVIDIA GB300",
+    "NVIDIA L40",
+    "NVIDIA L20",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 5090 D v2",
+    "NVIDIA RTX 6000",
+    "NVIDIA RTX A6000",
+    "Quadro RTX 6000",
+    "NVIDIA RTX 5000 Ada Generation",
+    "Tesla V100S-PCIE-32GB",
+    "AMD Instinct MI300X",
+    "NVIDIA",
+    "",
+]
+BF16 = [
+    ("NVIDIA H200", "dense", 989.4),
+    ("NVIDIA H200", "sparse", 1979),
+    ("NVIDIA B200", "dense", 2250),
+    ("NVIDIA B200", "sparse", 4500),
+    ("NVIDIA A100-SXM4-40GB", "dense", 312),
+    ("NVIDIA H100 80GB HBM3", "dense", 989.4),
+    ("NVIDIA H100 PCIe", "dense", 756),
+    ("NVIDIA H100 NVL", "dense", 835),
+]
+
+
+@pytest.mark.parametrize("device_name", KNOWN)
+def test_known_cards_with_and_without_memory(device_name: str) -> None:
+    name, memory_gb = KNOWN[device_name]
+    for gpu in (hardware.match_gpu(device_name), hardware.match_gpu(device_name, memory_gb)):
+        assert gpu is not None
+        assert gpu.name == name
+
+
+@pytest.mark.parametrize("device_name", ALIKE)
+def test_cards_named_alike_have_no_row(device_name: str) -> None:
+    assert hardware.match_gpu(device_name) is None
+
+
+def test_a_slice_of_a_card_is_not_the_card() -> None:
+    assert hardware.match_gpu("NVIDIA H200", memory_gb=18) is None
+    assert hardware.match_gpu("Tesla V100-SXM2-32GB", memory_gb=16.9) is None
+
+
+@pytest.mark.parametrize(("device_name", "basis", "tflops"), BF16)
+def test_bf16_peaks(device_name: str, basis: Any, tflops: float) -> None:
+    peak = hardware.peak_flop_s(hardware.match_gpu(device_name), "bfloat16", basis=basis)
+    assert peak is not None
+    assert peak.flop_s == pytest.approx(tflops * 1e12)
+    assert peak.basis == basis
+
+
+def test_every_row_is_whole_and_sparse_is_twice_dense() -> None:
+    for gpu in hardware.GPUS:
+        assert {"float16", "float32"} <= gpu.dense_tflops.keys(), gpu.name
+        assert ("bfloat16" in gpu.dense_tflops) == hardware.has_bfloat16(gpu.capability), gpu.name
+        assert gpu.source
+        assert 2e11 < gpu.hbm_byte_s < 1e13, gpu.name
+        assert "float32" not in gpu.sparse_tflops
+        for dtype, sparse in gpu.sparse_tflops.items():
+            # L40S's data sheet prints 362.05 beside 733.
+            assert sparse / gpu.dense_tflops[dtype] == pytest.approx(2, rel=0.015), (gpu.name, dtype)
+    names = [name for gpu in hardware.GPUS for name in gpu.cuda_names]
+    assert len({hardware._words(name) for name in names}) == len(names)
+
+
+def test_source_line() -> None:
+    peak = hardware.peak_flop_s(hardware.match_gpu("NVIDIA H200"), "bfloat16")
+    assert peak is not None
+    assert peak.source == "989.4 TFLOPS (H200 bf16, dense)"
+
+
+def test_float32_is_not_tf32() -> None:
+    peak = hardware.peak_flop_s(hardware.match_gpu("NVIDIA A100-SXM4-80GB"), "float32")
+    assert peak is not None
+    assert peak.flop_s == pytest.approx(19.5e12)
+
+
+def test_v100() -> None:
+    sxm2, pcie = hardware.match_gpu("Tesla V100-SXM2-16GB"), hardware.match_gpu("Tesla V100-PCIE-32GB")
+    for gpu, tflops in ((sxm2, 125), (pcie, 112)):
+        peak = hardware.peak_flop_s(gpu, "float16")
+        assert peak is not None
+        assert peak.flop_s == tflops * 1e12
+    with pytest.raises(DeviceError, match="V100 SXM2 16 GB has no bfloat16 units; nearest: --dtype=float16"):
+        hardware.peak_flop_s(sxm2, "bfloat16", peak_tflops=125)
+
+
+def test_no_peak_is_said_and_never_guessed() -> None:
+    assert hardware.peak_flop_s(None, "bfloat16") is None
+    assert hardware.peak_flop_s(hardware.match_gpu("NVIDIA H200"), "float32", basis="sparse") is None
+    assert "--peak_tflops=X" in hardware.no_peak_hint("NVIDIA H20", "bfloat16")
+    given = hardware.peak_flop_s(None, "bfloat16", peak_tflops=148)
+    assert given is not None
+    assert (given.flop_s, given.basis) == (148e12, "given")
+
+
+def test_the_users_peak_goes_before_the_tables() -> None:
+    given = hardware.peak_flop_s(hardware.match_gpu("NVIDIA H200"), "bfloat16", peak_tflops=800)
+    assert given is not None
+    assert given.flop_s == 800e12
+
+
+def test_wrong_names_are_errors() -> None:
+    with pytest.raises(ValueError, match="found 'bf16', wanted one of bfloat16"):
+        hardware.peak_flop_s(None, "bf16")
+    with pytest.raises(ValueError, match="found 'spares', wanted one of dense, sparse"):
+        hardware.peak_flop_s(None, "bfloat16", basis="spares")  # type: ignore[arg-type]
+
+
+def test_throughput_record() -> None:
+    peak = hardware.Peak(1000e12, "dense", "")
+    # 0.798087168 GFLOP/token x 491,520 tokens in 1 s over 2 GPUs of 1000 TFLOP/s.
+    throughput = Throughput(ModelConfig(), 491_520, 2, peak)
+    record = throughput.record(1000.0)
+    assert record["tokens_per_sec"] == pytest.approx(491_520)
+    assert record["flops_per_token"] == 798_087_168
+    assert record["achieved_tflops"] == pytest.approx(196.137902)
+    assert record["mfu_percent"] == pytest.approx(19.6137902)
+    assert record["hardware_peak_tflops"] == 1000
+    assert (record["convention"], record["peak_basis"]) == ("strict", "dense")
+    assert throughput.mfu(500.0) == pytest.approx(0.392275805)
+
+
+def test_throughput_without_peak_has_no_mfu() -> None:
+    record = Throughput(ModelConfig(), 491_520, 1, None).record(1000.0)
+    assert not {"mfu_percent", "hardware_peak_tflops", "peak_basis"} & record.keys()
+    assert record["achieved_tflops"] == pytest.approx(392.275805)
+
+
+def test_throughput_of_a_plugins_ffn_has_no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptperf.registry._components", {("ffn_type", "moe"): object})
+    model, peak = ModelConfig(ffn_type="moe"), hardware.Peak(1000e12, "dense", "")
+    record = Throughput(model, 1000, 1, peak).record(500.0)
+    assert record["tokens_per_sec"] == pytest.approx(2000)
+    assert not {"mfu_percent", "achieved_tflops", "flops_per_token"} & record.keys()
+    assert "expected_tokens_per_sec" not in theoretical(model, peak, 1)
+
+
+def test_theoretical() -> None:
+    facts = theoretical(ModelConfig(), hardware.Peak(312e12, "dense", "x"), 4)
+    assert facts["expected_tokens_per_sec"] == pytest.approx(0.5 * 4 * 312e12 / 798_087_168)
+    assert facts["attention_ffn_ratio"] == pytest.approx(0.667, abs=5e-4)
+    assert facts["hardware_peak_tflops"] == 312
+    without = theoretical(ModelConfig(), None, 4)
+    assert without.keys() == {"flops_per_token", "convention", "attention_ffn_ratio"}
+
+
+def test_memory_record_on_cpu_sees_an_allocation() -> None:
+    before = memory_record(torch.device("cpu"))
+    block = torch.ones(50_000_000)
+    after = memory_record(torch.device("cpu"))
+    assert 0.15 < after["rss_gb"] - before["rss_gb"] < 0.35, block.shape
+    assert after["peak_rss_gb"] >= after["rss_gb"] * 0.98  # counted by the kernel in batches
+
+
+def test_no_torch_at_import() -> None:
+    modules = "gptperf.flops, gptperf.hardware, gptperf.monitor.throughput"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

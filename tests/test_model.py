@@ -1,0 +1,257 @@
+"""The model: what is built, its parameters, and the same numbers as fp64 and as Hugging Face."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gptperf import cli, registry
+from gptperf.config import ModelConfig
+from gptperf.model import _BUILT_IN, GPT, KVCache
+from gptperf.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = {
+    "gpt2_124m": 124_373_760,
+    "llama_124m": 162_220_800,
+    "team_124m": 162_220_800,
+    "hybrid_124m": 123_587_328,
+    "custom": 123_587_328,
+    "gpt2_openai_124m": 124_439_808,
+    "quick_test": 30_036_864,
+    "gpt2_owt": 124_373_760,
+    "llama_1.36b": 1_364_297_728,
+    "gpt2_1.36b": 1_365_612_544,
+    # 6 (4 C^2 + 8 C^2 + 2 C) + C + (320 + 256) C at C = 384; 4 (12 C^2 + 2 C) + C + 320 C at C = 128.
+    "shakespeare_char": 10_843_008,
+    "tiny": 828_544,
+}
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+
+
+def _small(**keys: object) -> ModelConfig:
+    preset = PRESETS[str(keys.get("arch_preset", "gpt2"))]
+    return ModelConfig(**(SMALL | preset | keys))  # type: ignore[arg-type]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_golden_covers_every_file() -> None:
+    assert set(GOLDEN) == {p.stem for p in (ROOT / "configs").glob("*.toml")}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_parameter_counts(name: str) -> None:
+    base = ["gpt2_124m"] if name in ("gpt2_owt", "quick_test") else []
+    config = cli.resolve([str(ROOT / "configs" / f"{n}.toml") for n in [*base, name]]).config
+    with torch.device("meta"):
+        assert _count(GPT(config.model)) == GOLDEN[name]
+
+
+def test_registry_names_are_the_models() -> None:
+    assert {kind: tuple(classes) for kind, classes in _BUILT_IN.items()} == registry.KINDS
+
+
+CHOICES = [(kind, name) for kind, names in registry.KINDS.items() for name in names if name != "flash_attn"]
+CHOICES += [("bias", True), ("bias", False), ("weight_tying", True), ("weight_tying", False), ("qk_norm", True)]
+CHOICES += [("n_kv_head", 1), ("n_kv_head", 2), ("d_ff", 24), ("rope_pairs", "interleaved"), ("vocab_multiple", 32)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("key", "value"), CHOICES)
+def test_override_on_any_preset_builds_and_learns(preset: str, key: str, value: object) -> None:
+    config = _small(**{"arch_preset": preset, key: value})
+    torch.manual_seed(0)
+    model = GPT(config)
+    classes = {kind: registry.component(kind, getattr(config, kind)) for kind in registry.KINDS}
+    assert type(model.blocks[0]) is classes["norm_position"]
+    assert type(model.norm) is type(model.blocks[0].norm1) is classes["normalization"]
+    assert type(model.position) is classes["position_encoding"]
+    assert type(model.blocks[0].attention.backend) is classes["attention_backend"]
+    assert type(model.blocks[0].ffn) is classes["ffn_type"]
+    if config.ffn_type == "standard":
+        assert model.blocks[0].ffn.activation is classes["activation"]
+    assert (model.lm_head.weight is model.wte.weight) is config.weight_tying
+    assert (model.blocks[0].attention.qkv.bias is not None) is config.bias
+    tokens = torch.randint(0, 50, (2, 17))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert abs(loss.item() - math.log(config.padded_vocab_size)) < 0.3
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_every_override_changes_what_is_computed() -> None:
+    tokens = torch.arange(16)[None] % 50
+    base = {"arch_preset": "hybrid", "normalization": "rmsnorm"}
+    outputs = {}
+    for key, value in [("n_layer", 2), *CHOICES]:
+        config = _small(**(base | {key: value}))
+        if (key, value) != ("n_layer", 2) and config == _small(**base):
+            continue
+        torch.manual_seed(0)
+        model = GPT(config)
+        with torch.no_grad():  # spread the weights, so that biases and norms are seen
+            for i, p in enumerate(model.parameters()):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.05)
+            outputs[key, value] = model(tokens)[..., :50]
+    same = {("attention_backend", "manual"), ("bias", False), ("weight_tying", True)}
+    for key, value in outputs.keys() - same - {("n_layer", 2)}:
+        assert (outputs[key, value] - outputs["n_layer", 2]).abs().max() > 1e-4, (key, value)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_attention_backends_agree(n_kv_head: int) -> None:
+    models = []
+    for backend in ("sdpa", "manual"):
+        torch.manual_seed(0)
+        models.append(GPT(_small(arch_preset="llama", n_kv_head=n_kv_head, attention_backend=backend)).double())
+    tokens = torch.randint(0, 50, (3, 16))
+    torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "gpt2_openai"])
+def test_causal(preset: str) -> None:
+    model = GPT(_small(arch_preset=preset)).double()
+    tokens = torch.randint(0, 50, (1, 16))
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 50
+    difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert difference[:9].max() == 0
+    assert difference[9:].min() > 0
+
+
+@pytest.mark.parametrize(("preset", "keys"), list(itertools.product(["gpt2", "llama", "hybrid"], [{}, {"qk_norm": True, "n_kv_head": 2}])))
+def test_cache_gives_the_logits_of_the_whole_sequence(preset: str, keys: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = GPT(_small(arch_preset=preset, **keys)).double().eval()
+    tokens = torch.randint(0, 50, (2, 16))
+    caches = [KVCache() for _ in model.blocks]
+    pieces = [tokens[:, :5], *tokens[:, 5:10].split(1, dim=1), tokens[:, 10:]]
+    cached = torch.cat([model(piece, caches=caches) for piece in pieces], dim=1)
+    torch.testing.assert_close(cached, model(tokens), rtol=1e-10, atol=1e-12)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    for ffn_type in ("standard", "swiglu"):
+        model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=1000, block_size=64, ffn_type=ffn_type, bias=True))
+        for name, p in model.named_parameters():
+            if p.ndim < 2:
+                assert (p == (0 if name.endswith("bias") else 1)).all()
+                continue
+            into_residual = name.split(".")[-2] == "out"
+            std = 0.02 / math.sqrt(2 * 8) if into_residual else 0.02
+            assert abs(p.std().item() / std - 1) < 6 / math.sqrt(2 * p.numel())  # 6 sigma of a sample's std
+            assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel())
+
+
+def test_padded_vocabulary_and_ignored_targets() -> None:
+    model = GPT(_small(vocab_multiple=32))
+    tokens = torch.randint(0, 50, (2, 16))
+    assert model(tokens).shape == (2, 16, 64)
+    targets = tokens.clone()
+    targets[:, 4:] = -100
+    torch.testing.assert_close(
+        model(tokens, targets),
+        nn.functional.cross_entropy(model(tokens)[:, :4].flatten(0, 1), tokens[:, :4].flatten()),
+    )
+    none = model(tokens, torch.full_like(tokens, -100))
+    none.backward()
+    assert none == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_graph(preset: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(_small(arch_preset=preset))
+    tokens = torch.randint(0, 50, (2, 16))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(tokens, tokens), model(tokens, tokens))
+
+
+def test_plugin_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_norms.py").write_text(
+        "from gptperf.model import RMSNorm\nfrom gptperf.registry import register\n"
+        "class Doubled(RMSNorm):\n"
+        "    def forward(self, x, residual=None):\n"
+        "        y, residual = super().forward(x, residual)\n"
+        "        return 2 * y, residual\n"
+        "register('normalization', 'doubled', Doubled)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_components", dict(registry._components))
+    config = cli.resolve(["--plugins=my_norms", "--normalization=doubled", "--n_layer=1"]).config
+    with torch.device("meta"):
+        assert type(GPT(config.model).norm).__name__ == "Doubled"
+
+
+def _copy_llama(ours: GPT, theirs: nn.Module) -> None:
+    weights = dict(theirs.state_dict())
+    state = {"wte.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"]}
+    state["lm_head.weight"] = weights["lm_head.weight"]
+    for i in range(ours.config.n_layer):
+        a, b = f"model.layers.{i}.", f"blocks.{i}."
+        state[b + "norm1.weight"] = weights[a + "input_layernorm.weight"]
+        state[b + "norm2.weight"] = weights[a + "post_attention_layernorm.weight"]
+        state[b + "attention.qkv.weight"] = torch.cat([weights[f"{a}self_attn.{x}_proj.weight"] for x in "qkv"])
+        state[b + "attention.out.weight"] = weights[a + "self_attn.o_proj.weight"]
+        state[b + "ffn.gate_up.weight"] = torch.cat([weights[f"{a}mlp.{x}_proj.weight"] for x in ("gate", "up")])
+        state[b + "ffn.out.weight"] = weights[a + "mlp.down_proj.weight"]
+    ours.load_state_dict(state)
+
+
+def test_llama_is_hugging_faces() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = GPT(_small(arch_preset="llama", n_kv_head=2, d_ff=48)).double()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    ).double()
+    _copy_llama(ours, theirs)
+    tokens = torch.randint(0, 50, (2, 16))
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+    # Hugging Face keeps norms' statistics and RoPE's tables in float32 even for a float64 model.
+    torch.testing.assert_close(ours(tokens), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_gpt2_openai_is_hugging_faces() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = GPT(_small(arch_preset="gpt2_openai")).double()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ).double()
+    weights = theirs.state_dict()
+    names = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.out"}
+    state = {"wte.weight": weights["transformer.wte.weight"], "position.wpe.weight": weights["transformer.wpe.weight"]}
+    state["lm_head.weight"] = state["wte.weight"]
+    for kind in ("weight", "bias"):
+        state[f"norm.{kind}"] = weights[f"transformer.ln_f.{kind}"]
+        for i in range(2):
+            for n in (1, 2):
+                state[f"blocks.{i}.norm{n}.{kind}"] = weights[f"transformer.h.{i}.ln_{n}.{kind}"]
+            for theirs_name, name in names.items():  # Hugging Face's Conv1D holds the transpose
+                state[f"blocks.{i}.{name}.{kind}"] = weights[f"transformer.h.{i}.{theirs_name}.{kind}"].t()
+    ours.load_state_dict(state)
+    tokens = torch.randint(0, 50, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-10, atol=1e-10)
