@@ -37,9 +37,7 @@ SPARSE_BYTES = 100_000_000_000
 SHARD_TOKENS = 100_000_000
 
 
-def write_sparse_dataset(
-    path: Path, *, size_bytes: int, dtype: str, shard_tokens: int = SHARD_TOKENS
-) -> Path:
+def write_sparse_dataset(path: Path, *, size_bytes: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
     """Write a data set of about `size_bytes` whose tokens are holes: zeros that take no disk."""
     itemsize = DTYPES[dtype].itemsize
     count = max(1, size_bytes // (itemsize * shard_tokens))
@@ -133,9 +131,7 @@ def _consume(loader: Loader, seconds: float) -> float:
 
 def main() -> None:
     """Run all cases, print the table and write the JSON that was asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.loader", description="Measure the training loader."
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.loader", description="Measure the training loader.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")
     args = parser.parse_args()
@@ -149,9 +145,7 @@ def main() -> None:
             random = write_random_dataset(Path(folder, f"random_{dtype}"), tokens=RANDOM_TOKENS, dtype=dtype)
             cases = [(random, block_size) for block_size in BLOCK_SIZES]
             if dtype == "uint16":
-                sparse = write_sparse_dataset(
-                    Path(folder, "sparse_uint16"), size_bytes=SPARSE_BYTES, dtype=dtype
-                )
+                sparse = write_sparse_dataset(Path(folder, "sparse_uint16"), size_bytes=SPARSE_BYTES, dtype=dtype)
                 cases.append((sparse, 1024))
             for path, block_size in cases:
                 row = measure(path, block_size)
@@ -164,9 +158,7 @@ def main() -> None:
                 )
     if args.json:
         host = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-        args.json.write_text(
-            json.dumps({"host": host, "results": results}, indent=1) + "\n", encoding="utf-8"
-        )
+        args.json.write_text(json.dumps({"host": host, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

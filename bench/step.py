@@ -8,6 +8,7 @@ of the whole step. Strict MFU: causal matmul FLOPs over the dense peak of the GP
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from gptperf import cli
-from gptperf.monitor.throughput import Throughput
 from gptperf.hardware import match_gpu, peak_flop_s
+from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import start_process
 from gptperf.step import Engine, build_engine, compile_engine, train_step
 
@@ -66,7 +67,7 @@ def measure(model: str, variant: str, steps: int) -> dict[str, Any]:
         train_step(engine, batches, step)
         mark.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     median = statistics.median(times)
     peak = peak_flop_s(match_gpu(torch.cuda.get_device_name()), config.system.dtype)
     record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(median)
@@ -97,7 +98,8 @@ def main() -> int:
         print("bench.step: no GPU here; a step is timed on a GPU only")
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'model':<14}{'variant':<16}{'ms/step':>9}{'p10':>8}{'p90':>8}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{'first s':>9}")
+    times = f"{'ms/step':>9}{'p10':>8}{'p90':>8}"
+    print(f"{'model':<14}{'variant':<16}{times}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{'first s':>9}")
     cells = []
     for model in args.models:
         for variant in args.variants:
@@ -113,7 +115,9 @@ def main() -> int:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
     if args.json:
-        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cells": cells}, indent=1))
+        args.json.write_text(
+            json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cells": cells}, indent=1)
+        )
     return 0
 
 

@@ -34,7 +34,9 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             name = torch.cuda.get_device_name(device)
-            raise DeviceError(f"dtype = 'bfloat16': {name} (sm_{major}{minor}) has no bfloat16 units; nearest: 'float16'")
+            raise DeviceError(
+                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) has no bfloat16 units; nearest: 'float16'"
+            )
 
 
 def open_dataset(data: DataConfig, model: ModelConfig, process: Process) -> tuple[Manifest, TokenSource, TokenSource]:
@@ -54,8 +56,8 @@ def open_dataset(data: DataConfig, model: ModelConfig, process: Process) -> tupl
             f"{path}: found tokenizer {manifest.tokenizer.name} with {manifest.tokenizer.vocab_size:,} ids, and "
             f"vocab_size = {model.vocab_size:,}; wanted --vocab_size={manifest.tokenizer.vocab_size} or more"
         )
-    splits = (TokenSource.open(path, split, vocab_size=model.vocab_size) for split in ("train", "val"))
-    return manifest, *splits
+    train, val = (TokenSource.open(path, split, vocab_size=model.vocab_size) for split in ("train", "val"))
+    return manifest, train, val
 
 
 def build_model(model: ModelConfig, ops: Ops, device: torch.device, seed: int) -> GPT:

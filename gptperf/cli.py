@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from gptperf import registry
-from gptperf.config import KEYS, Config, Key, combination_problems, value_problem
+from gptperf.combinations import combination_problems
+from gptperf.config import KEYS, Config, Key, value_problem
 from gptperf.errors import ConfigError
 from gptperf.presets import PRESETS
 
@@ -43,7 +44,7 @@ class _Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked configuration and the origin of each value: "default", "preset NAME (WHERE)", a file, "command line"."""
+    """A checked configuration and the origin of each value: default, preset, a file or "command line"."""
 
     config: Config
     origins: dict[str, str]
@@ -154,7 +155,9 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
         if not isinstance(value, dict):
             yield _Given(name, value, path)
         elif name not in _SECTIONS:
-            problems.append(f"{path}: unknown table [{name}]; wanted one of {', '.join(_SECTIONS)}{_near(name, _SECTIONS)}")
+            problems.append(
+                f"{path}: unknown table [{name}]; wanted one of {', '.join(_SECTIONS)}{_near(name, _SECTIONS)}"
+            )
         else:
             for key, inner in value.items():
                 if key in KEYS and KEYS[key].section != name:

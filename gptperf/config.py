@@ -6,20 +6,28 @@ flags into these classes. No torch here.
 """
 
 import dataclasses
-import importlib.util
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from gptperf import registry
+from gptperf.combinations import combination_problems
 from gptperf.errors import ConfigError
 from gptperf.presets import PRESETS
 
-__all__ = ["Config", "DataConfig", "Key", "LogConfig", "ModelConfig", "OptimizerConfig", "Problem", "SystemConfig"]
-__all__ += ["KEYS", "TrainConfig", "combination_problems", "value_problem"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "Key",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SystemConfig",
+    "TrainConfig",
+]
+__all__ += ["KEYS", "value_problem"]
 
 
 class Range(NamedTuple):
@@ -306,7 +314,9 @@ class Config:
         lines = []
         end = self.optimizer.lr_decay_iters or self.train.max_iters
         if self.optimizer.lr_schedule != "constant" and self.optimizer.warmup_iters >= end:
-            lines.append(f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations)")
+            lines.append(
+                f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations)"
+            )
         if self.model.ffn_type == "swiglu" and self.model.activation != "gelu":
             lines.append(f"activation = {self.model.activation!r} has no effect: SwiGLU is SiLU by definition")
         if self.model.arch_preset == "gpt2":
@@ -344,7 +354,11 @@ class Key(NamedTuple):
 
 
 def _key(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    parts = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     optional = type(None) in parts
     hint = next(part for part in parts if part is not type(None))
     rule: Range | Component | Choice | None = None
@@ -392,85 +406,3 @@ def _raise_if_wrong(section: Any) -> None:
     wrong = {f.name: value_problem(KEYS[f.name], getattr(section, f.name)) for f in dataclasses.fields(section)}
     if any(wrong.values()):
         raise ConfigError("; ".join(f"{name}: {text}" for name, text in wrong.items() if text))
-
-
-class Problem(NamedTuple):
-    """Keys that do not go together, and why."""
-
-    keys: tuple[str, ...]
-    text: str
-
-
-def _divisible(c: Mapping[str, Any], what: str, by: str) -> str | None:
-    if c[what] % c[by] == 0:
-        return None
-    divisors = [n for n in range(1, c[what] + 1) if c[what] % n == 0]
-    near = min(divisors, key=lambda n: abs(n - c[by]))
-    return f"{what} = {c[what]} is not a multiple of {by} = {c[by]}; nearest {by}: {near}"
-
-
-def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
-    if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
-        return None
-    return f"RoPE rotates pairs, and head_dim = n_embd / n_head = {c['n_embd'] // c['n_head']} is odd"
-
-
-def _kv_heads(c: Mapping[str, Any]) -> str | None:
-    return None if c["n_kv_head"] is None else _divisible(c, "n_head", "n_kv_head")
-
-
-def _flash_attn(c: Mapping[str, Any]) -> str | None:
-    if c["attention_backend"] != "flash_attn":
-        return None
-    if importlib.util.find_spec("flash_attn") is None:
-        return "attention_backend = 'flash_attn' needs the package flash-attn, which is not installed; nearest: 'sdpa'"
-    if c["dtype"] == "float32" or c["device"] == "cpu":
-        return "attention_backend = 'flash_attn' runs in bfloat16 or float16 on a GPU; nearest: 'sdpa'"
-    return None
-
-
-def _min_lr(c: Mapping[str, Any]) -> str | None:
-    if c["lr_schedule"] == "constant" or c["min_lr"] <= c["learning_rate"]:
-        return None
-    return f"min_lr = {c['min_lr']} is above learning_rate = {c['learning_rate']}"
-
-
-def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
-    if c["kernels"] == "triton" and c["device"] == "cpu":
-        return "kernels = 'triton' needs a GPU, and device = 'cpu'; nearest: kernels = 'auto'"
-    return None
-
-
-def _later(flag: str, name: str) -> Callable[[Mapping[str, Any]], str | None]:
-    return lambda c: f"{name} is not in this version yet; leave {flag} out" if c[flag] else None
-
-
-def _both_shardings(c: Mapping[str, Any]) -> str | None:
-    return "ZeRO-1 and FSDP exclude each other; FSDP shards what ZeRO-1 shards" if c["use_zero1"] and c["use_fsdp"] else None
-
-
-def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
-    if c["overwrite"] and c["init_from"] in ("resume", "auto"):
-        return f"init_from = {c['init_from']!r} continues the checkpoints that overwrite = true would move aside"
-    return None
-
-
-_COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
-    (("n_embd", "n_head"), lambda c: _divisible(c, "n_embd", "n_head")),
-    (("n_kv_head", "n_head"), _kv_heads),
-    (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
-    (("attention_backend", "dtype", "device"), _flash_attn),
-    (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
-    (("kernels", "device"), _triton_on_cpu),
-    (("use_zero1", "use_fsdp"), _both_shardings),
-    (("use_zero1",), _later("use_zero1", "ZeRO-1")),
-    (("use_fsdp",), _later("use_fsdp", "FSDP")),
-    (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
-    (("overwrite", "init_from"), _overwrite_resume),
-)
-
-
-def combination_problems(values: Mapping[str, Any], ignore: frozenset[str] = frozenset()) -> list[Problem]:
-    """Every impossible combination among `values` (key -> value), but for those that involve a key in `ignore`."""
-    found = ((keys, check(values)) for keys, check in _COMBINATIONS if not ignore & set(keys))
-    return [Problem(keys, text) for keys, text in found if text is not None]

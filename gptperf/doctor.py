@@ -177,9 +177,7 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         seen = " (a driver is installed, but this torch sees no GPU)" if report["driver"] else ""
         device = f"cpu: torch sees no CUDA GPU{seen}"
         backends = "PyTorch's attention for CPUs"
-        compiles = _choice(
-            report["compiler"], "model: torch.compile through C++", "off: no C++ compiler (g++ or CXX)"
-        )
+        compiles = _choice(report["compiler"], "model: torch.compile through C++", "off: no C++ compiler (g++ or CXX)")
     choices: dict[str, Any] = {
         "device": device,
         "dtype": f"{system.dtype}: the default",
@@ -212,17 +210,13 @@ def problems(report: dict[str, Any]) -> list[str]:
     if report["torch_error"] is not None:
         found.append(f"torch cannot be imported ({report['torch_error']}); install torch >= 2.11")
     elif _release(report["versions"]["torch"]) < _OLDEST_TORCH:
-        found.append(
-            f"torch: found {report['versions']['torch']}, wanted 2.11 or newer; pip install -U torch"
-        )
+        found.append(f"torch: found {report['versions']['torch']}, wanted 2.11 or newer; pip install -U torch")
     if report["gpus"] and not report["triton"]["works"]:
         remedy = "--kernels=eager --compile=False does without"
         found.append(f"Triton does not work: {report['triton']['reason']}; {remedy}")
     for gpu in report["gpus"]:
         if not gpu["bfloat16"]:
-            found.append(
-                f"{gpu['name']} has no bfloat16 units, and dtype = 'bfloat16' is the default; --dtype=float16"
-            )
+            found.append(f"{gpu['name']} has no bfloat16 units, and dtype = 'bfloat16' is the default; --dtype=float16")
     if report["disk_free_gb"] < _LEAST_DISK_GB:
         free = f"found {report['disk_free_gb']:.2f} GB free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
         found.append(f"disk: {free}; free some, or put --out_dir and --data_dir elsewhere")
@@ -262,9 +256,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def _gpu_lines(index: int, gpu: dict[str, Any]) -> list[str]:
     major, minor = gpu["capability"]
-    lines = [
-        _line(f"GPU {index}", f"{gpu['name']}, {gpu['memory_gb']:.1f} GB, compute capability {major}.{minor}")
-    ]
+    lines = [_line(f"GPU {index}", f"{gpu['name']}, {gpu['memory_gb']:.1f} GB, compute capability {major}.{minor}")]
     if gpu["row"] is None:
         return [*lines, _line("", gpu["hint"])]
     peaks = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu["dense_peak_tflops"].items())

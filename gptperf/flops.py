@@ -106,9 +106,7 @@ def uncountable_parameters(model: ModelConfig) -> str | None:
 
 def uncountable_flops(model: ModelConfig) -> str | None:
     """Why `flops_per_token` cannot count this model, or None when it can."""
-    return _from_plugin(
-        ffn_type=(model.ffn_type, _FFN_MATRICES), norm_position=(model.norm_position, _BLOCKS)
-    )
+    return _from_plugin(ffn_type=(model.ffn_type, _FFN_MATRICES), norm_position=(model.norm_position, _BLOCKS))
 
 
 def parameters(model: ModelConfig) -> ParameterCount:

@@ -48,9 +48,7 @@ class Peak(NamedTuple):
     source: str
 
 
-def _tensor(
-    bf16: float | None, fp16: float, tf32: float | None = None, fp8: float | None = None
-) -> dict[str, float]:
+def _tensor(bf16: float | None, fp16: float, tf32: float | None = None, fp8: float | None = None) -> dict[str, float]:
     rates = {"bfloat16": bf16, "float16": fp16, "tf32": tf32, "fp8": fp8}
     return {dtype: rate for dtype, rate in rates.items() if rate is not None}
 
@@ -280,9 +278,7 @@ def peak_flop_s(
     rates = {} if gpu is None else gpu.dense_tflops if basis == "dense" else gpu.sparse_tflops
     if gpu is None or dtype not in rates:
         return None
-    return Peak(
-        rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {_SHORT[dtype]}, {basis})"
-    )
+    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {_SHORT[dtype]}, {basis})")
 
 
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:

@@ -96,19 +96,13 @@ def read_manifest(path: Path) -> Manifest:
     schema = found.get("schema")
     if type(schema) is int and schema > SCHEMA:
         text = f"{where} has schema {schema}, this gptperf reads up to {SCHEMA}: it needs a newer gptperf"
-        raise (
-            NewerSchemaError(text)
-            if sealed
-            else CheckpointError(f"{text}, or it is damaged: its seal is broken")
-        )
+        raise (NewerSchemaError(text) if sealed else CheckpointError(f"{text}, or it is damaged: its seal is broken"))
     if not sealed:
         raise CheckpointError(f"{where} is damaged: SHA-256 of its content differs from the one it names")
     manifest = _parse(found, where)
     named = _STEP.fullmatch(path.name)
     if named and int(named[1]) != manifest.step:
-        raise CheckpointError(
-            f"{where} is of step {manifest.step}; wanted {int(named[1])}, as the directory says"
-        )
+        raise CheckpointError(f"{where} is of step {manifest.step}; wanted {int(named[1])}, as the directory says")
     return manifest
 
 
@@ -124,9 +118,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
         for name in sorted(wanted.keys() - present):
             raise CheckpointError(f"{path / name} is missing; wanted {wanted[name]} bytes")
         for name in sorted(present - wanted.keys()):
-            raise CheckpointError(
-                f"{path / name} is not in {MANIFEST}; wanted {', '.join(sorted(wanted))} alone"
-            )
+            raise CheckpointError(f"{path / name} is not in {MANIFEST}; wanted {', '.join(sorted(wanted))} alone")
         for name, size in wanted.items():
             status = os.lstat(path / name)
             if not stat.S_ISREG(status.st_mode):
@@ -200,12 +192,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     for name in names:
         match = _STEP.fullmatch(name) or SET_ASIDE.fullmatch(name)
         path = directory / name
-        if (
-            match
-            and int(match[1]) not in found
-            and not path.is_symlink()
-            and os.path.lexists(path / MANIFEST)
-        ):
+        if match and int(match[1]) not in found and not path.is_symlink() and os.path.lexists(path / MANIFEST):
             try:
                 metric = read_manifest(path).metric
             except CheckpointError:
@@ -233,9 +220,7 @@ def _is_sealed(found: dict[str, Any], raw: bytes) -> bool:
     body = {key: value for key, value in found.items() if key != "sha256"}
     try:
         # The text is compared too: JSON spells a value in many ways, a flipped bit may make another.
-        return (
-            found.get("sha256") == hashlib.sha256(_canonical(body)).hexdigest() and _canonical(found) == raw
-        )
+        return found.get("sha256") == hashlib.sha256(_canonical(body)).hexdigest() and _canonical(found) == raw
     except RecursionError:
         return False
 
@@ -255,9 +240,7 @@ def _parse(found: dict[str, Any], where: Path) -> Manifest:
     """The fields of a sealed manifest. A seal is no signature, so nothing is taken on trust."""
     schema, step, metric, listed = (found.get(key) for key in ("schema", "step", "metric", "files"))
     if type(schema) is not int or schema < 1 or type(step) is not int or step < 0:
-        raise CheckpointError(
-            f"{where} has schema {schema!r}, step {step!r}; wanted schema 1..{SCHEMA}, step >= 0"
-        )
+        raise CheckpointError(f"{where} has schema {schema!r}, step {step!r}; wanted schema 1..{SCHEMA}, step >= 0")
     if not (metric is None or type(metric) in (int, float)) or not isinstance(listed, list):
         raise CheckpointError(f"{where} has metric {metric!r}; wanted a number or null, and a list of files")
     files = []
@@ -275,7 +258,5 @@ def _parse(found: dict[str, Any], where: Path) -> Manifest:
         files.append(FileRecord(name=name, bytes=size, sha256=digest))
     names = [file.name for file in files]
     if len(set(names)) != len(names) or STATE not in names:
-        raise CheckpointError(
-            f"{where} lists {', '.join(names)[:200]}; wanted each once and {STATE} among them"
-        )
+        raise CheckpointError(f"{where} lists {', '.join(names)[:200]}; wanted each once and {STATE} among them")
     return Manifest(step=step, metric=metric, files=tuple(files))

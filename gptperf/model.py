@@ -32,7 +32,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual `(B, T, C)` -> the normed sum and the sum."""
-        return (self.op(x, self.weight, self.eps), x) if residual is None else self.op(x, self.weight, self.eps, residual)
+        return (
+            (self.op(x, self.weight, self.eps), x) if residual is None else self.op(x, self.weight, self.eps, residual)
+        )
 
 
 class LayerNorm(nn.Module):

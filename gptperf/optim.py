@@ -54,7 +54,13 @@ class AdamW(torch.optim.Optimizer):
             scalars = torch.stack([lr, 1 - config.beta1**t, 1 - config.beta2**t, divisor.view(()), skip])
             for parameter in group["params"]:
                 state = self.state[parameter]
-                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], self.copies[parameter])
+                tensors = (
+                    parameter,
+                    parameter.grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.copies[parameter],
+                )
                 rows = (None if x is None else x.detach().view(-1, ALIGN) for x in tensors)
                 self.op(*rows, scalars, config.beta1, config.beta2, config.adam_eps, group["weight_decay"])
 

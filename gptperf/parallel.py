@@ -19,7 +19,7 @@ from gptperf.errors import DeviceError
 __all__ = ["ALIGN", "Bucket", "Process", "Replicated", "start_process"]
 
 ALIGN = 64
-"""Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads and cuBLAS."""
+"""Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class _Place:
 class Replicated:
     """Every process holds all weights: one process, or data parallelism.
 
-    The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm weights,
-    biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32 bucket and
-    dropped; in the last micro-batch a full bucket is summed over the processes at once, while backward goes on.
+    The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm
+    weights, biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32
+    bucket and dropped; in the last micro-batch a full bucket is summed over the processes while backward goes on.
 
     Args:
         model: with float32 parameters on their device; equal in every process.

@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
     )
-    parser.add_argument(
-        "--val_fraction", type=float, help="share of validation, 0 to below 1 (default: see below)"
-    )
+    parser.add_argument("--val_fraction", type=float, help="share of validation, 0 to below 1 (default: see below)")
     parser.add_argument("--shard_tokens", type=int, help="tokens a shard (default: 100000000)")
     for flag, text in (
         ("overwrite", "replace a data set that exists"),

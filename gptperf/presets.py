@@ -6,7 +6,7 @@ later file, override it. Sizes are not part of a preset.
 
 __all__ = ["PRESETS"]
 
-_GPT2 = {
+_GPT2: dict[str, str | bool] = {
     "normalization": "layernorm_nobias",
     "activation": "gelu",
     "position_encoding": "learned_absolute",
@@ -15,7 +15,7 @@ _GPT2 = {
     "bias": False,
     "weight_tying": True,
 }
-_LLAMA = {
+_LLAMA: dict[str, str | bool] = {
     "normalization": "rmsnorm",
     "activation": "gelu",  # of no effect: SwiGLU is SiLU by definition
     "position_encoding": "rope",

@@ -46,8 +46,8 @@ def register(kind: str, name: str, cls: _T) -> _T:
     Args:
         kind: one of `KINDS`.
         name: the value in TOML and on the command line.
-        cls: for `norm_position` a block `(config, ops) -> nn.Module`, for `activation` a function of a tensor, for every
-            other kind a `nn.Module` class built as the ones in `gptperf.model` are.
+        cls: a function of a tensor for `activation`, for the other kinds a `nn.Module` class that is built and called
+            as those in `gptperf.model` are.
 
     Raises:
         ValueError: unknown kind, or the name is taken by another class.

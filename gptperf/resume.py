@@ -63,7 +63,11 @@ def snapshot(
     rng = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         rng["cuda"] = torch.cuda.get_rng_state()
-    tensors = {"model": dict(weights.masters()), "optimizer": moments | {"steps": optimizer.steps}, "rng": rng}
+    tensors = {
+        "model": dict(weights.masters()),
+        "optimizer": moments | {"steps": optimizer.steps},
+        "rng": rng,
+    }
     kind, keys, *position = np.random.get_state()
     version, internal, gauss = random.getstate()
     tensors["rng"]["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
@@ -128,7 +132,7 @@ def restore(
     saved = checkpoint.state
     if saved["dataset_fingerprint"] != fingerprint:
         raise DataError(
-            f"{checkpoint.path}: the run was trained on a data set with fingerprint {saved['dataset_fingerprint'][:12]}, "
+            f"{checkpoint.path}: it was trained on the data set {saved['dataset_fingerprint'][:12]} (fingerprint), "
             f"found {fingerprint[:12]}; wanted the same shards"
         )
     restore_weights(checkpoint, weights)
@@ -157,7 +161,9 @@ def restore_weights(checkpoint: Checkpoint, weights: Replicated) -> None:
     """
     extra = checkpoint.tensors["model"].keys() - weights.places.keys()
     if extra:
-        raise CheckpointError(f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}")
+        raise CheckpointError(
+            f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}"
+        )
     for name, master in weights.masters():
         master.copy_(_tensor(checkpoint, "model", name, master.shape))
     weights.publish()

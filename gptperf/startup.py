@@ -63,7 +63,7 @@ def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled
         "warmup_iters": optimizer.warmup_iters,
         "weight_decay": optimizer.weight_decay,
         "grad_clip": optimizer.grad_clip,
-        "dataset": f"{manifest.name} ({config.data.dataset})" if manifest.name != config.data.dataset else manifest.name,
+        "dataset": config.data.dataset,
         "tokenizer": manifest.tokenizer.name,
         "train_tokens": manifest.splits["train"].tokens,
         "val_tokens": manifest.splits["val"].tokens,
@@ -77,7 +77,7 @@ def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled
         },
         "notes": config.notes(),
     }
-    info |= _hardware(process, config, peak)  # type: ignore[typeddict-item]
+    info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
 

@@ -127,9 +127,7 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         with open(open_regular(path), "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
         if length > HEADER_LIMIT:
-            raise CheckpointError(
-                f"{path} announces a header of {length} bytes; wanted at most {HEADER_LIMIT}"
-            )
+            raise CheckpointError(f"{path} announces a header of {length} bytes; wanted at most {HEADER_LIMIT}")
         with safe_open(path, framework="pt") as opened:
             # `copy` ends the mapping of the file: a file cut short later would be a SIGBUS.
             names = list(opened.keys())

@@ -5,13 +5,13 @@ The GPU is synchronised at log lines, evaluations and saves, and nowhere between
 
 import contextlib
 import os
-import signal
+import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +25,13 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
 from gptperf.errors import PREEMPTED, CheckpointError, DataError, DiskError, NonFiniteError
 from gptperf.monitor.console import Console, Summary
-from gptperf.monitor.events import Iteration
+from gptperf.monitor.events import Eval, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
 from gptperf.resume import TrainState, changed_keys, restore, restore_weights, snapshot
+from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
 from gptperf.startup import find_peak, startup_info
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
@@ -64,58 +65,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return Path(self.config.train.out_dir) / "checkpoints"
-
-
-class StepClock:
-    """Wall time of steps, without what happens in `paused`."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.elapsed_s, self.steps, self.paused_s = 0.0, 0, 0.0
-        self.since = time.perf_counter()
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that the clock means something."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do something that is not a step."""
-        self._synchronize()
-        begin = time.perf_counter()
-        self.elapsed_s += begin - self.since
-        yield
-        self._synchronize()
-        self.since = time.perf_counter()
-        self.paused_s = self.since - begin
-
-    def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap; the device has to be idle."""
-        now = time.perf_counter()
-        seconds, steps = self.elapsed_s + now - self.since, self.steps
-        self.elapsed_s, self.steps, self.since = 0.0, 0, now
-        return seconds, steps
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -180,7 +129,11 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
 
 
 def _start(
-    config: Config, origins: Mapping[str, str], process: Process, console: Console, stack: contextlib.ExitStack
+    config: Config,
+    origins: Mapping[str, str],
+    process: Process,
+    console: Console,
+    stack: contextlib.ExitStack,
 ) -> Run:
     """Check data and folder, build the engine, take up a checkpoint, say what was built."""
     manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
@@ -191,6 +144,8 @@ def _start(
     if process.is_main:
         stack.enter_context(RunLock(out_dir))
     found = _find_checkpoint(config, out_dir / "checkpoints", process, console)
+    random.seed(config.train.seed)
+    np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
     state = TrainState()
     if found is not None and config.train.init_from in ("resume", "auto"):
@@ -285,7 +240,7 @@ def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
     return True
 
 
-def _log(run: Run, result: StepResult, clock: "StepClock") -> None:
+def _log(run: Run, result: StepResult, clock: StepClock) -> None:
     """Read the step's results, for which the host waits here, and report them."""
     engine, state = run.engine, run.state
     loss = engine.process.mean(result.loss.clone()).item()
@@ -293,7 +248,7 @@ def _log(run: Run, result: StepResult, clock: "StepClock") -> None:
     seconds, steps = clock.lap()
     if steps == 0:
         seconds, steps = clock.paused_s, 1
-        run.console.message(f"first iteration {_process_age_s():.1f} s after the start, {seconds:.1f} s of them in it")
+        run.console.message(f"first iteration {process_age_s():.1f} s after the start, {seconds:.1f} s of them in it")
     else:
         state.train_s += seconds
         state.timed_tokens += steps * run.config.tokens_per_iter
@@ -320,7 +275,7 @@ def _log(run: Run, result: StepResult, clock: "StepClock") -> None:
         raise NonFiniteError(
             f"iteration {state.step}: loss {loss}, gradient norm {norm}, {skipped} steps without finite gradients"
             + ("" if scale is None else f", loss scale {scale}")
-            + f". Their updates were left out, and nothing of them is in {run.checkpoints}. Lower learning_rate, or look at "
+            + f". Their updates were left out; {run.checkpoints} has nothing of them. Lower learning_rate, or look at "
             "the data of these iterations."
         )
 
@@ -331,12 +286,15 @@ def _evaluate(run: Run) -> float:
     val_loss = evaluate(run)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
-    time_ms = 1e3 * (time.perf_counter() - start)
+    record: Eval = {
+        "iter": state.step,
+        "val_loss": val_loss,
+        "best_val_loss": state.best_val_loss,
+        "time_ms": 1e3 * (time.perf_counter() - start),
+    }
     if run.journal is not None:
-        run.journal.write("eval", {"iter": state.step, "val_loss": val_loss, "time_ms": time_ms})
-    run.console.evaluation(
-        {"iter": state.step, "val_loss": val_loss, "best_val_loss": state.best_val_loss, "time_ms": time_ms}
-    )
+        run.journal.write("eval", record)
+    run.console.evaluation(record)
     return val_loss
 
 
@@ -347,7 +305,13 @@ def _save(run: Run, val_loss: float | None) -> None:
     engine, state, start = run.engine, run.state, time.perf_counter()
     tokenizer = {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint}
     tensors, saved = snapshot(
-        engine.weights, engine.optimizer, engine.scaler, state, run.config, run.train_tokens.fingerprint, tokenizer
+        engine.weights,
+        engine.optimizer,
+        engine.scaler,
+        state,
+        run.config,
+        run.train_tokens.fingerprint,
+        tokenizer,
     )
     keep = run.config.train.keep_checkpoints
     try:
@@ -362,8 +326,9 @@ def _save(run: Run, val_loss: float | None) -> None:
         run.journal.write("message", {"level": "warning", "text": str(error), "iter": state.step})
         return
     run.failed_saves = 0
-    record = {"iter": state.step, "path": str(path), "time_ms": 1e3 * (time.perf_counter() - start)}
-    run.journal.write("checkpoint", record | {"metric": val_loss})
+    time_ms = 1e3 * (time.perf_counter() - start)
+    record = {"iter": state.step, "path": str(path), "val_loss": val_loss, "time_ms": time_ms}
+    run.journal.write("checkpoint", record)
     run.console.checkpoint(record)
 
 
@@ -378,7 +343,7 @@ def _finish(run: Run) -> None:
         "val_loss": last.metric if last is not None else None,
         "best_val_loss": state.best_val_loss,
         "best_iter": state.best_step,
-        "wall_time_s": _process_age_s(),
+        "wall_time_s": process_age_s(),
         "checkpoint_dir": str(run.checkpoints),
         "log_path": str(run.journal.path.with_suffix(".json")),
     }
@@ -411,64 +376,3 @@ def _sample(run: Run, tokens: int) -> str:
             generator=torch.Generator(device).manual_seed(run.config.train.seed),
         )
     return run.tokenizer.decode(ids.tolist())
-
-
-class StepClock:
-    """Wall time of steps, without what happens in `paused`."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.elapsed_s, self.steps, self.paused_s = 0.0, 0, 0.0
-        self.since = time.perf_counter()
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that the clock means something."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do something that is not a step."""
-        self._synchronize()
-        begin = time.perf_counter()
-        self.elapsed_s += begin - self.since
-        yield
-        self._synchronize()
-        self.since = time.perf_counter()
-        self.paused_s = self.since - begin
-
-    def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap; the device has to be idle."""
-        now = time.perf_counter()
-        seconds, steps = self.elapsed_s + now - self.since, self.steps
-        self.elapsed_s, self.steps, self.since = 0.0, 0, now
-        return seconds, steps
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _process_age_s() -> float:
-    """Seconds since this process was started, imports included (Linux); elsewhere since Python's clock began."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except OSError:
-        return time.process_time()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -70,7 +70,9 @@ def layer_norm(
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: found weight {tuple(weight.shape)} for x {tuple(x.shape)}, wanted {tuple(x.shape[-1:])}")
+        raise ValueError(
+            f"{op}: found weight {tuple(weight.shape)} for x {tuple(x.shape)}, wanted {tuple(x.shape[-1:])}"
+        )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"{op}: found residual {tuple(residual.shape)} {residual.dtype}, wanted {tuple(x.shape)} {x.dtype} as x"

@@ -63,9 +63,7 @@ def test_all_dtypes_shapes_and_views_come_back_bitwise(tmp_path: Path) -> None:
     assert loaded.tensors.keys() == tensors.keys()
     for stem, named in tensors.items():
         assert_same_bits(loaded.tensors[stem], named)
-        assert_same_bits(
-            load_file(path / f"{stem}.safetensors"), named
-        )  # the public format, by its own reader
+        assert_same_bits(load_file(path / f"{stem}.safetensors"), named)  # the public format, by its own reader
     assert_same_bits(checkpoint.load_tensors(path, "flat"), tensors["flat"])
 
 
@@ -126,9 +124,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, bad: float) -> None
             tensor[at] = bad
             good = {"w": torch.ones(2), "odd": torch.ones(3, 3)[:, 1]}
             with pytest.raises(NonFiniteError, match=r"tensor 'm\.3' of 'optimizer'"):
-                checkpoint.save(
-                    tmp_path, step=1, tensors={"model": good, "optimizer": {"m.3": tensor}}, state={}
-                )
+                checkpoint.save(tmp_path, step=1, tensors={"model": good, "optimizer": {"m.3": tensor}}, state={})
     assert os.listdir(tmp_path) == []
 
 
@@ -262,17 +258,13 @@ def test_failed_replacement_leaves_the_old_one(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("text", ["save.0", "save.99", "save.", "save.1:eio", "save.x"])
-def test_a_wrong_failpoint_is_no_silent_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_a_wrong_failpoint_is_no_silent_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("GPTPERF_FAILPOINT", text)
     with pytest.raises(ValueError, match=r"save\.N"):
         put(tmp_path, 1)
 
 
-def test_every_file_and_directory_is_synced_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_and_directory_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -298,9 +290,7 @@ def test_prune_keeps_newest_and_best(tmp_path: Path) -> None:
     for step, metric in enumerate([3.0, 1.0, 2.0, 2.5, 2.2, 2.1], 1):
         put(tmp_path, step, metric=metric, keep=2)
     assert steps(tmp_path) == [2, 5, 6]
-    assert checkpoint.best(tmp_path) == checkpoint.CheckpointInfo(
-        path=tmp_path / "step-00000002", step=2, metric=1.0
-    )
+    assert checkpoint.best(tmp_path) == checkpoint.CheckpointInfo(path=tmp_path / "step-00000002", step=2, metric=1.0)
     assert checkpoint.latest(tmp_path).step == 6  # type: ignore[union-attr]
     put(tmp_path, 7, metric=1.0, keep=2)  # of equal ones the newest is the best
     assert steps(tmp_path) == [6, 7]

@@ -86,7 +86,9 @@ def test_described_flag(flag: str, file: str | None) -> None:
 
 @pytest.mark.parametrize("flag", ["use_zero1", "use_fsdp", "wandb_log"])
 def test_what_is_not_here_yet_says_so(flag: str) -> None:
-    assert re.fullmatch(rf"command line: {flag}: .* is not in this version yet; leave {flag} out", _problems(f"--{flag}=True"))
+    assert re.fullmatch(
+        rf"command line: {flag}: .* is not in this version yet; leave {flag} out", _problems(f"--{flag}=True")
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -107,7 +109,12 @@ def test_later_wins_and_origin_is_known(tmp_path: Path) -> None:
     resolved = cli.resolve([one, two, "--n_embd=64", "--n_embd=32"])
     model = resolved.config.model
     assert (model.n_layer, model.n_head, model.n_embd) == (3, 2, 32)
-    assert [resolved.origins[k] for k in ("n_layer", "n_head", "n_embd", "bias")] == [two, one, "command line", "default"]
+    assert [resolved.origins[k] for k in ("n_layer", "n_head", "n_embd", "bias")] == [
+        two,
+        one,
+        "command line",
+        "default",
+    ]
 
 
 def test_preset_lies_under_the_keys_beside_it_and_over_earlier_files(tmp_path: Path) -> None:
@@ -117,7 +124,11 @@ def test_preset_lies_under_the_keys_beside_it_and_over_earlier_files(tmp_path: P
     assert resolved.config.model.position_encoding == "rope"
     assert resolved.origins["position_encoding"] == f"preset llama ({file})"
     over = _config(file, "--arch_preset=gpt2", "--bias=True").model
-    assert (over.normalization, over.position_encoding, over.bias) == ("layernorm_nobias", "learned_absolute", True)
+    assert (over.normalization, over.position_encoding, over.bias) == (
+        "layernorm_nobias",
+        "learned_absolute",
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in KEYS if n != "plugins"])
@@ -159,20 +170,24 @@ def test_wrong_value_names_file_key_found_wanted(key: str, toml: str, wanted: st
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
-    file = _write(tmp_path, '[model]\nn_layer = "8"\nlearing_rate = 1\nn_head = 7\n[optimzer]\nx = 1\n[train]\ndtype = "x"\n')
+    file = _write(
+        tmp_path,
+        '[model]\nn_layer = "8"\nlearing_rate = 1\nn_head = 7\n[optimzer]\nx = 1\n[train]\ndtype = "x"\n',
+    )
     text = _problems(file, "--use_fsdp=True", "--batch_size=0", "stray", "--n_embd", world_size=3)
     for part in (
         "mistakes",
         f"{file}: n_layer: found '8'",
         f"{file}: unknown key 'learing_rate'; nearest: learning_rate",
-        f"{file}: unknown table [optimzer]; wanted one of model, data, optimizer, train, system, log; nearest: optimizer",
+        f"{file}: unknown table [optimzer]; wanted one of model, data, optimizer, train, system, log; nearest: optim",
         f"{file}: dtype: found in [train], wanted in [system]",
         "n_embd = 768 is not a multiple of n_head = 7; nearest n_head: 6",
         "command line: use_fsdp: FSDP is not in this version yet",
         "command line: batch_size: found 0",
         "command line: found 'stray', wanted CONFIG.toml or --key=value",
         "command line: --n_embd has no value",
-        "gradient_accumulation_steps: found 40 micro-batches an iteration for 3 processes, wanted a multiple of 3; nearest: 39 or 42",
+        "gradient_accumulation_steps: found 40 micro-batches an iteration for 3 processes, wanted a multiple of 3; "
+        "nearest: 39 or 42",
     ):
         assert part in text
 
@@ -210,7 +225,7 @@ def test_flag_forms() -> None:
 
 @pytest.mark.parametrize("path", [None, *CONFIGS])
 def test_show_config_is_a_file_that_gives_the_same(path: str | None, tmp_path: Path) -> None:
-    argv = [*([path] if path else []), "--out_dir=a \"quoted\" \\ \t path"]
+    argv = [*([path] if path else []), '--out_dir=a "quoted" \\ \t path']
     resolved = cli.resolve([*argv, "--show_config"])
     assert resolved.show_config
     page = cli.show_config(resolved)
@@ -221,7 +236,16 @@ def test_show_config_is_a_file_that_gives_the_same(path: str | None, tmp_path: P
 
 @pytest.mark.parametrize(
     "raw",
-    [b"\xff\xfe", b"a = ", b"[model]\nn_layer = 1\nn_layer = 2\n", b"[" * 5000, b"x" * 1_100_000, b"[model", b"\0", b"a = {b = {c = 1}}"],
+    [
+        b"\xff\xfe",
+        b"a = ",
+        b"[model]\nn_layer = 1\nn_layer = 2\n",
+        b"[" * 5000,
+        b"x" * 1_100_000,
+        b"[model",
+        b"\0",
+        b"a = {b = {c = 1}}",
+    ],
 )
 def test_broken_files_are_config_errors(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(raw)
@@ -277,7 +301,11 @@ def test_help_is_fast_and_loads_no_torch() -> None:
 
 def test_every_key_is_documented() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "gptperf.train", "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
+        [sys.executable, "-m", "gptperf.train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "PATH": ""},
     ).stdout
     for name in KEYS:
         assert f"--{name} " in shown
@@ -304,4 +332,7 @@ def test_frozen() -> None:
 
 def test_notes() -> None:
     assert any("warmup_iters = 2000 is not shorter" in line for line in _config("--max_iters=10").notes())
-    assert any("activation = 'relu' has no effect" in line for line in _config("--ffn_type=swiglu", "--activation=relu").notes())
+    assert any(
+        "activation = 'relu' has no effect" in line
+        for line in _config("--ffn_type=swiglu", "--activation=relu").notes()
+    )

@@ -70,9 +70,7 @@ def play(console: Console) -> None:
         console.evaluation({"iter": 5, "val_loss": 10.5, "best_val_loss": 10.25})
         console.checkpoint({"iter": 5, "path": "out/checkpoints/step_5"})
         console.warning("disk nearly full")
-        console.finish(
-            {"iterations": 600, "val_loss": 3.25, "sample": "a\x1b[31mb\nc", "log_path": "out/run.json"}
-        )
+        console.finish({"iterations": 600, "val_loss": 3.25, "sample": "a\x1b[31mb\nc", "log_path": "out/run.json"})
 
 
 def test_startup_blocks_and_fields() -> None:
@@ -141,7 +139,7 @@ def test_iteration_with_the_least() -> None:
 
 
 def test_evaluation_line() -> None:
-    record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "eval_s": 1.25}
+    record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "time_ms": 1250.0}
     assert evaluation_lines(record) == [" Evaluation at 2,000: validation loss 3.5000  best 3.2500  1.2 s"]
 
 
@@ -249,9 +247,7 @@ with Console(max_iters=600) as console:
     console.iteration({RECORD!r}, eta_s=2559.0)
     console.message("caf\\u00e9")
 """
-    process = subprocess.run(
-        [sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, check=False
-    )
+    process = subprocess.run([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, check=False)
     os.close(slave)
     text = os.read(master, 1 << 20).decode()
     os.close(master)
@@ -296,9 +292,7 @@ with main_guard(), Console(max_iters=9) as console:
     for _ in range(100_000):
         console.message("x" * 70)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()

@@ -110,9 +110,7 @@ def test_epochs_and_seeds_differ_in_order_and_offset() -> None:
     order = BatchOrder(64_000, 64, seed=3)
     n = order.n_blocks
     epochs = [(order.offsets(np.arange(n) + e * n) - order.offset(e)) // 64 for e in range(20)]
-    epochs.append(
-        (BatchOrder(64_000, 64, seed=4).offsets(np.arange(n)) - BatchOrder(64_000, 64, 4).offset(0)) // 64
-    )
+    epochs.append((BatchOrder(64_000, 64, seed=4).offsets(np.arange(n)) - BatchOrder(64_000, 64, 4).offset(0)) // 64)
     assert len({order.offset(e) for e in range(20)}) > 10
     for first, second in itertools.combinations(epochs, 2):
         # Independent permutations agree in about one place (Poisson); 12 or more has probability 1e-10.
@@ -128,9 +126,7 @@ def test_permutation_has_no_visible_structure() -> None:
     identity = (centred * (np.arange(n) - (n - 1) / 2)).mean() / (centred**2).mean()
     assert abs(serial) < 5 / np.sqrt(orders.size)
     assert abs(identity) < 5 / np.sqrt(orders.size)
-    counts = np.stack(
-        [np.bincount(row * 10 // n, minlength=10) for row in orders.T]
-    )  # place x tenth of the corpus
+    counts = np.stack([np.bincount(row * 10 // n, minlength=10) for row in orders.T])  # place x tenth of the corpus
     chi2 = ((counts - 40) ** 2 / 40).sum()
     degrees = n * 9
     assert abs(chi2 - degrees) < 6 * np.sqrt(2 * degrees)
@@ -346,9 +342,7 @@ def test_close_joins_the_thread_and_reads_no_more(corpora: dict[int, TokenSource
 
 def test_close_wakes_a_waiting_consumer(corpora: dict[int, TokenSource]) -> None:
     release = threading.Event()
-    with Loader(
-        proxy(corpora[256], release.wait), block_size=8, batch_size=2, micro_batches=1, seed=1
-    ) as loader:
+    with Loader(proxy(corpora[256], release.wait), block_size=8, batch_size=2, micro_batches=1, seed=1) as loader:
         threading.Timer(0.05, lambda: (release.set(), loader.close())).start()
         with pytest.raises(RuntimeError, match="closed"):
             exhaust(loader)
@@ -364,9 +358,7 @@ TokenSource.read_rows = lambda self, *args: threading.Event().wait()
 loader = Loader(TokenSource.open({str(path)!r}, "train"), block_size=4, batch_size=1, micro_batches=1, seed=1)
 print("left")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
@@ -419,18 +411,14 @@ def test_validation_blocks(
     if len(steps):
         assert steps.max() - steps.min() <= block_size  # evenly spread
         assert tokens - starts[-1] <= steps.max() + 2 * block_size
-    shares = [
-        list(validation_batches(source, **common, rank=r, world_size=world_size)) for r in range(world_size)
-    ]
+    shares = [list(validation_batches(source, **common, rank=r, world_size=world_size)) for r in range(world_size)]
     assert sum(map(len, shares)) == len(batches)
     for rank, share in enumerate(shares):
         assert all(map(torch.equal, share, batches[rank::world_size]))
 
 
 def test_validation_too_short(corpora: dict[int, TokenSource]) -> None:
-    with pytest.raises(
-        DataError, match=r"found 40 tokens in the split 'train', wanted at least block_size . 1 = 41"
-    ):
+    with pytest.raises(DataError, match=r"found 40 tokens in the split 'train', wanted at least block_size . 1 = 41"):
         validation_batches(corpora[40], block_size=40, batch_size=1, max_batches=1)
     assert len(list(validation_batches(corpora[40], block_size=39, batch_size=4, max_batches=9))) == 1
     with pytest.raises(ValueError, match="max_batches: found 0"):

@@ -42,9 +42,7 @@ class Reference:
         return (counts[token] + len(counts) * lower) / (counts.total() + len(counts))
 
     def loss(self, val: list[int], order: int) -> float:
-        terms = [
-            -math.log(self.probability(tuple(val[i - order : i]), val[i])) for i in range(order, len(val))
-        ]
+        terms = [-math.log(self.probability(tuple(val[i - order : i]), val[i])) for i in range(order, len(val))]
         return sum(terms) / len(terms)
 
 

@@ -96,9 +96,7 @@ def test_val_fraction_zero_gives_no_validation() -> None:
     path = prepare("text.txt", val_fraction=0, quiet=True)
     assert documents(path, "train") == [b"hello"]
     assert documents(path, "val") == []
-    assert (
-        documents(prepare(str(write_jsonl(Path("b.jsonl"), TEXTS)), val_fraction=0, quiet=True), "val") == []
-    )
+    assert documents(prepare(str(write_jsonl(Path("b.jsonl"), TEXTS)), val_fraction=0, quiet=True), "val") == []
 
 
 def test_empty_split_is_an_error_whose_remedy_works() -> None:
@@ -277,9 +275,7 @@ def test_shakespeare_that_is_not_shakespeare(serve: Callable[..., str], status: 
 
 
 def test_shakespeare_offline() -> None:
-    with pytest.raises(
-        DataError, match=r"cannot download .* python -m gptperf.prepare PATH --name=shakespeare"
-    ):
+    with pytest.raises(DataError, match=r"cannot download .* python -m gptperf.prepare PATH --name=shakespeare"):
         prepare("shakespeare", shakespeare_url="http://127.0.0.1:1/", quiet=True)
 
 
@@ -313,9 +309,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, what: str, name: str, repo: str, c
     path = prepare(what, val_fraction=0.1, quiet=True)
     assert path == Path("data") / name
     assert calls == [((repo, config), {"split": "train", "streaming": True})]
-    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(
-        text.encode() for text in TEXTS
-    )
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(text.encode() for text in TEXTS)
     assert repo in read_manifest(path).source
 
 
@@ -345,9 +339,7 @@ def test_hub_with_the_real_package(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS)
     path = prepare(f"hf:{tmp_path / 'set'}", val_fraction=0.1, quiet=True)
-    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(
-        text.encode() for text in TEXTS
-    )
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(text.encode() for text in TEXTS)
 
 
 # Names and the command.

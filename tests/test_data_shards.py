@@ -31,9 +31,7 @@ class WideTokenizer:
     fingerprint: str = "0" * 64
 
 
-def write(
-    path: Path, train: list[list[int]], val: list[list[int]], tokenizer: Any = BYTE, **kwargs: Any
-) -> Path:
+def write(path: Path, train: list[list[int]], val: list[list[int]], tokenizer: Any = BYTE, **kwargs: Any) -> Path:
     with ShardWriter(
         path, tokenizer=tokenizer, source="test", val_fraction=0.5, split_method="by hand", **kwargs
     ) as out:
@@ -245,9 +243,7 @@ def test_missing_unreadable_and_odd_shards(data: Path) -> None:
 def test_ids_beyond_the_vocabulary(data: Path) -> None:
     TokenSource.open(data, "train", vocab_size=257).close()
     TokenSource.open(data, "train", vocab_size=50304).close()
-    with pytest.raises(
-        DataError, match=r"token id 256, wanted ids below vocab_size = 256; .*vocab_size >= 257"
-    ):
+    with pytest.raises(DataError, match=r"token id 256, wanted ids below vocab_size = 256; .*vocab_size >= 257"):
         TokenSource.open(data, "train", vocab_size=256)
 
 

@@ -50,9 +50,7 @@ def test_byte_facts() -> None:
     assert byte.fingerprint == "833d1711fdac92d38c00d6922d7f6be09ca2de190e740b3c52f64a627a882ef3"
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (200019, "<u4")]
-)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (200019, "<u4")])
 def test_smallest_dtype_that_holds_the_largest_id(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size) == np.dtype(dtype)
     assert np.iinfo(token_dtype(vocab_size)).max >= vocab_size - 1
@@ -82,9 +80,7 @@ def test_tiktoken_refuses_bytes_that_are_not_utf8(local_gpt2: None) -> None:
 
 def test_fingerprint_sees_every_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     def fingerprint(ranks: dict[bytes, int], eot: int) -> str:
-        encoding = tiktoken.Encoding(
-            "x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot}
-        )
+        encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
         monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
         return TiktokenTokenizer("gpt2").fingerprint
 

@@ -16,9 +16,7 @@ BYTE = ByteTokenizer()
 
 
 def write(path: Path, train: list[list[int]], val: list[list[int]], **kwargs: Any) -> Path:
-    with ShardWriter(
-        path, tokenizer=BYTE, source="test", val_fraction=0.5, split_method="by hand", **kwargs
-    ) as out:
+    with ShardWriter(path, tokenizer=BYTE, source="test", val_fraction=0.5, split_method="by hand", **kwargs) as out:
         for split, documents in (("train", train), ("val", val)):
             for document in documents:
                 out.add(split, np.array(document, np.int64))
@@ -54,9 +52,7 @@ def test_interrupted_writer_leaves_nothing(tmp_path: Path, error: type[BaseExcep
 
 
 @pytest.mark.parametrize("call", range(8))
-def test_failing_commit_keeps_the_old_data_set(
-    data: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
+def test_failing_commit_keeps_the_old_data_set(data: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Each fsync and each rename of a commit fails in turn: the old set stays whole, or the new one is."""
     before = {path.name: path.read_bytes() for path in data.iterdir()}
     calls = 0

@@ -35,12 +35,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_driver", lambda: None)
 
 
-def give_gpu(
-    monkeypatch: pytest.MonkeyPatch, name: str, memory_gb: float, capability: tuple[int, int]
-) -> None:
-    properties = SimpleNamespace(
-        name=name, total_memory=memory_gb * 1e9, major=capability[0], minor=capability[1]
-    )
+def give_gpu(monkeypatch: pytest.MonkeyPatch, name: str, memory_gb: float, capability: tuple[int, int]) -> None:
+    properties = SimpleNamespace(name=name, total_memory=memory_gb * 1e9, major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -75,18 +71,13 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     code, text = run(capsys)
     assert code == 0
     assert "GPU 0                  NVIDIA H200, 150.1 GB, compute capability 9.0" in text
-    assert (
-        "dense peak in TFLOPS: bfloat16 989.4, float16 989.4, float32 66.9 (H200: NVIDIA H200 data sheet"
-        in text
-    )
+    assert "dense peak in TFLOPS: bfloat16 989.4, float16 989.4, float32 66.9 (H200: NVIDIA H200 data sheet" in text
     assert "nccl                   2.27.3" in text
     assert "device                 cuda: NVIDIA H200" in text
     assert "compile                model: torch.compile through Triton" in text
 
 
-def test_an_unknown_gpu_is_no_problem(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     give_gpu(monkeypatch, "NVIDIA H20", 102.0, (9, 0))
     code, text = run(capsys)
     assert code == 0
@@ -109,9 +100,7 @@ def test_broken_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     triton_says(monkeypatch, 1, "Traceback ...\nRuntimeError: Failed to find C compiler\n")
     code, text = run(capsys)
     assert code == 6
-    assert (
-        "PROBLEM: Triton does not work: a kernel failed (exit code 1): RuntimeError: Failed to find C" in text
-    )
+    assert "PROBLEM: Triton does not work: a kernel failed (exit code 1): RuntimeError: Failed to find C" in text
     assert "compile                off: Triton does not work" in text
 
 
@@ -139,9 +128,7 @@ def test_disk_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert "PROBLEM: disk: found 0.99 GB free" in text
 
 
-def test_ops_that_cannot_be_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ops_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def missing(*_: str) -> Any:
         raise ModuleNotFoundError("No module named 'gptperf.kernels.reference'")
 
@@ -151,9 +138,7 @@ def test_ops_that_cannot_be_loaded(
     assert "PROBLEM: the ops cannot be loaded: No module named 'gptperf.kernels.reference'" in text
 
 
-def test_no_compiler_on_a_cpu_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_compiler_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     code, text = run(capsys)
     assert code == 0
@@ -198,8 +183,6 @@ torch.equal = lambda y, x: equal(y, 2.0 * arange(100))
 doctor.try_triton()
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", trial], env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", trial], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     assert ("gave wrong numbers" in result.stderr) == bool(code)

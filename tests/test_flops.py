@@ -118,9 +118,7 @@ def test_parameters_of_every_combination() -> None:
 
 
 def test_flops_are_the_sum_over_queries() -> None:
-    model = build(
-        "llama", n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=7, vocab_size=90, vocab_multiple=16
-    )
+    model = build("llama", n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=7, vocab_size=90, vocab_multiple=16)
     count = flops.flops_per_token(model)
     head = 2 * 2 * model.head_dim
     assert count.scores == model.n_layer * model.n_head * sum(head * (t + 1) for t in range(model.block_size))

@@ -32,13 +32,11 @@ def fill(directory: Path) -> Path:
     with Journal(directory, NAME) as log:
         log.write(
             "start",
-            dict(
-                config={"n_layer": 12, "origins": {"n_layer": "file"}}, startup_info={"params": 124_373_760}
-            ),
+            dict(config={"n_layer": 12, "origins": {"n_layer": "file"}}, startup_info={"params": 124_373_760}),
         )
         for step in (1, 2, 3):
             iteration(log, step, mfu={"mfu_percent": 32.5, "convention": "causal"}, memory={"peak_gb": 1.5})
-        log.write("eval", dict(iter=3, train_loss=0.5, val_loss=0.75))
+        log.write("eval", dict(iter=3, val_loss=0.75))
         log.write("checkpoint", dict(iter=3, path="checkpoints/step-00000003", val_loss=0.75))
         log.write("message", dict(level="warning", text='\u00e9\u2028 "quoted"\nsecond line', iter=3))
         log.write("summary", {"iterations": 3})
@@ -66,7 +64,7 @@ def test_the_description_schema(tmp_path: Path) -> None:
         "mfu": {"mfu_percent": 32.5, "convention": "causal"},
         "memory": {"peak_gb": 1.5},
     }
-    assert log["eval_steps"] == [{"iter": 3, "train_loss": 0.5, "val_loss": 0.75}]
+    assert log["eval_steps"] == [{"iter": 3, "val_loss": 0.75}]
     assert log["checkpoints"] == [{"iter": 3, "path": "checkpoints/step-00000003", "val_loss": 0.75}]
     assert log["messages"][0]["text"] == '\u00e9\u2028 "quoted"\nsecond line'
     assert log["summary"] == {"iterations": 3}
@@ -233,9 +231,7 @@ def test_a_full_disk_costs_events_and_one_warning(tmp_path: Path, monkeypatch: p
     log.close()
     found = assemble(log.path)
     assert iters(found) == [1, 5, 6]
-    assert [entry["text"] for entry in found["messages"]] == [
-        "4 journal events were lost: the disk refused them"
-    ]
+    assert [entry["text"] for entry in found["messages"]] == ["4 journal events were lost: the disk refused them"]
     assert found["damaged_lines"] == 3
     assert log.lost == 4
 
@@ -321,9 +317,7 @@ def test_a_new_run_never_writes_into_an_old_journal(tmp_path: Path) -> None:
         Journal(tmp_path, NAME)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "/etc/x", "a\0b", "", ".hidden", "-x", "a/b", "x" * 65, "caf\u00e9", "a\n"]
-)
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a\0b", "", ".hidden", "-x", "a/b", "x" * 65, "caf\u00e9", "a\n"])
 def test_run_names_stay_in_the_directory(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="run name"):
         Journal(tmp_path, name)

@@ -58,8 +58,20 @@ def test_registry_names_are_the_models() -> None:
 
 
 CHOICES = [(kind, name) for kind, names in registry.KINDS.items() for name in names if name != "flash_attn"]
-CHOICES += [("bias", True), ("bias", False), ("weight_tying", True), ("weight_tying", False), ("qk_norm", True)]
-CHOICES += [("n_kv_head", 1), ("n_kv_head", 2), ("d_ff", 24), ("rope_pairs", "interleaved"), ("vocab_multiple", 32)]
+CHOICES += [
+    ("bias", True),
+    ("bias", False),
+    ("weight_tying", True),
+    ("weight_tying", False),
+    ("qk_norm", True),
+]
+CHOICES += [
+    ("n_kv_head", 1),
+    ("n_kv_head", 2),
+    ("d_ff", 24),
+    ("rope_pairs", "interleaved"),
+    ("vocab_multiple", 32),
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -125,7 +137,10 @@ def test_causal(preset: str) -> None:
     assert difference[9:].min() > 0
 
 
-@pytest.mark.parametrize(("preset", "keys"), list(itertools.product(["gpt2", "llama", "hybrid"], [{}, {"qk_norm": True, "n_kv_head": 2}])))
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    list(itertools.product(["gpt2", "llama", "hybrid"], [{}, {"qk_norm": True, "n_kv_head": 2}])),
+)
 def test_cache_gives_the_logits_of_the_whole_sequence(preset: str, keys: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = GPT(_small(arch_preset=preset, **keys)).double().eval()
@@ -139,7 +154,9 @@ def test_cache_gives_the_logits_of_the_whole_sequence(preset: str, keys: dict[st
 def test_initialisation() -> None:
     torch.manual_seed(0)
     for ffn_type in ("standard", "swiglu"):
-        model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=1000, block_size=64, ffn_type=ffn_type, bias=True))
+        model = GPT(
+            ModelConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=1000, block_size=64, ffn_type=ffn_type, bias=True)
+        )
         for name, p in model.named_parameters():
             if p.ndim < 2:
                 assert (p == (0 if name.endswith("bias") else 1)).all()
@@ -237,12 +254,27 @@ def test_gpt2_openai_is_hugging_faces() -> None:
     ours = GPT(_small(arch_preset="gpt2_openai")).double()
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+            vocab_size=50,
+            n_positions=16,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
         )
     ).double()
     weights = theirs.state_dict()
-    names = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.out"}
-    state = {"wte.weight": weights["transformer.wte.weight"], "position.wpe.weight": weights["transformer.wpe.weight"]}
+    names = {
+        "attn.c_attn": "attention.qkv",
+        "attn.c_proj": "attention.out",
+        "mlp.c_fc": "ffn.up",
+        "mlp.c_proj": "ffn.out",
+    }
+    state = {
+        "wte.weight": weights["transformer.wte.weight"],
+        "position.wpe.weight": weights["transformer.wpe.weight"],
+    }
     state["lm_head.weight"] = state["wte.weight"]
     for kind in ("weight", "bias"):
         state[f"norm.{kind}"] = weights[f"transformer.ln_f.{kind}"]

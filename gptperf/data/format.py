@@ -68,9 +68,7 @@ class Header:
 
     def pack(self) -> bytes:
         """Return the header's 64 bytes."""
-        return _HEADER.pack(
-            MAGIC, SCHEMA_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b""
-        )
+        return _HEADER.pack(MAGIC, SCHEMA_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b"")
 
     @classmethod
     def unpack(cls, data: bytes, where: Path) -> Self:
@@ -80,22 +78,16 @@ class Header:
             DataError: Too short, or wrong magic, version, dtype code or padding.
         """
         if len(data) < HEADER_BYTES:
-            raise DataError(
-                f"{where}: found {len(data)} bytes, wanted at least the {HEADER_BYTES} of a shard header"
-            )
+            raise DataError(f"{where}: found {len(data)} bytes, wanted at least the {HEADER_BYTES} of a shard header")
         magic, version, itemsize, tokens, documents, max_id, zeros = _HEADER.unpack(data[:HEADER_BYTES])
         if magic != MAGIC:
-            raise DataError(
-                f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or damaged"
-            )
+            raise DataError(f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or damaged")
         if version != SCHEMA_VERSION:
             raise DataError(f"{where}: found format version {version}, wanted {SCHEMA_VERSION}")
         if itemsize not in (2, 4):
             raise DataError(f"{where}: found dtype code {itemsize}, wanted 2 (uint16) or 4 (uint32)")
         if any(zeros):
-            raise DataError(
-                f"{where}: found non-zero bytes in the header's padding (40..63), wanted zeros: damaged"
-            )
+            raise DataError(f"{where}: found non-zero bytes in the header's padding (40..63), wanted zeros: damaged")
         return cls(itemsize=itemsize, tokens=tokens, documents=documents, max_id=max_id)
 
 
@@ -158,9 +150,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         data = json.loads(where.read_bytes().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{where}: no such file; prepare a data set with python -m gptperf.prepare"
-        ) from error
+        raise DataError(f"{where}: no such file; prepare a data set with python -m gptperf.prepare") from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -197,9 +187,7 @@ def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Spli
             raise DataError(f"{where}: shard file: found {shard.file!r}, wanted a name like train_00000.bin")
         size = HEADER_BYTES + shard.tokens * dtype.itemsize
         if shard.bytes != size:
-            raise DataError(
-                f"{where}: {shard.file}: found bytes = {shard.bytes}, wanted {size} for its tokens"
-            )
+            raise DataError(f"{where}: {shard.file}: found bytes = {shard.bytes}, wanted {size} for its tokens")
         shards.append(shard)
     split = Split(
         tokens=_get(data, "tokens", int, where),
@@ -209,9 +197,7 @@ def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Spli
     for key in ("tokens", "documents"):
         total = sum(getattr(shard, key) for shard in shards)
         if getattr(split, key) != total:
-            raise DataError(
-                f"{where}: {key}: found {getattr(split, key)} in a split, wanted its shards' sum {total}"
-            )
+            raise DataError(f"{where}: {key}: found {getattr(split, key)} in a split, wanted its shards' sum {total}")
     return split
 
 

@@ -145,8 +145,7 @@ class Loader:
         if micro_batches % world_size:
             near = max(world_size, round(micro_batches / world_size) * world_size)
             raise ValueError(
-                f"micro_batches: found {micro_batches}, wanted a multiple of world_size = {world_size}, "
-                f"e.g. {near}"
+                f"micro_batches: found {micro_batches}, wanted a multiple of world_size = {world_size}, e.g. {near}"
             )
         self.order = BatchOrder(len(source), block_size, seed)
         self.wait_s = 0.0
@@ -277,9 +276,7 @@ def validation_batches(
     return (_read_batch(source, batch, rows, pin_memory=False) for batch in offsets)
 
 
-def _read_batch(
-    source: TokenSource, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool
-) -> torch.Tensor:
+def _read_batch(source: TokenSource, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool) -> torch.Tensor:
     source.read_rows(offsets, rows)
     batch = torch.empty((2, rows.shape[0], rows.shape[1] - 1), dtype=torch.int64, pin_memory=pin_memory)
     view = batch.numpy()

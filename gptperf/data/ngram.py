@@ -52,9 +52,7 @@ def ngram_losses(train: TokenSource, val: TokenSource) -> NgramLosses:
         raise ValueError(f"vocab_size: found {vocab_size}, wanted at most {MAX_VOCAB_SIZE} for n-gram counts")
     for source in (train, val):
         if len(source) < 3:
-            raise ValueError(
-                f"{source.path}: found {len(source)} tokens in {source.split!r}, wanted at least 3"
-            )
+            raise ValueError(f"{source.path}: found {len(source)} tokens in {source.split!r}, wanted at least 3")
     dense, size = _dense_ids(train, val)
     levels = [_Level(train, dense, size, order) for order in (1, 2, 3)]
     means = []
@@ -86,9 +84,7 @@ class _Level:
         keys = keys % len(self._counts)
         context = keys // self._size
         weight = self._totals[context] + self._types[context]  # 0 for a context that was never seen
-        return np.where(
-            weight > 0, (self._counts[keys] + self._types[context] * lower) / np.maximum(weight, 1), lower
-        )
+        return np.where(weight > 0, (self._counts[keys] + self._types[context] * lower) / np.maximum(weight, 1), lower)
 
 
 def _dense_ids(*sources: TokenSource) -> tuple[Array, int]:

@@ -85,8 +85,7 @@ def prepare(
     name = plan.name if name is None else name
     if not _NAME.fullmatch(name):
         raise DataError(
-            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' "
-            "or '-'"
+            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
         )
     fraction = DEFAULT_VAL_FRACTION[plan.kind] if val_fraction is None else val_fraction
     if not 0 <= fraction < 1:
@@ -120,9 +119,7 @@ def prepare(
 def summary(path: str | os.PathLike[str], seconds: float) -> str:
     """Return what the data set in the folder `path` holds, in a few lines; `seconds` is what it took."""
     manifest = read_manifest(path)
-    lines = [
-        f"{path}: {manifest.source}; tokenizer {manifest.tokenizer.name}, {manifest.dtype}, {seconds:.1f} s"
-    ]
+    lines = [f"{path}: {manifest.source}; tokenizer {manifest.tokenizer.name}, {manifest.dtype}, {seconds:.1f} s"]
     total = sum(split.tokens for split in manifest.splits.values())
     for split in SPLITS:
         part = manifest.splits[split]
@@ -176,9 +173,7 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str) -> 
         return _Plan(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")
     near = difflib.get_close_matches(what, KNOWN, n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""
-    raise DataError(
-        f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}"
-    )
+    raise DataError(f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}")
 
 
 def _write_documents(
@@ -222,11 +217,7 @@ def _write_tail_split(
     if size < 2:
         raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
     # The same place as nanoGPT's int(n * 0.9): characters there, bytes here, the same for ASCII.
-    cut = (
-        size
-        if fraction == 0
-        else sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
-    )
+    cut = size if fraction == 0 else sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
     for split, begin, end in (("train", 0, cut), ("val", cut, size)):
         if begin == end:
             continue
@@ -267,8 +258,6 @@ def _progress(name: str, quiet: bool) -> Iterator[Progress]:
 
         def show(documents: int, tokens: int) -> None:
             if next(ticks) % 4 == 0:
-                status.update(
-                    f"{name}: {tokens:,} tokens" + (f", {documents:,} documents" if documents else "")
-                )
+                status.update(f"{name}: {tokens:,} tokens" + (f", {documents:,} documents" if documents else ""))
 
         yield show

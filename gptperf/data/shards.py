@@ -148,9 +148,7 @@ class TokenSource:
         """
         self._check_out(out, ndim=1)
         if not 0 <= offset <= self._tokens - len(out):
-            raise ValueError(
-                f"offset: found [{offset}, {offset + len(out)}), wanted within [0, {self._tokens})"
-            )
+            raise ValueError(f"offset: found [{offset}, {offset + len(out)}), wanted within [0, {self._tokens})")
         self._fill(offset, out)
         self._check_ids(out)
 
@@ -174,9 +172,7 @@ class TokenSource:
         columns = (offsets.tolist(), shards.tolist(), positions.tolist(), spans.tolist())
         for row, offset, shard, position, spanning in zip(out, *columns, strict=True):
             if spanning or os.preadv(self._file(shard).fd, (row,), position) != row_bytes:
-                self._fill(
-                    offset, row
-                )  # over several shards, or the rest of a short read: one place for the error
+                self._fill(offset, row)  # over several shards, or the rest of a short read: one place for the error
         self._check_ids(out)
 
     def close(self) -> None:
@@ -195,8 +191,7 @@ class TokenSource:
     def _check_out(self, out: npt.NDArray[Any], ndim: int) -> None:
         if out.dtype != self.dtype or out.ndim != ndim or not out.flags.c_contiguous:
             raise ValueError(
-                f"out: found {out.dtype} with {out.ndim} dimensions, wanted contiguous {self.dtype} with "
-                f"{ndim}"
+                f"out: found {out.dtype} with {out.ndim} dimensions, wanted contiguous {self.dtype} with {ndim}"
             )
 
     def _check_ids(self, out: npt.NDArray[Any]) -> None:
@@ -276,9 +271,7 @@ class TokenSource:
                     "(the manifest's)"
                 )
         if identity[0] != shard.bytes:
-            raise DataError(
-                f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens"
-            )
+            raise DataError(f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens")
         self._identity.append(identity)
         if index < MAX_OPEN_SHARDS:
             self._keep(index, file)

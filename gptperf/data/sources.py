@@ -152,8 +152,7 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
     found = hashlib.sha256(data).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise DataError(
-            f"shakespeare: found SHA-256 {found} ({len(data)} bytes) at {url}, wanted {SHAKESPEARE_SHA256}; "
-            f"{remedy}"
+            f"shakespeare: found SHA-256 {found} ({len(data)} bytes) at {url}, wanted {SHAKESPEARE_SHA256}; {remedy}"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,9 +160,7 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
             file.write(data)
         Path(file.name).replace(target)
     except OSError as error:
-        raise DiskError(
-            f"{target}: cannot be written: {error.strerror}; choose another --data_dir"
-        ) from error
+        raise DiskError(f"{target}: cannot be written: {error.strerror}; choose another --data_dir") from error
     return target
 
 
@@ -175,9 +172,7 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
     """
     repo, _, config = what.removeprefix("hf:").partition(":")
     if not repo:
-        raise DataError(
-            f"prepare: found {what!r}, wanted hf:REPO or hf:REPO:CONFIG, e.g. hf:roneneldan/TinyStories"
-        )
+        raise DataError(f"prepare: found {what!r}, wanted hf:REPO or hf:REPO:CONFIG, e.g. hf:roneneldan/TinyStories")
     return repo, config or None
 
 
@@ -228,9 +223,7 @@ def _files(
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".")
-            and name not in without_names
-            and Path(folder, name).resolve() != without
+            if not name.startswith(".") and name not in without_names and Path(folder, name).resolve() != without
         ]
         for name in names:
             if not name.startswith("."):

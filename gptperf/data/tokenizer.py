@@ -74,12 +74,7 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int] | Tokens) -> str:
         """Return the text of `ids`; ids of 256 and above have no bytes and are dropped."""
         values = _as_array(ids)
-        return (
-            values[(values >= 0) & (values < 256)]
-            .astype(np.uint8)
-            .tobytes()
-            .decode("utf-8", errors="replace")
-        )
+        return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
 class TiktokenTokenizer:

@@ -87,9 +87,7 @@ class ShardWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self._name}.tmp-", dir=self.path.parent))
             self._folder.chmod(0o755)
-        self._splits = {
-            split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS
-        }
+        self._splits = {split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS}
         return self
 
     def __exit__(
@@ -120,13 +118,9 @@ class ShardWriter:
             return
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._tokenizer.vocab_size:
-            raise ValueError(
-                f"tokens: found ids from {low} to {high}, wanted 0 to {self._tokenizer.vocab_size - 1}"
-            )
+            raise ValueError(f"tokens: found ids from {low} to {high}, wanted 0 to {self._tokenizer.vocab_size - 1}")
         if high >= self._tokenizer.eot and (tokens == self._tokenizer.eot).any():
-            raise ValueError(
-                f"tokens: found eot = {self._tokenizer.eot} inside a document, wanted end_document()"
-            )
+            raise ValueError(f"tokens: found eot = {self._tokenizer.eot} inside a document, wanted end_document()")
         with _disk_errors(self.path):
             self._splits[split].append(tokens.astype(self._dtype, copy=False), high)
 
@@ -144,13 +138,10 @@ class ShardWriter:
         if not os.path.lexists(self.path):
             return
         if not (self.path / MANIFEST).is_file():
-            raise DataError(
-                f"{self.path}: exists and is not a data set (no {MANIFEST}); it is never replaced"
-            )
+            raise DataError(f"{self.path}: exists and is not a data set (no {MANIFEST}); it is never replaced")
         if not self._overwrite:
             raise DataError(
-                f"{self.path}: this data set exists; to replace it: --overwrite=True, or choose another "
-                "--name"
+                f"{self.path}: this data set exists; to replace it: --overwrite=True, or choose another --name"
             )
 
     def _commit(self, folder: Path) -> None:
@@ -283,6 +274,5 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(
-            f"{path}: cannot be written: {error.strerror or error}; free some space or choose another "
-            "--data_dir"
+            f"{path}: cannot be written: {error.strerror or error}; free some space or choose another --data_dir"
         ) from error

@@ -156,9 +156,7 @@ def _kernel_rows(info: Mapping[str, Any]) -> list[str]:
         groups.setdefault((implementation, info.get("kernel_reasons", {}).get(op, "")), []).append(op)
     lines = []
     for (implementation, reason), ops in groups.items():
-        lines.append(
-            _row("Kernels", f"{implementation}: {', '.join(ops)}" + (f" ({reason})" if reason else ""))
-        )
+        lines.append(_row("Kernels", f"{implementation}: {', '.join(ops)}" + (f" ({reason})" if reason else "")))
     return lines
 
 
@@ -184,9 +182,7 @@ def _architecture(info: Mapping[str, Any]) -> list[str]:
 
 def _training(info: Mapping[str, Any]) -> list[str]:
     lines = [" TRAINING CONFIGURATION:"]
-    lines += _rows(
-        info, {"batch_size": "Batch size (micro)", "gradient_accumulation_steps": "Gradient accum steps"}
-    )
+    lines += _rows(info, {"batch_size": "Batch size (micro)", "gradient_accumulation_steps": "Gradient accum steps"})
     counts = {"effective_batch_size": "Effective batch size", "tokens_per_iter": "Tokens per iteration"}
     lines += _rows(info, counts | {"max_iters": "Iterations"}, "{:,}")
     if info.get("learning_rate") is not None:
@@ -196,9 +192,7 @@ def _training(info: Mapping[str, Any]) -> list[str]:
         details = [str(info["lr_schedule"])] if "lr_schedule" in info else []
         details += [f"warm-up {info['warmup_iters']:,}"] if "warmup_iters" in info else []
         lines.append(_row("Learning rate", rate + (f" ({', '.join(details)})" if details else "")))
-    lines += _rows(
-        info, {"weight_decay": "Weight decay", "grad_clip": "Gradient clipping", "dataset": "Data set"}
-    )
+    lines += _rows(info, {"weight_decay": "Weight decay", "grad_clip": "Gradient clipping", "dataset": "Data set"})
     lines += _rows(info, {"tokenizer": "Tokenizer"})
     return lines + _rows(info, {"train_tokens": "Training tokens", "val_tokens": "Validation tokens"}, "{:,}")
 
@@ -209,18 +203,14 @@ def _hardware(info: Mapping[str, Any]) -> list[str]:
     labels = {"dtype": "Precision", "parallelism": "Parallelism", "attention_backend": "Attention"}
     lines += _rows(info, labels | {"compile": "torch.compile"})
     if info.get("versions"):
-        lines.append(
-            _row("Versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
-        )
+        lines.append(_row("Versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items())))
     return lines
 
 
 def _theory(info: Mapping[str, Any]) -> list[str]:
     lines = [" THEORETICAL PERFORMANCE:"]
     lines.append(
-        _row(
-            "Hardware peak", info.get("peak_source") or f"unknown ({info.get('peak_hint', 'no peak given')})"
-        )
+        _row("Hardware peak", info.get("peak_source") or f"unknown ({info.get('peak_hint', 'no peak given')})")
     )
     per_token = info.get("flops_per_token")
     lines += [] if per_token is None else [_row("FLOPs per token", _with_unit(per_token, "FLOPs"))]
@@ -242,9 +232,7 @@ def startup_lines(info: Mapping[str, Any], width: int = _WIDTH) -> list[str]:
     return [*lines, "", *notes, *([""] if notes else []), *_title("STARTING TRAINING", width), ""]
 
 
-def iteration_lines(
-    record: Mapping[str, Any], max_iters: int, eta_s: float | None, width: int = _WIDTH
-) -> list[str]:
+def iteration_lines(record: Mapping[str, Any], max_iters: int, eta_s: float | None, width: int = _WIDTH) -> list[str]:
     """The block of one iteration.
 
     Args:
@@ -260,9 +248,7 @@ def iteration_lines(
     lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
     mfu = record.get("mfu") or {}
     speeds = [f"MFU: {mfu['mfu_percent']:.2f}%"] if "mfu_percent" in mfu else []
-    speeds += (
-        [f"Achieved: {_with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
-    )
+    speeds += [f"Achieved: {_with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
     speeds += [f"Peak: {mfu['hardware_peak_tflops']:,.1f} TF"] if "hardware_peak_tflops" in mfu else []
     rates = [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}"] if "tokens_per_sec" in mfu else []
     rates += [f"FLOPs/token: {_with_unit(mfu['flops_per_token'], 'F')}"] if "flops_per_token" in mfu else []
@@ -338,9 +324,7 @@ class Console:
         self._rich: _RichConsole | None = None
         if enabled and self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
             # rich obeys NO_COLOR itself.
-            self._rich = _RichConsole(
-                file=self.stream, highlight=False, markup=False, emoji=False, soft_wrap=True
-            )
+            self._rich = _RichConsole(file=self.stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
 

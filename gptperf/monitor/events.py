@@ -77,23 +77,20 @@ class Iteration(TypedDict, total=False):
     lr: float
     tokens: int
     """Tokens trained on so far."""
-    mfu: Mfu
-    memory: Memory
+    mfu: Mfu | Mapping[str, Any]
+    memory: Memory | Mapping[str, Any]
     gradients: Gradients
     loss_scale: float
     """Of fp16."""
 
 
 class Eval(TypedDict, total=False):
-    """Event `eval`: an evaluation."""
+    """Event `eval`: one pass over the fixed validation batches."""
 
     iter: Required[int]
-    train_loss: float | None
     val_loss: Required[float | None]
     best_val_loss: float | None
-    tokens: int
-    """Tokens evaluated on."""
-    eval_s: float
+    time_ms: float
 
 
 class Checkpoint(TypedDict, total=False):
@@ -102,7 +99,8 @@ class Checkpoint(TypedDict, total=False):
     iter: Required[int]
     path: Required[str]
     val_loss: float | None
-    save_s: float
+    """Of this iteration, where it was evaluated."""
+    time_ms: float
 
 
 class Message(TypedDict, total=False):

@@ -100,9 +100,7 @@ class Journal:
                 raise ValueError(f"event {event!r}; wanted summary, {', '.join(EVENTS)}")
             missing = EVENTS[event].__required_keys__ - fields.keys()  # type: ignore[attr-defined]
             if missing:
-                raise ValueError(
-                    f"event {event!r} lacks {', '.join(sorted(missing))}; it has {', '.join(fields)}"
-                )
+                raise ValueError(f"event {event!r} lacks {', '.join(sorted(missing))}; it has {', '.join(fields)}")
         if event == "start":
             fields = {"run_name": self.run_name, "start_time": _now(), **fields}
         elif event == "message":

@@ -24,9 +24,7 @@ def memory_record(device: torch.device) -> dict[str, float]:
             "reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record = {
-        "peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9
-    }  # bytes on macOS, KiB elsewhere
+    record = {"peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9}  # bytes on macOS, KiB elsewhere
     if _STATM.exists():
         resident_pages = int(_STATM.read_text().split()[1])
         record["rss_gb"] = resident_pages * resource.getpagesize() / 1e9

@@ -1,0 +1,426 @@
+"""Checkpoints: atomic to save, verified before use, free of pickle.
+
+    DIRECTORY/step-00000042/   one safetensors file a group of tensors, state.json, MANIFEST.json
+    DIRECTORY/index.jsonl      what was saved when, for people; nothing reads it
+    DIRECTORY/run.lock         held by the run that writes here
+
+`save` writes and syncs every file in `.tmp-00000042-NONCE` and renames that directory: `step-*` is complete
+or absent whatever kills the process. `MANIFEST.json` holds the bytes and the SHA-256 of every file and seals
+itself; `load` hands out nothing that it has not checked. The newest checkpoint is computed, never a link.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gptperf.disk import (
+    RunLock,
+    append_line,
+    check_space,
+    delete,
+    free_bytes,
+    make_directory,
+    sync_directory,
+    write_file,
+)
+from gptperf.errors import CheckpointError, DiskError, NonFiniteError
+from gptperf.manifest import (
+    MANIFEST,
+    SCHEMA,
+    SET_ASIDE,
+    STATE,
+    STEM,
+    CheckpointInfo,
+    NewerSchemaError,
+    best_of,
+    check_files,
+    check_hash,
+    has_all_bytes,
+    list_checkpoints,
+    parse_json,
+    read_file,
+    read_manifest,
+    seal,
+)
+from gptperf.tensorfile import check_finite, header, read_tensors, tensor_bytes, write_tensors
+
+__all__ = [
+    "FAILPOINTS",
+    "JSON",
+    "SCHEMA",
+    "Checkpoint",
+    "CheckpointInfo",
+    "RunLock",
+    "best",
+    "check_space",
+    "checkpoints",
+    "clean",
+    "free_bytes",
+    "latest",
+    "load",
+    "load_latest",
+    "load_tensors",
+    "prune",
+    "save",
+    "tensor_bytes",
+]
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+FAILPOINTS = (
+    "tmp_made",
+    "tensors_half_written",
+    "tensors_written",
+    "tensors_synced",
+    "state_half_written",
+    "state_synced",
+    "manifest_half_written",
+    "manifest_synced",
+    "tmp_synced",
+    "same_step_set_aside",
+    "renamed",
+    "parent_synced",
+    "index_half_written",
+    "index_synced",
+    "prune_renamed",
+    "prune_half_deleted",
+    "pruned",
+)
+"""Where `GPTPERF_FAILPOINT=save.N` (N from 1) kills `save`, or `save.N:enospc` finds the disk full."""
+
+STATE_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint in memory: `tensors` by file stem and name, `state` as it was given to `save`."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    metric: float | None
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    keep: int = 3,
+    metric: float | None = None,
+) -> Path:
+    """Save one step; afterwards the disk holds the whole checkpoint, or what it held before.
+
+    Args:
+        directory: Where the checkpoints of the run lie; made if absent. The caller holds its `RunLock`.
+        step: Names the checkpoint; a complete one of the same step is replaced.
+        tensors: File stem ("model", "optimizer") to named tensors, on any device; views of a shared storage
+            are welcome. At most 16 MiB, or one tensor that is not contiguous, are copied at a time.
+        state: JSON values; a float comes back with the same bits.
+        keep: How many of the newest checkpoints stay, beside the best one and this one.
+        metric: Lower is better, for `best`.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        NonFiniteError: A tensor, a float of `state` or `metric` is not finite; nothing was written.
+        DiskError: The disk is full or cannot be written; the earlier checkpoints are untouched.
+        CheckpointError: A value cannot be stored: a dtype, a name, a type that JSON lacks.
+    """
+    hit = _failpoints()
+    if not 0 <= step < 10**18 or keep < 1:
+        raise ValueError(f"step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
+    if metric is not None and not math.isfinite(metric):
+        raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
+    text = _state_text(state)
+    headers = {}
+    for stem, named in tensors.items():
+        if not STEM.fullmatch(stem):
+            raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
+        headers[stem] = header(stem, named)
+        check_finite(stem, named)
+    directory = Path(directory)
+    nonce = secrets.token_hex(4)
+    tmp = directory / f".tmp-{step:08d}-{nonce}"
+    final = directory / f"step-{step:08d}"
+    try:
+        make_directory(directory)
+        tmp.mkdir(mode=0o700)
+        hit("tmp_made")
+        files = []
+        for stem, named in tensors.items():
+            half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
+            path = tmp / f"{stem}.safetensors"
+            files.append(write_tensors(path, named, headers[stem], half=half, written=written))
+            hit("tensors_synced")
+        files.append(write_file(tmp / STATE, [text], len(text), half=lambda: hit("state_half_written")))
+        hit("state_synced")
+        manifest = seal(step, metric, files)
+        write_file(tmp / MANIFEST, [manifest], len(manifest), half=lambda: hit("manifest_half_written"))
+        hit("manifest_synced")
+        sync_directory(tmp)
+        hit("tmp_synced")
+        _publish(tmp, final, directory / f".old-{step:08d}-{nonce}", hit)
+        entry = {
+            "step": step,
+            "metric": metric,
+            "name": final.name,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        append_line(directory / "index.jsonl", json.dumps(entry).encode(), half=lambda: hit("index_half_written"))
+        hit("index_synced")
+        _prune(directory, keep, final, hit)
+    except OSError as error:
+        raise DiskError(f"saving step {step} in {directory} failed: {error}") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
+    return final
+
+
+def prune(directory: Path, *, keep: int) -> list[str]:
+    """Delete all but the newest `keep` checkpoints and the best one; returns the deleted names.
+
+    A checkpoint whose files lack bytes is not counted, so that `keep` usable ones stay.
+
+    Raises:
+        DiskError: The directory cannot be written.
+    """
+    if keep < 1:
+        raise ValueError(f"keep {keep}; wanted at least 1")
+    try:
+        return _prune(Path(directory), keep, None, lambda name: None)
+    except OSError as error:
+        raise DiskError(f"pruning checkpoints in {directory} failed: {error}") from error
+
+
+def clean(directory: Path) -> list[str]:
+    """Remove what killed saves left behind, and put back a checkpoint that one had set aside.
+
+    To be called at the start of a run that holds the `RunLock`, by one process.
+
+    Returns:
+        The names that are gone.
+
+    Raises:
+        DiskError: The directory cannot be written.
+    """
+    directory = Path(directory)
+    gone = []
+    try:
+        for name in sorted(os.listdir(directory)) if directory.is_dir() else []:
+            aside = SET_ASIDE.fullmatch(name)
+            if aside and not os.path.lexists(directory / f"step-{aside[1]}"):
+                os.rename(directory / name, directory / f"step-{aside[1]}")
+            elif aside or name.startswith((".tmp-", ".trash-")):
+                delete(directory / name)
+            else:
+                continue
+            gone.append(name)
+        if gone:
+            sync_directory(directory)
+    except OSError as error:
+        raise DiskError(f"cleaning {directory} failed: {error}") from error
+    return gone
+
+
+def checkpoints(directory: Path) -> list[CheckpointInfo]:
+    """All checkpoints of a run, oldest first, not yet verified; what has no manifest is none."""
+    return list_checkpoints(Path(directory))
+
+
+def latest(directory: Path) -> CheckpointInfo | None:
+    """The checkpoint of the greatest step."""
+    found = checkpoints(directory)
+    return found[-1] if found else None
+
+
+def best(directory: Path) -> CheckpointInfo | None:
+    """The checkpoint of the lowest metric, of equal ones the newest; None where none has a metric."""
+    return best_of(checkpoints(directory))
+
+
+def load(path: Path, *, device: str | torch.device = "cpu", verify: bool = True) -> Checkpoint:
+    """Load a checkpoint; every file is verified before a tensor of it is used.
+
+    Args:
+        path: Its directory.
+        device: Where the tensors shall lie.
+        verify: False skips the SHA-256 of the files; the manifest, names and sizes are checked all the same.
+
+    Raises:
+        CheckpointError: Damaged, incomplete or of a newer schema; names the file, wanted and found bytes.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    if verify:
+        for file in manifest.files:
+            check_hash(path, file)
+    state = parse_json(read_file(path / STATE, STATE_LIMIT), path / STATE)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}; wanted an object")
+    names = [file.name for file in manifest.files if file.name != STATE]
+    tensors = {name.removesuffix(".safetensors"): read_tensors(path / name, device) for name in names}
+    return Checkpoint(path=path, step=manifest.step, tensors=tensors, state=state, metric=manifest.metric)
+
+
+def load_tensors(path: Path, stem: str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Load one file of a checkpoint, such as "model", verified as by `load`; the others are not read.
+
+    Raises:
+        CheckpointError: It is damaged, or the checkpoint has no such file.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    files = {file.name: file for file in manifest.files if file.name != STATE}
+    name = f"{stem}.safetensors"
+    if name not in files:
+        raise CheckpointError(f"{path} has no {name}; it has {', '.join(sorted(files)) or 'no tensors'}")
+    check_hash(path, files[name])
+    return read_tensors(path / name, device)
+
+
+def load_latest(
+    directory: Path, *, warn: Callable[[str], None], device: str | torch.device = "cpu"
+) -> Checkpoint | None:
+    """Load the newest good checkpoint; None where the run has none.
+
+    Args:
+        directory: Where the checkpoints of the run lie.
+        warn: Gets one line for each directory that is passed over.
+        device: Where the tensors shall lie.
+
+    Raises:
+        CheckpointError: All that there are are damaged, or the newest undamaged one needs a newer gptperf.
+    """
+    directory = Path(directory)
+    found = checkpoints(directory)
+    for path in sorted(directory.glob("step-*")):
+        if path not in [info.path for info in found]:
+            warn(f"{path} is not a checkpoint (no {MANIFEST} of its own) and is passed over")
+    failure = None
+    for info in reversed(found):
+        try:
+            loaded = load(info.path, device=device)
+        except NewerSchemaError:
+            raise
+        except CheckpointError as error:
+            warn(f"CHECKPOINT DAMAGED, going back to the one before step {info.step}: {error}")
+            failure = error
+        else:
+            return loaded
+    if failure is not None:
+        raise CheckpointError(f"all {len(found)} checkpoints in {directory} are damaged; the oldest: {failure}")
+    return None
+
+
+def _failpoints() -> Callable[[str], None]:
+    """Read `GPTPERF_FAILPOINT` and return the function that `save` calls at each point."""
+    text = os.environ.get("GPTPERF_FAILPOINT", "")
+    if not text.startswith("save."):
+        return lambda name: None
+    match = re.fullmatch(r"save\.(\d{1,2})(:enospc)?", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= len(FAILPOINTS):
+        raise ValueError(f"GPTPERF_FAILPOINT={text}; wanted save.N or save.N:enospc, N in 1..{len(FAILPOINTS)}")
+    wanted, full = FAILPOINTS[int(match[1]) - 1], match[2] is not None
+
+    def hit(name: str) -> None:
+        if name == wanted and full:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (failpoint {name})")
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hit
+
+
+def _state_text(state: Mapping[str, JSON]) -> bytes:
+    _check_state(state, "state", 0)
+    try:
+        text = json.dumps(state, allow_nan=False).encode()
+    except ValueError as error:
+        raise CheckpointError(f"state cannot be written as JSON: {error}") from error
+    if len(text) > STATE_LIMIT:
+        raise CheckpointError(f"state is {len(text)} bytes of JSON; wanted at most {STATE_LIMIT}")
+    return text
+
+
+def _check_state(value: object, where: str, depth: int) -> None:
+    """Refuse what would not come back equal from JSON."""
+    if depth > 100:
+        raise CheckpointError(f"{where[:200]} is nested deeper than 100 levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NonFiniteError(f"{where} is {value}; wanted a finite number or None")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r} of type {type(key).__name__}; wanted str")
+            _check_state(item, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_state(item, f"{where}[{index}]", depth + 1)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise CheckpointError(f"{where} is a {type(value).__name__}; wanted dict, list, str, int, float, bool or None")
+
+
+def _publish(tmp: Path, final: Path, aside: Path, hit: Callable[[str], None]) -> None:
+    """Rename the complete `tmp` to `final`; a checkpoint that is there gives way only now.
+
+    rename(2) does not replace a directory that has entries, so the old one steps aside first. Between the two
+    renames `checkpoints` finds it under that name, and `clean` puts it back.
+    """
+    replaces = os.path.lexists(final)
+    try:
+        if replaces:
+            os.rename(final, aside)
+            hit("same_step_set_aside")
+        os.rename(tmp, final)
+    except OSError:
+        if replaces and not os.path.lexists(final):
+            os.rename(aside, final)
+        raise
+    hit("renamed")
+    sync_directory(final.parent)
+    hit("parent_synced")
+    if replaces:
+        delete(aside)
+
+
+def _prune(directory: Path, keep: int, saved: Path | None, hit: Callable[[str], None]) -> list[str]:
+    whole: list[CheckpointInfo] = []
+    doomed: list[CheckpointInfo] = []
+    for info in reversed(checkpoints(directory)):
+        if len(whole) >= keep:
+            doomed.append(info)
+        elif has_all_bytes(info.path):
+            whole.append(info)
+    winner = best_of([info for info in [*whole, *doomed] if has_all_bytes(info.path)])
+    spared = {saved, winner.path if winner else None}
+    doomed = [info for info in doomed if info.path not in spared]
+    trash = []
+    for info in doomed:
+        trash.append(directory / f".trash-{info.path.name.lstrip('.')}-{secrets.token_hex(4)}")
+        os.rename(info.path, trash[-1])
+        hit("prune_renamed")
+    if trash:
+        sync_directory(directory)  # a half deleted directory must not come back under its old name
+    for path in trash:
+        delete(path, lambda: hit("prune_half_deleted"))
+        hit("pruned")
+    return [info.path.name for info in doomed]

@@ -1,0 +1,93 @@
+"""Combinations of configuration values that are impossible, each with its reason and the nearest possible value."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Problem", "combination_problems"]
+
+
+class Problem(NamedTuple):
+    """Keys that do not go together, and why."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def _divisible(c: Mapping[str, Any], what: str, by: str) -> str | None:
+    if c[what] % c[by] == 0:
+        return None
+    divisors = [n for n in range(1, c[what] + 1) if c[what] % n == 0]
+    near = min(divisors, key=lambda n: abs(n - c[by]))
+    return f"{what} = {c[what]} is not a multiple of {by} = {c[by]}; nearest {by}: {near}"
+
+
+def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
+    if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
+        return None
+    return f"RoPE rotates pairs, and head_dim = n_embd / n_head = {c['n_embd'] // c['n_head']} is odd"
+
+
+def _kv_heads(c: Mapping[str, Any]) -> str | None:
+    return None if c["n_kv_head"] is None else _divisible(c, "n_head", "n_kv_head")
+
+
+def _flash_attn(c: Mapping[str, Any]) -> str | None:
+    if c["attention_backend"] != "flash_attn":
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return "attention_backend = 'flash_attn' needs the package flash-attn, which is not installed; nearest: 'sdpa'"
+    if c["dtype"] == "float32" or c["device"] == "cpu":
+        return "attention_backend = 'flash_attn' runs in bfloat16 or float16 on a GPU; nearest: 'sdpa'"
+    return None
+
+
+def _min_lr(c: Mapping[str, Any]) -> str | None:
+    if c["lr_schedule"] == "constant" or c["min_lr"] <= c["learning_rate"]:
+        return None
+    return f"min_lr = {c['min_lr']} is above learning_rate = {c['learning_rate']}"
+
+
+def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
+    if c["kernels"] == "triton" and c["device"] == "cpu":
+        return "kernels = 'triton' needs a GPU, and device = 'cpu'; nearest: kernels = 'auto'"
+    return None
+
+
+def _later(flag: str, name: str) -> Callable[[Mapping[str, Any]], str | None]:
+    return lambda c: f"{name} is not in this version yet; leave {flag} out" if c[flag] else None
+
+
+def _both_shardings(c: Mapping[str, Any]) -> str | None:
+    return (
+        "ZeRO-1 and FSDP exclude each other; FSDP shards what ZeRO-1 shards"
+        if c["use_zero1"] and c["use_fsdp"]
+        else None
+    )
+
+
+def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
+    if c["overwrite"] and c["init_from"] in ("resume", "auto"):
+        return f"init_from = {c['init_from']!r} continues the checkpoints that overwrite = true would move aside"
+    return None
+
+
+_COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
+    (("n_embd", "n_head"), lambda c: _divisible(c, "n_embd", "n_head")),
+    (("n_kv_head", "n_head"), _kv_heads),
+    (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
+    (("attention_backend", "dtype", "device"), _flash_attn),
+    (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
+    (("kernels", "device"), _triton_on_cpu),
+    (("use_zero1", "use_fsdp"), _both_shardings),
+    (("use_zero1",), _later("use_zero1", "ZeRO-1")),
+    (("use_fsdp",), _later("use_fsdp", "FSDP")),
+    (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
+    (("overwrite", "init_from"), _overwrite_resume),
+)
+
+
+def combination_problems(values: Mapping[str, Any], ignore: frozenset[str] = frozenset()) -> list[Problem]:
+    """Every impossible combination among `values` (key -> value), but for those that involve a key in `ignore`."""
+    found = ((keys, check(values)) for keys, check in _COMBINATIONS if not ignore & set(keys))
+    return [Problem(keys, text) for keys, text in found if text is not None]

@@ -1,0 +1,74 @@
+"""The process that trains: the clock of its steps, its age, and the signals that ask it to stop."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+__all__ = ["StepClock", "StopRequest", "process_age_s"]
+
+
+class StepClock:
+    """Wall time of steps, without what happens in `paused`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.elapsed_s, self.steps, self.paused_s = 0.0, 0, 0.0
+        self.since = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the clock means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not a step."""
+        self._synchronize()
+        begin = time.perf_counter()
+        self.elapsed_s += begin - self.since
+        yield
+        self._synchronize()
+        self.since = time.perf_counter()
+        self.paused_s = self.since - begin
+
+    def lap(self) -> tuple[float, int]:
+        """Seconds and steps since the last lap; the device has to be idle."""
+        now = time.perf_counter()
+        seconds, steps = self.elapsed_s + now - self.since, self.steps
+        self.elapsed_s, self.steps, self.since = 0.0, 0, now
+        return seconds, steps
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included (Linux); elsewhere since Python's clock began."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.process_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

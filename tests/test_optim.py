@@ -1,0 +1,194 @@
+"""AdamW over flat buckets is PyTorch's; schedules; gradients of every layout are float32 sums."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gptperf.config import ModelConfig, OptimizerConfig
+from gptperf.kernels import reference
+from gptperf.model import GPT
+from gptperf.optim import AdamW, clip_scale, learning_rate
+from gptperf.parallel import ALIGN, Replicated
+
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+
+
+def _model(**keys: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**(SMALL | keys)))  # type: ignore[arg-type]
+
+
+def _backward(model: nn.Module, weights: Replicated, batches: list[torch.Tensor]) -> None:
+    weights.start_step()
+    for i, tokens in enumerate(batches):
+        weights.start_micro_batch(last=i == len(batches) - 1)
+        (model(tokens, tokens) / len(batches)).backward()
+    weights.finish_gradients()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bucket_numel", [1, 3000, 1 << 20])
+def test_steps_are_pytorchs(tied: bool, bucket_numel: int) -> None:
+    model = _model(weight_tying=tied, bias=True)
+    theirs = copy.deepcopy(model)
+    config = OptimizerConfig(weight_decay=0.3, grad_clip=0.7)
+    weights = Replicated(model, torch.float32, bucket_numel=bucket_numel)
+    ours = AdamW(weights.buckets, config, reference.adamw)
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    reference_optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    for step in range(6):
+        batches = [
+            torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(3 * step + i)) for i in range(3)
+        ]
+        rate = learning_rate(step, config, 100)
+        _backward(model, weights, batches)
+        norm = weights.gradient_norm()
+        ours.grad_scale, ours.found_inf = clip_scale(norm, config.grad_clip)
+        for tokens in batches:
+            (theirs(tokens, tokens) / 3).backward()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), config.grad_clip)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        for optimizer in (ours, reference_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        reference_optimizer.zero_grad()
+    expected_weights = dict(theirs.named_parameters())
+    assert {name for name, _ in weights.masters()} == expected_weights.keys()
+    for name, master in weights.masters():
+        torch.testing.assert_close(master, expected_weights[name].data, rtol=1e-4, atol=2e-6, msg=name)
+        assert dict(model.named_parameters())[name].data_ptr() == master.data_ptr()
+
+
+def test_update_against_fp64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, g, m, v = (torch.randn(64, generator=generator, dtype=torch.float64) for _ in range(4))
+    v = v.square()
+    lr, beta1, beta2, eps, decay, t, divisor = 1e-2, 0.9, 0.95, 1e-8, 0.1, 7, 2.0
+    scalars = torch.tensor([lr, 1 - beta1**t, 1 - beta2**t, divisor, 0])
+    ours = [x.float() for x in (w, m, v)]
+    copy_ = torch.empty(64, dtype=torch.bfloat16)
+    reference.adamw(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    g = g / divisor
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    w = w - lr * decay * w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    for got, wanted in zip(ours, (w, m, v), strict=True):
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(copy_, ours[0].bfloat16())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_with_bad_gradients_changes_nothing(bad: float) -> None:
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(), reference.adamw)
+    _backward(model, weights, [torch.randint(0, 50, (2, 16))])
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
+    optimizer.step()
+    before = {name: master.clone() for name, master in weights.masters()}
+    moments = {key: dict(weights.optimizer_views(optimizer, key)) for key in ("exp_avg", "exp_avg_sq")}
+    saved = copy.deepcopy(moments)
+    weights.gradient("wte.weight")[3, 5] = bad
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
+    assert optimizer.found_inf == 1
+    optimizer.step()
+    assert all(torch.equal(master, before[name]) for name, master in weights.masters())
+    assert all(torch.equal(view, saved[key][name]) for key, views in moments.items() for name, view in views.items())
+    assert optimizer.steps == 1
+
+
+def test_matrices_are_copied_and_vectors_are_not() -> None:
+    model = _model(bias=True, normalization="layernorm", qk_norm=True)
+    weights = Replicated(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if parameter.ndim >= 2 else torch.float32), name
+    assert model.lm_head.weight is model.wte.weight
+    assert all(master.dtype == torch.float32 for _, master in weights.masters())
+    assert all(b.master.numel() % ALIGN == 0 for b in weights.buckets)
+    assert {name for b in weights.buckets if b.decayed for name in b.names} == {
+        name for name, p in model.named_parameters() if p.ndim >= 2
+    }
+
+
+def test_micro_batch_gradients_add_up_in_float32() -> None:
+    """bfloat16 gradients of many micro-batches: the sum is that of their float32 values, bit for bit."""
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    handle = model.blocks[0].ffn.up.weight.register_hook(lambda g: seen.append(g.clone()))
+    batches = [torch.randint(0, 50, (2, 16)) for _ in range(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        _backward(model, weights, batches)
+    handle.remove()
+    total = torch.zeros_like(seen[0], dtype=torch.float32)
+    for g in seen:
+        assert g.dtype == torch.bfloat16
+        total += g.float()
+    assert torch.equal(weights.gradient("blocks.0.ffn.up.weight"), total)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_without_gradient_has_zero() -> None:
+    model = _model(weight_tying=False)
+    weights = Replicated(model, torch.float32)
+    tokens = torch.randint(0, 50, (2, 16))
+    _backward(model, weights, [tokens])
+    assert weights.gradient("lm_head.weight").abs().max() > 0
+    weights.start_step()
+    weights.start_micro_batch(last=True)
+    model.wte(tokens).sum().backward()
+    weights.finish_gradients()
+    assert (weights.gradient("lm_head.weight") == 0).all()
+    assert weights.gradient("wte.weight").abs().max() > 0
+    assert all(b.master.grad is b.grad for b in weights.buckets)
+
+
+schedules = st.builds(
+    OptimizerConfig,
+    lr_schedule=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    warmup_iters=st.integers(0, 50),
+    lr_decay_iters=st.none() | st.integers(1, 120),
+    wsd_decay_fraction=st.floats(0, 1),
+    min_lr=st.floats(0, 6e-4),
+)
+
+
+@given(schedules, st.integers(1, 100))
+def test_schedule_stays_within_its_bounds_and_falls_after_the_warm_up(config: OptimizerConfig, max_iters: int) -> None:
+    rates = [learning_rate(i, config, max_iters) for i in range(max_iters)]
+    low = min(config.min_lr, config.learning_rate / (config.warmup_iters + 1))
+    assert all(low * (1 - 1e-9) <= rate <= config.learning_rate for rate in rates)
+    warm = rates[: config.warmup_iters]
+    assert warm == sorted(warm)
+    after = rates[config.warmup_iters :]
+    assert after == sorted(after, reverse=True)
+
+
+def test_schedule_values() -> None:
+    config = OptimizerConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_schedule="cosine")
+    assert learning_rate(0, config, 109) == pytest.approx(0.1)
+    assert learning_rate(9, config, 109) == 1.0
+    assert learning_rate(59, config, 109) == pytest.approx(0.55)
+    assert learning_rate(109, config, 109) == 0.1
+    wsd = OptimizerConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=0, lr_schedule="wsd", wsd_decay_fraction=0.2)
+    assert [learning_rate(i, wsd, 100) for i in (0, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.5])
+    constant = OptimizerConfig(learning_rate=1.0, lr_schedule="constant", warmup_iters=0)
+    assert learning_rate(10**6, constant, 10) == 1.0
+
+
+def test_gradients_moments() -> None:
+    from gptperf.monitor.gradients import gradient_moments
+
+    values = torch.randn(1000, dtype=torch.float64) + 0.5
+    buffers = [torch.cat([values[:300], torch.zeros(20, dtype=torch.float64)]).float(), values[300:].float()]
+    mean, std = gradient_moments(buffers, 1000).tolist()
+    assert mean == pytest.approx(values.mean().item(), rel=1e-5)
+    assert std == pytest.approx(values.std(correction=0).item(), rel=1e-5)
