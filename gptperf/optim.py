@@ -51,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
         t = self.steps.clamp(min=1)
         for group in self.param_groups:
             lr = torch.full_like(one, group["lr"])
-            scalars = torch.stack([lr, 1 - config.beta1**t, 1 - config.beta2**t, divisor.view(()), skip])
+            scalars = torch.stack([lr, t, 1 - config.beta1**t, 1 - config.beta2**t, divisor.view(()), skip])
             for parameter in group["params"]:
                 state = self.state[parameter]
                 tensors = (

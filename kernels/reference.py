@@ -201,22 +201,41 @@ def adamw(
 
     Args:
         master, exp_avg, exp_avg_sq: float32, any shape; updated.
-        grad: like master, float32 or lower.
+        grad: like master, float32; may be overwritten.
         compute: like master in the compute dtype, overwritten with the rounded weights; or None.
-        scalars: `(5,)` float32: learning rate, 1 - beta1^t, 1 - beta2^t, what the gradient is divided by, and 0 or
-            else the update is left out.
+        scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, what the gradient is divided by, and 0 or
+            else the update is left out. t counts updates from 1.
         beta1, beta2, eps, weight_decay: of the update.
 
     Source: Loshchilov and Hutter, 2019, algorithm 2.
     """
-    lr, bias1, bias2, divisor, skip = scalars.unbind()
-    keep = skip == 0
-    g = grad.to(master.dtype) / divisor
-    m = torch.lerp(exp_avg, g, 1 - beta1)
-    v = torch.lerp(exp_avg_sq, g * g, 1 - beta2)
-    w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
-    exp_avg.copy_(torch.where(keep, m, exp_avg))
-    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
-    master.copy_(torch.where(keep, w, master))
+    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
+    if not torch.compiler.is_compiling():  # PyTorch's own kernel; compiled, the lines below become one kernel
+        torch._fused_adamw_(
+            [master],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [t.clone()],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+            found_inf=skip,
+        )
+    else:
+        keep = skip == 0
+        g = grad / divisor
+        m = torch.lerp(exp_avg, g, 1 - beta1)
+        v = torch.lerp(exp_avg_sq, g * g, 1 - beta2)
+        w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
+        exp_avg.copy_(torch.where(keep, m, exp_avg))
+        exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
+        master.copy_(torch.where(keep, w, master))
     if compute is not None:
         compute.copy_(master)

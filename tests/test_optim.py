@@ -67,15 +67,21 @@ def test_steps_are_pytorchs(tied: bool, bucket_numel: int) -> None:
         assert dict(model.named_parameters())[name].data_ptr() == master.data_ptr()
 
 
-def test_update_against_fp64() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_update_against_fp64(compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     w, g, m, v = (torch.randn(64, generator=generator, dtype=torch.float64) for _ in range(4))
     v = v.square()
     lr, beta1, beta2, eps, decay, t, divisor = 1e-2, 0.9, 0.95, 1e-8, 0.1, 7, 2.0
-    scalars = torch.tensor([lr, 1 - beta1**t, 1 - beta2**t, divisor, 0])
+    scalars = torch.tensor([lr, t, 1 - beta1**t, 1 - beta2**t, divisor, 0])
     ours = [x.float() for x in (w, m, v)]
     copy_ = torch.empty(64, dtype=torch.bfloat16)
-    reference.adamw(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    update = torch.compile(reference.adamw, backend="aot_eager", fullgraph=True) if compiled else reference.adamw
+    update(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    kept = [x.clone() for x in ours]
+    scalars[4:] = torch.tensor([float("nan"), 1.0])
+    update(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True))
     g = g / divisor
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
