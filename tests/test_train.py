@@ -114,7 +114,8 @@ register("normalization", "killer", Killer)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_killed_and_resumed_is_bitwise_the_straight_run(dtype: str, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    path = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     flags = ["--plugins=killer", "--normalization=killer", f"--dtype={dtype}", "--dropout=0.1"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run(_command(corpus, straight, *flags), env=env, check=True, capture_output=True)
