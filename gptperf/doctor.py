@@ -169,7 +169,10 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
     system, model = SystemConfig(), ModelConfig()
     if device_type == "cuda":
         device = f"cuda: {report['gpus'][0]['name']}"
-        backends = "PyTorch's choice of cuDNN, flash, memory-efficient and math attention"
+        from gptperf.model import prefers_cudnn
+
+        capability = report["gpus"][0]["capability"]
+        backends = "cuDNN first" if prefers_cudnn(tuple(capability)) else "PyTorch's order of flash, cuDNN and others"
         compiles = _choice(
             report["triton"]["works"], "model: torch.compile through Triton", "off: Triton does not work"
         )

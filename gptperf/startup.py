@@ -8,6 +8,7 @@ from gptperf import __version__
 from gptperf.config import Config
 from gptperf.data.format import Manifest
 from gptperf.hardware import Peak, match_gpu, no_peak_hint, peak_flop_s
+from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
 from gptperf.monitor.throughput import theoretical
 from gptperf.parallel import Process
@@ -87,7 +88,9 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
         name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
     properties = torch.cuda.get_device_properties(process.device)
+    first = "cuDNN first" if prefers_cudnn(torch.cuda.get_device_capability(process.device)) else "PyTorch's order"
     info: StartupInfo = {
+        "attention_backend": f"sdpa, {first}" if config.model.attention_backend == "sdpa" else "as configured",
         "device": properties.name,
         "num_gpus": process.world_size,
         "memory_gb": properties.total_memory / 1e9,

@@ -246,13 +246,13 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
     loss = engine.process.mean(result.loss.clone()).item()
     norm, skipped = result.gradient_norm.item(), int(engine.skipped.item())
     seconds, steps = clock.lap()
-    if steps == 0:
-        seconds, steps = clock.paused_s, 1
-        run.console.message(f"first iteration {process_age_s():.1f} s after the start, {seconds:.1f} s of them in it")
-    else:
-        state.train_s += seconds
-        state.timed_tokens += steps * run.config.tokens_per_iter
-    step_ms = 1e3 * seconds / steps
+    step_ms = 1e3 * (seconds / steps if steps else clock.paused_s)
+    if steps == 0:  # the process's first iteration, with compilation: its time says nothing of the speed
+        run.console.message(
+            f"first iteration done {process_age_s():.1f} s after the start, {clock.paused_s:.1f} s in it"
+        )
+    state.train_s += seconds
+    state.timed_tokens += steps * run.config.tokens_per_iter
     mean, std = (None, None) if result.moments is None else result.moments.tolist()
     record: Iteration = {
         "iter": state.step,
@@ -260,7 +260,7 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
         "time_ms": step_ms,
         "lr": engine.optimizer.param_groups[0]["lr"],
         "tokens": state.tokens,
-        "mfu": run.throughput.record(step_ms),
+        "mfu": run.throughput.record(step_ms) if steps else {},
         "memory": memory_record(engine.process.device),
         "gradients": {"global_norm": norm, "grad_mean": mean, "grad_std": std},
     }
@@ -268,7 +268,8 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
         record["loss_scale"] = engine.scaler.get_scale()
     if run.journal is not None:
         run.journal.write("iteration", record)
-    run.console.iteration(record, (run.config.train.max_iters - state.step) * step_ms / 1e3)
+    left = run.config.train.max_iters - state.step
+    run.console.iteration(record, left * step_ms / 1e3 if steps else None)
     scale = record.get("loss_scale")
     lost = skipped > 0 if scale is None else scale < 1  # a scaler leaves steps out by design
     if lost:

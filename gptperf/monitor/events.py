@@ -74,10 +74,13 @@ class Iteration(TypedDict, total=False):
     loss: Required[float | None]
     """Mean over the tokens of the step, natural logarithm."""
     time_ms: Required[float]
+    """Mean over the iterations since the last entry, without evaluation, saving and compilation; of the first entry of
+    a process that one iteration, with its compilation."""
     lr: float
     tokens: int
     """Tokens trained on so far."""
     mfu: Mfu | Mapping[str, Any]
+    """Empty in the first entry of a process."""
     memory: Memory | Mapping[str, Any]
     gradients: Gradients
     loss_scale: float
