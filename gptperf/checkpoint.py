@@ -2,7 +2,6 @@
 
     DIRECTORY/step-00000042/   one safetensors file a group of tensors, state.json, MANIFEST.json
     DIRECTORY/index.jsonl      what was saved when, for people; nothing reads it
-    DIRECTORY/run.lock         held by the run that writes here
 
 `save` writes and syncs every file in `.tmp-00000042-NONCE` and renames that directory: `step-*` is complete
 or absent whatever kills the process. `MANIFEST.json` holds the bytes and the SHA-256 of every file and seals

@@ -30,8 +30,8 @@ _DESCRIPTION = """Train a GPT.
 
 python -m gptperf.train [CONFIG.toml ...] [--key=value ...]
 
-Files and flags are read from left to right; the last value of a key wins. --show_config prints every value with its
-origin, as a TOML file, and ends."""
+Files are read from left to right, then the flags; the last value of a key wins. --show_config prints every value with
+its origin, as a TOML file, and ends."""
 
 
 class _Given(NamedTuple):

@@ -282,7 +282,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is told. Only `gptperf.train` reads it whole."""
+    """Everything a run is told, a section each."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -319,7 +319,7 @@ class Config:
             )
         if self.model.ffn_type == "swiglu" and self.model.activation != "gelu":
             lines.append(f"activation = {self.model.activation!r} has no effect: SwiGLU is SiLU by definition")
-        if self.model.arch_preset == "gpt2":
+        if self.model.arch_preset == "gpt2" and self.model.norm_position == "post":
             lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
         return lines
 

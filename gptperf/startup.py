@@ -50,7 +50,7 @@ def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled
         "kv_heads": model.kv_heads,
         "block_size": model.block_size,
         "vocab_size": model.padded_vocab_size,
-        "components": {key: getattr(model, key) for key in _SHOWN} | {"d_ff": model.ffn_width},
+        "components": {key: getattr(model, key) for key in _SHOWN} | {"ffn_width": model.ffn_width},
         "kernels": engine.ops.chosen,
         "kernel_reasons": engine.ops.reasons,
         "batch_size": train.batch_size,
@@ -78,6 +78,8 @@ def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled
         },
         "notes": config.notes(),
     }
+    if model.ffn_type == "swiglu":
+        info["components"]["activation"] = "silu"  # by definition, whatever the key says
     info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
@@ -90,7 +92,9 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
     properties = torch.cuda.get_device_properties(process.device)
     first = "cuDNN first" if prefers_cudnn(torch.cuda.get_device_capability(process.device)) else "PyTorch's order"
     info: StartupInfo = {
-        "attention_backend": f"sdpa, {first}" if config.model.attention_backend == "sdpa" else "as configured",
+        "attention_backend": f"sdpa, {first}"
+        if config.model.attention_backend == "sdpa"
+        else config.model.attention_backend,
         "device": properties.name,
         "num_gpus": process.world_size,
         "memory_gb": properties.total_memory / 1e9,

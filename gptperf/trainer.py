@@ -248,11 +248,10 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
     seconds, steps = clock.lap()
     step_ms = 1e3 * (seconds / steps if steps else clock.paused_s)
     if steps == 0:  # the process's first iteration, with compilation: its time says nothing of the speed
-        run.console.message(
-            f"first iteration done {process_age_s():.1f} s after the start, {clock.paused_s:.1f} s in it"
-        )
-    state.train_s += seconds
-    state.timed_tokens += steps * run.config.tokens_per_iter
+        run.console.message(f"first iteration: {clock.paused_s:.1f} s, done {process_age_s():.1f} s after the start")
+    else:
+        state.train_s += seconds
+        state.timed_tokens += steps * run.config.tokens_per_iter
     mean, std = (None, None) if result.moments is None else result.moments.tolist()
     record: Iteration = {
         "iter": state.step,
@@ -348,7 +347,7 @@ def _finish(run: Run) -> None:
         "checkpoint_dir": str(run.checkpoints),
         "log_path": str(run.journal.path.with_suffix(".json")),
     }
-    if state.train_s > 0:
+    if state.timed_tokens > 0:
         speed = run.throughput.record(1e3 * state.train_s * run.config.tokens_per_iter / state.timed_tokens)
         summary["tokens_per_sec"] = speed["tokens_per_sec"]
         summary["mfu_percent"] = speed.get("mfu_percent")

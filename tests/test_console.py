@@ -1,5 +1,6 @@
 """What a run prints: on a pipe, on a terminal, on a small one, and when the reader has gone."""
 
+import contextlib
 import fcntl
 import io
 import os
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -170,15 +172,27 @@ def test_other_ranks_print_nothing() -> None:
     assert stream.getvalue() == ""
 
 
+def read_all(master: int) -> str:
+    """What was written to a pseudo-terminal whose other end is closed."""
+    parts = []
+    with contextlib.suppress(OSError):  # EIO is its end of file
+        while part := os.read(master, 1 << 16):
+            parts.append(part)
+    os.close(master)
+    return b"".join(parts).decode()
+
+
 def on_terminal(action: Callable[[Console], None]) -> str:
     """What a terminal gets (rich takes the width from COLUMNS, or else from the process's own streams)."""
     master, slave = pty.openpty()
+    texts: list[str] = []
+    reader = threading.Thread(target=lambda: texts.append(read_all(master)))
+    reader.start()
     with os.fdopen(slave, "w") as stream:
         action(Console(max_iters=600, stream=stream))
         stream.flush()
-        text = os.read(master, 1 << 20).decode()
-    os.close(master)
-    return text
+    reader.join()
+    return texts[0]
 
 
 @pytest.fixture
@@ -249,8 +263,7 @@ with Console(max_iters=600) as console:
 """
     process = subprocess.run([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, check=False)
     os.close(slave)
-    text = os.read(master, 1 << 20).decode()
-    os.close(master)
+    text = read_all(master)
     assert process.returncode == 0, text
     rules = re.findall(r"\n(?:\x1b\[2m)?(-+)(?:\x1b\[0m)?\r\n", text)
     assert rules == ["-" * min(columns, 80)]  # of two; the first has no line before it

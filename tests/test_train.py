@@ -229,6 +229,7 @@ def test_every_described_option_is_built_and_logged(
         return built[-1]
 
     flags = [f"--{key}={value}", "--max_iters=1", "--sample_tokens=0", "--eval_iters=1"]
+    flags += ["--ffn_type=standard"] if key == "activation" else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "build_engine", spy)
         assert _run(corpus, tmp_path, *flags) == 0

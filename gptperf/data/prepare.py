@@ -69,8 +69,8 @@ def prepare(
         data_dir: Where data sets lie.
         name: The data set's name; by default that of `what`.
         tokenizer: "byte" or an encoding of tiktoken.
-        val_fraction: Share of validation, 0 to below 1; by default `DEFAULT_VAL_FRACTION` of the kind of
-        source. overwrite: Replace a data set that is there already.
+        val_fraction: Share of validation, 0 to below 1; by default `DEFAULT_VAL_FRACTION` of its kind.
+        overwrite: Replace a data set that is there already.
         shard_tokens: Tokens a shard.
         quiet: Print nothing.
         shakespeare_url: Where "shakespeare" is downloaded from.

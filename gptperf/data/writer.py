@@ -49,8 +49,8 @@ class ShardWriter:
         overwrite: Replace a data set that is there already.
 
     Raises:
-        DataError: On entering, or at the commit: `path` exists and `overwrite` is false, or it is no data
-        set. DiskError: The disk is full or cannot be written.
+        DataError: On entering, or at the commit: `path` exists and `overwrite` is false, or it is none.
+        DiskError: The disk is full or cannot be written.
     """
 
     def __init__(
