@@ -90,11 +90,12 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
         name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
     properties = torch.cuda.get_device_properties(process.device)
-    first = "cuDNN first" if prefers_cudnn(torch.cuda.get_device_capability(process.device)) else "PyTorch's order"
+    backend = config.model.attention_backend
+    if backend == "sdpa":
+        cudnn = prefers_cudnn(torch.cuda.get_device_capability(process.device))
+        backend += ", cuDNN first" if cudnn else ", in PyTorch's order"
     info: StartupInfo = {
-        "attention_backend": f"sdpa, {first}"
-        if config.model.attention_backend == "sdpa"
-        else config.model.attention_backend,
+        "attention_backend": backend,
         "device": properties.name,
         "num_gpus": process.world_size,
         "memory_gb": properties.total_memory / 1e9,
