@@ -47,7 +47,11 @@ def open_dataset(data: DataConfig, model: ModelConfig, process: Process) -> tupl
     """
     built_in = Path(data.data_dir) / BUILT_IN_DATASET
     if data.dataset == BUILT_IN_DATASET and process.is_main and not built_in.exists():
-        prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
+        try:
+            prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
+        except DataError:
+            if not built_in.exists():  # another run was faster
+                raise
     process.barrier()
     path = resolve_dataset(data.dataset, data.data_dir)
     manifest = read_manifest(path)

@@ -71,7 +71,6 @@ __all__ = [
     "latest",
     "load",
     "load_latest",
-    "load_tensors",
     "prune",
     "save",
     "tensor_bytes",
@@ -254,13 +253,13 @@ def best(directory: Path) -> CheckpointInfo | None:
     return best_of(checkpoints(directory))
 
 
-def load(path: Path, *, device: str | torch.device = "cpu", verify: bool = True) -> Checkpoint:
+def load(path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> Checkpoint:
     """Load a checkpoint; every file is verified before a tensor of it is used.
 
     Args:
         path: Its directory.
         device: Where the tensors shall lie.
-        verify: False skips the SHA-256 of the files; the manifest, names and sizes are checked all the same.
+        only: File stems to read, such as ("model",); of the others the size alone is checked. None: all.
 
     Raises:
         CheckpointError: Damaged, incomplete or of a newer schema; names the file, wanted and found bytes.
@@ -268,32 +267,17 @@ def load(path: Path, *, device: str | torch.device = "cpu", verify: bool = True)
     path = Path(path)
     manifest = read_manifest(path)
     check_files(path, manifest)
-    if verify:
-        for file in manifest.files:
-            check_hash(path, file)
+    wanted = [
+        f for f in manifest.files if only is None or f.name.removesuffix(".safetensors") in only or f.name == STATE
+    ]
+    for file in wanted:
+        check_hash(path, file)
     state = parse_json(read_file(path / STATE, STATE_LIMIT), path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}; wanted an object")
-    names = [file.name for file in manifest.files if file.name != STATE]
+    names = [file.name for file in wanted if file.name != STATE]
     tensors = {name.removesuffix(".safetensors"): read_tensors(path / name, device) for name in names}
     return Checkpoint(path=path, step=manifest.step, tensors=tensors, state=state, metric=manifest.metric)
-
-
-def load_tensors(path: Path, stem: str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Load one file of a checkpoint, such as "model", verified as by `load`; the others are not read.
-
-    Raises:
-        CheckpointError: It is damaged, or the checkpoint has no such file.
-    """
-    path = Path(path)
-    manifest = read_manifest(path)
-    check_files(path, manifest)
-    files = {file.name: file for file in manifest.files if file.name != STATE}
-    name = f"{stem}.safetensors"
-    if name not in files:
-        raise CheckpointError(f"{path} has no {name}; it has {', '.join(sorted(files)) or 'no tensors'}")
-    check_hash(path, files[name])
-    return read_tensors(path / name, device)
 
 
 def load_latest(

@@ -18,10 +18,10 @@ import tyro
 from gptperf import registry
 from gptperf.combinations import combination_problems
 from gptperf.config import KEYS, Config, Key, value_problem
-from gptperf.errors import ConfigError
+from gptperf.errors import ConfigError, DeviceError
 from gptperf.presets import PRESETS
 
-__all__ = ["Resolved", "parse_flags", "resolve", "show_config"]
+__all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
 _COMMAND_LINE = "command line"
 _MAX_FILE_BYTES = 1_000_000
@@ -65,7 +65,8 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     if "--help" in argv or "-h" in argv:
         _print_help()
     problems: list[str] = []
-    files, flags = _split(argv, problems)
+    files: list[str] = []
+    flags = list(_parse(argv, files, problems))
     _load_plugins(flags, problems)
     show = [given for given in flags if given.name == "show_config"]
     sources = [list(_read_file(path, problems)) for path in files]
@@ -99,19 +100,16 @@ def _print_help() -> None:
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
 
 
-def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_Given]]:
-    """The files and the flags of a command line."""
-    files = [text for text in argv if text.endswith(".toml") and not text.startswith("-")]
-    return files, list(parse_flags([text for text in argv if text not in files], problems))
-
-
-def parse_flags(argv: Sequence[str], problems: list[str]) -> Iterator[_Given]:
-    """`--key=value`, `--key value` and, for a boolean, `--key`; a dash in a key is an underscore."""
+def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterator[_Given]:
+    """`CONFIG.toml`, `--key=value`, `--key value` and, for a boolean, `--key`; a dash in a key is an underscore."""
     rest = list(argv)
     while rest:
         text = rest.pop(0)
         if not text.startswith("--"):
-            problems.append(f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml or --key=value")
+            if text.endswith(".toml") and not text.startswith("-"):
+                files.append(text)
+            else:
+                problems.append(f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml or --key=value")
             continue
         name, equals, value = text[2:].partition("=")
         name = name.replace("-", "_")
@@ -119,8 +117,9 @@ def parse_flags(argv: Sequence[str], problems: list[str]) -> Iterator[_Given]:
         if not equals and is_bool and (not rest or rest[0].lower() not in ("true", "false")):
             value = "true"
         elif not equals:
-            if not rest:
-                problems.append(f"{_COMMAND_LINE}: --{name} has no value")
+            if not rest or rest[0].startswith("--"):
+                near = "" if name in KEYS else f", and is no key{_near(name, KEYS)}"
+                problems.append(f"{_COMMAND_LINE}: --{name} has no value{near}")
                 continue
             value = rest.pop(0)
         yield _Given(name, value, _COMMAND_LINE)
@@ -132,8 +131,8 @@ def _load_plugins(flags: Iterable[_Given], problems: list[str]) -> None:
         if given.name == "plugins":
             try:
                 registry.load_plugins(given.value)
-            except ModuleNotFoundError as error:
-                problems.append(f"{_COMMAND_LINE}: plugins: found {given.value!r}, and {str(error).lower()}")
+            except ConfigError as error:
+                problems.append(f"{_COMMAND_LINE}: {error}")
 
 
 def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
@@ -148,7 +147,7 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
         return
     try:
         page = tomllib.loads(raw.decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
         problems.append(f"{path}: not a TOML file: {error}")
         return
     for name, value in page.items():
@@ -263,5 +262,12 @@ def _toml(value: Any) -> str:
 
 
 def world_size() -> int:
-    """Processes of this job, as torchrun sets them; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this job, as torchrun sets them; 1 without torchrun.
+
+    Raises:
+        DeviceError: the variable holds no number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise DeviceError(f"WORLD_SIZE: found {text!r}, wanted the number of processes. Start the job with torchrun.")
+    return int(text)

@@ -1,7 +1,9 @@
 """Combinations of configuration values that are impossible, each with its reason and the nearest possible value."""
 
+import difflib
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = ["Problem", "combination_problems"]
@@ -25,7 +27,9 @@ def _divisible(c: Mapping[str, Any], what: str, by: str) -> str | None:
 def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
     if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
-    return f"RoPE rotates pairs, and head_dim = n_embd / n_head = {c['n_embd'] // c['n_head']} is odd"
+    even = [n for n in range(1, c["n_embd"] + 1) if c["n_embd"] % (2 * n) == 0]
+    near = f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}" if even else "; n_embd has to be even"
+    return f"RoPE rotates pairs, and head_dim = n_embd / n_head = {c['n_embd'] // c['n_head']} is odd{near}"
 
 
 def _kv_heads(c: Mapping[str, Any]) -> str | None:
@@ -45,7 +49,7 @@ def _flash_attn(c: Mapping[str, Any]) -> str | None:
 def _min_lr(c: Mapping[str, Any]) -> str | None:
     if c["lr_schedule"] == "constant" or c["min_lr"] <= c["learning_rate"]:
         return None
-    return f"min_lr = {c['min_lr']} is above learning_rate = {c['learning_rate']}"
+    return f"min_lr = {c['min_lr']} is above learning_rate = {c['learning_rate']}; nearest min_lr: {c['learning_rate']}"
 
 
 def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
@@ -72,6 +76,15 @@ def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _init_from(c: Mapping[str, Any]) -> str | None:
+    words = ("scratch", "resume", "auto")
+    if c["init_from"] in words or Path(c["init_from"]).exists():
+        return None
+    near = difflib.get_close_matches(c["init_from"], words, 1, 0.4)
+    hint = f"; nearest: {near[0]}" if near else ""
+    return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{hint}"
+
+
 _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
     (("n_embd", "n_head"), lambda c: _divisible(c, "n_embd", "n_head")),
     (("n_kv_head", "n_head"), _kv_heads),
@@ -84,6 +97,7 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("use_fsdp",), _later("use_fsdp", "FSDP")),
     (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
     (("overwrite", "init_from"), _overwrite_resume),
+    (("init_from",), _init_from),
 )
 
 

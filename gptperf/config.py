@@ -7,6 +7,7 @@ flags into these classes. No torch here.
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -31,22 +32,23 @@ __all__ += ["KEYS", "value_problem"]
 
 
 class Range(NamedTuple):
-    """Limits of a number; None is no limit, and a bound is allowed unless `open` says otherwise."""
+    """Limits of a number; None is no limit. `open` shuts out the lower bound, `below` the upper one."""
 
     low: float | None = None
     high: float | None = None
     open: bool = False
+    below: bool = False
 
     def __str__(self) -> str:
         if self.high is None:
             return f"a number {'>' if self.open else '>='} {self.low}"
-        return f"a number from {self.low} to {self.high}"
+        return f"a number from {self.low} to {'below ' if self.below else ''}{self.high}"
 
     def holds(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         above = self.low is None or (value > self.low if self.open else value >= self.low)
-        return above and (self.high is None or value <= self.high)
+        return above and (self.high is None or (value < self.high if self.below else value <= self.high))
 
 
 class Component(NamedTuple):
@@ -64,6 +66,7 @@ class Choice(NamedTuple):
 _Positive = Annotated[int, Range(1)]
 _Count = Annotated[int, Range(0)]
 _Seconds = Annotated[float, Range(0, open=True)]
+_LARGEST_FLOAT = int(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +183,9 @@ class OptimizerConfig:
     """Share of lr_decay_iters that wsd decays over."""
     weight_decay: Annotated[float, Range(0)] = 0.1
     """On matrices only."""
-    beta1: Annotated[float, Range(0, 1)] = 0.9
+    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Decay of AdamW's first moment."""
-    beta2: Annotated[float, Range(0, 1)] = 0.95
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     """Decay of AdamW's second moment."""
     adam_eps: Annotated[float, Range(0, open=True)] = 1e-8
     """AdamW's epsilon."""
@@ -217,7 +220,7 @@ class TrainConfig:
     """Folder of the run: logs and checkpoints."""
     overwrite: bool = False
     """Start from scratch where checkpoints lie already; they are moved aside."""
-    seed: _Count = 1337
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1337
     """Seed of initialisation, data order and dropout."""
 
     def __post_init__(self) -> None:
@@ -391,12 +394,17 @@ def value_problem(key: Key, value: Any) -> str | None:
     wrong_type = type(value) is not key.type and not (key.type is float and type(value) is int)
     if wrong_type:
         return f"found {value!r}, wanted {key.wanted}"
+    if key.type is float and type(value) is int and abs(value) > _LARGEST_FLOAT:
+        return f"found a whole number of {len(hex(value)) * 4} bits, wanted {key.wanted}"
+    if isinstance(value, str) and not value.isprintable():
+        return f"found {value!r}, wanted a text without control characters"
     if key.choices is not None and value not in key.choices:
         return f"found {value!r}, wanted {key.wanted}"
     if isinstance(key.rule, Range) and not key.rule.holds(value):
         low, high = key.rule.low, key.rule.high
-        nearest = high if high is not None and value > high else low
-        near = f"; nearest: {nearest}" if nearest is not None and not key.rule.open else ""
+        nearest = high if high is not None and value >= high else low
+        excluded = key.rule.open if nearest == low else key.rule.below
+        near = f"; nearest: {nearest}" if nearest is not None and not excluded else ""
         return f"found {value!r}, wanted {key.wanted}{near}"
     return None
 

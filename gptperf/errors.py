@@ -89,6 +89,8 @@ def main_guard(debug: bool = False) -> Iterator[None]:
         print(f"gptperf: E{error.exit_code}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`). Point stdout at nothing, so that the flush at exit is silent.
+        # The reader of a report has gone (`| head`). Point stdout at nothing, so that the flush at exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)

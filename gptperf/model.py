@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptperf.config import ModelConfig
-from gptperf.registry import Ops, component, register, resolve_ops
+from gptperf.registry import Ops, component, register_built_in, resolve_ops
 
 __all__ = ["GPT", "KVCache", "prefers_cudnn"]
 
@@ -310,9 +310,7 @@ _BUILT_IN: dict[str, dict[str, type[nn.Module] | Callable[[Tensor], Tensor]]] = 
     "norm_position": {"pre": PreNormBlock, "post": PostNormBlock},
     "ffn_type": {"standard": StandardFFN, "swiglu": SwiGLU},
 }
-for _kind, _classes in _BUILT_IN.items():
-    for _name, _class in _classes.items():
-        register(_kind, _name, _class)
+register_built_in(_BUILT_IN)
 
 
 class GPT(nn.Module):

@@ -29,6 +29,8 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
+    """Of several processes: for decisions, on the CPU, so that they do not wait for the GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -51,9 +53,17 @@ class Process:
         """Whether any process says yes; every process has to ask."""
         if self.world_size == 1:
             return flag
-        found = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(found.item())
+
+    def from_main(self, text: str) -> str:
+        """The text that the main process has; every process has to ask."""
+        if self.world_size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, 0, group=self.host_group)
+        return box[0]
 
     def close(self) -> None:
         """Leave the process group."""
@@ -69,21 +79,33 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         timeout_s: limit of one collective.
 
     Raises:
-        DeviceError: "cuda" asked for by name on a machine without a usable GPU.
+        DeviceError: "cuda" asked for by name on a machine without a usable GPU, fewer GPUs than processes on this host,
+            or a WORLD_SIZE without the other variables that torchrun sets.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if world_size > 1 and name not in os.environ]
+    if missing:
+        raise DeviceError(f"WORLD_SIZE is {world_size}, and {', '.join(missing)} not set. Start the job with torchrun.")
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"process {local_rank} of this host has no GPU of its own: found {torch.cuda.device_count()}; wanted "
+            f"--nproc_per_node={torch.cuda.device_count()} or less"
+        )
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)
+    host_group = None
     if world_size > 1:
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(
             backend, timeout=timedelta(seconds=timeout_s), device_id=here if kind == "cuda" else None
         )
-    return Process(rank, world_size, here)
+        host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Process(rank, world_size, here, host_group)
 
 
 @dataclass
@@ -100,7 +122,11 @@ class Bucket:
     compute: Tensor
     decayed: bool
     arrived: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Gradients of this micro-batch that are not in `grad` yet."""
     started: set[str] = field(default_factory=set, repr=False)
+    """Parameters that have had a gradient in this step."""
+    full: bool = False
+    """Whether every parameter has had its gradient in this micro-batch."""
     reduction: dist.Work | None = field(default=None, repr=False)
 
     @property
@@ -126,7 +152,9 @@ class Replicated:
 
     The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm
     weights, biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32
-    bucket and dropped; in the last micro-batch a full bucket is summed over the processes while backward goes on.
+    bucket and dropped; in the last micro-batch a full bucket is summed over the processes while backward goes on
+    (compiled as one graph, backward hands over all gradients at its end, and there is nothing left to overlap with).
+    A frozen parameter stays as it is.
 
     Args:
         model: with float32 parameters on their device; equal in every process.
@@ -140,7 +168,8 @@ class Replicated:
         self.places: dict[str, _Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False
-        parameters = dict(model.named_parameters())  # a tied weight once
+        self._reduced = 0  # buckets whose reduction has begun in this micro-batch
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight once
         for decayed in (True, False):
             group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
             for names in _split_by_size(group, bucket_numel):
@@ -170,9 +199,14 @@ class Replicated:
         for bucket in self.buckets:
             bucket.started.clear()
 
+    @torch.no_grad()
     def start_micro_batch(self, last: bool) -> None:
         """Say whether the backward that follows is the last one of the step."""
         self._last_micro_batch = last
+        self._reduced = 0
+        for bucket in self.buckets:
+            bucket.full = False
+            self._collect(bucket)  # what the last backward left in a bucket that it did not fill
 
     @torch.no_grad()
     def _arrive(self, name: str, parameter: Tensor) -> None:
@@ -180,10 +214,14 @@ class Replicated:
         assert parameter.grad is not None
         bucket = self.places[name].bucket
         bucket.arrived[name], parameter.grad = parameter.grad, None
-        if len(bucket.arrived) == len(bucket.names):
-            self._collect(bucket)
-            if self._last_micro_batch:
-                self._reduce(bucket)
+        if len(bucket.arrived) < len(bucket.names):
+            return
+        self._collect(bucket)
+        bucket.full = True
+        # In the order of the buckets, whatever order they fill in: every process has to reduce the same one.
+        while self._last_micro_batch and self._reduced < len(self.buckets) and self.buckets[self._reduced].full:
+            self._reduce(self.buckets[self._reduced])
+            self._reduced += 1
 
     def _collect(self, bucket: Bucket) -> None:
         """Add what has arrived to the float32 gradients: the first of a step overwrites."""
@@ -204,14 +242,11 @@ class Replicated:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Wait until every gradient is the sum over micro-batches and processes; a parameter without one has zero."""
-        for bucket in self.buckets:
-            missing = set(bucket.names) - bucket.started - bucket.arrived.keys()
-            if missing or bucket.arrived:  # a parameter that not every micro-batch uses
-                self._collect(bucket)
-                for name in missing:
-                    self.gradient(name).zero_()
-            if bucket.reduction is None:
-                self._reduce(bucket)
+        for bucket in self.buckets[self._reduced :]:  # those with a parameter that the last micro-batch did not use
+            self._collect(bucket)
+            for name in set(bucket.names) - bucket.started:
+                self.gradient(name).zero_()
+            self._reduce(bucket)
         for bucket in self.buckets:
             if bucket.reduction is not None:
                 bucket.reduction.wait()
@@ -229,6 +264,14 @@ class Replicated:
         for bucket in self.buckets:
             if bucket.has_copy:
                 bucket.compute.copy_(bucket.master)
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Give every process the master weights of the first one, so that replicas begin with the same bits."""
+        if self.world_size > 1:
+            for bucket in self.buckets:
+                dist.broadcast(bucket.master.data, 0)
+        self.publish()
 
     @property
     def numel(self) -> int:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gptperf.errors import DeviceError
+from gptperf.errors import ConfigError, DeviceError
 
-__all__ = ["KINDS", "OPS", "Ops", "component", "component_names", "load_plugins", "register", "resolve_ops"]
+__all__ = ["KINDS", "OPS", "Ops", "component", "component_names", "load_plugins", "register", "register_built_in"]
+__all__ += ["resolve_ops"]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
@@ -54,10 +55,20 @@ def register(kind: str, name: str, cls: _T) -> _T:
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, 1)
-        raise ValueError(f"unknown component kind {kind!r}; wanted one of {', '.join(KINDS)}; nearest: {near}")
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"unknown component kind {kind!r}; wanted one of {', '.join(KINDS)}{hint}")
+    if name in KINDS[kind]:
+        raise ValueError(f"{kind} {name!r} is gptperf's own; wanted another name")
     if _components.setdefault((kind, name), cls) is not cls:
         raise ValueError(f"{kind} {name!r} is registered already, as {_components[kind, name].__qualname__}")
     return cls
+
+
+def register_built_in(classes: dict[str, dict[str, Any]]) -> None:
+    """Fill in the names of `KINDS`: kind -> name -> class. For `gptperf.model`."""
+    for kind, named in classes.items():
+        assert tuple(named) == KINDS[kind], f"{kind}: {tuple(named)}"
+        _components.update({(kind, name): cls for name, cls in named.items()})
 
 
 def component_names(kind: str) -> tuple[str, ...]:
@@ -84,10 +95,13 @@ def load_plugins(modules: str) -> None:
     """Import the comma-separated modules of `--plugins`, each of which calls `register`.
 
     Raises:
-        ModuleNotFoundError: a module is not on `sys.path`.
+        ConfigError: a module is not on the path, or cannot be imported.
     """
     for module in filter(None, (part.strip() for part in modules.split(","))):
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except (ImportError, SyntaxError, ValueError, TypeError, NameError, AttributeError) as error:
+            raise ConfigError(f"plugins: {module}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,25 @@ iteration. The random states are saved besides, for components from outside that
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, Config
 from gptperf.errors import CheckpointError, DataError
-from gptperf.optim import AdamW
 from gptperf.parallel import Replicated
+from gptperf.step import Engine
 
-__all__ = ["TrainState", "changed_keys", "restore", "restore_weights", "snapshot"]
+__all__ = ["TrainState", "changed_keys", "changed_versions", "restore", "restore_weights", "snapshot"]
 
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
+_OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug")  # say nothing of the run itself
 _DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 
 
@@ -46,104 +47,123 @@ class TrainState:
 
 
 def snapshot(
-    weights: Replicated,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
-    state: TrainState,
-    config: Config,
-    fingerprint: str,
-    tokenizer: Mapping[str, Any],
+    engine: Engine, state: TrainState, fingerprint: str, tokenizer: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the JSON state of this iteration. The tensors are views, not copies."""
+    """Tensors by file and the JSON state of this iteration. The tensors are views, not copies.
+
+    Args:
+        engine: whose weights, optimizer and scaler are saved.
+        state: where the run stands.
+        fingerprint: of the training data.
+        tokenizer: its name and fingerprint.
+    """
+    config, optimizer = engine.config, engine.optimizer
     moments = {
         f"{key}.{name}": view
         for key in ("exp_avg", "exp_avg_sq")
-        for name, view in weights.optimizer_views(optimizer, key)
+        for name, view in engine.weights.optimizer_views(optimizer, key)
     }
     rng = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if engine.process.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
-    tensors = {
-        "model": dict(weights.masters()),
-        "optimizer": moments | {"steps": optimizer.steps},
-        "rng": rng,
-    }
     kind, keys, *position = np.random.get_state()
+    rng["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, internal, gauss = random.getstate()
-    tensors["rng"]["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    return tensors, {
+    tensors = {"model": dict(engine.weights.masters()), "optimizer": moments | {"steps": optimizer.steps}, "rng": rng}
+    buffers = dict(_buffers(engine.model))
+    return tensors | ({"buffers": buffers} if buffers else {}), {
         "train_state": dataclasses.asdict(state),
-        "scaler": scaler.state_dict(),
+        "scaler": engine.scaler.state_dict(),
         "rng": {"python": [version, list(internal), gauss], "numpy": [kind, *position]},
         "config": config.sections(),
         "model": {name: getattr(config.model, name) for name in _DERIVED},
         "dataset_fingerprint": fingerprint,
         "tokenizer": dict(tokenizer),
-        "versions": versions(),
+        "versions": versions(engine),
     }
 
 
-def versions() -> dict[str, str]:
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a model holds beside its trained weights: persistent buffers and frozen parameters, of plugins."""
+    kept = model.state_dict(keep_vars=True)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return ((name, tensor.data) for name, tensor in kept.items() if id(tensor) not in trained)
+
+
+def versions(engine: Engine) -> dict[str, str]:
     """What the bits of a run depend on beside its configuration."""
-    cuda = torch.cuda.is_available()
+    process = engine.process
+    on_gpu = process.device.type == "cuda"
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "threads": "" if cuda else str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(process.device) if on_gpu else "cpu",
+        "threads": "" if on_gpu else str(torch.get_num_threads()),
+        "processes": str(process.world_size),
+        "kernels": ",".join(f"{op}={chosen}" for op, chosen in engine.ops.chosen.items()),
     }
 
 
-def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
+def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool = False) -> list[str]:
     """`key: saved -> now` for what differs between a checkpoint's configuration and this one.
+
+    Args:
+        saved: the checkpoint's state.
+        config: of this run.
+        weights_only: compare the model alone, and leave it to the caller.
 
     Raises:
         CheckpointError: a key differs that fixes the weights, the numbers or the order of the data; all are named.
     """
-    before = {name: value for section in saved["config"].values() for name, value in section.items()}
-    now = config.flat()
-    before |= saved["model"]
-    now |= {name: getattr(config.model, name) for name in _DERIVED}
-    before["d_ff"] = before["n_kv_head"] = now["d_ff"] = now["n_kv_head"] = None  # by what follows from them
-    per_iter = ("batch_size", "gradient_accumulation_steps")
+    before = {name: value for section in saved["config"].values() for name, value in section.items()} | saved["model"]
+    now = config.flat() | {name: getattr(config.model, name) for name in _DERIVED}
+    for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two by what follows from them
+        before[name] = now[name] = None
     must = _MUST_MATCH | set(_DERIVED)
+    per_iter = ("batch_size", "gradient_accumulation_steps")
     if before[per_iter[0]] * before[per_iter[1]] != now[per_iter[0]] * now[per_iter[1]]:
         must |= set(per_iter)
-    lines = {name: f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]}
+    model = {k for k, key in KEYS.items() if key.section == "model"} | set(_DERIVED)
+    names = [name for name in now if before.get(name) != now[name] and (name in model or not weights_only)]
+    lines = {name: f"{name}: {before.get(name)} -> {now[name]}" for name in names}
     fatal = [line for name, line in lines.items() if name in must]
-    if fatal:
+    if fatal and not weights_only:
         raise CheckpointError(f"the checkpoint was made with another configuration (saved -> now): {'; '.join(fatal)}")
     return list(lines.values())
 
 
-def restore(
-    checkpoint: Checkpoint,
-    weights: Replicated,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
-    fingerprint: str,
-) -> TrainState:
+def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
+    """`what: saved -> now` for what the bits depend on beside the configuration."""
+    now = versions(engine)
+    return [
+        f"{name}: {saved['versions'].get(name)} -> {now[name]}"
+        for name in now
+        if saved["versions"].get(name) != now[name]
+    ]
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainState:
     """Put a checkpoint's state into the objects of a run; call it after all of them are built.
 
     Raises:
         DataError: the data set is another one.
         CheckpointError: a tensor is missing or has another shape.
     """
-    saved = checkpoint.state
+    saved, optimizer = checkpoint.state, engine.optimizer
     if saved["dataset_fingerprint"] != fingerprint:
         raise DataError(
             f"{checkpoint.path}: it was trained on the data set {saved['dataset_fingerprint'][:12]} (fingerprint), "
             f"found {fingerprint[:12]}; wanted the same shards"
         )
-    restore_weights(checkpoint, weights)
+    restore_weights(checkpoint, engine.model, engine.weights)
     for key in ("exp_avg", "exp_avg_sq"):
-        for name, view in weights.optimizer_views(optimizer, key):
+        for name, view in engine.weights.optimizer_views(optimizer, key):
             view.copy_(_tensor(checkpoint, "optimizer", f"{key}.{name}", view.shape))
     optimizer.steps.copy_(_tensor(checkpoint, "optimizer", "steps", optimizer.steps.shape))
-    scaler.load_state_dict(saved["scaler"])
+    engine.scaler.load_state_dict(saved["scaler"])
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
-    if "cuda" in rng and torch.cuda.is_available():
+    if "cuda" in rng and engine.process.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"])
     version, internal, gauss = saved["rng"]["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -153,8 +173,8 @@ def restore(
 
 
 @torch.no_grad()
-def restore_weights(checkpoint: Checkpoint, weights: Replicated) -> None:
-    """Put a checkpoint's master weights into a model.
+def restore_weights(checkpoint: Checkpoint, model: nn.Module, weights: Replicated) -> None:
+    """Put a checkpoint's master weights, buffers and frozen parameters into a model.
 
     Raises:
         CheckpointError: names or shapes differ.
@@ -166,11 +186,13 @@ def restore_weights(checkpoint: Checkpoint, weights: Replicated) -> None:
         )
     for name, master in weights.masters():
         master.copy_(_tensor(checkpoint, "model", name, master.shape))
+    for name, tensor in _buffers(model):
+        tensor.copy_(_tensor(checkpoint, "buffers", name, tensor.shape))
     weights.publish()
 
 
 def _tensor(checkpoint: Checkpoint, stem: str, name: str, shape: torch.Size) -> Tensor:
-    found = checkpoint.tensors[stem].get(name)
+    found = checkpoint.tensors.get(stem, {}).get(name)
     if found is None or found.shape != shape:
         what = "nothing" if found is None else str(tuple(found.shape))
         raise CheckpointError(f"{checkpoint.path}: {stem}: found {what} for {name}, wanted {tuple(shape)}")

@@ -12,6 +12,8 @@ import torch
 
 __all__ = ["StepClock", "StopRequest", "process_age_s"]
 
+_IMPORTED = time.monotonic()
+
 
 class StepClock:
     """Wall time of steps, without what happens in `paused`."""
@@ -66,9 +68,9 @@ class StopRequest:
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, imports included (Linux); elsewhere since Python's clock began."""
+    """Seconds since this process was started, imports included; where there is no /proc, since this module was."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except OSError:
-        return time.process_time()
+        return time.monotonic() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

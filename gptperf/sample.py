@@ -102,6 +102,7 @@ def main() -> int:
     """Run the command; returns its exit code."""
     with main_guard(debug="--debug" in sys.argv):
         config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         for text in sample(config):
             print(text)
     return 0
@@ -131,14 +132,14 @@ def sample(config: SampleConfig) -> list[str]:
         if found is None:
             raise CheckpointError(f"{config.run}: found no checkpoint, wanted the folder of a run or of a checkpoint")
         folder = found.path
-    checkpoint = load(folder)
+    checkpoint = load(folder, only=("model", "buffers"))
     saved = checkpoint.state["config"]
     device = start_process(config.device).device
     dtype = DTYPES[saved["system"]["dtype"]] if device.type == "cuda" else torch.float32
     ops = registry.resolve_ops("auto", device.type)
     with device:
         model = GPT(ModelConfig(**saved["model"]), ops).eval()
-    restore_weights(checkpoint, Replicated(model, dtype))
+    restore_weights(checkpoint, model, Replicated(model, dtype))
     tokenizer = load_tokenizer(checkpoint.state["tokenizer"]["name"])
     prompt = torch.tensor(tokenizer.encode(config.prompt).tolist() or [tokenizer.eot], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)

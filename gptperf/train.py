@@ -15,7 +15,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with main_guard(debug=any(text.partition("=")[0] == "--debug" for text in argv)):
+    with main_guard(debug=any(text.lower() in ("--debug", "--debug=true") for text in argv)):
         resolved = cli.resolve(argv, world_size=cli.world_size())
         if resolved.show_config:
             print(cli.show_config(resolved))

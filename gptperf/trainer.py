@@ -4,6 +4,7 @@ The GPU is synchronised at log lines, evaluations and saves, and nowhere between
 """
 
 import contextlib
+import errno
 import os
 import random
 import time
@@ -23,14 +24,14 @@ from gptperf.data.loader import Loader, validation_batches
 from gptperf.data.ngram import trigram_loss
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
-from gptperf.errors import PREEMPTED, CheckpointError, DataError, DiskError, NonFiniteError
+from gptperf.errors import PREEMPTED, CheckpointError, DataError, DiskError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
-from gptperf.resume import TrainState, changed_keys, restore, restore_weights, snapshot
+from gptperf.resume import TrainState, changed_keys, changed_versions, restore, restore_weights, snapshot
 from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
 from gptperf.startup import find_peak, startup_info
@@ -67,18 +68,21 @@ class Run:
         return Path(self.config.train.out_dir) / "checkpoints"
 
 
+def _validation_keys(config: Config, process: Process) -> dict[str, int]:
+    return {
+        "block_size": config.model.block_size,
+        "batch_size": config.train.batch_size,
+        "max_batches": config.train.eval_iters,
+        "rank": process.rank,
+        "world_size": process.world_size,
+    }
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> float:
     """Mean loss over the fixed validation batches of all processes."""
     engine, process = run.engine, run.engine.process
-    batches = validation_batches(
-        run.val_tokens,
-        block_size=run.config.model.block_size,
-        batch_size=run.config.train.batch_size,
-        max_batches=run.config.train.eval_iters,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
+    batches = validation_batches(run.val_tokens, **_validation_keys(run.config, process))
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)  # loss times rows, rows
     engine.model.eval()
     for batch in batches:
@@ -122,7 +126,13 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
             prefetch=config.data.prefetch,
             timeout_s=config.data.loader_timeout_s,
         )
-        finished = _loop(run, stack.enter_context(loader), stop)
+        try:
+            finished = _loop(run, stack.enter_context(loader), stop)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the GPU's memory does not hold iteration {run.state.step + 1}: {str(error).splitlines()[0]} Lower "
+                f"batch_size = {config.train.batch_size} and raise gradient_accumulation_steps, or lower block_size."
+            ) from error
         if finished:
             _finish(run)
         return 0 if finished else PREEMPTED
@@ -143,25 +153,26 @@ def _start(
     out_dir = Path(config.train.out_dir)
     if process.is_main:
         stack.enter_context(RunLock(out_dir))
+    keys = _validation_keys(config, process)
+    validation_batches(val_tokens, **keys)  # too short a split is found now, not at the first evaluation
     found = _find_checkpoint(config, out_dir / "checkpoints", process, console)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
     state = TrainState()
-    if found is not None and config.train.init_from in ("resume", "auto"):
-        for line in changed_keys(found.state, config):
-            console.warning(f"resumed with another value: {line}")
-        state = restore(found, engine.weights, engine.optimizer, engine.scaler, train_tokens.fingerprint)
-        console.message(f"resumed from {found.path} at iteration {state.step}")
-    elif found is not None:
-        restore_weights(found, engine.weights)
-        console.message(f"weights from {found.path}")
+    if found is not None:
+        state = _take_up(found, engine, train_tokens.fingerprint, tokenizer, console)
+    engine.weights.share()
     compiled = compile_engine(engine)
     peak = find_peak(config, process.device)
     info = startup_info(engine, manifest, peak, compiled)
     journal = None
     if process.is_main:
-        checkpoint.check_space(out_dir, 12 * engine.weights.numel)
+        fit = checkpoint.check_space(out_dir, 12 * engine.weights.numel)
+        if fit < config.train.keep_checkpoints + 2:  # those kept, the best one, and the one being written
+            console.warning(
+                f"{out_dir}: room for {fit} checkpoints, keep_checkpoints = {config.train.keep_checkpoints}"
+            )
         resumed = state.step if state.run_name else None
         state.run_name = state.run_name or new_run_name(out_dir)
         journal = stack.enter_context(Journal(out_dir, state.run_name, resume_from=resumed, warn=console.warning))
@@ -171,39 +182,69 @@ def _start(
     return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal)
 
 
+def _take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
+    """Go on from a checkpoint: the whole state when resuming, the weights alone otherwise.
+
+    Raises:
+        CheckpointError: it was made with another configuration, or by a version that kept other things.
+        DataError: it was made with another data set.
+    """
+    resuming = engine.config.train.init_from in ("resume", "auto")
+    try:
+        for line in changed_keys(found.state, engine.config, weights_only=not resuming):
+            console.warning(f"{found.path} was made with another value (saved -> now): {line}")
+        if not resuming:
+            if found.state["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+                console.warning(f"{found.path} was made with the tokenizer {found.state['tokenizer']['name']}")
+            restore_weights(found, engine.model, engine.weights)
+            console.message(f"weights from {found.path}")
+            return TrainState()
+        for line in changed_versions(found.state, engine):
+            console.warning(f"the same numbers, but not the same bits as without the break: {line}")
+        state = restore(found, engine, fingerprint)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
+    console.message(f"resumed from {found.path} at iteration {state.step}")
+    return state
+
+
 def _find_checkpoint(config: Config, folder: Path, process: Process, console: Console) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, by `init_from`.
+    """The checkpoint that the run goes on from, by `init_from`; the main process chooses it for all.
 
     Raises:
         CheckpointError: none to resume, or a new run would start where checkpoints lie.
     """
-    how = config.train.init_from
+    chosen: Checkpoint | None = None
     if process.is_main:
         checkpoint.clean(folder)
-    process.barrier()
-    if how in ("resume", "auto"):
-        found = checkpoint.load_latest(folder, warn=console.warning)
-        if found is None and how == "resume":
-            raise CheckpointError(f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'")
-        return found
-    if checkpoint.checkpoints(folder):
-        if not config.train.overwrite:
-            raise CheckpointError(
-                f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
-                "--overwrite=True, which moves them aside"
-            )
-        if process.is_main:
-            aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
-            folder.rename(aside)
-            console.message(f"moved the checkpoints of an earlier run to {aside}")
-        process.barrier()
-    if how == "scratch":
-        return None
-    source = Path(how)
-    if (source / "checkpoints").is_dir():
-        source /= "checkpoints"
-    newest = checkpoint.latest(source) if source.is_dir() else None
-    return checkpoint.load(newest.path if newest is not None else source)
+        how = config.train.init_from
+        if how in ("resume", "auto"):
+            chosen = checkpoint.load_latest(folder, warn=console.warning)
+            if chosen is None and how == "resume":
+                raise CheckpointError(
+                    f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
+                )
+        else:
+            lies = bool(checkpoint.checkpoints(folder))
+            if lies and not config.train.overwrite:
+                raise CheckpointError(
+                    f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
+                    "--overwrite=True, which moves them aside"
+                )
+            chosen = None if how == "scratch" else _load_path(Path(how))
+            if lies:
+                aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
+                folder.rename(aside)
+                console.message(f"moved the checkpoints of an earlier run to {aside}")
+    path = process.from_main("" if chosen is None else str(chosen.path))
+    return chosen if process.is_main or not path else checkpoint.load(Path(path))
+
+
+def _load_path(path: Path) -> Checkpoint:
+    """The checkpoint at a path, or the newest one of the run there."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = checkpoint.latest(folder) if folder.is_dir() else None
+    return checkpoint.load(newest.path if newest is not None else folder)
 
 
 def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
@@ -226,14 +267,15 @@ def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
         state.tokens += run.config.tokens_per_iter
         if log_due:
             _log(run, result, clock)
-        asked = stop.requested if process.world_size == 1 else log_due and process.any(stop.requested)
+        asked = process.any(stop.requested)
         val_loss = None
         if last or iteration % train.eval_interval == 0:
             with clock.paused():
                 val_loss = _evaluate(run)
         if last or asked or iteration % save_interval == 0:
             with clock.paused():
-                _save(run, val_loss)
+                _check_finite(run)
+                _save(run, val_loss, must=last or asked)
         if asked and not last:
             run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume goes on")
             return False
@@ -244,7 +286,7 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
     """Read the step's results, for which the host waits here, and report them."""
     engine, state = run.engine, run.state
     loss = engine.process.mean(result.loss.clone()).item()
-    norm, skipped = result.gradient_norm.item(), int(engine.skipped.item())
+    norm = result.gradient_norm.item()
     seconds, steps = clock.lap()
     step_ms = 1e3 * (seconds / steps if steps else clock.paused_s)
     if steps == 0:  # the process's first iteration, with compilation: its time says nothing of the speed
@@ -269,15 +311,29 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
         run.journal.write("iteration", record)
     left = run.config.train.max_iters - state.step
     run.console.iteration(record, left * step_ms / 1e3 if steps else None)
-    scale = record.get("loss_scale")
-    lost = skipped > 0 if scale is None else scale < 1  # a scaler leaves steps out by design
-    if lost:
-        raise NonFiniteError(
-            f"iteration {state.step}: loss {loss}, gradient norm {norm}, {skipped} steps without finite gradients"
-            + ("" if scale is None else f", loss scale {scale}")
-            + f". Their updates were left out; {run.checkpoints} has nothing of them. Lower learning_rate, or look at "
-            "the data of these iterations."
-        )
+    _check_finite(run)
+
+
+def _check_finite(run: Run) -> None:
+    """End a run whose gradients stopped being finite, before anything of it is saved.
+
+    Raises:
+        NonFiniteError: a step was left out, or float16's scale has fallen below 1.
+    """
+    engine = run.engine
+    skipped = int(engine.skipped.item())
+    if engine.scaler.is_enabled():  # it leaves steps out by design
+        if engine.scaler.get_scale() >= 1:
+            return
+        what = f"the loss scale fell to {engine.scaler.get_scale()}"
+    elif skipped == 0:
+        return
+    else:
+        what = f"{skipped} iterations had gradients that are not finite, and were left out"
+    raise NonFiniteError(
+        f"iteration {run.state.step}: {what}; {run.checkpoints} has the state before. Lower learning_rate, or look "
+        "at the data of these iterations."
+    )
 
 
 def _evaluate(run: Run) -> float:
@@ -298,33 +354,34 @@ def _evaluate(run: Run) -> float:
     return val_loss
 
 
-def _save(run: Run, val_loss: float | None) -> None:
-    """Commit a checkpoint; a full disk is reported, and ends the run when it happens again and again."""
+def _save(run: Run, val_loss: float | None, *, must: bool) -> None:
+    """Commit a checkpoint. A disk that fails is reported; it ends the run the third time, or where the run ends anyway.
+
+    Raises:
+        DiskError: then.
+    """
     if run.journal is None:
         return
-    engine, state, start = run.engine, run.state, time.perf_counter()
+    state, start = run.state, time.perf_counter()
     tokenizer = {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint}
-    tensors, saved = snapshot(
-        engine.weights,
-        engine.optimizer,
-        engine.scaler,
-        state,
-        run.config,
-        run.train_tokens.fingerprint,
-        tokenizer,
-    )
+    tensors, saved = snapshot(run.engine, state, run.train_tokens.fingerprint, tokenizer)
     keep = run.config.train.keep_checkpoints
-    try:
-        path = checkpoint.save(
-            run.checkpoints, step=state.step, tensors=tensors, state=saved, keep=keep, metric=val_loss
-        )
-    except DiskError as error:
-        run.failed_saves += 1
-        if run.failed_saves >= _SAVE_TRIES:
-            raise
-        run.console.warning(f"no checkpoint of iteration {state.step}, training goes on: {error}")
-        run.journal.write("message", {"level": "warning", "text": str(error), "iter": state.step})
-        return
+    for again in (True, False):
+        try:
+            path = checkpoint.save(
+                run.checkpoints, step=state.step, tensors=tensors, state=saved, keep=keep, metric=val_loss
+            )
+            break
+        except DiskError as error:
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+            if again and full and checkpoint.prune(run.checkpoints, keep=1):
+                continue
+            run.failed_saves += 1
+            if must or run.failed_saves >= _SAVE_TRIES:
+                raise
+            run.console.warning(f"no checkpoint of iteration {state.step}, training goes on: {error}")
+            run.journal.write("message", {"level": "warning", "text": str(error), "iter": state.step})
+            return
     run.failed_saves = 0
     time_ms = 1e3 * (time.perf_counter() - start)
     record = {"iter": state.step, "path": str(path), "val_loss": val_loss, "time_ms": time_ms}

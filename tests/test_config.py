@@ -198,7 +198,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         (["--n_head=5"], "n_embd = 768 is not a multiple of n_head = 5; nearest n_head: 4"),
         (["--n_kv_head=5"], "n_head = 12 is not a multiple of n_kv_head = 5; nearest n_kv_head: 4"),
         (["--n_embd=36", "--position_encoding=rope"], "head_dim = n_embd / n_head = 3 is odd"),
-        (["--min_lr=1"], "min_lr = 1.0 is above learning_rate = 0.0006"),
+        (["--min_lr=1"], "min_lr = 1.0 is above learning_rate = 0.0006; nearest min_lr: 0.0006"),
+        (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto or the path"),
         (["--kernels=triton", "--device=cpu"], "needs a GPU"),
         (["--use_fsdp=True", "--use_zero1=True"], "exclude each other"),
         (["--overwrite=True", "--init_from=resume"], "move aside"),
@@ -216,7 +217,35 @@ def test_sections_built_in_python_are_checked_too() -> None:
         Config(model=ModelConfig(n_head=7))
 
 
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--no_compile", "--use_zero1=True"], "--no_compile has no value, and is no key"),
+        (["--no_compile", "--use_zero1=True"], "use_zero1: ZeRO-1 is not in this version yet"),
+        (["--beta2=1"], "beta2: found 1.0, wanted a number from 0 to below 1"),
+        (["--seed=18446744073709551616"], "seed: found 18446744073709551616"),
+        (["--out_dir=a\0b"], "wanted a text without control characters"),
+        (["--plugins=.x"], "plugins: .x: TypeError"),
+    ],
+)
+def test_odd_flags_are_config_errors(flags: list[str], part: str) -> None:
+    assert part in _problems(*flags)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000])
+def test_long_numbers_are_config_errors(number: str, tmp_path: Path) -> None:
+    _problems(_write(tmp_path, f"[optimizer]\nlearning_rate = {number}\n"))
+    _problems(_write(tmp_path, f"[model]\nn_layer = 1.{number}\n"))
+
+
+def test_a_plugin_that_fails_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_plugin.py").write_text("1 +")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "plugins: broken_plugin: SyntaxError" in _problems("--plugins=broken_plugin")
+
+
 def test_flag_forms() -> None:
+    assert _config("--out_dir", "x.toml").train.out_dir == "x.toml"
     assert _config("--batch-size", "3", "--compile", "--bias").train.batch_size == 3
     assert _config("--n_kv_head=none").model.n_kv_head is None
     assert _config("--out_dir=-odd=name").train.out_dir == "-odd=name"
@@ -225,7 +254,7 @@ def test_flag_forms() -> None:
 
 @pytest.mark.parametrize("path", [None, *CONFIGS])
 def test_show_config_is_a_file_that_gives_the_same(path: str | None, tmp_path: Path) -> None:
-    argv = [*([path] if path else []), '--out_dir=a "quoted" \\ \t path']
+    argv = [*([path] if path else []), '--out_dir=a "quoted" \\ path']
     resolved = cli.resolve([*argv, "--show_config"])
     assert resolved.show_config
     page = cli.show_config(resolved)
@@ -282,7 +311,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 def test_plugins_are_for_the_command_line_only(tmp_path: Path) -> None:
     assert "named on the command line only" in _problems(_write(tmp_path, '[system]\nplugins = "os"\n'))
-    assert "plugins: found 'no_such_module'" in _problems("--plugins=no_such_module")
+    assert "plugins: no_such_module: ModuleNotFoundError" in _problems("--plugins=no_such_module")
 
 
 def test_help_is_fast_and_loads_no_torch() -> None:

@@ -9,9 +9,11 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from gptperf.hardware import Peak, match_gpu, no_peak_hint, peak_flop_s
 from gptperf.monitor.console import Console, _duration, evaluation_lines, iteration_lines, startup_lines
 from gptperf.monitor.throughput import Throughput, theoretical
 
+ROOT = Path(__file__).parent.parent
 PEAK = peak_flop_s(match_gpu("NVIDIA H200"), "bfloat16")
 RECORD = {
     "iter": 5,
@@ -292,12 +295,25 @@ class Gone(io.StringIO):
 
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("terminal_stream", [True, False])
-def test_a_gone_reader_is_a_broken_pipe(terminal_stream: bool) -> None:
-    with pytest.raises(BrokenPipeError), Console(max_iters=600, stream=Gone(terminal_stream)) as console:
+def test_a_gone_reader_does_not_end_the_run(terminal_stream: bool) -> None:
+    with Console(max_iters=600, stream=Gone(terminal_stream)) as console:
+        assert console.enabled
         console.iteration(RECORD)
+        assert not console.enabled
+        play(console)
 
 
-def test_head_ends_the_run_silently() -> None:
+def test_a_closed_stdout_does_not_end_the_run() -> None:
+    code = "from gptperf.monitor.console import Console; Console(max_iters=9).message('x'); open('done', 'w')"
+    with tempfile.TemporaryDirectory() as folder:
+        command = f'exec {sys.executable} -c "{code}" >&-'
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(["sh", "-c", command], cwd=folder, env=env, capture_output=True, check=False)
+        assert done.stderr == b""
+        assert os.path.exists(os.path.join(folder, "done"))
+
+
+def test_head_leaves_the_run_silent() -> None:
     code = """
 from gptperf.errors import main_guard
 from gptperf.monitor.console import Console

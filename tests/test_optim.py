@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from gptperf.model import GPT
 from gptperf.optim import AdamW, clip_scale, learning_rate
 from gptperf.parallel import ALIGN, Replicated
 
+ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 
 
@@ -155,6 +160,70 @@ def test_a_parameter_without_gradient_has_zero() -> None:
     assert (weights.gradient("lm_head.weight") == 0).all()
     assert weights.gradient("wte.weight").abs().max() > 0
     assert all(b.master.grad is b.grad for b in weights.buckets)
+
+
+def test_a_bucket_that_no_micro_batch_fills_loses_nothing() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 1, bias=False), "unused": nn.Linear(4, 1, bias=False)})
+    weights = Replicated(model, torch.float32)
+    weights.start_step()
+    for i in range(3):
+        weights.start_micro_batch(last=i == 2)
+        model["used"](torch.ones(1, 4)).sum().backward()
+    weights.finish_gradients()
+    assert (weights.gradient("used.weight") == 3).all()
+    assert (weights.gradient("unused.weight") == 0).all()
+
+
+def test_a_frozen_parameter_stays_as_it_is() -> None:
+    model = _model()
+    model.norm.weight.requires_grad_(False)
+    weights = Replicated(model, torch.bfloat16)
+    assert "norm.weight" not in weights.places
+    _backward(model.float(), weights, [torch.randint(0, 50, (2, 16))])
+    assert model.norm.weight.grad is None
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from gptperf.parallel import Replicated, start_process
+process = start_process("cpu")
+torch.manual_seed(process.rank)
+model = nn.ModuleDict({str(i): nn.Linear(8, 8, bias=False) for i in range(6)})
+weights = Replicated(model, torch.float32, process.world_size, bucket_numel=100)
+assert len(weights.buckets) == 3
+weights.share()
+first = torch.cat([b.master.data for b in weights.buckets])
+everyone = [torch.empty_like(first) for _ in range(2)]
+dist.all_gather(everyone, first)
+assert torch.equal(*everyone)
+# Each rank uses its layers in another order, and one only in its first micro-batch: the reductions still pair up.
+for step in range(20):
+    weights.start_step()
+    for micro in range(3):
+        weights.start_micro_batch(last=micro == 2)
+        order = list("012345")[:: 1 if process.rank else -1]
+        if micro > 0:
+            order.remove("3" if process.rank else "2")
+        x = torch.ones(1, 8) * (process.rank + 1)
+        sum(model[name](x).sum() for name in order).backward()
+    weights.finish_gradients()
+    for i in range(6):
+        wanted = 3 * (1 + 2) - (2 * 1 if i == 2 else 2 * 2 if i == 3 else 0)
+        got = weights.gradient(f"{i}.weight")
+        assert (got == wanted).all(), (process.rank, step, i, got[0, 0].item(), wanted)
+process.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_reduce_the_same_buckets(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 schedules = st.builds(

@@ -321,6 +321,8 @@ class Console:
         self.max_iters = max_iters
         self.enabled = enabled
         self.stream = sys.stdout if stream is None else stream
+        if self.stream is None:  # stdout was closed before the start
+            self.enabled = enabled = False
         self._rich: _RichConsole | None = None
         if enabled and self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
             # rich obeys NO_COLOR itself.
@@ -334,9 +336,7 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A reader that has gone must not hide the error that is on its way.
-        with contextlib.suppress(BrokenPipeError) if error is not None else contextlib.nullcontext():
-            self._stop()
+        self._stop()
 
     def startup(self, info: Mapping[str, Any]) -> None:
         """Print the blocks of a `StartupInfo`."""
@@ -345,18 +345,19 @@ class Console:
     def iteration(self, record: Mapping[str, Any], eta_s: float | None = None) -> None:
         """Print an iteration (see `iteration_lines`) and move the progress bar."""
         self._print(iteration_lines(record, self.max_iters, eta_s, self._width))
-        if self._rich is None:
+        if self._rich is None or not self.enabled:
             return
-        if self._progress is None:
-            self._progress = _progress_bar(self._rich)
-            self._task = self._progress.add_task("", total=self.max_iters, facts="")
-        tokens_s = (record.get("mfu") or {}).get("tokens_per_sec")
-        parts = [f"loss {record['loss']:.4f}"]
-        parts += [] if tokens_s is None else [f"{tokens_s:,.0f} tok/s"]
-        parts += [] if eta_s is None else [f"{_duration(eta_s)} left"]
-        self._progress.update(self._task, completed=record["iter"], facts="  ".join(parts))
-        self._progress.start()  # only the first time
-        self._progress.refresh()
+        with self._while_read():
+            if self._progress is None:
+                self._progress = _progress_bar(self._rich)
+                self._task = self._progress.add_task("", total=self.max_iters, facts="")
+            tokens_s = (record.get("mfu") or {}).get("tokens_per_sec")
+            parts = [f"loss {record['loss']:.4f}"]
+            parts += [] if tokens_s is None else [f"{tokens_s:,.0f} tok/s"]
+            parts += [] if eta_s is None else [f"{_duration(eta_s)} left"]
+            self._progress.update(self._task, completed=record["iter"], facts="  ".join(parts))
+            self._progress.start()  # only the first time
+            self._progress.refresh()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Print an evaluation (see `evaluation_lines`)."""
@@ -387,18 +388,31 @@ class Console:
     def _stop(self) -> None:
         progress, self._progress = self._progress, None
         if progress is not None:
-            progress.stop()
+            with self._while_read():
+                progress.stop()
 
     def _print(self, lines: Iterable[str]) -> None:
         if not self.enabled:
             return
         encoding = self.stream.encoding or "utf-8"
         text = _printable("\n".join(lines)).encode(encoding, "replace").decode(encoding)
-        if self._rich is not None:
-            self._rich.print(Text("\n").join(_styled(text)))
-        else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
+        with self._while_read():
+            if self._rich is not None:
+                self._rich.print(Text("\n").join(_styled(text)))
+            else:
+                self.stream.write(text + "\n")
+                self.stream.flush()
+
+    @contextlib.contextmanager
+    def _while_read(self) -> Iterator[None]:
+        """Fall silent when the reader has gone (`| head`): the run goes on, and its log has everything."""
+        try:
+            yield
+        except BrokenPipeError:
+            self.enabled = False
+            self._progress = None
+            if self.stream is sys.stdout:  # Python flushes it once more at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def _progress_bar(console: _RichConsole) -> Progress:
