@@ -98,5 +98,5 @@ def learning_rate(iteration: int, config: OptimizerConfig, max_iters: int) -> fl
     if iteration < start:
         return config.learning_rate
     done = (iteration - start) / (end - start)
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1 - done
-    return config.min_lr + shape * (config.learning_rate - config.min_lr)
+    fallen = 0.5 * (1 - math.cos(math.pi * done)) if config.lr_schedule == "cosine" else done
+    return config.learning_rate - fallen * (config.learning_rate - config.min_lr)

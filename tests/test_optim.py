@@ -1,6 +1,7 @@
 """AdamW over flat buckets is PyTorch's; schedules; gradients of every layout are float32 sums."""
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -244,7 +245,7 @@ def test_schedule_stays_within_its_bounds_and_falls_after_the_warm_up(config: Op
     warm = rates[: config.warmup_iters]
     assert warm == sorted(warm)
     after = rates[config.warmup_iters :]
-    assert after == sorted(after, reverse=True)
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(after))
 
 
 def test_schedule_values() -> None:
