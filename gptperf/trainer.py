@@ -8,13 +8,12 @@ import errno
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gptperf import checkpoint
 from gptperf.build import check_device, open_dataset
@@ -56,6 +55,8 @@ class Run:
     journal: Journal | None
     """In the main process."""
     failed_saves: int = 0
+    waited_s: float = 0.0
+    """Seconds that the loop had waited for the loader at the last log line."""
 
     @property
     def config(self) -> Config:
@@ -247,7 +248,7 @@ def _load_path(path: Path) -> Checkpoint:
     return checkpoint.load(newest.path if newest is not None else folder)
 
 
-def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
+def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
     """Train until `max_iters` (true) or until asked to stop (false); a checkpoint is committed either way."""
     train, state, process = run.config.train, run.state, run.engine.process
     save_interval = train.save_interval or train.eval_interval
@@ -259,14 +260,14 @@ def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
         log_due = last or iteration == first or iteration % run.config.log.log_interval == 0
         if iteration == first:  # it compiles and fills caches: not a step like the others
             with clock.paused():
-                result = train_step(run.engine, batches, state.step, with_moments=log_due)
+                result = train_step(run.engine, loader, state.step, with_moments=log_due)
         else:
-            result = train_step(run.engine, batches, state.step, with_moments=log_due)
+            result = train_step(run.engine, loader, state.step, with_moments=log_due)
             clock.steps += 1
         state.step = iteration
         state.tokens += run.config.tokens_per_iter
         if log_due:
-            _log(run, result, clock)
+            _log(run, result, clock, loader.wait_s)
         asked = process.any(stop.requested)
         val_loss = None
         if last or iteration % train.eval_interval == 0:
@@ -282,7 +283,7 @@ def _loop(run: Run, batches: Iterator[Tensor], stop: StopRequest) -> bool:
     return True
 
 
-def _log(run: Run, result: StepResult, clock: StepClock) -> None:
+def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> None:
     """Read the step's results, for which the host waits here, and report them."""
     engine, state = run.engine, run.state
     loss = engine.process.mean(result.loss.clone()).item()
@@ -299,12 +300,14 @@ def _log(run: Run, result: StepResult, clock: StepClock) -> None:
         "iter": state.step,
         "loss": loss,
         "time_ms": step_ms,
+        "data_wait_ms": 1e3 * (waited_s - run.waited_s) / max(steps, 1),
         "lr": engine.optimizer.param_groups[0]["lr"],
         "tokens": state.tokens,
         "mfu": run.throughput.record(step_ms) if steps else {},
         "memory": memory_record(engine.process.device),
         "gradients": {"global_norm": norm, "grad_mean": mean, "grad_std": std},
     }
+    run.waited_s = waited_s
     if engine.scaler.is_enabled():
         record["loss_scale"] = engine.scaler.get_scale()
     if run.journal is not None:

@@ -76,6 +76,8 @@ class Iteration(TypedDict, total=False):
     time_ms: Required[float]
     """Mean over the iterations since the last entry, without evaluation, saving and compilation; of the first entry of
     a process that one iteration, with its compilation."""
+    data_wait_ms: float
+    """Of `time_ms`, waiting for the loader."""
     lr: float
     tokens: int
     """Tokens trained on so far."""
