@@ -1,7 +1,13 @@
 """What the tests share."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from run_helpers import SMALL
+
+from gptperf.data.prepare import prepare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +24,15 @@ def _one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' own processes are not part of a job that may surround them."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GPTPERF_FAILPOINT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small prepared data set and a small configuration."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = np.random.default_rng(0).integers(97, 107, (4000, 5)).astype(np.uint8)
+    text = b" ".join(bytes(row) for row in words)
+    (folder / "text.txt").write_bytes(text)
+    prepare(str(folder / "text.txt"), data_dir=folder / "data", name="text", quiet=True)
+    (folder / "small.toml").write_text(SMALL)
+    return folder

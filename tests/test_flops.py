@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from golden import PARAMETERS
 
 from gptperf import flops
 from gptperf.config import ModelConfig
@@ -34,17 +35,6 @@ MODELS = {
     "quick_test": sized("gpt2", "6/6/384/1536/256/50304"),
     "llama_1.36b": sized("llama", "24/16/2048/5632/2048/32000"),
     "gpt2_1.36b": sized("gpt2", "25/16/2048/8192/2048/50304"),
-}
-PARAMETERS = {
-    "gpt2_124m": 124_373_760,
-    "llama_124m": 162_220_800,
-    "team_124m": 162_220_800,
-    "hybrid_124m": 123_587_328,
-    "custom": 123_587_328,
-    "gpt2_openai_124m": 124_439_808,
-    "quick_test": 30_036_864,
-    "llama_1.36b": 1_364_297_728,
-    "gpt2_1.36b": 1_365_612_544,
 }
 GOLDEN_FLOPS = [
     ("gpt2_124m", "strict", 798_087_168),

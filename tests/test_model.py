@@ -2,33 +2,22 @@
 
 import itertools
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from golden import PARAMETERS
 from torch import nn
 
-from gptperf import cli, registry
+from gptperf import cli, flops, registry
 from gptperf.config import ModelConfig
 from gptperf.model import _BUILT_IN, GPT, KVCache
 from gptperf.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = {
-    "gpt2_124m": 124_373_760,
-    "llama_124m": 162_220_800,
-    "team_124m": 162_220_800,
-    "hybrid_124m": 123_587_328,
-    "custom": 123_587_328,
-    "gpt2_openai_124m": 124_439_808,
-    "quick_test": 30_036_864,
-    "gpt2_owt": 124_373_760,
-    "llama_1.36b": 1_364_297_728,
-    "gpt2_1.36b": 1_365_612_544,
-    # 6 (4 C^2 + 8 C^2 + 2 C) + C + (320 + 256) C at C = 384; 4 (12 C^2 + 2 C) + C + 320 C at C = 128.
-    "shakespeare_char": 10_843_008,
-    "tiny": 828_544,
-}
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 
 
@@ -42,15 +31,15 @@ def _count(model: nn.Module) -> int:
 
 
 def test_golden_covers_every_file() -> None:
-    assert set(GOLDEN) == {p.stem for p in (ROOT / "configs").glob("*.toml")}
+    assert set(PARAMETERS) == {p.stem for p in (ROOT / "configs").glob("*.toml")}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_golden_parameter_counts(name: str) -> None:
     base = ["gpt2_124m"] if name in ("gpt2_owt", "quick_test") else []
     config = cli.resolve([str(ROOT / "configs" / f"{n}.toml") for n in [*base, name]]).config
     with torch.device("meta"):
-        assert _count(GPT(config.model)) == GOLDEN[name]
+        assert _count(GPT(config.model)) == PARAMETERS[name]
 
 
 def test_registry_names_are_the_models() -> None:
@@ -90,6 +79,7 @@ def test_override_on_any_preset_builds_and_learns(preset: str, key: str, value: 
         assert model.blocks[0].ffn.activation is classes["activation"]
     assert (model.lm_head.weight is model.wte.weight) is config.weight_tying
     assert (model.blocks[0].attention.qkv.bias is not None) is config.bias
+    assert flops.parameters(config).total == _count(model)
     tokens = torch.randint(0, 50, (2, 17))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     assert abs(loss.item() - math.log(config.padded_vocab_size)) < 0.3
@@ -124,6 +114,28 @@ def test_attention_backends_agree(n_kv_head: int) -> None:
         models.append(GPT(_small(arch_preset="llama", n_kv_head=n_kv_head, attention_backend=backend)).double())
     tokens = torch.randint(0, 50, (3, 16))
     torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-10, atol=1e-12)
+
+
+def test_flash_attn_is_called_with_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's interface, played by PyTorch: q (B, T, H, D), k and v (B, S, K, D), causal from the last row."""
+
+    def flash_attn_func(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, causal: bool
+    ) -> torch.Tensor:
+        assert causal
+        assert dropout_p == 0
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    models = []
+    for backend in ("sdpa", "flash_attn"):
+        torch.manual_seed(0)
+        models.append(GPT(_small(arch_preset="llama", n_kv_head=2, attention_backend=backend)))
+    tokens = torch.randint(0, 50, (3, 16))
+    assert torch.equal(models[0](tokens), models[1](tokens))
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama", "gpt2_openai"])
