@@ -216,11 +216,13 @@ def _find_checkpoint(config: Config, folder: Path, process: Process, console: Co
         CheckpointError: none to resume, or a new run would start where checkpoints lie.
     """
     chosen: Checkpoint | None = None
+    path = ""
     if process.is_main:
         checkpoint.clean(folder)
         how = config.train.init_from
         if how in ("resume", "auto"):
             chosen = checkpoint.load_latest(folder, warn=console.warning)
+            path = "" if chosen is None else str(chosen.path)
             if chosen is None and how == "resume":
                 raise CheckpointError(
                     f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
@@ -233,11 +235,14 @@ def _find_checkpoint(config: Config, folder: Path, process: Process, console: Co
                     "--overwrite=True, which moves them aside"
                 )
             chosen = None if how == "scratch" else _load_path(Path(how))
+            path = "" if chosen is None else str(chosen.path.resolve())
             if lies:
+                folder = folder.resolve()
                 aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
                 folder.rename(aside)
+                path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # it may have been among them
                 console.message(f"moved the checkpoints of an earlier run to {aside}")
-    path = process.from_main("" if chosen is None else str(chosen.path))
+    path = process.from_main(path)
     return chosen if process.is_main or not path else checkpoint.load(Path(path))
 
 

@@ -103,7 +103,10 @@ def test_init_from(corpus: Path, tmp_path: Path) -> None:
         )
         == 0
     )
+    again = [f"--init_from={tmp_path / 'a'}", "--max_iters=1", "--overwrite=True"]
+    assert run(corpus, tmp_path / "a2", *again) == 0
     a, b = run_log(tmp_path / "a"), run_log(tmp_path / "b")
+    assert run(corpus, tmp_path / "a", *again) == 0  # from the checkpoints that it moves aside
     assert b["training_iterations"][0]["iter"] == 1
     assert b["eval_steps"][-1]["val_loss"] == pytest.approx(a["eval_steps"][-1]["val_loss"], rel=1e-5)
 
