@@ -6,10 +6,9 @@ about 16,384 tokens, consumed as fast as it delivers, in the page-locked setting
 min) / median. The data is a temporary set of 64 million random tokens, in the page cache: this measures
 gptperf, not a disk.
 
-The last cases read a data set of 100 GB whose shards are sparse files (headers and manifest are valid, the
-tokens are holes that read as zeros), to see that resident memory does not grow with the data: RSS is read
-before the loader starts and after the last window. The kernel fills fresh pages for
-the holes, so this rate is lower.
+One case reads a data set of 100 GB whose shards are sparse files (headers and manifest are valid, the tokens are
+holes that read as zeros), to see that resident memory does not grow with the data: RSS is read before the loader
+starts and after the last window. The kernel fills fresh pages for the holes, so this rate is lower.
 """
 
 import argparse
