@@ -225,7 +225,7 @@ class Replicated:
 
     def _collect(self, bucket: Bucket) -> None:
         """Add what has arrived to the float32 gradients: the first of a step overwrites."""
-        # Over lists: one launch a bucket, and 1.75 times the bandwidth of Tensor.copy_ (H200, bfloat16 to float32).
+        # Over lists: one launch a bucket, and 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
         first = [name for name in bucket.arrived if name not in bucket.started]
         more = [name for name in bucket.arrived if name in bucket.started]
         if first:

@@ -1,11 +1,13 @@
 """Checkpoints of whole runs: the bits of an unbroken run after a kill, what may differ, disks that fail."""
 
 import os
+import random
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run_helpers import ROOT, hashes, losses, run, run_command, run_log
@@ -154,7 +156,9 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
     assert [m["iter"] for m in run_log(tmp_path)["messages"]] == [10]
 
 
-def test_buffers_of_a_plugin_are_resumed(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_and_draws_of_a_plugin_are_resumed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gptperf.model import RMSNorm
 
     class Averaging(RMSNorm):
@@ -168,7 +172,8 @@ def test_buffers_of_a_plugin_are_resumed(corpus: Path, tmp_path: Path, monkeypat
             y, residual = super().forward(x, residual)
             if self.training:
                 self.ema.mul_(0.9).add_(0.1 * y.detach().abs().mean())
-            return y / self.ema, residual
+            noise = random.random() + float(np.random.rand())  # nobody seeds these but the run
+            return y / self.ema + 1e-2 * noise, residual
 
     monkeypatch.setattr(registry, "_components", dict(registry._components))
     registry.register("normalization", "averaging", Averaging)
@@ -182,9 +187,10 @@ def test_buffers_of_a_plugin_are_resumed(corpus: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
-    assert run(corpus, tmp_path / "one") == 0
+    flags = ["--dropout=0.1"]  # dropped by the place in the run, not by the process
+    assert run(corpus, tmp_path / "one", *flags) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = run_command(corpus, tmp_path / "two", launcher=launcher)
+    command = run_command(corpus, tmp_path / "two", *flags, launcher=launcher)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     one, two = run_log(tmp_path / "one"), run_log(tmp_path / "two")
@@ -198,7 +204,7 @@ def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
     # Saved by two, resumed by two: the bits of the run that was not broken.
     (tmp_path / "again" / "checkpoints").mkdir(parents=True)
     os.rename(tmp_path / "two/checkpoints/step-00000015", tmp_path / "again/checkpoints/step-00000015")
-    command = run_command(corpus, tmp_path / "again", "--init_from=resume", launcher=launcher)
+    command = run_command(corpus, tmp_path / "again", *flags, "--init_from=resume", launcher=launcher)
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     saved = [hashes(tmp_path / out / "checkpoints/step-00000020") for out in ("two", "again")]
     assert saved[0]["model.safetensors"] == saved[1]["model.safetensors"]
