@@ -268,3 +268,22 @@ def test_gradients_moments() -> None:
     mean, std = gradient_moments(buffers, 1000).tolist()
     assert mean == pytest.approx(values.mean().item(), rel=1e-5)
     assert std == pytest.approx(values.std(correction=0).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "grad_clip", "divisor"), [(5.0, 2.0, 2.5), (1.5, 2.0, 1.0), (5.0, 0.0, 1.0)])
+def test_clipping(norm: float, grad_clip: float, divisor: float) -> None:
+    """The first moment after one step is (1 - beta1) times the clipped gradient."""
+    model = nn.Linear(8, 8, bias=False)
+    weights = Replicated(model, torch.float32)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(beta1=0.9), reference.adamw)
+    weights.start_step()
+    weights.start_micro_batch(last=True)
+    gradient = torch.randn(8, 8)
+    gradient *= norm / gradient.norm()
+    (model.weight * gradient).sum().backward()
+    weights.finish_gradients()
+    assert weights.gradient_norm().item() == pytest.approx(norm)
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), grad_clip)
+    optimizer.step()
+    moment = dict(weights.optimizer_views(optimizer, "exp_avg"))["weight"]
+    torch.testing.assert_close(moment, 0.1 * gradient / divisor, rtol=1e-5, atol=1e-7)
