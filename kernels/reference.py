@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptperf.kernels.arguments import check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
 
 
@@ -31,7 +33,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich, 2019, eq. 4.
     """
-    _check_norm("rms_norm", x, weight, residual)
+    check_norm("rms_norm", x, weight, None, residual)
     if residual is not None:
         x = x + residual
     acc = _accumulator(x)
@@ -60,23 +62,12 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, 2016, eq. 4.
     """
-    _check_norm("layer_norm", x, weight, residual)
+    check_norm("layer_norm", x, weight, bias, residual)
     if residual is not None:
         x = x + residual
     acc = _accumulator(x)
     y = F.layer_norm(x.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps).to(x.dtype)
     return y if residual is None else (y, x)
-
-
-def _check_norm(op: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{op}: found weight {tuple(weight.shape)} for x {tuple(x.shape)}, wanted {tuple(x.shape[-1:])}"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"{op}: found residual {tuple(residual.shape)} {residual.dtype}, wanted {tuple(x.shape)} {x.dtype} as x"
-        )
 
 
 def rope(
@@ -105,36 +96,17 @@ def rope(
 
     Source: Su et al., 2021, eq. 34; the half-split pairs are those of Hugging Face's LLaMA.
     """
-    q, k, v = split_heads(qkv, n_head, n_kv_head, q_weight, k_weight, eps)
-    if q.shape[-1] % 2:
-        raise ValueError(f"rope: found head_dim {q.shape[-1]}, wanted an even one; nearest: {q.shape[-1] + 1}")
-    T = q.shape[1]
-    if cos.shape != sin.shape or cos.shape[0] < T or cos.shape[1] * 2 != q.shape[-1]:
-        raise ValueError(f"rope: found tables {tuple(cos.shape)}, {tuple(sin.shape)}, wanted ({T}, {q.shape[-1] // 2})")
-    acc = _accumulator(qkv)
-    cos, sin = cos[:T, None].to(acc), sin[:T, None].to(acc)  # (T, 1, D/2)
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved), v
-
-
-def split_heads(
-    qkv: Tensor,
-    n_head: int,
-    n_kv_head: int,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of `rope` before the rotation. Shapes as there."""
+    check_rope(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight)
     B, T, width = qkv.shape
     heads = n_head + 2 * n_kv_head
-    if width % heads:
-        raise ValueError(f"rope: found a projection of width {width}, wanted a multiple of {heads} heads")
     q, k, v = qkv.view(B, T, heads, width // heads).split([n_head, n_kv_head, n_kv_head], dim=2)
     if q_weight is not None and k_weight is not None:
         acc = _accumulator(qkv)
         q = F.rms_norm(q.to(acc), q_weight.shape, q_weight.to(acc), eps).to(qkv.dtype)
         k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
-    return q, k, v
+    acc = _accumulator(qkv)
+    cos, sin = cos[:T, None].to(acc), sin[:T, None].to(acc)  # (T, 1, D/2)
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved), v
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -145,21 +117,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(rotated, -1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up on the packed projection.
+def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up on the packed projection; with a weight, its down projection.
 
     Args:
         gate_up: `(..., 2 F)`: F gate columns, then F up columns.
+        weight: `(C, F)` of the projection that follows, or None.
+        bias: `(C,)` of that projection, or None.
 
     Returns:
-        `(..., F)` in the same dtype.
+        `(..., F)`, or `(..., C)` where there is a weight.
 
     Source: Shazeer, 2020, eq. 6.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: found a last dimension of {gate_up.shape[-1]}, wanted an even one")
+    check_swiglu(gate_up, weight, bias)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    product = F.silu(gate) * up
+    return product if weight is None else F.linear(product, weight, bias)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -172,17 +146,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         ignore_index: targets that count neither in the sum nor in the mean.
 
     Returns:
-        A float32 scalar; 0 where every target is ignored.
+        A float32 scalar; 0 where every target is ignored, NaN where one is out of range and on a GPU.
     """
-    if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"linear_cross_entropy: found x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
-            f"{tuple(targets.shape)}, wanted (..., C), (V, C), (...)"
-        )
-    logits = F.linear(x, weight).flatten(0, -2)
-    targets = targets.flatten()
-    total = F.cross_entropy(logits.to(_accumulator(logits)), targets, ignore_index=ignore_index, reduction="sum")
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    check_linear_cross_entropy(x, weight, targets, ignore_index)
+    logits = F.linear(x, weight)
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.flatten()
+    missing = (targets < 0) | (targets >= weight.shape[0])
+    bad = missing & (targets != ignore_index)
+    targets = targets.masked_fill(missing | (targets == ignore_index), -100)
+    total = F.cross_entropy(logits.to(_accumulator(logits)), targets, reduction="sum")
+    return (total / (targets != -100).sum().clamp(min=1)).masked_fill(bad.any(), torch.nan)
 
 
 def adamw(
