@@ -1,0 +1,58 @@
+"""Sum of the rows of a float32 matrix in an order that depends on its shape alone.
+
+Backward kernels leave one row of partial sums a program instead of adding with atomics; this makes the gradients of the
+weights of them. Reads P N, writes N elements; the rows are still in the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptperf.kernels.operator import ceil_div, launch, power_of_2
+
+__all__ = ["column_sum"]
+
+ROWS = 1024
+"""Rows that one program sums at once; more are summed in a second pass."""
+COLUMNS = 16
+"""Columns of a program: 64 bytes, two sectors; narrow, so that N = 768 still makes 48 programs."""
+
+
+@triton.jit
+def _column_sum_kernel(X, Y, Z, P, N, SPLIT, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    part = tl.program_id(1).to(tl.int64)
+    rows = part * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = (rows < P)[:, None] & (cols < N)[None, :]
+    sums = tl.sum(tl.load(X + rows[:, None] * N + cols[None, :], mask=mask, other=0.0), axis=0)
+    tl.store(Y + part * SPLIT + cols, sums.to(Y.dtype.element_ty), mask=cols < SPLIT)
+    tl.store(Z + part * (N - SPLIT) + cols - SPLIT, sums.to(Z.dtype.element_ty), mask=(cols >= SPLIT) & (cols < N))
+
+
+def column_sum(x: Tensor, dtype: torch.dtype, split: int) -> tuple[Tensor, Tensor]:
+    """Sums over the first dimension, of the columns before and from `split` on.
+
+    Args:
+        x: `(P, N)` float32, contiguous, P >= 1.
+        dtype: of the results; they are rounded once.
+        split: 0..N.
+
+    Returns:
+        `(split,)` and `(N - split,)`, the same bits for the same x on every GPU.
+    """
+    P, N = x.shape
+    while P > ROWS:
+        passes = ceil_div(P, ROWS)
+        y = x.new_empty((passes, N))
+        _launch(x, y, y, P, N, N, passes)
+        x, P = y, passes
+    y, z = x.new_empty(split, dtype=dtype), x.new_empty(N - split, dtype=dtype)
+    _launch(x, y, z, P, N, split, 1)
+    return y, z
+
+
+def _launch(x: Tensor, y: Tensor, z: Tensor, P: int, N: int, split: int, passes: int) -> None:
+    block = min(ROWS, power_of_2(P))
+    constants = {"BLOCK_P": block, "BLOCK_N": COLUMNS, "num_warps": 8 if block > 256 else 4}
+    launch(_column_sum_kernel, (ceil_div(N, COLUMNS), passes), (x, y, z), (P, N, split), constants)

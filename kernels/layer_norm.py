@@ -1,0 +1,96 @@
+"""LayerNorm with a weight and an optional bias, with or without the residual add fused in.
+
+y = (s - mean(s)) / sqrt(var(s) + eps) * w (+ b) with s = x (+ residual); the kernels, their formulas and what they move
+are in `gptperf.kernels.norm`. Eager reference: `gptperf.kernels.reference.layer_norm`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptperf.kernels import reference
+from gptperf.kernels.arguments import check_norm, check_triton
+from gptperf.kernels.norm import MAX_N, norm_backward, norm_forward, warn_too_wide
+from gptperf.kernels.operator import register
+
+__all__ = ["layer_norm"]
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return norm_forward(x, residual, weight, bias, eps, center=True)
+
+
+def _forward_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return y, total, mean, torch.empty_like(mean)
+
+
+def _backward_fake(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if has_bias else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _ = inputs
+    _, total, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.has_residual = residual is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, mean, rstd)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    has_bias = ctx.bias_dtype is not None
+    dx, dweight, dbias = _layer_norm_backward(
+        torch.zeros_like(x) if dy is None else dy,
+        dsum if ctx.has_residual else None,
+        x,
+        weight,
+        mean,
+        rstd,
+        has_bias,
+    )
+    return dx, dx if ctx.has_residual else None, dweight, dbias.to(ctx.bias_dtype) if has_bias else None, None
+
+
+_layer_norm_backward = register(
+    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    norm_backward,
+    _backward_fake,
+)
+_layer_norm = register(
+    "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _save,
+    _differentiate,
+)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension; arguments, results and errors as `gptperf.kernels.reference.layer_norm`.
+
+    Rows wider than 16384 are left to the reference, which is said once.
+    """
+    check_norm("layer_norm", x, weight, bias, residual)
+    check_triton("layer_norm", x)
+    if x.shape[-1] > MAX_N:
+        warn_too_wide("layer_norm", x.shape[-1])
+        return reference.layer_norm(x, weight, bias, eps, residual)
+    y, total, _, _ = _layer_norm(x, residual, weight, bias, eps)
+    return y if residual is None else (y, total)

@@ -1,0 +1,203 @@
+"""The kernels under rms_norm and layer_norm: one forward, one backward, over rows of N elements.
+
+Forward, s = x (+ residual):    h = (s - mean(s)) r,  r = 1 / sqrt(mean((s - mean(s))^2) + eps),  y = h w (+ b).
+RMSNorm is the same with 0 in place of mean(s).
+Backward, g = dy w:    ds = r (g - mean(g) - h mean(g h)) (+ the gradient that reaches s from elsewhere),
+    dw = sum(dy h),  db = sum(dy).  RMSNorm: without mean(g).
+
+Statistics and sums in float32, each output rounded once; the sum s is rounded to x's dtype before it is normalised, as
+in eager PyTorch. Elements moved for M rows: forward 2 M N, with the add 4 M N; backward 3 M N, with the add 4 M N (the
+gradients of x and of the residual are one tensor). A backward program takes rows a fixed step apart, loads the next
+ones while it works on these, and leaves one row of partial sums of dw and db.
+
+Eager references: `gptperf.kernels.reference.rms_norm` and `layer_norm`. Sources: Ba, Kiros and Hinton, 2016, eq. 4;
+Zhang and Sennrich, 2019, eq. 4.
+"""
+
+import functools
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptperf.kernels.column_sum import column_sum
+from gptperf.kernels.operator import ceil_div, launch, power_of_2
+
+__all__ = ["MAX_N", "norm_backward", "norm_forward", "warn_too_wide"]
+
+MAX_N = 16384
+"""Widest row that a program holds in registers."""
+SHARED_BYTES = 98304
+"""For the backward pipeline: what Ada and the small Blackwells have, 99 KB a program, less what reductions take."""
+
+
+def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int]:
+    """Rows and warps of a program: one row, or several narrow ones; more warps the fewer reductions wait for others."""
+    block_n = power_of_2(N)
+    columns, most = (256, 16) if has_residual else (1024, 16) if center else (512, 8)
+    warps = min(max(1, block_n // columns), most)
+    return {"BLOCK_M": max(1, 512 // block_n), "BLOCK_N": block_n, "num_warps": warps}
+
+
+def backward_shape(M: int, N: int, bytes_each: int) -> tuple[int, dict[str, int]]:
+    """Programs, and rows, warps and pipeline stages of each.
+
+    A pipeline stage is a tile of every tensor read, `bytes_each` for one element of all of them, in shared memory.
+    """
+    block_n = power_of_2(N)
+    tile, warps, most, stages = (4096, 4, 264, 4) if block_n <= 1024 else (8192, 8, 132, 3)
+    if block_n > tile:
+        tile, warps = block_n, 16
+    block_m = tile // block_n
+    stages = max(1, min(stages, 1 + SHARED_BYTES // (tile * bytes_each)))
+    programs = min(ceil_div(M, block_m), most)
+    return programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
+
+
+@triton.jit
+def _forward_kernel(
+    X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, M, eps,
+    N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)
+    at = rows[:, None] * N + cols
+    x = tl.load(X + at, mask=mask, other=0.0, cache_modifier=".cg")
+    if HAS_RESIDUAL:
+        residual = tl.load(RESIDUAL + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        x = (x.to(tl.float32) + residual).to(X.dtype.element_ty)
+        tl.store(SUM + at, x, mask=mask)
+    h = x.to(tl.float32)
+    if CENTER:
+        mean = tl.sum(h, axis=1) / N
+        tl.store(MEAN + rows, mean, mask=rows < M)
+        h = tl.where(mask, h - mean[:, None], 0.0)  # a masked column is no element of the row
+    rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + eps)
+    tl.store(RSTD + rows, rstd, mask=rows < M)
+    # Two-dimensional like x, so that for one row the compiler gives both the same layout: no exchange between threads.
+    # Loaded late and kept in the L1 cache, which x leaves alone: earlier they would take registers from other programs.
+    weight = tl.load(WEIGHT + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    y = h * rstd[:, None] * weight
+    if HAS_BIAS:
+        y += tl.load(BIAS + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _backward_kernel(
+    DY, DSUM, X, WEIGHT, MEAN, RSTD, DX, PARTIAL, M,
+    N: tl.constexpr, CENTER: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N).to(tl.int64)
+    weight = tl.load(WEIGHT + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        at = rows[:, None] * N + cols[None, :]
+        h = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + rows, mask=rows < M, other=0.0)[:, None]
+        if HAS_DSUM:
+            dsum = tl.load(DSUM + at, mask=mask, other=0.0).to(tl.float32)
+        if CENTER:
+            h -= tl.load(MEAN + rows, mask=rows < M, other=0.0)[:, None]
+        h *= rstd
+        g = dy * weight  # 0 in a masked column, whatever h is there
+        if CENTER:
+            gh, g_sum = tl.reduce((g * h, g), 1, _add_pairs)
+            dx = g - (g_sum / N)[:, None] - h * (gh / N)[:, None]
+        else:
+            dx = g - h * (tl.sum(g * h, axis=1) / N)[:, None]
+        dx *= rstd
+        if HAS_DSUM:
+            dx += dsum
+        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=mask)
+        dweight += dy * h
+        if HAS_BIAS:
+            dbias += dy
+    row = tl.program_id(0).to(tl.int64) * (N * (1 + HAS_BIAS))
+    tl.store(PARTIAL + row + cols, tl.sum(dweight, axis=0), mask=cols < N)
+    if HAS_BIAS:
+        tl.store(PARTIAL + row + N + cols, tl.sum(dbias, axis=0), mask=cols < N)
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        x, residual: `(..., N)` in one dtype.
+        weight, bias: `(N,)`.
+        eps: added to the variance.
+        center: LayerNorm; else RMSNorm.
+
+    Returns:
+        y and s like x, mean and rstd `(...)` float32; s is empty without a residual, mean without `center`.
+    """
+    N = x.shape[-1]
+    M = x.numel() // max(N, 1)
+    x, weight = x.contiguous(), weight.contiguous()
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean = torch.empty_like(rstd) if center else rstd.new_empty(0)
+    if x.numel():
+        shape = forward_shape(N, center, residual is not None)
+        flags = {"CENTER": center, "HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None}
+        residual = x if residual is None else residual.contiguous()
+        tensors = (x, residual, weight, weight if bias is None else bias.contiguous(), y, total, mean, rstd)
+        grid = (ceil_div(M, shape["BLOCK_M"]),)
+        launch(_forward_kernel, grid, tensors, (M, eps), {"N": N, **flags, **shape})
+    return y, total, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel and add up its partial sums.
+
+    Args:
+        dy: gradient of y, `(..., N)`.
+        dsum: the gradient that reaches s from elsewhere, like dy, or None.
+        x: what was normalised: x, or s where there was a residual.
+        weight: `(N,)`.
+        mean: as `norm_forward` left it; empty for RMSNorm.
+        rstd: likewise.
+        has_bias: whether the bias has a gradient.
+
+    Returns:
+        The gradients of s like x, of the weight and of the bias `(N,)` in weight's dtype; the last is empty without a
+        bias.
+    """
+    N = x.shape[-1]
+    M = x.numel() // max(N, 1)
+    if not x.numel():
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(N if has_bias else 0)
+    x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
+    dx = torch.empty_like(x)
+    programs, shape = backward_shape(M, N, x.element_size() * (2 if dsum is None else 3))
+    partial = rstd.new_empty((programs, 2 * N if has_bias else N))
+    flags = {"CENTER": mean.numel() > 0, "HAS_DSUM": dsum is not None, "HAS_BIAS": has_bias}
+    dsum = dy if dsum is None else dsum.contiguous()
+    tensors = (dy, dsum, x, weight, mean, rstd, dx, partial)
+    launch(_backward_kernel, (programs,), tensors, (M,), {"N": N, **flags, **shape})
+    return dx, *column_sum(partial, weight.dtype, N)
+
+
+@functools.cache
+def warn_too_wide(op: str, N: int) -> None:
+    """Say, once a width, that the op runs in eager PyTorch."""
+    warnings.warn(f"{op}: rows of {N} are wider than the Triton kernel's {MAX_N}; eager PyTorch runs", stacklevel=3)
