@@ -1,0 +1,229 @@
+"""lm_head and mean cross-entropy without the (M, V) logits in memory.
+
+Rows are taken in chunks. For each: logits = x W^T; one kernel turns them into the loss of each row and, in place, into
+d = softmax(logits) - onehot(target); then dx = d W and dW += d^T x. Backward scales dx and dW by the incoming gradient
+over the number of targets that count.
+
+Log-sum-exp, losses and dW in float32; logits, d and dx are in x's dtype (float16: d is kept times 2^14, so that small
+probabilities do not vanish, and dx in float32). FLOPs: three GEMMs of 2 M C V where gradients are wanted, one where
+not. Elements that the kernel moves: M V read and M V written, besides dW, V C, read and written once a chunk.
+
+Eager reference: `gptperf.kernels.reference.linear_cross_entropy`.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gptperf.kernels.arguments import check_linear_cross_entropy, check_triton
+from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
+
+__all__ = ["linear_cross_entropy"]
+
+CHUNK_BYTES = 830_000_000
+"""Of the logits of a chunk, so that 65536 rows of 50304 logits need less than 1 GB besides the gradients."""
+CHUNK_ROWS = 5632
+"""A chunk is a multiple of these: 44 tiles of 128 rows, so that dx fills the 132 multiprocessors of an H200
+with C = 768; chunks of 8192 rows take 6% longer there."""
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def chunk_rows(V: int, itemsize: int) -> int:
+    """Rows of a chunk."""
+    return CHUNK_ROWS * max(1, CHUNK_BYTES // (CHUNK_ROWS * V * itemsize))
+
+
+def shape_of(V: int) -> dict[str, int]:
+    """Columns that a program takes at a time, columns left over, and warps."""
+    block, warps = (4096, 16) if V <= 32768 else (8192, 32) if V <= 65536 else (32768, 32)
+    return {"BLOCK_V": block, "BLOCK_TAIL": power_of_2(V % block) if V % block else 0, "num_warps": warps}
+
+
+@triton.jit
+def _softmax_step(x, top, total):
+    """Take x (..., n) into the maximum and the sum of exp2((x - maximum) log2 e) of each row, both (...)."""
+    higher = tl.maximum(top, tl.max(x, axis=len(x.shape) - 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf minus -inf is no number
+    terms = tl.exp2((x - tl.expand_dims(base, len(x.shape) - 1)) * LOG2_E)
+    return higher, total * tl.exp2((top - base) * LOG2_E) + tl.sum(terms, axis=len(x.shape) - 1)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    LOGITS, TARGETS, LOSS, ignore_index, log2_scale,
+    V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    LOGITS += row * V
+    target = tl.load(TARGETS + row)
+    counts = (target >= 0) & (target < V) & (target != ignore_index)
+    target_logit = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
+    # Whole blocks as rows of 8 neighbours that one thread holds: each thread keeps its own maximum and sum, and all
+    # meet once, after the last block.
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    lanes = tl.arange(0, BLOCK_V // 8).to(tl.int64)[:, None] * 8 + tl.arange(0, 8).to(tl.int64)[None, :]
+    tail = WHOLE + tl.arange(0, max(BLOCK_TAIL, 1)).to(tl.int64)
+    top = tl.full((BLOCK_V // 8,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_V // 8,), tl.float32)
+    for start in range(0, WHOLE, BLOCK_V):
+        x = tl.load(LOGITS + start + lanes, eviction_policy="evict_last").to(tl.float32)
+        top, total = _softmax_step(x, top, total)
+    peak = tl.max(top, axis=0)
+    total = tl.sum(total * tl.exp2((top - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2_E), axis=0)
+    if BLOCK_TAIL:
+        rest = tl.load(LOGITS + tail, mask=tail < V, other=float("-inf")).to(tl.float32)
+        peak, total = _softmax_step(rest, peak, total)
+    missing = tl.where(target == ignore_index, 0.0, float("nan"))  # NaN for a target out of range
+    tl.store(LOSS + row, tl.where(counts, tl.log(total) + (peak - target_logit), missing))
+    if GRADIENT:
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        shift = log2_scale - tl.log2(total)
+        if BLOCK_TAIL:
+            rest = tl.where(counts, tl.exp2((rest - peak) * LOG2_E + shift), 0.0)
+            tl.store(LOGITS + tail, rest.to(LOGITS.dtype.element_ty), mask=tail < V)
+        for start in range(0, WHOLE, BLOCK_V):  # backwards: what was read last is still in the L2 cache
+            block = LOGITS + (WHOLE - BLOCK_V - start) + lanes
+            x = tl.load(block, eviction_policy="evict_first").to(tl.float32)
+            x = tl.where(counts, tl.exp2((x - peak) * LOG2_E + shift), 0.0)
+            tl.store(block, x.to(LOGITS.dtype.element_ty))
+        if counts:
+            tl.debug_barrier()  # the target's probability is there before it is overwritten
+            d = (tl.exp2((target_logit - peak) * LOG2_E) - total) / total  # exact where the target is the peak
+            tl.store(LOGITS + target, (d * tl.exp2(log2_scale)).to(LOGITS.dtype.element_ty))
+
+
+@triton.jit
+def _scale_kernel(X, Y, DLOSS, SCALE, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(Y + at, (x * (tl.load(DLOSS) * tl.load(SCALE))).to(Y.dtype.element_ty), mask=at < n)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, unscaled dx `(M, C)` and dW `(V, C)` (empty where not needed), and what they have to be multiplied by."""
+    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
+    M, V = x.shape[0], weight.shape[0]
+    _, dx, dweight, _ = _forward_fake(x, weight, targets, ignore_index, needs_x, needs_weight)
+    rows = chunk_rows(V, x.element_size())
+    buffer, losses = x.new_empty((min(rows, M), V)), x.new_empty(M, dtype=torch.float32)
+    log2_scale = 14.0 if x.dtype == torch.float16 else 0.0
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, M, rows):
+            part = slice(start, min(start + rows, M))
+            logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
+            constants = {"V": V, "GRADIENT": needs_x or needs_weight, **shape_of(V)}
+            tensors = (logits, targets[part], losses[part])
+            launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
+            if needs_x:
+                _gemm(logits, weight, dx[part], add=False)
+            if needs_weight:
+                _gemm(logits.t(), x[part], dweight, add=start > 0)
+    if not M:
+        dweight.zero_()
+    count = (targets != ignore_index).sum().clamp(min=1)
+    return losses.sum() / count, dx, dweight, 2.0**-log2_scale / count
+
+
+def _gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a b, or out += a b; out has a's dtype or float32, and is rounded once."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not a.is_cuda:  # the interpreter's tensors: PyTorch has no such product there
+        torch.addmm(out, a.float(), b.float(), out=out) if add else torch.mm(a.float(), b.float(), out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    dx = x.new_empty(x.shape if needs_x else (0,), dtype=dtype)
+    dweight = x.new_empty(weight.shape if needs_weight else (0,), dtype=torch.float32)
+    return x.new_empty((), dtype=torch.float32), dx, dweight, x.new_empty((), dtype=torch.float32)
+
+
+def _backward(dloss: Tensor, scale: Tensor, dx: Tensor, dweight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    grads = _backward_fake(dloss, scale, dx, dweight, dtype)
+    for unscaled, grad in zip((dx, dweight), grads, strict=True):
+        if grad.numel():
+            programs = ceil_div(grad.numel(), 2048)
+            tensors = (unscaled, grad, dloss, scale)
+            launch(_scale_kernel, (programs,), tensors, (grad.numel(),), {"BLOCK": 2048, "num_warps": 8})
+    return grads
+
+
+def _backward_fake(
+    dloss: Tensor, scale: Tensor, dx: Tensor, dweight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return dx.new_empty(dx.shape, dtype=dtype), dweight.new_empty(dweight.shape, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, _, ctx.needs_x, ctx.needs_weight = inputs
+    _, dx, dweight, scale = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(dx, dweight, scale)
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(scale, dx, dweight)
+
+
+def _differentiate(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    dx = dweight = None
+    if dloss is not None:
+        dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dtype)
+    return dx if ctx.needs_x else None, dweight if ctx.needs_weight else None, None, None, None, None
+
+
+_linear_cross_entropy_backward = register(
+    "linear_cross_entropy_backward(Tensor dloss, Tensor scale, Tensor dx, Tensor dweight, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_linear_cross_entropy = register(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_x, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _save,
+    _differentiate,
+)
+
+
+@register_flop_formula(torch.ops.gptperf.linear_cross_entropy)
+def _flops(
+    x: torch.Size,
+    weight: torch.Size,
+    targets: torch.Size,
+    ignore_index: int,
+    needs_x: bool,
+    needs_weight: bool,
+    **_: Any,
+) -> int:
+    return 2 * x[0] * weight[0] * weight[1] * (1 + needs_x + needs_weight)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean loss; arguments, results and errors as `gptperf.kernels.reference.linear_cross_entropy`.
+
+    The gradients are computed in forward, where x and weight need them, and only scaled in backward.
+    """
+    check_linear_cross_entropy(x, weight, targets, ignore_index)
+    check_triton("linear_cross_entropy", x)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    return _linear_cross_entropy(
+        x.flatten(0, -2) if x.dim() > 1 else x[None], weight, targets.flatten(), ignore_index, *needs
+    )[0]
