@@ -258,7 +258,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(B, T, C)` -> `(B, T, C)`."""
-        return self.out(self.op(self.gate_up(x)))
+        return self.op(self.gate_up(x), self.out.weight, self.out.bias)
 
 
 class PreNormBlock(nn.Module):

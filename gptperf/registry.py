@@ -9,13 +9,13 @@ import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gptperf.errors import ConfigError, DeviceError
 
 __all__ = ["KINDS", "OPS", "Ops", "component", "component_names", "load_plugins", "register", "register_built_in"]
-__all__ += ["resolve_ops"]
+__all__ += ["resolve_ops", "without_triton"]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
@@ -28,14 +28,16 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Component kind -> the names that `gptperf.model` registers for it."""
 
 OPS: dict[str, str | None] = {
-    "rms_norm": None,
-    "layer_norm": None,
-    "rope": None,
-    "swiglu": None,
-    "linear_cross_entropy": None,
-    "adamw": None,
+    "rms_norm": "gptperf.kernels.rms_norm",
+    "layer_norm": "gptperf.kernels.layer_norm",
+    "rope": "gptperf.kernels.rope",
+    "swiglu": "gptperf.kernels.swiglu",
+    "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
+    "adamw": "gptperf.kernels.adamw",
 }
-"""Op name -> module of its Triton implementation, or None while there is none. Every op has an eager reference."""
+"""Op name -> module of its Triton implementation, or None where there is none. Every op has an eager reference."""
+
+_OLDEST_CAPABILITY = (7, 0)
 
 _components: dict[tuple[str, str], Any] = {}
 _T = TypeVar("_T")
@@ -131,22 +133,39 @@ def resolve_ops(kernels: str, device_type: str) -> Ops:
         DeviceError: `kernels = "triton"` and an op cannot run with Triton; the causes are named.
     """
     reference = importlib.import_module("gptperf.kernels.reference")
-    chosen, reasons, functions = {}, {}, {}
+    functions = {op: getattr(reference, op) for op in OPS}
+    chosen = dict.fromkeys(OPS, "eager")
+    reasons: dict[str, str] = {}
     for op, module in OPS.items():
-        reason = None
-        if kernels != "eager":
-            reason = "it has no Triton kernel yet" if module is None else _why_not_triton(device_type)
-        if kernels == "eager" or reason is not None:
-            chosen[op], functions[op] = "eager", getattr(reference, op)
-        else:
+        if kernels == "eager":
+            continue
+        reason = "it has no Triton kernel" if module is None else _why_not_triton(device_type)
+        if reason is None:
             assert module is not None
             chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
-        if reason is not None:
+        else:
             reasons[op] = reason
+    _refuse(kernels, reasons)
+    return Ops(**functions, chosen=chosen, reasons=reasons)
+
+
+def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
+    """The same ops, but those in `reasons` (op name -> why) in eager PyTorch.
+
+    Raises:
+        DeviceError: there is one, and `kernels = "triton"`.
+    """
+    _refuse(kernels, reasons)
+    reference = importlib.import_module("gptperf.kernels.reference")
+    functions = {op: getattr(reference, op) for op in reasons}
+    chosen = ops.chosen | dict.fromkeys(reasons, "eager")
+    return replace(ops, **functions, chosen=chosen, reasons=ops.reasons | reasons)
+
+
+def _refuse(kernels: str, reasons: dict[str, str]) -> None:
     if kernels == "triton" and reasons:
         causes = "; ".join(f"{op}: {reason}" for op, reason in reasons.items())
         raise DeviceError(f"kernels = 'triton' cannot be had: {causes}. Use kernels = 'auto' or 'eager'.")
-    return Ops(**functions, chosen=chosen, reasons=reasons)
 
 
 def _why_not_triton(device_type: str) -> str | None:
@@ -155,4 +174,7 @@ def _why_not_triton(device_type: str) -> str | None:
         return f"Triton runs on a CUDA GPU, and the device is {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    capability = importlib.import_module("torch").cuda.get_device_capability()
+    if capability < _OLDEST_CAPABILITY:
+        return f"Triton needs compute capability 7.0 or higher, and this GPU has {capability[0]}.{capability[1]}"
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptperf import build, registry
+from gptperf import build, registry, selftest
 from gptperf.config import Config
 from gptperf.model import GPT
 from gptperf.monitor.gradients import gradient_moments
@@ -55,9 +55,11 @@ class StepResult:
 
 def build_engine(config: Config, process: Process) -> Engine:
     """The objects of a step, with fresh weights; not compiled yet."""
-    ops = registry.resolve_ops(config.system.kernels, process.device.type)
-    model = build.build_model(config.model, ops, process.device, config.train.seed)
     dtype = build.DTYPES[config.system.dtype]
+    ops = registry.resolve_ops(config.system.kernels, process.device.type)
+    broken = selftest.broken_ops(ops, config.model, process.device, dtype)
+    ops = registry.without_triton(ops, config.system.kernels, broken)
+    model = build.build_model(config.model, ops, process.device, config.train.seed)
     weights = Replicated(model, dtype, process.world_size)
     optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
@@ -71,7 +73,7 @@ def compile_engine(engine: Engine) -> str:
         "model", "block", or "off" with the reason, for the log.
     """
     scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
-    if not scope.startswith("off"):
+    if not scope.startswith("off") and engine.ops.chosen["adamw"] == "eager":
         engine.optimizer.op = torch.compile(engine.optimizer.op)
     return scope
 

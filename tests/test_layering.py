@@ -39,7 +39,8 @@ ALLOWED = {
     "parallel": {"errors"},
     "optim": {"config", "parallel"},
     "build": {"config", "data", "errors", "model", "parallel", "registry"},
-    "step": {"build", "config", "model", "monitor.gradients", "optim", "parallel", "registry"},
+    "step": {"build", "config", "model", "monitor.gradients", "optim", "parallel", "registry", "selftest"},
+    "selftest": {"config", "kernels", "registry"},
     "resume": {"checkpoint", "config", "errors", "parallel", "step"},
     "checkpoint": {"disk", "errors", "manifest", "tensorfile"},
     "runtime": set(),
@@ -94,12 +95,20 @@ def test_modules_before_the_configuration_load_no_torch() -> None:
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
+    """And one another; the reference and the checks of arguments do without Triton, which is not everywhere."""
+    standard = {"math", "collections", "functools", "typing", "warnings"}
     for path in ROOT.glob("kernels/*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        everywhere = path.name in ("reference.py", "arguments.py")
+        tree = ast.parse(path.read_text())
+        for node in tree.body if everywhere else ast.walk(tree):
+            names = []
             if isinstance(node, ast.Import):
-                assert {alias.name.partition(".")[0] for alias in node.names} <= {"torch", "triton", "math"}
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                assert (node.module or "").partition(".")[0] in ("torch", "triton", "collections")
+                names = [node.module or ""]
+            for name in names:
+                assert name.startswith("gptperf.kernels") or name.partition(".")[0] in standard | {"torch", "triton"}
+                assert not everywhere or not name.startswith("triton"), f"{path.name}: {name}"
 
 
 def test_kernels_have_one_import_name() -> None:
