@@ -1,9 +1,10 @@
-"""Time of a training step: `python -m bench.step [--models ...] [--variants ...] [--steps 31] [--json PATH]`.
+"""Time of a training step: `python -m bench.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
 
 Protocol: one process, one cell (model and variant) after another; fresh random tokens each step, one
 optimizer step a micro-batch; warm-up of 6 steps with the compilation in the first; then steps timed one by one
 by CUDA events, with no synchronisation between them; median, 10th and 90th percentile. Peak memory is that
-of the whole step. Strict MFU: causal matmul FLOPs over the dense peak of the GPU table.
+of the whole step. Strict MFU: causal matmul FLOPs over the dense peak of the GPU table. With --kernels, three more
+steps under the profiler say where the time goes, by kind of kernel and for the longest kernels.
 """
 
 import argparse
@@ -31,11 +32,16 @@ MODELS = {
     "gpt2_124m": ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64"],
 }
 VARIANTS = {
-    "eager": ["--compile=False"],
-    "compiled": ["--compile=True"],
-    "compiled_block": ["--compile=True", "--compile_scope=block"],
+    "eager": ["--compile=False", "--kernels=eager"],
+    "compiled": ["--compile=True", "--kernels=eager"],
+    "compiled_block": ["--compile=True", "--kernels=eager", "--compile_scope=block"],
+    "triton": ["--compile=False", "--kernels=triton"],
+    "triton+compiled": ["--compile=True", "--kernels=triton"],
+    "auto+compiled": ["--compile=True", "--kernels=auto"],
 }
 WARM_UP = 6
+PROFILED = 3
+KINDS = {"GEMM": ("nvjet", "gemm", "cutlass"), "attention": ("cudnn", "flash", "fmha"), "Inductor": ("triton_",)}
 
 
 def random_batches(engine: Engine) -> Iterator[Tensor]:
@@ -47,7 +53,23 @@ def random_batches(engine: Engine) -> Iterator[Tensor]:
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 
-def measure(model: str, variant: str, steps: int) -> dict[str, Any]:
+def kernel_times(engine: Engine, batches: Iterator[Tensor], step: int) -> dict[str, Any]:
+    """Milliseconds a step on the GPU: by kind of kernel, and of the 25 longest kernels with their calls a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(PROFILED):
+            train_step(engine, batches, step + i)
+        torch.cuda.synchronize()
+    times = [(e.key, e.self_device_time_total / 1e3 / PROFILED, e.count / PROFILED) for e in profile.key_averages()]
+    kinds: dict[str, float] = {}
+    for name, ms, _ in times:
+        known = (kind for kind, marks in KINDS.items() if any(mark in name for mark in marks))
+        kind = next(known, "gptperf" if name.startswith("_") else "other")
+        kinds[kind] = kinds.get(kind, 0.0) + ms
+    longest = sorted(times, key=lambda row: -row[1])[:25]
+    return {"kinds_ms": kinds, "longest": [{"name": n, "ms": ms, "calls": calls} for n, ms, calls in longest]}
+
+
+def measure(model: str, variant: str, steps: int, kernels: bool) -> dict[str, Any]:
     """One cell: build, compile, warm up, time `steps` steps."""
     argv = [*MODELS[model], "--gradient_accumulation_steps=1", *VARIANTS[variant]]
     config = cli.resolve(argv).config
@@ -69,6 +91,7 @@ def measure(model: str, variant: str, steps: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     median = statistics.median(times)
+    peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
     peak = peak_flop_s(match_gpu(torch.cuda.get_device_name()), config.system.dtype)
     record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(median)
     return {
@@ -81,8 +104,10 @@ def measure(model: str, variant: str, steps: int) -> dict[str, Any]:
         "steps": steps,
         "first_step_s": first_s,
         "first_loss": first,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "peak_memory_gb": peak_memory_gb,
+        "ops": engine.ops.chosen,
         **record,
+        **(kernel_times(engine, batches, WARM_UP + steps) if kernels else {}),
     }
 
 
@@ -90,8 +115,9 @@ def main() -> int:
     """Print the table of all cells."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["eager", "compiled"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "triton+compiled"])
     parser.add_argument("--steps", type=int, default=31)
+    parser.add_argument("--kernels", action="store_true", help="profile three more steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -103,7 +129,7 @@ def main() -> int:
     cells = []
     for model in args.models:
         for variant in args.variants:
-            cell = measure(model, variant, args.steps)
+            cell = measure(model, variant, args.steps, args.kernels)
             cells.append(cell)
             mfu = f"{cell['mfu_percent']:.2f}%" if "mfu_percent" in cell else "-"
             print(
@@ -111,6 +137,10 @@ def main() -> int:
                 f"{cell['tokens_per_sec']:>11,.0f}{mfu:>8}{cell['peak_memory_gb']:>9.1f}{cell['first_step_s']:>9.1f}",
                 flush=True,
             )
+            if args.kernels:
+                print("  ms:", ", ".join(f"{kind} {ms:.1f}" for kind, ms in cell["kinds_ms"].items()))
+                for row in cell["longest"]:
+                    print(f"  {row['ms']:>9.3f} ms {row['calls']:>6.1f} x {row['name'][:100]}")
             gc.collect()
             torch._dynamo.reset()
             torch.cuda.empty_cache()
