@@ -27,7 +27,7 @@ def _column_sum_kernel(X, Y, Z, P, N, SPLIT, BLOCK_P: tl.constexpr, BLOCK_N: tl.
     mask = (rows < P)[:, None] & (cols < N)[None, :]
     sums = tl.sum(tl.load(X + rows[:, None] * N + cols[None, :], mask=mask, other=0.0), axis=0)
     tl.store(Y + part * SPLIT + cols, sums.to(Y.dtype.element_ty), mask=cols < SPLIT)
-    tl.store(Z + part * (N - SPLIT) + cols - SPLIT, sums.to(Z.dtype.element_ty), mask=(cols >= SPLIT) & (cols < N))
+    tl.store(Z + part * (N - SPLIT) + (cols - SPLIT), sums.to(Z.dtype.element_ty), mask=(cols >= SPLIT) & (cols < N))
 
 
 def column_sum(x: Tensor, dtype: torch.dtype, split: int) -> tuple[Tensor, Tensor]:

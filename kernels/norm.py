@@ -48,6 +48,8 @@ def backward_shape(M: int, N: int, bytes_each: int) -> tuple[int, dict[str, int]
     """
     block_n = power_of_2(N)
     tile, warps, most, stages = (4096, 4, 264, 4) if block_n <= 1024 else (8192, 8, 132, 3)
+    if block_n <= 256:
+        tile = 2048  # several rows a thread: more registers for each element
     if block_n > tile:
         tile, warps = block_n, 16
     block_m = tile // block_n

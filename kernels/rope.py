@@ -27,12 +27,12 @@ from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
 __all__ = ["rope"]
 
 
-def shape_of(n_head: int, n_kv_head: int, head_dim: int) -> dict[str, int]:
-    """Tokens, heads and warps of a program. Heads of one program are all queries, all keys or all values."""
+def shape_of(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str, int]:
+    """Tokens, heads and warps of a program of so many pairs. Its heads are all queries, all keys or all values."""
     heads = math.gcd(n_head, n_kv_head)
     heads = min(heads & -heads, 4)  # a power of two that divides both
     half = power_of_2(head_dim // 2)
-    return {"BLOCK_T": max(1, 512 // (heads * half)), "BLOCK_H": heads, "BLOCK_D": half, "num_warps": 1}
+    return {"BLOCK_T": max(1, pairs // (heads * half)), "BLOCK_H": heads, "BLOCK_D": half, "num_warps": 1}
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def _forward(
     q, k, v = _forward_fake(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps, interleaved)
     B, T, H, D = q.shape
     if qkv.numel():
-        shape = shape_of(H, n_kv_head, D)
+        shape = shape_of(H, n_kv_head, D, pairs=512)
         programs = B * ceil_div(T, shape["BLOCK_T"]) * ((H + 2 * n_kv_head) // shape["BLOCK_H"])
         weights = [cos if w is None else w.contiguous() for w in (q_weight, k_weight)]
         sizes = {"H": H, "K": n_kv_head, "D": D, "HAS_NORM": q_weight is not None, "INTERLEAVED": interleaved}
@@ -218,7 +218,7 @@ def _backward(
     B, T, H, D = dq.shape
     K = dk.shape[2]
     dqkv = dq.new_empty((B, T, (H + 2 * K) * D))
-    shape = shape_of(H, K, D)
+    shape = shape_of(H, K, D, pairs=512 if q_weight is None else 256)  # the norm holds twice as much in registers
     blocks = B * ceil_div(T, shape["BLOCK_T"])
     has_norm = q_weight is not None
     partials = [cos.new_empty((blocks * n // shape["BLOCK_H"] if has_norm else 0, D)) for n in (H, K)]
