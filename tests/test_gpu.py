@@ -63,6 +63,20 @@ def test_compiled_is_eager(scope: str) -> None:
         assert a == pytest.approx(b, rel=2e-3)  # bfloat16 keeps 8 bits; fused kernels round less often
 
 
+@pytest.mark.parametrize("preset", ["llama", "gpt2", "gpt2_openai"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_triton_trains_as_eager_does(preset: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    flags = [f"--arch_preset={preset}", f"--compile={compiled}"]
+    ours, eager = _engine("--kernels=auto", *flags), _engine("--kernels=eager", *flags)
+    assert set(ours.ops.chosen.values()) == {"triton"}
+    assert set(eager.ops.chosen.values()) == {"eager"}
+    for engine in (ours, eager):
+        compile_engine(engine)
+    for a, b in zip(_losses(ours, 8), _losses(eager, 8), strict=True):
+        assert a == pytest.approx(b, rel=2e-3)  # bfloat16 keeps 8 bits; fused kernels round less often
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_step_never_waits_for_the_gpu(dtype: str, corpus: Path) -> None:
     engine = _engine(f"--dtype={dtype}", "--compile=False", "--dropout=0.1")
