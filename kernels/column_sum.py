@@ -30,13 +30,13 @@ def _column_sum_kernel(X, Y, Z, P, N, SPLIT, BLOCK_P: tl.constexpr, BLOCK_N: tl.
     tl.store(Z + part * (N - SPLIT) + (cols - SPLIT), sums.to(Z.dtype.element_ty), mask=(cols >= SPLIT) & (cols < N))
 
 
-def column_sum(x: Tensor, dtype: torch.dtype, split: int) -> tuple[Tensor, Tensor]:
+def column_sum(x: Tensor, split: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sums over the first dimension, of the columns before and from `split` on.
 
     Args:
         x: `(P, N)` float32, contiguous, P >= 1.
-        dtype: of the results; they are rounded once.
         split: 0..N.
+        dtypes: of both results, the last for those that have none; they are rounded once.
 
     Returns:
         `(split,)` and `(N - split,)`, the same bits for the same x on every GPU.
@@ -47,7 +47,7 @@ def column_sum(x: Tensor, dtype: torch.dtype, split: int) -> tuple[Tensor, Tenso
         y = x.new_empty((passes, N))
         _launch(x, y, y, P, N, N, passes)
         x, P = y, passes
-    y, z = x.new_empty(split, dtype=dtype), x.new_empty(N - split, dtype=dtype)
+    y, z = x.new_empty(split, dtype=dtypes[0]), x.new_empty(N - split, dtype=dtypes[-1])
     _launch(x, y, z, P, N, split, 1)
     return y, z
 

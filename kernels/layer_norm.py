@@ -33,10 +33,17 @@ def _forward_fake(
 
 
 def _backward_fake(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if has_bias else 0)
+    dbias = weight.new_empty(0 if bias_dtype is None else weight.shape[0], dtype=bias_dtype or weight.dtype)
+    return dx, weight.new_empty(weight.shape), dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -51,22 +58,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
-    has_bias = ctx.bias_dtype is not None
-    dx, dweight, dbias = _layer_norm_backward(
-        torch.zeros_like(x) if dy is None else dy,
-        dsum if ctx.has_residual else None,
-        x,
-        weight,
-        mean,
-        rstd,
-        has_bias,
-    )
-    return dx, dx if ctx.has_residual else None, dweight, dbias.to(ctx.bias_dtype) if has_bias else None, None
+    dy = torch.zeros_like(x) if dy is None else dy
+    dsum = dsum if ctx.has_residual else None
+    dx, dweight, dbias = _layer_norm_backward(dy, dsum, x, weight, mean, rstd, ctx.bias_dtype)
+    return dx, dx if ctx.has_residual else None, dweight, None if ctx.bias_dtype is None else dbias, None
 
 
 _layer_norm_backward = register(
-    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
     norm_backward,
     _backward_fake,
 )

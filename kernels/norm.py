@@ -167,7 +167,13 @@ def norm_forward(
 
 
 def norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up its partial sums.
 
@@ -178,25 +184,26 @@ def norm_backward(
         weight: `(N,)`.
         mean: as `norm_forward` left it; empty for RMSNorm.
         rstd: likewise.
-        has_bias: whether the bias has a gradient.
+        bias_dtype: of the bias, or None without one.
 
     Returns:
-        The gradients of s like x, of the weight and of the bias `(N,)` in weight's dtype; the last is empty without a
-        bias.
+        The gradients of s like x, of the weight like it, and of the bias `(N,)`, empty without one.
     """
     N = x.shape[-1]
     M = x.numel() // max(N, 1)
+    dtypes = (weight.dtype, bias_dtype or weight.dtype)
     if not x.numel():
-        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(N if has_bias else 0)
+        dbias = weight.new_zeros(0 if bias_dtype is None else N, dtype=dtypes[1])
+        return torch.zeros_like(x), torch.zeros_like(weight), dbias
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dx = torch.empty_like(x)
     programs, shape = backward_shape(M, N, x.element_size() * (2 if dsum is None else 3))
-    partial = rstd.new_empty((programs, 2 * N if has_bias else N))
-    flags = {"CENTER": mean.numel() > 0, "HAS_DSUM": dsum is not None, "HAS_BIAS": has_bias}
+    partial = rstd.new_empty((programs, N if bias_dtype is None else 2 * N))
+    flags = {"CENTER": mean.numel() > 0, "HAS_DSUM": dsum is not None, "HAS_BIAS": bias_dtype is not None}
     dsum = dy if dsum is None else dsum.contiguous()
     tensors = (dy, dsum, x, weight, mean, rstd, dx, partial)
     launch(_backward_kernel, (programs,), tensors, (M,), {"N": N, **flags, **shape})
-    return dx, *column_sum(partial, weight.dtype, N)
+    return dx, *column_sum(partial, N, *dtypes)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 
 
 def _backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight, _ = norm_backward(dy, dsum, x, weight, rstd.new_empty(0), rstd, has_bias=False)
+    dx, dweight, _ = norm_backward(dy, dsum, x, weight, rstd.new_empty(0), rstd, bias_dtype=None)
     return dx, dweight
 
 

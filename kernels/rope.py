@@ -235,7 +235,7 @@ def _backward(
     launch(_backward_kernel, grid, tensors, (*strides, T, eps), {**sizes, **shape})
     if q_weight is None or k_weight is None:
         return dqkv, partials[0].new_empty(0), partials[1].new_empty(0)
-    return dqkv, column_sum(partials[0], q_weight.dtype, D)[0], column_sum(partials[1], k_weight.dtype, D)[0]
+    return dqkv, column_sum(partials[0], D, q_weight.dtype)[0], column_sum(partials[1], D, k_weight.dtype)[0]
 
 
 def _backward_fake(

@@ -119,8 +119,8 @@ class _SwiGLULinear(torch.autograd.Function):
         gate_up, weight = ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad
         dgate_up, product = _swiglu_backward(dout @ weight, gate_up, needs_weight)
-        dout = dout.flatten(0, -2)
-        dweight = dout.t() @ product.flatten(0, -2) if needs_weight else None
+        dout = dout.reshape(-1, weight.shape[0])
+        dweight = dout.t() @ product.view(-1, weight.shape[1]) if needs_weight else None
         return dgate_up, dweight, dout.sum(0) if needs_bias else None
 
 
