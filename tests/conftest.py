@@ -1,10 +1,15 @@
 """What the tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which nothing here has done yet
+
 from run_helpers import SMALL
 
 from gptperf.data.prepare import prepare
