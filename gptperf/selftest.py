@@ -99,7 +99,7 @@ def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Te
     """The weights, moments and copy after one update."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
-    scalars = torch.tensor([0.1, 3.0, 0.27, 0.14, 2.0, 0.0], device=device)
+    scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
     function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
 
