@@ -11,7 +11,7 @@ the time of the op; `GB/s` are those bytes over that time. linear_cross_entropy 
 in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra memory is
 the peak of a call less what was allocated before it and the two gradients.
 
-The first output of every implementation is compared with eager's before it is timed. An implementation that fails is a
+The first output of every implementation, and the loss's gradients, are compared with eager's before it is timed. An implementation that fails is a
 cell with the reason; the exit code is 1 if it is ours.
 
 With `--host`: host time a call at small shapes. With `--errors`: errors of eager and of ours against float64, on a CPU
@@ -171,6 +171,7 @@ def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> li
         torch.mm(dlogits.T, x)
 
     wanted = tuple(leaves(inputs).values())
+    gradients = forward_backward(partial(call, eager(op), op, shape, inputs), wanted, None)
     rows: list[Row] = [{"op": op, "shape": list(shape), "impl": impl} for impl in ("gemm", *impls)]
     prepared = {"gemm": Work(products)}
     for row in rows[1:]:
@@ -179,6 +180,8 @@ def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> li
             run = partial(implementation(impl, op, shape).run, inputs)
             compare(run(), expected)
             step = partial(forward_backward, run, wanted, None)
+            for found, gradient in zip(step(), gradients, strict=True):  # the loss alone hides what a gradient shows
+                compare([found], gradient)
             return Work(step), timing.extra_bytes(step) / 1e9
 
         if (found := guarded(row, prepare)) is not None:
@@ -393,7 +396,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shapes = parser.add_argument("--shapes", nargs="+", type=int, choices=range(most), default=list(range(most)))
     shapes.metavar, shapes.help = "N", "positions in an op's list of shapes"
     parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), metavar="IMPL", help=", ".join(IMPLS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the rows here")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--host", action="store_true", help="host time a call instead")

@@ -75,10 +75,10 @@ def measure(model: str, variant: str, steps: int, kernels: bool) -> dict[str, An
     config = cli.resolve(argv).config
     process = start_process("cuda")
     torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
     engine = build_engine(config, process)
     scope = compile_engine(engine)
     batches = random_batches(engine)
-    begun = time.perf_counter()
     first = train_step(engine, batches, 0).loss.item()
     first_s = time.perf_counter() - begun
     for step in range(1, WARM_UP):

@@ -57,6 +57,14 @@ class Process:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(found.item())
 
+    def merged(self, found: dict[str, str]) -> dict[str, str]:
+        """What any process found, the first one's word for each key; every process has to ask."""
+        if self.world_size == 1:
+            return found
+        every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(every, found, group=self.host_group)
+        return {key: text for one in reversed(every) for key, text in one.items()}
+
     def from_main(self, text: str) -> str:
         """The text that the main process has; every process has to ask."""
         if self.world_size == 1:

@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """Component kind -> the names that `gptperf.model` registers for it."""
 
-OPS: dict[str, str | None] = {
+OPS = {
     "rms_norm": "gptperf.kernels.rms_norm",
     "layer_norm": "gptperf.kernels.layer_norm",
     "rope": "gptperf.kernels.rope",
@@ -35,7 +35,7 @@ OPS: dict[str, str | None] = {
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
 }
-"""Op name -> module of its Triton implementation, or None where there is none. Every op has an eager reference."""
+"""Op name -> module of its Triton implementation. Every op has an eager reference of that name."""
 
 _OLDEST_CAPABILITY = (7, 0)
 
@@ -139,9 +139,8 @@ def resolve_ops(kernels: str, device_type: str) -> Ops:
     for op, module in OPS.items():
         if kernels == "eager":
             continue
-        reason = "it has no Triton kernel" if module is None else _why_not_triton(device_type)
+        reason = _why_not_triton(device_type)
         if reason is None:
-            assert module is not None
             chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
         else:
             reasons[op] = reason
@@ -174,7 +173,10 @@ def _why_not_triton(device_type: str) -> str | None:
         return f"Triton runs on a CUDA GPU, and the device is {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    capability = importlib.import_module("torch").cuda.get_device_capability()
+    torch = importlib.import_module("torch")
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
+    capability = torch.cuda.get_device_capability()
     if capability < _OLDEST_CAPABILITY:
         return f"Triton needs compute capability 7.0 or higher, and this GPU has {capability[0]}.{capability[1]}"
     return None

@@ -116,7 +116,7 @@ def sample(config: SampleConfig) -> list[str]:
     """
     import torch
 
-    from gptperf import registry
+    from gptperf import registry, selftest
     from gptperf.build import DTYPES
     from gptperf.checkpoint import best, latest, load
     from gptperf.config import ModelConfig
@@ -136,9 +136,11 @@ def sample(config: SampleConfig) -> list[str]:
     saved = checkpoint.state["config"]
     device = start_process(config.device).device
     dtype = DTYPES[saved["system"]["dtype"]] if device.type == "cuda" else torch.float32
+    config_of_model = ModelConfig(**saved["model"])
     ops = registry.resolve_ops("auto", device.type)
+    ops = registry.without_triton(ops, "auto", selftest.broken_ops(ops, config_of_model, device, dtype))
     with device:
-        model = GPT(ModelConfig(**saved["model"]), ops).eval()
+        model = GPT(config_of_model, ops).eval()
     restore_weights(checkpoint, model, Replicated(model, dtype))
     tokenizer = load_tokenizer(checkpoint.state["tokenizer"]["name"])
     prompt = torch.tensor(tokenizer.encode(config.prompt).tolist() or [tokenizer.eot], device=device)

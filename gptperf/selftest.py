@@ -1,10 +1,12 @@
 """A small run of every Triton op that a model calls, against eager PyTorch on the same device, before training starts.
 
-The shapes are the model's where a kernel is compiled for them, so what is compiled here is what training uses. It finds
-a kernel that does not compile, does not fit the GPU or computes something else; exact errors are for the tests.
+The widths are the model's, for which kernels are compiled. It finds a kernel that does not compile, does not fit the
+GPU or computes something else; exact errors are for the tests.
 """
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from gptperf.registry import Ops
 __all__ = ["broken_ops"]
 
 _Op = Callable[..., Any]
+_Run = Callable[[_Op], list[Tensor]]
 ROWS = 32
 TOLERANCE = 0.05
 """Of the norm: bfloat16 is off by 0.005, a wrong kernel by about 1."""
@@ -38,13 +41,17 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
         return {}
     from triton.errors import TritonError
 
-    found = {}
-    for op, run in _runs(model, device, dtype).items():
-        if ops.chosen[op] != "triton":
+    # Triton's cache and its C compiler raise OSError and CalledProcessError; out of memory is no fault of a kernel.
+    failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
+    found: dict[str, str] = {}
+    for op, run in _runs(model, device, dtype):
+        if ops.chosen[op] != "triton" or op in found:
             continue
         try:
             ours = run(getattr(ops, op))
-        except (TritonError, RuntimeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except failures as error:
             found[op] = f"its kernel failed on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             continue
         wanted = run(getattr(reference, op))
@@ -54,39 +61,44 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
     return found
 
 
-def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[_Op], list[Tensor]]]:
-    """Op name -> a run of an implementation of it on the same inputs each time; only the ops that the model calls."""
+def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
+    """Ops that the model calls, each with a run of an implementation of it on the same inputs each time."""
     generator = torch.Generator(device)
 
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        seeded = generator.manual_seed(shape[0])  # the same at each call, but no tensor a part of another
-        return torch.randn(shape, generator=seeded, device=device).to(dtype).requires_grad_()
+    def normal(seed: int, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(shape, generator=generator.manual_seed(seed), device=device)
+        return x.to(dtype).requires_grad_()
 
-    def vector(n: int) -> Tensor:
-        return normal(n, dtype=torch.float32)
+    def vector(seed: int, n: int) -> Tensor:
+        return normal(seed, n, dtype=torch.float32)
 
     C, D, H, K = model.n_embd, model.head_dim, model.n_head, model.kv_heads
     V, F, eps = model.padded_vocab_size, model.ffn_width, model.norm_eps
-    runs: dict[str, Callable[[_Op], list[Tensor]]] = {"adamw": lambda op: _updated(op, device, dtype)}
-    if model.normalization == "rmsnorm":
-        runs["rms_norm"] = lambda op: _differentiated(op, normal(ROWS, C), vector(C), eps, normal(ROWS, C))
-    elif model.normalization in ("layernorm", "layernorm_nobias"):
-        bias = vector(C) if model.normalization == "layernorm" else None
-        runs["layer_norm"] = lambda op: _differentiated(op, normal(ROWS, C), vector(C), bias, eps, normal(ROWS, C))
+    yield "adamw", lambda op: _updated(op, device, dtype)
+    for residual in (None, normal(1, ROWS, C)):
+        if model.normalization == "rmsnorm":
+            yield "rms_norm", partial(_differentiated, arguments=(normal(2, ROWS, C), vector(3, C), eps, residual))
+        elif model.normalization in ("layernorm", "layernorm_nobias"):
+            bias = vector(4, C) if model.normalization == "layernorm" else None
+            with_bias = (normal(2, ROWS, C), vector(3, C), bias, eps, residual)
+            yield "layer_norm", partial(_differentiated, arguments=with_bias)
+    qk_weights = (vector(5, D), vector(6, D)) if model.qk_norm else (None, None)
     if model.position_encoding == "rope":
         angles = torch.linspace(0, 3, ROWS * D // 2, device=device).view(ROWS, D // 2)
-        weights = (vector(D), vector(D)) if model.qk_norm else (None, None)
-        qkv = normal(1, ROWS, (H + 2 * K) * D)
-        pairs = model.rope_pairs == "interleaved"
-        runs["rope"] = lambda op: _differentiated(op, qkv, angles.cos(), angles.sin(), H, K, *weights, eps, pairs)
+        qkv, pairs = normal(7, 2, ROWS, (H + 2 * K) * D), model.rope_pairs == "interleaved"
+        packed = (qkv, angles.cos(), angles.sin(), H, K, *qk_weights, eps, pairs)
+        yield "rope", partial(_differentiated, arguments=packed)
+    elif model.qk_norm:
+        yield "rms_norm", partial(_differentiated, arguments=(normal(7, ROWS, H, D), qk_weights[0], eps))
     if model.ffn_type == "swiglu":
-        runs["swiglu"] = lambda op: _differentiated(op, normal(ROWS, 2 * F), normal(16, F))
-    targets = torch.arange(ROWS, device=device) % V
-    runs["linear_cross_entropy"] = lambda op: _differentiated(op, normal(ROWS, 64), normal(V, 64), targets)
-    return runs
+        yield "swiglu", partial(_differentiated, arguments=(normal(8, ROWS, 2 * F), normal(9, 16, F)))
+    targets = torch.linspace(0, V - 1, ROWS, device=device).long()
+    targets[1] = -100
+    logits_of = (normal(10, ROWS, 64), normal(11, V, 64), targets)
+    yield "linear_cross_entropy", partial(_differentiated, arguments=logits_of)
 
 
-def _differentiated(function: _Op, *arguments: Any) -> list[Tensor]:
+def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
     """Outputs and gradients."""
     outputs = function(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)

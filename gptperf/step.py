@@ -57,7 +57,7 @@ def build_engine(config: Config, process: Process) -> Engine:
     """The objects of a step, with fresh weights; not compiled yet."""
     dtype = build.DTYPES[config.system.dtype]
     ops = registry.resolve_ops(config.system.kernels, process.device.type)
-    broken = selftest.broken_ops(ops, config.model, process.device, dtype)
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
     ops = registry.without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     weights = Replicated(model, dtype, process.world_size)

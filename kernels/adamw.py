@@ -9,12 +9,11 @@ that nothing waits. Bytes moved for P weights: 28 P, with a copy in 16 bits 30 P
 Eager reference: `gptperf.kernels.reference.adamw`. Source: Loshchilov and Hutter, 2019, algorithm 2.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptperf.kernels.arguments import check_triton
+from gptperf.kernels.arguments import check_adamw, check_triton
 from gptperf.kernels.operator import ceil_div, launch, register
 
 __all__ = ["adamw"]
@@ -85,18 +84,7 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place; arguments as `gptperf.kernels.reference.adamw`, all contiguous; grad is only read.
-
-    Raises:
-        ValueError: tensors of different sizes, not contiguous, or not float32 where they have to be.
-    """
+    """One update in place; arguments and errors as `gptperf.kernels.reference.adamw`. The gradient is only read."""
+    check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
     check_triton("adamw", master)
-    for name, tensor in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if tensor.dtype != torch.float32 or tensor.shape != master.shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"adamw: found {name} {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}, "
-                f"wanted {tuple(master.shape)} torch.float32, contiguous"
-            )
-    if compute is not None and (compute.shape != master.shape or not compute.is_contiguous()):
-        raise ValueError(f"adamw: found compute {tuple(compute.shape)}, wanted {tuple(master.shape)}, contiguous")
     _adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, beta1, beta2, eps, weight_decay)

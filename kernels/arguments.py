@@ -6,7 +6,7 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_triton"]
+__all__ = ["check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_triton"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -54,6 +54,8 @@ def check_rope(
         raise ValueError(f"rope: found cos {tuple(cos.shape)} and sin {tuple(sin.shape)}, wanted one shape")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("rope: found one of q_weight and k_weight, wanted both or none")
+    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
+        raise ValueError(f"rope: found q_weight {q_weight.dtype} and k_weight {k_weight.dtype}, wanted one dtype")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             _check_like("rope", name, weight, qkv, torch.Size([D]))
@@ -103,6 +105,32 @@ def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignor
         if bad.numel():
             wanted = f"0 to {V - 1} or ignore_index = {ignore_index}"
             raise ValueError(f"{op}: found target {int(bad[0])}, wanted {wanted}")
+
+
+def check_adamw(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, compute: Tensor | None, scalars: Tensor
+) -> None:
+    """Arguments of adamw.
+
+    Raises:
+        ValueError: tensors of different shapes, devices or dtypes, or not contiguous.
+    """
+    named = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    wanted = f"{tuple(master.shape)} torch.float32 on {master.device}, contiguous"
+    for name, tensor in named.items():
+        if tensor.dtype != torch.float32 or _not_laid_as(tensor, master):
+            raise ValueError(f"adamw: found {name} {_of(tensor)} with strides {tensor.stride()}, wanted {wanted}")
+    if compute is not None and _not_laid_as(compute, master):
+        wanted = f"{tuple(master.shape)} on {master.device}, contiguous"
+        raise ValueError(f"adamw: found compute {_of(compute)} with strides {compute.stride()}, wanted {wanted}")
+    if scalars.shape != (6,) or scalars.dtype != torch.float32 or _not_laid_as(scalars, scalars):
+        raise ValueError(f"adamw: found scalars {_of(scalars)}, wanted (6,) torch.float32, contiguous")
+    if scalars.device != master.device:
+        raise ValueError(f"adamw: found scalars {_of(scalars)}, wanted them on {master.device}")
+
+
+def _not_laid_as(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape != other.shape or tensor.device != other.device or not tensor.is_contiguous()
 
 
 def check_triton(op: str, x: Tensor) -> None:

@@ -59,7 +59,7 @@ def backward_shape(M: int, N: int, bytes_each: int) -> tuple[int, dict[str, int]
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, M, eps,
     N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,7 +95,7 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     DY, DSUM, X, WEIGHT, MEAN, RSTD, DX, PARTIAL, M,
     N: tl.constexpr, CENTER: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -162,7 +162,7 @@ def norm_forward(
         residual = x if residual is None else residual.contiguous()
         tensors = (x, residual, weight, weight if bias is None else bias.contiguous(), y, total, mean, rstd)
         grid = (ceil_div(M, shape["BLOCK_M"]),)
-        launch(_forward_kernel, grid, tensors, (M, eps), {"N": N, **flags, **shape})
+        launch(_norm_forward_kernel, grid, tensors, (M, eps), {"N": N, **flags, **shape})
     return y, total, mean, rstd
 
 
@@ -202,11 +202,16 @@ def norm_backward(
     flags = {"CENTER": mean.numel() > 0, "HAS_DSUM": dsum is not None, "HAS_BIAS": bias_dtype is not None}
     dsum = dy if dsum is None else dsum.contiguous()
     tensors = (dy, dsum, x, weight, mean, rstd, dx, partial)
-    launch(_backward_kernel, (programs,), tensors, (M,), {"N": N, **flags, **shape})
+    launch(_norm_backward_kernel, (programs,), tensors, (M,), {"N": N, **flags, **shape})
     return dx, *column_sum(partial, N, *dtypes)
 
 
-@functools.cache
 def warn_too_wide(op: str, N: int) -> None:
-    """Say, once a width, that the op runs in eager PyTorch."""
-    warnings.warn(f"{op}: rows of {N} are wider than the Triton kernel's {MAX_N}; eager PyTorch runs", stacklevel=3)
+    """Say, once a width, that the op runs in eager PyTorch; a compiler cannot, and leaves it out."""
+    if not torch.compiler.is_compiling():
+        _warn_too_wide(op, N)
+
+
+@functools.cache
+def _warn_too_wide(op: str, N: int) -> None:
+    warnings.warn(f"{op}: rows of {N} are wider than the Triton kernel's {MAX_N}; eager PyTorch runs", stacklevel=4)

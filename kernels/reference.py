@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptperf.kernels.arguments import check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+from gptperf.kernels.arguments import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
 
@@ -182,6 +182,7 @@ def adamw(
 
     Source: Loshchilov and Hutter, 2019, algorithm 2.
     """
+    check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
     lr, t, bias1, bias2, divisor, skip = scalars.unbind()
     if not torch.compiler.is_compiling():  # PyTorch's own kernel; compiled, the lines below become one kernel
         torch._fused_adamw_(
@@ -199,7 +200,7 @@ def adamw(
             amsgrad=False,
             maximize=False,
             grad_scale=divisor,
-            found_inf=skip,
+            found_inf=(skip != 0).float(),
         )
     else:
         keep = skip == 0

@@ -8,7 +8,7 @@ Backward: the rotation by the opposite angle, and through the norm where there i
 all of it is written straight into the packed gradient.
 
 Angles, statistics and sums in float32, each output rounded once. Elements moved for S = B T (H + 2 K) D: forward 2 S,
-backward 2 S, with QK-norm 3 S less the values.
+backward 2 S; with QK-norm 3 S less the values, and D float32 partial sums of each program, written and read.
 
 Eager reference: `gptperf.kernels.reference.rope`. Source: Su et al., 2021, eq. 34.
 """
@@ -84,7 +84,7 @@ def _place(T, H: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: 
 
 
 @triton.jit
-def _forward_kernel(
+def _rope_forward_kernel(
     QKV, COS, SIN, Q_WEIGHT, K_WEIGHT, Q, K_OUT, V, T, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -117,7 +117,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rope_backward_kernel(
     DQ, DK, DV, QKV, COS, SIN, Q_WEIGHT, K_WEIGHT, DQKV, DQ_WEIGHT, DK_WEIGHT,
     dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -182,7 +182,7 @@ def _forward(
         weights = [cos if w is None else w.contiguous() for w in (q_weight, k_weight)]
         sizes = {"H": H, "K": n_kv_head, "D": D, "HAS_NORM": q_weight is not None, "INTERLEAVED": interleaved}
         tensors = (qkv, cos, sin, *weights, q, k, v)
-        launch(_forward_kernel, (programs,), tensors, (T, eps), {**sizes, **shape})
+        launch(_rope_forward_kernel, (programs,), tensors, (T, eps), {**sizes, **shape})
     return q, k, v
 
 
@@ -232,7 +232,7 @@ def _backward(
     strides = [stride for x in (dq, dk, dv) for stride in x.stride()[:3]]
     sizes = {"H": H, "K": K, "D": D, "HAS_NORM": has_norm, "INTERLEAVED": interleaved}
     grid = (blocks * ((H + 2 * K) // shape["BLOCK_H"]),)
-    launch(_backward_kernel, grid, tensors, (*strides, T, eps), {**sizes, **shape})
+    launch(_rope_backward_kernel, grid, tensors, (*strides, T, eps), {**sizes, **shape})
     if q_weight is None or k_weight is None:
         return dqkv, partials[0].new_empty(0), partials[1].new_empty(0)
     return dqkv, column_sum(partials[0], D, q_weight.dtype)[0], column_sum(partials[1], D, k_weight.dtype)[0]

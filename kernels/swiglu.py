@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptperf.kernels.arguments import check_swiglu, check_triton
 from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
@@ -37,7 +38,7 @@ def _place(F: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(GATE_UP, Y, F: tl.constexpr, BLOCK_N: tl.constexpr):
+def _swiglu_forward_kernel(GATE_UP, Y, F: tl.constexpr, BLOCK_N: tl.constexpr):
     row, cols = _place(F, BLOCK_N)
     mask = cols < F
     gate = tl.load(GATE_UP + row * (2 * F) + cols, mask=mask, other=0.0).to(tl.float32)
@@ -46,7 +47,7 @@ def _forward_kernel(GATE_UP, Y, F: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(DY, GATE_UP, DGATE_UP, Y, F: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_N: tl.constexpr):
+def _swiglu_backward_kernel(DY, GATE_UP, DGATE_UP, Y, F: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_N: tl.constexpr):
     row, cols = _place(F, BLOCK_N)
     mask = cols < F
     gate = tl.load(GATE_UP + row * (2 * F) + cols, mask=mask, other=0.0).to(tl.float32)
@@ -68,7 +69,7 @@ def _forward(gate_up: Tensor) -> Tensor:
         width = y.shape[-1]
         shape = shape_of(width)
         programs = y.numel() // width * ceil_div(width, shape["BLOCK_N"])
-        launch(_forward_kernel, (programs,), (gate_up, y), (), {"F": width, **shape})
+        launch(_swiglu_forward_kernel, (programs,), (gate_up, y), (), {"F": width, **shape})
     return y
 
 
@@ -84,7 +85,7 @@ def _backward(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor, Tenso
         shape = shape_of(width)
         programs = dy.numel() // width * ceil_div(width, shape["BLOCK_N"])
         constants = {"F": width, "PRODUCT": product, **shape}
-        launch(_backward_kernel, (programs,), (dy, gate_up, dgate_up, y), (), constants)
+        launch(_swiglu_backward_kernel, (programs,), (dy, gate_up, dgate_up, y), (), constants)
     return dgate_up, y
 
 
@@ -115,6 +116,7 @@ class _SwiGLULinear(torch.autograd.Function):
         return F.linear(_swiglu(gate_up), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weight = ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad

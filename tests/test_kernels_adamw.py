@@ -70,13 +70,26 @@ def test_the_gradient_is_only_read() -> None:
     assert torch.equal(_update(adamw, state, _scalars())["grad"], _state((2, 700), None)["grad"])
 
 
+def test_any_skip_but_zero_leaves_the_step_out() -> None:
+    for function in (adamw, reference.adamw):
+        before, after = _state((5, 64), None), _update(function, _state((5, 64), None), _scalars(skip=2.0))
+        assert all(torch.equal(after[name], before[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("function", [adamw, reference.adamw])
+@pytest.mark.parametrize("scalars", [torch.ones(5), torch.ones(6).half(), torch.ones(12)[::2]])
+def test_wrong_scalars(function: Any, scalars: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"scalars .* wanted \(6,\) torch.float32, contiguous"):
+        _update(function, _state((4, 6), None), scalars.to(DEVICE))
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
         ("grad", lambda x: x.half(), r"grad \(4, 6\) torch.float16.*wanted \(4, 6\) torch.float32"),
         ("exp_avg", lambda x: x[:2], r"exp_avg \(2, 6\).*wanted \(4, 6\)"),
         ("exp_avg_sq", lambda x: x.t().contiguous().t(), r"exp_avg_sq .*strides \(1, 4\)"),
-        ("compute", lambda x: x[1:], r"compute \(3, 6\), wanted \(4, 6\)"),
+        ("compute", lambda x: x[1:], r"compute \(3, 6\).*wanted \(4, 6\)"),
         ("master", lambda x: x.double(), r"float64"),
     ],
 )

@@ -23,9 +23,9 @@ SHARED_KB = {"sm_90": 227, "sm_70": 96, "sm_80": 163, "sm_89": 99, "sm_100": 227
 WIDE = 0.7
 """Of the bytes; the rest are one statistic a row, a target's logit and small tables."""
 LOADS_WIDE = {
-    "norm._forward_kernel",
-    "rope._forward_kernel",
-    "swiglu._forward_kernel",
+    "norm._norm_forward_kernel",
+    "rope._rope_forward_kernel",
+    "swiglu._swiglu_forward_kernel",
     "linear_cross_entropy._cross_entropy_kernel",
 }
 STORES_WIDE = LOADS_WIDE - {"linear_cross_entropy._cross_entropy_kernel"}  # without a gradient it stores the loss alone

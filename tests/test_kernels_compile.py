@@ -413,3 +413,30 @@ def test_rows_too_wide_run_in_eager_and_say_so_once(op: str) -> None:
     assert [str(w.message) for w in caught if op in str(w.message)] == [str(caught[0].message)]
     assert re.search(rf"{N}.*16384.*eager", str(caught[0].message))
     assert results[0].same_bits(run(eager(op), case, incoming))
+
+
+@pytest.mark.parametrize("variant", ["swiglu_linear", "swiglu_linear_bias"])
+def test_a_gradient_of_the_projections_gradient_is_refused(variant: str) -> None:
+    """It would leave out the product's own gradient."""
+    case = case_of(variant, 3, 18)
+    tensors = {name: x.clone().requires_grad_() for name, x in case.tensors.items()}
+    loss = kernel(case.op)(**tensors, **case.others).square().sum()
+    [gradient] = torch.autograd.grad(loss, [tensors["weight"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_the_losss_scale_does_not_follow_the_default_dtype() -> None:
+    case = case_of("linear_cross_entropy", 50, 16)
+    plain = run(kernel(case.op), case, None)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert run(kernel(case.op), case, None).same_bits(plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_rows_too_wide_compile_in_one_graph() -> None:
+    x, weight = torch.randn(2, 16400, device=DEVICE), torch.ones(16400, device=DEVICE)
+    compiled = torch.compile(kernel("rms_norm"), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, weight), eager("rms_norm")(x, weight))

@@ -10,6 +10,7 @@ from triton.errors import TritonError
 
 from gptperf import cli, registry, selftest
 from gptperf.errors import DeviceError
+from gptperf.kernels import reference
 
 SIZES = ["--n_layer=1", "--n_head=4", "--n_embd=48", "--vocab_size=300", "--d_ff=100", "--arch_preset=llama"]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter; the GPU's is in test_gpu")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the i
 
 def _ops(**broken: Any) -> registry.Ops:
     """Triton's, in the interpreter."""
-    ours = {op: getattr(importlib.import_module(module), op) for op, module in registry.OPS.items() if module}
+    ours = {op: getattr(importlib.import_module(module), op) for op, module in registry.OPS.items()}
     return registry.Ops(**ours | broken, chosen=dict.fromkeys(ours, "triton"), reasons={})
 
 
@@ -43,12 +44,16 @@ def test_eager_ops_are_not_run() -> None:
 
 
 def test_a_wrong_result_is_found() -> None:
-    def forgets_the_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forgets_the_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Any:
         y = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-        return y, x + residual
+        return y if residual is None else (y, x + residual)
 
-    found = _broken(_ops(rms_norm=forgets_the_residual, adamw=lambda *_: None))
-    assert set(found) == {"rms_norm", "adamw"}
+    def drops_the_tail(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(x, torch.cat([weight[:-40], weight[-40:].detach()]), targets)
+
+    wrong = {"rms_norm": forgets_the_residual, "linear_cross_entropy": drops_the_tail, "adamw": lambda *_: None}
+    found = _broken(_ops(**wrong))
+    assert set(found) == set(wrong)
     assert "off eager PyTorch by" in found["rms_norm"]
 
 
@@ -56,6 +61,10 @@ def test_a_kernel_that_fails_is_named() -> None:
     def fails(*_: object) -> None:
         raise TritonError("out of resource: shared memory")
 
+    def finds_no_cache(*_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    assert "PermissionError: read-only" in _broken(_ops(rope=finds_no_cache))["rope"]
     assert "out of resource: shared memory" in _broken(_ops(swiglu=fails))["swiglu"]
 
 
