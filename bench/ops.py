@@ -11,8 +11,8 @@ the time of the op; `GB/s` are those bytes over that time. linear_cross_entropy 
 in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra memory is
 the peak of a call less what was allocated before it and the two gradients.
 
-The first output of every implementation, and the loss's gradients, are compared with eager's before it is timed. An implementation that fails is a
-cell with the reason; the exit code is 1 if it is ours.
+The first output of every implementation, and the gradients of the loss, are compared with eager's before it is timed.
+An implementation that fails is a cell with the reason; the exit code is 1 if it is ours.
 
 With `--host`: host time a call at small shapes. With `--errors`: errors of eager and of ours against float64, on a CPU
 in Triton's interpreter too (TRITON_INTERPRET=1), which truncates to bfloat16 rather than round. With `--json PATH` the
