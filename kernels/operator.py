@@ -17,6 +17,8 @@ __all__ = ["ceil_div", "launch", "power_of_2", "register"]
 
 _library = torch.library.Library("gptperf", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_OPTIONS = ("num_warps", "maxnreg")  # of Triton's compiler
+_registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}
 
 
@@ -40,7 +42,7 @@ def register(
         The op as a function.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=torch.Tag.needs_exact_strides)
     _library.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptperf::{name}", fake, lib=_library)
     direct = forward
@@ -48,15 +50,34 @@ def register(
         torch.library.register_autograd(f"gptperf::{name}", differentiate, setup_context=save, lib=_library)
         direct = _autograd_function(name, forward, save, differentiate)
     registered = getattr(torch.ops.gptperf, name).default
+    _registered.append(registered)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling():
+            _introduce_to_inductor()
+            return registered(*arguments)
+        if torch._C._len_torch_dispatch_stack():
             return registered(*arguments)
         if all(type(x) in _PLAIN for x in arguments if isinstance(x, Tensor)):
             return direct(*arguments)
         return registered(*arguments)
 
     return call
+
+
+@torch.compiler.assume_constant_result
+def _introduce_to_inductor() -> bool:
+    """Give Inductor a lowering of every op, while it traces the first call of one.
+
+    PyTorch 2.11 makes one itself when it meets an op without, but first formats a log line with all that the inputs
+    were computed from. With residual adds that doubles with every layer, and the loss of 12 layers never compiles.
+    """
+    from torch._inductor import lowering
+
+    for op in _registered:
+        if op not in lowering.lowerings:
+            lowering.make_fallback(op, warn=False)
+    return True
 
 
 def _autograd_function(
@@ -98,7 +119,7 @@ def launch(
         grid: programs.
         tensors: of the pointers.
         scalars: of the numbers.
-        constants: by name: the constants in the kernel's order, then `num_warps`.
+        constants: by name: the constants in the kernel's order, then what `_OPTIONS` names.
     """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -114,6 +135,6 @@ def launch(
     if compiled is None:
         _launched[key] = kernel[grid](*tensors, *scalars, **constants)
     else:
-        values = [value for name, value in constants.items() if name != "num_warps"]
+        values = [value for name, value in constants.items() if name not in _OPTIONS]
         compiled[(*grid, 1, 1)[:3]](*tensors, *scalars, *values)
     return None

@@ -267,16 +267,15 @@ def test_values(variant: str, values: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("variant", [v for v in SOME if v != "linear_cross_entropy"])
 def test_what_is_not_finite_stays_in_its_row(variant: str, bad: float) -> None:
-    """The gradient within that row depends on the formula, as eager's does on the device: NaN at least."""
+    """Where in that row NaN stands depends on the formula, as eager's does on the device."""
     case = case_of(variant, (1, 7, 34))
     incoming = gradients_for(case)
     good = run(kernel(case.op), case, incoming)
     case.activation[0, 3, 5] = bad
     found, wanted = run(kernel(case.op), case, incoming), run(eager(case.op), case, incoming)
     for y, e in zip(found.outputs, wanted.outputs, strict=True):
-        assert torch.equal(y.isnan(), e.isnan())
-        assert torch.equal(y.isinf(), e.isinf())
-    assert found.outputs[0].isfinite().all() == wanted.outputs[0].isfinite().all()
+        for found_in, wanted_in in ((y.isnan(), e.isnan()), (y.isinf(), e.isinf())):
+            assert torch.equal(found_in.flatten(2).any(-1), wanted_in.flatten(2).any(-1))
     others = [0, 1, 2, 4, 5, 6]
     for name, x in found.tensors().items():
         if "weight" in name or "bias" in name:

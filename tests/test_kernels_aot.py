@@ -114,7 +114,7 @@ def test_addresses(kernels: Reports) -> None:
 
 
 def test_forward_accesses_are_wide(kernels: Reports) -> None:
-    """Rows that divide into 16-byte accesses are read and written that way."""
+    """Rows that divide into wide accesses are read and written that way."""
     forward = [report for report in kernels if report["forward_2048"]]
     narrow = [told(x, x["wide_loads"]) for x in forward if x["kernel"] in LOADS_WIDE and x["wide_loads"] < WIDE]
     narrow += [told(x, x["wide_stores"]) for x in forward if x["kernel"] in STORES_WIDE and x["wide_stores"] < WIDE]

@@ -22,6 +22,7 @@ from kernel_cases import (
 from kernel_rule import check_close
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import lowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -114,6 +115,14 @@ def test_compiled_is_the_same(variant: str) -> None:
             check_close("bias", found.gradients.pop("bias"), plain.gradients.pop("bias"), terms=rows)
         assert found.same_bits(plain)
     assert counter.frame_count <= 3
+
+
+def test_inductor_knows_the_ops_before_it_meets_them() -> None:
+    """PyTorch 2.11 prints the whole history of the inputs of an op that it does not know."""
+    x, weight = torch.randn(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    torch.compile(kernel("rms_norm"), fullgraph=True, backend="aot_eager")(x, weight)
+    for op in ("rms_norm", "rms_norm_backward"):
+        assert getattr(torch.ops.gptperf, op).default in lowering.lowerings
 
 
 @pytest.mark.parametrize("variant", ONE_EACH)
