@@ -33,19 +33,28 @@ SHARED_BYTES = 98304
 """For the backward pipeline: what Ada and the small Blackwells have, 99 KB a program, less what reductions take."""
 
 
-def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int]:
-    """Rows, warps and registers of a program: one row, or several narrow ones.
+def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | bool]:
+    """Rows, warps and registers of a program, and whether it reads its rows twice.
 
-    More warps the fewer reductions wait for others. On an H200, as a fraction of a copy at widths 2048 and 4096:
-    LayerNorm .965 and .960 with a warp for 1024 columns, .952 and .895 for 512; RMSNorm .976 and .978 for 512, .972 and
-    .959 for 1024; with the add .989 and .967 for 256. LayerNorm of 8192 columns .885, and .953 with registers for four
-    programs a multiprocessor rather than three.
+    Several narrow rows or one; more warps the fewer reductions wait for others. On an H200, as a fraction of a copy:
+
+    - up to 1024 columns: 4096 elements in 4 warps .98 and LayerNorm .965, one row in one or two warps .975 and .957
+    - 2048 and 4096 columns: RMSNorm .976 and .978 with a warp for 512, .972 and .959 for 1024; LayerNorm .965 and .960
+      for 1024, .952 and .895 for 512; with the add .989 and .967 for 256
+    - 8192 columns: RMSNorm .985 in 16 warps that read twice, .97 in 8 that hold the row; LayerNorm .885, and .953 with
+      registers for four programs a multiprocessor rather than three
     """
     block_n = power_of_2(N)
-    columns, most = (256, 16) if has_residual else (1024, 16) if center else (512, 8)
-    warps = min(max(1, block_n // columns), most)
-    shape = {"BLOCK_M": max(1, 512 // block_n), "BLOCK_N": block_n, "num_warps": warps}
-    return shape | ({"maxnreg": 64} if center and not has_residual and block_n == 8192 else {})
+    shape = {"BLOCK_M": max(1, 512 // block_n), "BLOCK_N": block_n, "AGAIN": False}
+    if has_residual:
+        return {**shape, "num_warps": min(max(1, block_n // 256), 16)}
+    if block_n <= 1024:
+        return {**shape, "BLOCK_M": 4096 // block_n, "num_warps": 4}
+    if center:
+        return {**shape, "num_warps": min(block_n // 1024, 16), **({"maxnreg": 64} if block_n == 8192 else {})}
+    if block_n >= 8192:
+        return {**shape, "AGAIN": True, "num_warps": 16}
+    return {**shape, "num_warps": block_n // 512}
 
 
 def backward_shape(M: int, N: int, bytes_each: int) -> tuple[int, dict[str, int]]:
@@ -72,14 +81,19 @@ def backward_shape(M: int, N: int, bytes_each: int) -> tuple[int, dict[str, int]
 def _norm_forward_kernel(
     X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, M, eps,
     N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    # Runs of 4: each thread reads 16 bytes of float32 weights and 8 of x, in one layout for both, with no exchange.
-    cols = tl.max_contiguous(tl.arange(0, BLOCK_N), 4).to(tl.int64)[None, :]
+    cols = tl.arange(0, BLOCK_N)
+    if not AGAIN:  # runs of 4: 16 bytes of float32 weights and 8 of x a thread, in one layout for both
+        cols = tl.max_contiguous(cols, 4)
+    cols = cols.to(tl.int64)[None, :]
     mask = (rows < M)[:, None] & (cols < N)
     at = rows[:, None] * N + cols
-    x = tl.load(X + at, mask=mask, other=0.0, cache_modifier=".cg")
+    if AGAIN:
+        x = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        x = tl.load(X + at, mask=mask, other=0.0, cache_modifier=".cg")
     if HAS_RESIDUAL:
         residual = tl.load(RESIDUAL + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
         x = (x.to(tl.float32) + residual).to(X.dtype.element_ty)
@@ -91,6 +105,8 @@ def _norm_forward_kernel(
         h = tl.where(mask, h - mean[:, None], 0.0)  # a masked column is no element of the row
     rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + eps)
     tl.store(RSTD + rows, rstd, mask=rows < M)
+    if AGAIN:  # from the cache, instead of holding a wide row in registers
+        h = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     # Loaded late and kept in the L1 cache, which x leaves alone: earlier they would take registers from other programs.
     weight = tl.load(WEIGHT + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
     y = h * rstd[:, None] * weight

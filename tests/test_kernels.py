@@ -101,7 +101,7 @@ def test_small_cross_entropy(shape: tuple[int, ...], classes: int, precision: st
 def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the logits of a row; of the rows, 128 at a time."""
     module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
-    monkeypatch.setattr(module, "CHUNK_ROWS", 128)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 64)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert module.chunk_rows(classes, 4) == 128
     verify(case_of("linear_cross_entropy", (rows, 34), classes=classes, scale=0.3))
