@@ -241,6 +241,8 @@ class SystemConfig:
     """Compile the model as one graph (fastest step), or block by block (fastest start)."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops: Triton where it can run, Triton or an error, PyTorch."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again to save memory: nothing, norms and activations, or the whole block."""
     deterministic: bool = False
     """Same bits in every run, at some cost in speed."""
     use_zero1: bool = False
@@ -253,6 +255,8 @@ class SystemConfig:
     """Peak of the GPU in TFLOP/s for the MFU; default: the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"
     """Which column of the GPU table the MFU is taken against."""
+    ignore_plan: bool = False
+    """Start a run that the plan says does not fit into the GPU's memory."""
     plugins: str = ""
     """Python modules, comma-separated, that register components. Command line only."""
     debug: bool = False

@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
         | {name: _version(name) for name in _PACKAGES},
         "extras": {name: _version(name) for name in _EXTRAS},
-        "driver": _driver(),
+        "driver": hardware.gpu_state().driver,
         "gpus": [],
         "disk_free_gb": shutil.disk_usage(".").free / 1e9,
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
@@ -75,15 +75,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(run.stdout.split()), None)
 
 
 def _look_at_torch(report: dict[str, Any]) -> str | None:

@@ -1,17 +1,26 @@
-"""What NVIDIA's GPUs can do at most, by dtype, as their data sheets say it.
+"""Which GPU this is, what it can do at most, and in what state it is: power cap, clocks, temperature.
 
-Data sheets of Ampere and later print the 2:4-sparse figure in large type; dense, what training computes, is
-half of it. float32 is the plain one without TF32, because gptperf computes float32 as float32. What no data
-sheet says is left out: an unknown GPU has no peak and no MFU, never those of another one. No torch here.
+`python -m gptperf.hardware` prints the table of `gptperf.gpus` and marks the GPUs of this machine; with `--measure
+[CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.ceilings`). An unknown GPU has no peak
+and no MFU, never those of another one. No torch here.
 """
 
+import argparse
+import dataclasses
+import importlib
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from gptperf.errors import DeviceError
+from gptperf.errors import ConfigError, DeviceError, main_guard
+from gptperf.gpus import DOCUMENTS, GPUS, Gpu
 
 __all__ = ["BASES", "GPUS", "Gpu", "Peak", "has_bfloat16", "match_gpu", "no_peak_hint", "peak_flop_s"]
+__all__ += ["GpuState", "gpu_state", "gpu_states", "main"]
 
 Basis = Literal["dense", "sparse"]
 BASES: tuple[Basis, ...] = ("dense", "sparse")
@@ -21,22 +30,7 @@ _BRANDS = {"NVIDIA", "TESLA", "GEFORCE"}
 # CUDA reports up to 7% more than the name says (its GB are GiB less the driver's share); ECC takes up to 6%.
 _MEMORY_TOLERANCE = 0.15
 _BFLOAT16_CAPABILITY = (8, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One row of the table; rates in TFLOP/s (1e12) as printed in `source`."""
-
-    name: str
-    cuda_names: tuple[str, ...]
-    """Names that CUDA gives the card, without the brand; all words have to agree."""
-    capability: tuple[int, int]
-    dense_tflops: dict[str, float]
-    """By dtype: bfloat16, float16 (both with float32 accumulation), float32, tf32, fp8."""
-    sparse_tflops: dict[str, float]
-    memory_gb: float
-    hbm_byte_s: float
-    source: str
+_SMI_TIMEOUT_S = 30
 
 
 class Peak(NamedTuple):
@@ -46,183 +40,6 @@ class Peak(NamedTuple):
     basis: str
     """dense, sparse, or given (by the user)."""
     source: str
-
-
-def _tensor(bf16: float | None, fp16: float, tf32: float | None = None, fp8: float | None = None) -> dict[str, float]:
-    rates = {"bfloat16": bf16, "float16": fp16, "tf32": tf32, "fp8": fp8}
-    return {dtype: rate for dtype, rate in rates.items() if rate is not None}
-
-
-def _v100(form: str, cuda_names: tuple[str, ...], memory_gb: float, fp16: float, fp32: float) -> Gpu:
-    return Gpu(
-        name=f"V100 {form} {memory_gb:.0f} GB",
-        cuda_names=cuda_names,
-        capability=(7, 0),
-        dense_tflops={"float16": fp16, "float32": fp32},
-        sparse_tflops={},
-        memory_gb=memory_gb,
-        hbm_byte_s=900e9,
-        source="NVIDIA Tesla V100 data sheet",
-    )
-
-
-def _a100(form: str, cuda_names: tuple[str, ...], memory_gb: float, hbm_byte_s: float) -> Gpu:
-    return Gpu(
-        name=f"A100 {form} {memory_gb:.0f} GB",
-        cuda_names=cuda_names,
-        capability=(8, 0),
-        dense_tflops=_tensor(312, 312, 156) | {"float32": 19.5},
-        sparse_tflops=_tensor(624, 624, 312),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        source="NVIDIA A100 data sheet",
-    )
-
-
-def _gh100(name: str, cuda_names: tuple[str, ...], memory_gb: float, hbm_byte_s: float, source: str) -> Gpu:
-    """A full-clock Hopper module: 132 SMs. H100, H200 and GH200 differ in memory alone."""
-    return Gpu(
-        name=name,
-        cuda_names=cuda_names,
-        capability=(9, 0),
-        dense_tflops=_tensor(989.4, 989.4, 494.7, 1978.9) | {"float32": 66.9},
-        sparse_tflops=_tensor(1979, 1979, 989.4, 3958),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        source=f"{source}; dense: NVIDIA H100 architecture white paper",
-    )
-
-
-def _nvl(name: str, memory_gb: float, hbm_byte_s: float, source: str) -> Gpu:
-    """A Hopper card of the NVL kind."""
-    return Gpu(
-        name=name,
-        cuda_names=(name,),
-        capability=(9, 0),
-        dense_tflops=_tensor(835, 835, 417.5, 1670) | {"float32": 60},
-        sparse_tflops=_tensor(1671, 1671, 835, 3341),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        source=source,
-    )
-
-
-_VOLTA_AMPERE = (
-    _v100("SXM2", ("V100-SXM2-16GB",), 16, 125, 15.7),
-    _v100("SXM2", ("V100-SXM2-32GB",), 32, 125, 15.7),
-    _v100("PCIe", ("V100-PCIE-16GB",), 16, 112, 14),
-    _v100("PCIe", ("V100-PCIE-32GB",), 32, 112, 14),
-    _a100("SXM", ("A100-SXM4-40GB",), 40, 1555e9),
-    _a100("SXM", ("A100-SXM4-80GB", "A100-SXM-80GB"), 80, 2039e9),
-    _a100("PCIe", ("A100-PCIE-40GB",), 40, 1555e9),
-    _a100("PCIe", ("A100 80GB PCIe", "A100-PCIE-80GB"), 80, 1935e9),
-)
-_HOPPER = (
-    _gh100("H100", ("H100 80GB HBM3", "H100 SXM5 80GB"), 80, 3350e9, "NVIDIA H100 data sheet, SXM"),
-    Gpu(
-        name="H100 PCIe",
-        cuda_names=("H100 PCIe",),
-        capability=(9, 0),
-        dense_tflops=_tensor(756, 756, 378, 1513) | {"float32": 51.2},
-        sparse_tflops=_tensor(1513, 1513, 756, 3026),
-        memory_gb=80,
-        hbm_byte_s=2000e9,
-        source="NVIDIA H100 data sheet, PCIe; NVIDIA H100 architecture white paper",
-    ),
-    _nvl("H100 NVL", 94, 3900e9, "NVIDIA H100 NVL data sheet"),
-    _gh100("H200", ("H200",), 141, 4800e9, "NVIDIA H200 data sheet, SXM"),
-    _nvl("H200 NVL", 141, 4800e9, "NVIDIA H200 data sheet, NVL"),
-    # The size in the first two CUDA names is the Grace CPU's memory.
-    _gh100("GH200 96 GB", ("GH200 480GB", "GH200 120GB"), 96, 4000e9, "NVIDIA GH200 data sheet"),
-    _gh100("GH200 144 GB", ("GH200 144G HBM3e",), 144, 4900e9, "NVIDIA GH200 data sheet"),
-)
-_BLACKWELL = (
-    Gpu(
-        name="B200",
-        cuda_names=("B200",),
-        capability=(10, 0),
-        dense_tflops=_tensor(2250, 2250, 1100, 4500) | {"float32": 75},
-        sparse_tflops=_tensor(4500, 4500, 2200, 9000),
-        memory_gb=192,
-        hbm_byte_s=7.7e12,
-        source="NVIDIA Blackwell data sheet, HGX B200",
-    ),
-    Gpu(
-        name="GB200",
-        cuda_names=("GB200",),
-        capability=(10, 0),
-        dense_tflops=_tensor(2500, 2500, 1250, 5000) | {"float32": 80},
-        sparse_tflops=_tensor(5000, 5000, 2500, 10000),
-        memory_gb=186,
-        hbm_byte_s=8e12,
-        source="NVIDIA Blackwell data sheet, GB200 NVL72",
-    ),
-    Gpu(
-        name="B300",
-        cuda_names=("B300 SXM6 AC", "B300"),
-        capability=(10, 3),
-        dense_tflops=_tensor(2250, 2250, fp8=4500) | {"float32": 75},
-        sparse_tflops=_tensor(4500, 4500, fp8=9000),
-        memory_gb=288,
-        hbm_byte_s=7.7e12,
-        source="NVIDIA Blackwell Ultra data sheet, HGX B300",
-    ),
-)
-_ADA_AND_RTX = (
-    Gpu(
-        name="L40S",
-        cuda_names=("L40S",),
-        capability=(8, 9),
-        dense_tflops=_tensor(362.05, 362.05, 183, 733) | {"float32": 91.6},
-        sparse_tflops=_tensor(733, 733, 366, 1466),
-        memory_gb=48,
-        hbm_byte_s=864e9,
-        source="NVIDIA L40S data sheet",
-    ),
-    Gpu(
-        name="L4",
-        cuda_names=("L4",),
-        capability=(8, 9),
-        dense_tflops=_tensor(121, 121, 60, 242.5) | {"float32": 30.3},
-        sparse_tflops=_tensor(242, 242, 120, 485),
-        memory_gb=24,
-        hbm_byte_s=300e9,
-        source="NVIDIA L4 data sheet",
-    ),
-    Gpu(
-        name="RTX 4090",
-        cuda_names=("RTX 4090",),
-        capability=(8, 9),
-        dense_tflops=_tensor(165.2, 165.2, 82.6, 330.3) | {"float32": 82.6},
-        sparse_tflops=_tensor(330.4, 330.4, 165.2, 660.6),
-        memory_gb=24,
-        hbm_byte_s=1008e9,
-        source="NVIDIA Ada GPU architecture white paper",
-    ),
-    Gpu(
-        name="RTX 6000 Ada",
-        cuda_names=("RTX 6000 Ada Generation",),
-        capability=(8, 9),
-        dense_tflops=_tensor(364.2, 364.2, 182.1, 728.5) | {"float32": 91.1},
-        sparse_tflops=_tensor(728.5, 728.5, 364.2, 1457),
-        memory_gb=48,
-        hbm_byte_s=960e9,
-        source="NVIDIA Ada GPU architecture white paper, professional edition",
-    ),
-    Gpu(
-        name="RTX 5090",
-        cuda_names=("RTX 5090",),
-        capability=(12, 0),
-        dense_tflops=_tensor(209.5, 209.5, 104.8, 419) | {"float32": 104.8},
-        sparse_tflops=_tensor(419, 419, 209.5, 838),
-        memory_gb=32,
-        hbm_byte_s=1792e9,
-        source="NVIDIA RTX Blackwell GPU architecture white paper",
-    ),
-)
-
-GPUS: tuple[Gpu, ...] = _VOLTA_AMPERE + _HOPPER + _BLACKWELL + _ADA_AND_RTX
-"""The table."""
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -285,3 +102,234 @@ def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
     """One line for a device whose peak is not known."""
     known = f"no {basis} {_SHORT[dtype]} peak is known for {device_name}, so no MFU"
     return f"{known}; give it in TFLOP/s with --peak_tflops=X"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuState:
+    """A GPU as its driver sees it now; None is what the driver does not tell."""
+
+    name: str | None = None
+    memory_gb: float | None = None
+    power_cap_w: float | None = None
+    power_default_w: float | None = None
+    power_draw_w: float | None = None
+    sm_clock_mhz: float | None = None
+    mem_clock_mhz: float | None = None
+    max_sm_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    driver: str | None = None
+    via: str | None = None
+    """pynvml or nvidia-smi; None where neither answered."""
+    reason: str | None = None
+    """Why there is no state."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def note(self) -> str | None:
+        """One line where the card is kept below its default power, or None."""
+        if self.power_cap_w is None or self.power_default_w is None or self.power_cap_w >= self.power_default_w:
+            return None
+        watts = f"the power cap of {self.power_cap_w:.0f} W is below the card's default of {self.power_default_w:.0f} W"
+        return f"{watts}: the peak of its data sheet cannot be reached"
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return self.reason
+        power = f"power {_of(self.power_draw_w)} W, cap {_of(self.power_cap_w)} of {_of(self.power_default_w)} W"
+        clocks = (
+            f"SM {_of(self.sm_clock_mhz)} of {_of(self.max_sm_clock_mhz)} MHz, memory {_of(self.mem_clock_mhz)} MHz"
+        )
+        return f"{power}; {clocks}; {_of(self.temperature_c)} C; driver {self.driver or '?'}"
+
+
+def _of(figure: float | None) -> str:
+    return "?" if figure is None else f"{figure:.0f}"
+
+
+def gpu_state(device: int | str = 0) -> GpuState:
+    """Power, clocks and temperature of one GPU, through NVML (package nvidia-ml-py) or else nvidia-smi.
+
+    Args:
+        device: the driver's index, or better the UUID ("GPU-...", from torch f"GPU-{properties.uuid}"):
+            CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not the driver's.
+
+    Returns:
+        The state, or one whose `reason` says why nothing is known.
+    """
+    states, reason = _ask(device)
+    return states[0] if states else GpuState(reason=reason)
+
+
+def gpu_states() -> tuple[list[GpuState], str | None]:
+    """All GPUs of this machine in the driver's order, and why there are none."""
+    states, reason = _ask(None)
+    return states, None if states else reason
+
+
+def _ask(device: int | str | None) -> tuple[list[GpuState], str]:
+    """The states of one device or of all, from the first way that answers, and why the others did not."""
+    reasons = []
+    for ask in (_ask_nvml, _ask_nvidia_smi):
+        try:
+            return ask(device), ""
+        except DeviceError as error:
+            reasons.append(str(error))
+    return [], "; ".join(reasons)
+
+
+def _ask_nvml(device: int | str | None) -> list[GpuState]:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError as error:
+        raise DeviceError("the package nvidia-ml-py is not installed") from error
+    try:
+        nvml.nvmlInit()
+        try:
+            if device is None:
+                handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+            elif isinstance(device, int):
+                handles = [nvml.nvmlDeviceGetHandleByIndex(device)]
+            else:
+                handles = [nvml.nvmlDeviceGetHandleByUUID(device)]
+            if not handles:
+                raise DeviceError("NVML sees no GPU")
+            return [_nvml_state(nvml, handle) for handle in handles]
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        raise DeviceError(f"NVML: {error}") from error
+
+
+def _nvml_state(nvml: Any, handle: Any) -> GpuState:
+    def figure(read: Callable[..., Any], *arguments: Any, scale: float = 1) -> float | None:
+        try:
+            return float(read(*arguments)) / scale
+        except nvml.NVMLError:  # this card does not tell this figure
+            return None
+
+    def text(read: Callable[..., Any], *arguments: Any) -> str:
+        value = read(*arguments)
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+    return GpuState(
+        name=text(nvml.nvmlDeviceGetName, handle),
+        memory_gb=figure(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total, scale=1e9),
+        power_cap_w=figure(nvml.nvmlDeviceGetPowerManagementLimit, handle, scale=1e3),
+        power_default_w=figure(nvml.nvmlDeviceGetPowerManagementDefaultLimit, handle, scale=1e3),
+        power_draw_w=figure(nvml.nvmlDeviceGetPowerUsage, handle, scale=1e3),
+        sm_clock_mhz=figure(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        mem_clock_mhz=figure(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+        max_sm_clock_mhz=figure(nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM),
+        temperature_c=figure(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+        driver=text(nvml.nvmlSystemGetDriverVersion),
+        via="pynvml",
+    )
+
+
+_SMI_FIELDS = {
+    "name": "name",
+    "driver": "driver_version",
+    "memory_gb": "memory.total",
+    "power_cap_w": "power.limit",
+    "power_default_w": "power.default_limit",
+    "power_draw_w": "power.draw",
+    "sm_clock_mhz": "clocks.sm",
+    "mem_clock_mhz": "clocks.mem",
+    "max_sm_clock_mhz": "clocks.max.sm",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def _ask_nvidia_smi(device: int | str | None) -> list[GpuState]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
+    command += [] if device is None else [f"--id={device}"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=False)
+    except OSError as error:
+        raise DeviceError("nvidia-smi is not there") from error
+    except subprocess.TimeoutExpired as error:
+        raise DeviceError(f"nvidia-smi gave no answer within {_SMI_TIMEOUT_S} s") from error
+    lines = (run.stdout if run.returncode == 0 else run.stdout + run.stderr).strip().splitlines()
+    if run.returncode != 0:
+        said = lines[0] if lines else "no message"
+        raise DeviceError(f"nvidia-smi failed (exit code {run.returncode}): {said}")
+    if not lines:
+        raise DeviceError("nvidia-smi sees no GPU")
+    return [_smi_state(line) for line in lines]
+
+
+def _smi_state(line: str) -> GpuState:
+    values = [value.strip() for value in line.split(",")]
+    if len(values) != len(_SMI_FIELDS):
+        raise DeviceError(f"nvidia-smi: found {line!r}, wanted {len(_SMI_FIELDS)} figures")
+    told = {key: value for key, value in zip(_SMI_FIELDS, values, strict=True) if not value.startswith("[")}
+    figures: dict[str, Any] = {}
+    for key, value in told.items():
+        try:
+            figures[key] = value if key in ("name", "driver") else float(value)
+        except ValueError:
+            continue  # "N/A": this card does not tell this figure
+    if "memory_gb" in figures:
+        figures["memory_gb"] *= 2**20 / 1e9  # of MiB
+    return GpuState(**figures, via="nvidia-smi")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or measure this card's ceilings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptperf.hardware",
+        description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",
+        epilog="With --measure: [CONFIG.toml ...] [--key=value ...] name the model, batch_size and dtype.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--measure", action="store_true", help="copy, GEMM and attention ceilings, kept in a cache")
+    parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.measure:
+        from gptperf import ceilings
+
+        return ceilings.command(rest, as_json=arguments.json, again=arguments.again)
+    if rest or arguments.again:
+        found = " ".join(rest) or "--again"
+        raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")
+    states, reason = gpu_states()
+    report = _report(states, reason)
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report, states)), flush=True)
+    return 0
+
+
+def _report(states: Sequence[GpuState], reason: str | None) -> dict[str, Any]:
+    rows = [match_gpu(state.name or "", state.memory_gb) for state in states]
+    here = [state.as_dict() | {"row": row and row.name} for state, row in zip(states, rows, strict=True)]
+    table = [dataclasses.asdict(gpu) | {"here": gpu in rows} for gpu in GPUS]
+    return {"table": table, "documents": DOCUMENTS, "this_machine": here, "reason": reason}
+
+
+def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
+    yield f"{'':<19}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
+    dtypes = "".join(f"{dtype:>8}" for dtype in ("bf16", "fp16", "tf32", "fp32", "fp8", "bf16"))
+    yield f"  {'GPU':<17}{dtypes}{'GB':>8}{'TB/s':>11}  source"
+    for gpu, row in zip(GPUS, report["table"], strict=True):
+        rates = [gpu.dense_tflops.get(dtype) for dtype in ("bfloat16", "float16", "tf32", "float32", "fp8")]
+        rates.append(gpu.sparse_tflops.get("bfloat16"))
+        figures = "".join(f"{'-' if rate is None else f'{rate:g}':>8}" for rate in rates)
+        mark = "*" if row["here"] else " "
+        yield f"{mark} {gpu.name:<17}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
+    yield ""
+    for index, (state, here) in enumerate(zip(states, report["this_machine"], strict=True)):
+        yield f"{'*' if here['row'] else ' '} GPU {index}: {state.name}; {state}"
+        if here["row"] is None:
+            yield f"    {no_peak_hint(state.name or 'this GPU', 'bfloat16')}"
+        note = state.note()
+        if note is not None:
+            yield f"    {note}"
+    if not states:
+        yield f"No GPU is seen here: {report['reason']}."
+
+
+if __name__ == "__main__":
+    with main_guard():
+        sys.exit(main())

@@ -8,12 +8,14 @@ that follows it.
 import contextlib
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gptperf.config import ModelConfig
 from gptperf.registry import Ops, component, register_built_in, resolve_ops
@@ -295,6 +297,31 @@ class PostNormBlock(PreNormBlock):
         return x, None
 
 
+_aten = torch.ops.aten
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+}
+"""Ops whose outputs selective recomputation keeps: matrix products and attention."""
+
+
+def _selective(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_CONTEXTS: dict[str, dict[str, Any]] = {
+    "full": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, _selective),
+    },
+}
+
 _BUILT_IN: dict[str, dict[str, type[nn.Module] | Callable[[Tensor], Tensor]]] = {
     "normalization": {"layernorm": LayerNorm, "layernorm_nobias": LayerNormNoBias, "rmsnorm": RMSNorm},
     "activation": {
@@ -335,6 +362,8 @@ class GPT(nn.Module):
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
+        self.recompute = "none"
+        """What backward computes again: "none", "selective" (norms and activations) or "full" (the blocks)."""
         self.init_weights()
 
     @torch.no_grad()
@@ -363,7 +392,10 @@ class GPT(nn.Module):
         x = self.dropout(self.position.embed(self.wte(tokens), start))  # (B, T, C)
         residual = None
         for i, block in enumerate(self.blocks):
-            x, residual = block(x, residual, self.position, caches[i] if caches else None)
+            if self.recompute != "none" and caches is None and torch.is_grad_enabled():
+                x, residual = checkpoint(block, x, residual, self.position, **_CONTEXTS[self.recompute])
+            else:
+                x, residual = block(x, residual, self.position, caches[i] if caches else None)
         x, _ = self.norm(x, residual)
         if targets is None:
             return self.lm_head(x)

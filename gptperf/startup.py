@@ -1,21 +1,25 @@
 """What a run says of itself before its first step: the `StartupInfo` of console and log."""
 
 import platform
+from collections.abc import Callable
 
 import torch
 
-from gptperf import __version__
+from gptperf import __version__, flops
+from gptperf.ceilings import ceiling_flop_s, load
 from gptperf.config import Config
 from gptperf.data.format import Manifest
-from gptperf.hardware import Peak, match_gpu, no_peak_hint, peak_flop_s
+from gptperf.errors import OutOfMemoryError
+from gptperf.hardware import Peak, gpu_state, match_gpu, no_peak_hint, peak_flop_s
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
 from gptperf.monitor.throughput import theoretical
 from gptperf.parallel import Process
+from gptperf.plan import Plan, plan, plan_lines, plan_record, refusal, unplannable
 from gptperf.registry import KINDS
 from gptperf.step import Engine
 
-__all__ = ["find_peak", "startup_info"]
+__all__ = ["against_plan", "check_plan", "find_ceiling", "find_peak", "startup_info"]
 
 _SHOWN = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
 
@@ -34,7 +38,65 @@ def find_peak(config: Config, device: torch.device) -> Peak | None:
     return peak_flop_s(gpu, system.dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
 
 
-def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled: str) -> StartupInfo:
+def find_ceiling(config: Config, device: torch.device, say: Callable[[str], object]) -> float | None:
+    """FLOP/s of this card on the model's matmuls alone, where `python -m gptperf.hardware --measure` has found them.
+
+    Args:
+        config: of the run.
+        device: of this process.
+        say: takes a line about a power cap below the default, or a measurement that does not count here.
+    """
+    if device.type != "cuda" or flops.uncountable_flops(config.model) is not None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    state = gpu_state(f"GPU-{properties.uuid}")
+    note = state.note()
+    if note is not None:
+        say(note)
+    model, dtype, batch_size = config.model, config.system.dtype, config.train.batch_size
+    ceilings = load(
+        model,
+        batch_size,
+        dtype,
+        properties.name,
+        state.driver,
+        torch.__version__,
+        power_cap_w=state.power_cap_w,
+        say=say,
+    )
+    return None if ceilings is None else ceiling_flop_s(ceilings, flops.flops_per_token(model))
+
+
+def check_plan(config: Config, process: Process) -> Plan | None:
+    """The plan of this run on this GPU, or None where there is nothing to plan with.
+
+    Raises:
+        OutOfMemoryError: the plan does not fit and `ignore_plan` is off; the remedies are named.
+    """
+    if process.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(process.device)
+    reported_gb = properties.total_memory / 1e9
+    gpu = match_gpu(properties.name, reported_gb)
+    if gpu is None or unplannable(config, gpu) is not None:
+        return None
+    planned = plan(config, gpu, num_gpus=process.world_size, recompute=config.system.recompute, reported_gb=reported_gb)
+    if not planned.fits and not config.system.ignore_plan:
+        raise OutOfMemoryError(refusal(config, gpu, planned, reported_gb, strategies=("ddp",)))
+    return planned
+
+
+def against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -> dict[str, float]:
+    """Plan and actual side by side, of memory and, where it was measured, of speed."""
+    found = {"planned_memory_gb": planned.memory.total_gb, "peak_gb": peak_gb}
+    if tokens_per_sec is not None:
+        found |= {"planned_tokens_per_sec": planned.tokens_per_sec, "tokens_per_sec": tokens_per_sec}
+    return found
+
+
+def startup_info(
+    engine: Engine, manifest: Manifest, peak: Peak | None, compiled: str, planned: Plan | None
+) -> StartupInfo:
     """Everything that was built, and what follows from it before anything is measured."""
     config, process = engine.config, engine.process
     model, train, optimizer = config.model, config.train, config.optimizer
@@ -80,6 +142,9 @@ def startup_info(engine: Engine, manifest: Manifest, peak: Peak | None, compiled
     }
     if model.ffn_type == "swiglu":
         info["components"]["activation"] = "silu"  # by definition, whatever the key says
+    if planned is not None:
+        info["plan"] = plan_record(planned)
+        info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]
     info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info

@@ -60,6 +60,7 @@ def build_engine(config: Config, process: Process) -> Engine:
     broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
     ops = registry.without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
+    model.recompute = config.system.recompute
     weights = Replicated(model, dtype, process.world_size)
     optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)

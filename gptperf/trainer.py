@@ -30,10 +30,11 @@ from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
+from gptperf.plan import Plan
 from gptperf.resume import TrainState, changed_keys, changed_versions, restore, restore_weights, snapshot
 from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
-from gptperf.startup import find_peak, startup_info
+from gptperf.startup import against_plan, check_plan, find_ceiling, find_peak, startup_info
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
 __all__ = ["train"]
@@ -54,6 +55,7 @@ class Run:
     console: Console
     journal: Journal | None
     """In the main process."""
+    plan: Plan | None
     failed_saves: int = 0
     waited_s: float = 0.0
     """Seconds that the loop had waited for the loader at the last log line."""
@@ -146,7 +148,8 @@ def _start(
     console: Console,
     stack: contextlib.ExitStack,
 ) -> Run:
-    """Check data and folder, build the engine, take up a checkpoint, say what was built."""
+    """Check memory, data and folder, build the engine, take up a checkpoint, say what was built."""
+    planned = check_plan(config, process)
     manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
     tokenizer = load_tokenizer(manifest.tokenizer.name)
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
@@ -166,7 +169,7 @@ def _start(
     engine.weights.share()
     compiled = compile_engine(engine)
     peak = find_peak(config, process.device)
-    info = startup_info(engine, manifest, peak, compiled)
+    info = startup_info(engine, manifest, peak, compiled, planned)
     journal = None
     if process.is_main:
         fit = checkpoint.check_space(out_dir, 12 * engine.weights.numel)
@@ -179,8 +182,9 @@ def _start(
         journal = stack.enter_context(Journal(out_dir, state.run_name, resume_from=resumed, warn=console.warning))
         journal.write("start", {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info})
     console.startup(info)
-    throughput = Throughput(config.model, config.tokens_per_iter, process.world_size, peak)
-    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal)
+    ceiling = find_ceiling(config, process.device, console.warning)
+    throughput = Throughput(config.model, config.tokens_per_iter, process.world_size, peak, ceiling)
+    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned)
 
 
 def _take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
@@ -416,6 +420,9 @@ def _finish(run: Run) -> None:
         speed = run.throughput.record(1e3 * state.train_s * run.config.tokens_per_iter / state.timed_tokens)
         summary["tokens_per_sec"] = speed["tokens_per_sec"]
         summary["mfu_percent"] = speed.get("mfu_percent")
+    if run.plan is not None:
+        peak_gb = memory_record(run.engine.process.device)["peak_gb"]
+        summary["plan"] = against_plan(run.plan, summary.get("tokens_per_sec"), peak_gb)
     if log.trigram_baseline:
         summary["trigram_loss"] = trigram_loss(run.train_tokens, run.val_tokens)
     if log.sample_tokens:

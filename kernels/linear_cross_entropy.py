@@ -21,21 +21,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gptperf.kernels.arguments import check_linear_cross_entropy, check_triton
+from gptperf.kernels.chunking import chunk_rows
 from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
 
 __all__ = ["linear_cross_entropy"]
 
-CHUNK_BYTES = 850_000_000
-"""Of the logits of a chunk, where CHUNK_ROWS allow: 65536 rows of 50304 need less than 1 GB besides the gradients."""
-CHUNK_ROWS = 2816
-"""A chunk is a multiple of these, two at least: 22 tiles of 128 rows, so that dx fills the 132 multiprocessors of an
-H200 with C = 768. There chunks of 8448 rows take 1.163 times the three products, 8192 rows 1.23."""
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-def chunk_rows(V: int, itemsize: int) -> int:
-    """Rows of a chunk."""
-    return CHUNK_ROWS * max(2, CHUNK_BYTES // (CHUNK_ROWS * V * itemsize))
 
 
 def shape_of(V: int) -> dict[str, int]:

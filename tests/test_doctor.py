@@ -32,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
-    monkeypatch.setattr(doctor, "_driver", lambda: None)
+    monkeypatch.setattr(doctor.hardware, "gpu_state", lambda: SimpleNamespace(driver=None))
 
 
 def give_gpu(monkeypatch: pytest.MonkeyPatch, name: str, memory_gb: float, capability: tuple[int, int]) -> None:

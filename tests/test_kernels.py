@@ -100,7 +100,7 @@ def test_small_cross_entropy(shape: tuple[int, ...], classes: int, precision: st
 @pytest.mark.parametrize(("rows", "classes"), [(7, 4096), (7, 4113), (300, 65)])
 def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the logits of a row; of the rows, 128 at a time."""
-    module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
+    module = importlib.import_module("gptperf.kernels.chunking")
     monkeypatch.setattr(module, "CHUNK_ROWS", 64)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert module.chunk_rows(classes, 4) == 128
@@ -408,7 +408,7 @@ def test_more_than_2_31_elements(
     variant: str, shape: tuple[int, int, int], classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last rows, the only ones whose gradient is not 0, against eager PyTorch on these rows alone."""
-    module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
+    module = importlib.import_module("gptperf.kernels.chunking")
     monkeypatch.setattr(module, "CHUNK_BYTES", 6_000_000_000)
     B, T, N = shape
     dtype, tail = torch.bfloat16, 8

@@ -90,6 +90,7 @@ class StartupInfo(TypedDict, total=False):
     convention: str
     attention_ffn_ratio: float
     expected_tokens_per_sec: float
+    plan: dict[str, Any]  # `gptperf.plan.plan_record`
     notes: list[str]
     """What is legal but may surprise, a line each."""
 
@@ -110,6 +111,7 @@ class Summary(TypedDict, total=False):
     """Generated text."""
     log_path: str
     checkpoint_dir: str
+    plan: dict[str, float]  # beside what was measured
     stopped: str
     """Why the run ended before max_iters."""
 
@@ -222,8 +224,7 @@ def startup_lines(info: Mapping[str, Any], width: int = _WIDTH) -> list[str]:
     """The blocks at the start of a run.
 
     Args:
-        info: a `StartupInfo`.
-        width: of the rules.
+        info: a `StartupInfo`; `width` is that of the rules.
     """
     lines = _title("TRAINING INITIALIZATION", width)
     for block in (_architecture(info), _training(info), _hardware(info), _theory(info)):
@@ -248,6 +249,7 @@ def iteration_lines(record: Mapping[str, Any], max_iters: int, eta_s: float | No
     lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
     mfu = record.get("mfu") or {}
     speeds = [f"MFU: {mfu['mfu_percent']:.2f}%"] if "mfu_percent" in mfu else []
+    speeds += [f"Of ceiling: {mfu['of_ceiling_percent']:.1f}%"] if "of_ceiling_percent" in mfu else []
     speeds += [f"Achieved: {_with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
     speeds += [f"Peak: {mfu['hardware_peak_tflops']:,.1f} TF"] if "hardware_peak_tflops" in mfu else []
     rates = [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}"] if "tokens_per_sec" in mfu else []
@@ -294,6 +296,9 @@ def summary_lines(summary: Mapping[str, Any], width: int = _WIDTH) -> list[str]:
     lines += _rows(summary, {"trigram_loss": "Trigram model's loss"}, "{:.4f}")
     lines += _rows(summary, {"tokens_per_sec": "Tokens/s"}, "{:,.0f}")
     lines += _rows(summary, {"mfu_percent": "MFU"}, "{:.2f}%")
+    lines += _rows(
+        summary.get("plan") or {}, {"peak_gb": "Peak memory", "planned_memory_gb": "as planned"}, "{:.1f} GB"
+    )
     if summary.get("wall_time_s") is not None:
         lines.append(_row("Wall time", _duration(summary["wall_time_s"])))
     lines += _rows(summary, {"log_path": "Log", "checkpoint_dir": "Checkpoints"})

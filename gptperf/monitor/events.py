@@ -46,6 +46,8 @@ class Mfu(TypedDict, total=False):
     peak_basis: str
     """"dense" or "sparse"."""
     hfu_percent: float
+    of_ceiling_percent: float
+    """Of what the card was measured to reach on the model's matmuls alone."""
 
 
 class Memory(TypedDict, total=False):

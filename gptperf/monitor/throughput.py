@@ -15,17 +15,26 @@ _EXPECTED_MFU = 0.5
 class Throughput:
     """Turns the time of an iteration into a record for console and log."""
 
-    def __init__(self, model: ModelConfig, tokens_per_iter: int, num_gpus: int, peak: Peak | None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokens_per_iter: int,
+        num_gpus: int,
+        peak: Peak | None,
+        ceiling_flop_s: float | None = None,
+    ):
         """
         Args:
             model: counted by `gptperf.flops`.
             tokens_per_iter: of the whole job.
             num_gpus: that share them.
             peak: of one GPU; None when it is not known.
+            ceiling_flop_s: what one GPU was measured to reach on the model's matmuls alone; None without.
         """
         self.tokens_per_iter = tokens_per_iter
         self.num_gpus = num_gpus
         self.peak = peak
+        self.ceiling_flop_s = ceiling_flop_s
         self.flops_per_token = _flops_per_token(model)
 
     def mfu(self, step_ms: float) -> float | None:
@@ -38,7 +47,7 @@ class Throughput:
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
-            flops_per_token, convention, peak_basis.
+            flops_per_token, convention, peak_basis; of_ceiling_percent, achieved over the measured ceiling.
         """
         record: dict[str, Any] = {}
         mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
@@ -53,6 +62,8 @@ class Throughput:
             record |= {"flops_per_token": self.flops_per_token, "convention": _CONVENTION}
         if self.peak is not None:
             record["peak_basis"] = self.peak.basis
+        if achieved is not None and self.ceiling_flop_s is not None:
+            record["of_ceiling_percent"] = 100 * achieved / self.ceiling_flop_s
         return record
 
     def _tokens_s(self, step_ms: float) -> float:

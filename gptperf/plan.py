@@ -1,0 +1,375 @@
+"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: memory, speed and fit of a run, before it, on any known GPU.
+
+`gptperf.footprint` has the memory, `gptperf.roofline` the time; here they are put together, against the GPU's memory,
+with the largest micro-batch and the remedies for a run that does not fit. No torch here.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptperf import cli, flops, hardware
+from gptperf.config import Config
+from gptperf.errors import ConfigError, main_guard
+from gptperf.footprint import (
+    STRATEGIES,
+    Footprint,
+    Recompute,
+    Strategy,
+    allocatable_gb,
+    footprint,
+    usable_gb,
+)
+from gptperf.hardware import Gpu
+from gptperf.roofline import parts_ms, rates_of
+
+__all__ = [
+    "Plan",
+    "Remedy",
+    "find_gpu",
+    "largest_batch",
+    "main",
+    "plan",
+    "plan_lines",
+    "plan_record",
+    "refusal",
+    "remedies",
+    "unplannable",
+]
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+_NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and what it will reach."""
+
+    gpu: str
+    num_gpus: int
+    strategy: Strategy
+    recompute: Recompute
+    memory: Footprint
+    limit_gb: float
+    """What PyTorch can allocate on the GPU."""
+    parts_ms: dict[str, float]
+    """gemm, attention, memory_bound, optimizer, communication, other; they add up to the step."""
+    band: float
+    tokens_per_iter: int
+    mfu: float | None
+    """Strict, 0..1, against the dense peak; None for a dtype that the table has no peak for."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there."""
+        return self.memory.total_gb <= self.limit_gb
+
+    @property
+    def step_ms(self) -> float:
+        """An iteration."""
+        return sum(self.parts_ms.values())
+
+    @property
+    def tokens_per_sec(self) -> float:
+        """Of the job."""
+        return self.tokens_per_iter / self.step_ms * 1e3
+
+    def days(self, tokens: float) -> float:
+        """To train on so many tokens."""
+        return tokens / self.tokens_per_sec / 86400
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a run fit."""
+
+    flags: str
+    plan: Plan
+
+
+def unplannable(config: Config, gpu: Gpu | None) -> str | None:
+    """Why `plan` cannot say anything, or None."""
+    reason = flops.uncountable_parameters(config.model)
+    if reason is not None:
+        return reason
+    if gpu is None:
+        return "this GPU is not in the table"
+    if config.system.dtype not in gpu.dense_tflops:
+        return f"the table has no {config.system.dtype} peak of {gpu.name}"
+    return None
+
+
+def find_gpu(name: str) -> Gpu:
+    """The row of the table that a user means: "H200", "a100 sxm 80", or a device's own name.
+
+    Raises:
+        ConfigError: none or several fit; the names are given.
+    """
+    exact = hardware.match_gpu(name)
+    if exact is not None:
+        return exact
+    words = name.lower().replace("-", " ").split()
+    rows = [gpu for gpu in hardware.GPUS if gpu.name.lower().split()[: len(words)] == words]
+    rows = rows or [gpu for gpu in hardware.GPUS if all(word in gpu.name.lower().split() for word in words)]
+    same = [gpu for gpu in rows if gpu.name.lower().split() == words]
+    if len(same or rows) == 1:
+        return (same or rows)[0]
+    known = ", ".join(gpu.name for gpu in rows or hardware.GPUS)
+    raise ConfigError(f"command line: gpu: found {name!r}, wanted one of {known}")
+
+
+def plan(
+    config: Config,
+    gpu: Gpu,
+    *,
+    num_gpus: int = 1,
+    strategy: Strategy = "ddp",
+    recompute: Recompute = "none",
+    reported_gb: float | None = None,
+) -> Plan:
+    """Predict a run.
+
+    Args:
+        config: of the run.
+        gpu: a row of the table (`find_gpu`, `hardware.match_gpu`) that has a peak for the compute dtype.
+        num_gpus: that share the iteration.
+        strategy: what they share out.
+        recompute: what backward computes again.
+        reported_gb: memory that CUDA reports for this very device; default: from the table.
+
+    Raises:
+        ValueError: see `unplannable`.
+    """
+    reason = unplannable(config, gpu)
+    if reason is not None:
+        raise ValueError(f"no plan: {reason}")
+    parts = parts_ms(config, gpu, num_gpus, strategy, recompute)
+    per_token = float(flops.flops_per_token(config.model).training_per_token)
+    peak = hardware.peak_flop_s(gpu, config.system.dtype)
+    achieved = per_token * config.tokens_per_iter / num_gpus / (sum(parts.values()) / 1e3)
+    return Plan(
+        gpu=gpu.name,
+        num_gpus=num_gpus,
+        strategy=strategy,
+        recompute=recompute,
+        memory=footprint(config, num_gpus, strategy, recompute),
+        limit_gb=usable_gb(gpu.memory_gb) if reported_gb is None else allocatable_gb(reported_gb),
+        parts_ms=parts,
+        band=rates_of(gpu).band,
+        tokens_per_iter=config.tokens_per_iter,
+        mfu=None if peak is None else achieved / peak.flop_s,
+    )
+
+
+def largest_batch(
+    config: Config, limit_gb: float, *, num_gpus: int = 1, strategy: Strategy = "ddp", recompute: Recompute = "none"
+) -> int:
+    """Sequences of a micro-batch on one GPU that fit into `limit_gb`; 0 where not even one does."""
+
+    def fits(batch: int) -> bool:
+        return footprint(_with(config, batch_size=batch), num_gpus, strategy, recompute).total_gb <= limit_gb
+
+    low, high = 0, 1
+    while fits(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _with(config: Config, batch_size: int, gradient_accumulation_steps: int | None = None) -> Config:
+    steps = gradient_accumulation_steps or config.train.gradient_accumulation_steps
+    train = dataclasses.replace(config.train, batch_size=batch_size, gradient_accumulation_steps=steps)
+    return dataclasses.replace(config, train=train)
+
+
+def remedies(
+    config: Config,
+    gpu: Gpu,
+    given: Plan,
+    reported_gb: float | None = None,
+    strategies: Sequence[Strategy] = STRATEGIES,
+    most: int = 3,
+) -> list[Remedy]:
+    """The fastest ways to make a run fit that train on the same tokens an iteration, fastest first."""
+    fastest: dict[frozenset[str], Remedy] = {}
+    for changed, strategy, recompute, flags in _changes(config, given, strategies):
+        candidate = plan(
+            changed, gpu, num_gpus=given.num_gpus, strategy=strategy, recompute=recompute, reported_gb=reported_gb
+        )
+        keys = frozenset(flag.partition("=")[0] for flag in flags)
+        if keys and candidate.fits and (keys not in fastest or candidate.step_ms < fastest[keys].plan.step_ms):
+            fastest[keys] = Remedy(" ".join(flags), candidate)
+    ranked = sorted(fastest.items(), key=lambda item: item[1].plan.step_ms)
+    # A change of more keys than another one is worth naming only where it is faster.
+    kept = [remedy for i, (keys, remedy) in enumerate(ranked) if not any(other < keys for other, _ in ranked[:i])]
+    return kept[:most]
+
+
+def _changes(
+    config: Config, given: Plan, strategies: Sequence[Strategy]
+) -> Iterator[tuple[Config, Strategy, Recompute, list[str]]]:
+    """Configurations near this one, with the flags that make them."""
+    train = config.train
+    batches = [train.batch_size]
+    divisors = [n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
+    batches += [n for n in divisors if n < train.batch_size]
+    more = STRATEGIES[STRATEGIES.index(given.strategy) :] if given.num_gpus > 1 else (given.strategy,)
+    for batch in batches:
+        steps = train.gradient_accumulation_steps * (train.batch_size // batch)
+        changed = _with(config, batch_size=batch, gradient_accumulation_steps=steps)
+        for kernels in {config.system.kernels, "auto"}:
+            system = dataclasses.replace(config.system, kernels=kernels)
+            for strategy in (x for x in more if x == given.strategy or x in strategies):
+                for recompute in RECOMPUTE[RECOMPUTE.index(given.recompute) :]:
+                    flags = []
+                    if batch != train.batch_size:
+                        flags += [f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
+                    if kernels != config.system.kernels:
+                        flags.append(f"--kernels={kernels}")
+                    if strategy != given.strategy:
+                        flags.append(f"--use_{strategy}=True")
+                    if recompute != given.recompute:
+                        flags.append(f"--recompute={recompute}")
+                    yield dataclasses.replace(changed, system=system), strategy, recompute, flags
+
+
+def refusal(
+    config: Config,
+    gpu: Gpu,
+    given: Plan,
+    reported_gb: float | None = None,
+    strategies: Sequence[Strategy] = STRATEGIES,
+) -> str:
+    """What to say of a run that does not fit: the memory, and the fastest remedies with their memory and speed."""
+    lines = [
+        f"the plan needs {given.memory.total_gb:.1f} GB of the {given.limit_gb:.1f} GB that PyTorch can allocate on "
+        f"{given.gpu}: {memory_text(given.memory)}"
+    ]
+    found = remedies(config, gpu, given, reported_gb, strategies)
+    for remedy in found:
+        other = remedy.plan
+        lines.append(
+            f"{remedy.flags}: {other.memory.total_gb:.1f} GB, {other.tokens_per_sec:,.0f} tokens/s "
+            f"({other.tokens_per_sec / given.tokens_per_sec - 1:+.1%})"
+        )
+    if not found:
+        lines.append(
+            "no batch_size, recompute or sharding makes it fit: a smaller model, a shorter block_size, more GPUs"
+        )
+    return "\n  ".join([*lines, "--ignore_plan=True goes on"])
+
+
+def memory_text(memory: Footprint) -> str:
+    """The parts in one line, largest first."""
+    parts = sorted(dataclasses.asdict(memory).items(), key=lambda part: -part[1])
+    return ", ".join(f"{name.removesuffix('_gb')} {gb:.1f}" for name, gb in parts)
+
+
+def plan_record(given: Plan) -> dict[str, Any]:
+    """A plan as a flat record for logs and JSON."""
+    return {
+        "gpu": given.gpu,
+        "num_gpus": given.num_gpus,
+        "strategy": given.strategy,
+        "recompute": given.recompute,
+        "memory_gb": given.memory.total_gb,
+        "memory_parts_gb": {k.removesuffix("_gb"): v for k, v in dataclasses.asdict(given.memory).items()},
+        "limit_gb": given.limit_gb,
+        "fits": given.fits,
+        "step_ms": given.step_ms,
+        "parts_ms": given.parts_ms,
+        "band": given.band,
+        "tokens_per_sec": given.tokens_per_sec,
+        "mfu_percent": None if given.mfu is None else 100 * given.mfu,
+    }
+
+
+def _percent(mfu: float | None) -> str:
+    return "-" if mfu is None else f"{100 * mfu:.1f}%"
+
+
+def plan_lines(given: Plan) -> list[str]:
+    """A plan in two lines, for the start of a run."""
+    fit = "fits" if given.fits else "does NOT fit"
+    low, high = given.tokens_per_sec / (1 + given.band), given.tokens_per_sec / (1 - given.band)
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in given.parts_ms.items())
+    return [
+        f"{given.memory.total_gb:.1f} GB of {given.limit_gb:.1f} a GPU, {fit}: {memory_text(given.memory)}",
+        f"{given.step_ms:.1f} ms an iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
+        f"MFU {_percent(given.mfu)}: {parts} ms",
+    ]
+
+
+def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
+    """Every strategy and recompute beside each other."""
+    lines = [
+        f"{'':<3}{'strategy':<10}{'recompute':<11}{'GB a GPU':>9}{'fits':>6}{'largest batch_size':>20}"
+        f"{'ms/step':>10}{'tokens/s':>12}{'MFU':>8}"
+    ]
+    for strategy in STRATEGIES if chosen.num_gpus > 1 else (chosen.strategy,):
+        for recompute in RECOMPUTE:
+            row = plan(config, gpu, num_gpus=chosen.num_gpus, strategy=strategy, recompute=recompute)
+            most = largest_batch(config, row.limit_gb, num_gpus=row.num_gpus, strategy=strategy, recompute=recompute)
+            mark = "*" if (strategy, recompute) == (chosen.strategy, chosen.recompute) else ""
+            lines.append(
+                f"{mark:<3}{_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>9.1f}"
+                f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
+                f"{_percent(row.mfu):>8}"
+            )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of a configuration on a GPU.
+
+    Returns:
+        0 if it fits, 7 (the exit code of a GPU without memory) if not.
+    """
+    parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gpu", default="H200", help="a row of the GPU table (python -m gptperf.hardware)")
+    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--tokens", type=float, default=None, help="days for so many tokens; default: those of the run")
+    parser.add_argument("--use_zero1", type=_truth, default=False, metavar="True|False")
+    parser.add_argument("--use_fsdp", type=_truth, default=False, metavar="True|False")
+    parser.add_argument("--json", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    if args.num_gpus < 1:
+        raise ConfigError(f"command line: num_gpus: found {args.num_gpus}, wanted a whole number >= 1; nearest: 1")
+    if args.use_zero1 and args.use_fsdp:
+        raise ConfigError("use_zero1, use_fsdp: FSDP shards what ZeRO-1 shards; leave one of them out")
+    config, gpu = cli.resolve(rest, world_size=args.num_gpus).config, find_gpu(args.gpu)
+    reason = unplannable(config, gpu)
+    if reason is not None:
+        raise ConfigError(f"no plan: {reason}")
+    strategy: Strategy = "fsdp" if args.use_fsdp else "zero1" if args.use_zero1 else "ddp"
+    chosen = plan(config, gpu, num_gpus=args.num_gpus, strategy=strategy, recompute=config.system.recompute)
+    tokens = args.tokens or float(config.train.max_iters) * config.tokens_per_iter
+    if args.json:
+        record = plan_record(chosen) | {"tokens": tokens, "days": chosen.days(tokens)}
+        print(json.dumps(record, indent=2))
+        return 0 if chosen.fits else 7
+    total = flops.parameters(config.model).total
+    print(f"{total:,} parameters, {config.tokens_per_iter:,} tokens an iteration, {args.num_gpus} x {gpu.name}\n")
+    print("\n".join(_table(config, gpu, chosen)))
+    print("\n" + "\n".join(plan_lines(chosen)))
+    print(f"{tokens:,.0f} tokens in {chosen.days(tokens):,.2f} days")
+    if not chosen.fits:
+        print("\n" + refusal(config, gpu, chosen))
+    return 0 if chosen.fits else 7
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted True or False")
+    return text.lower() == "true"
+
+
+if __name__ == "__main__":
+    with main_guard():
+        sys.exit(main())

@@ -1,0 +1,127 @@
+"""The predicted memory against what autograd keeps and what the optimizer holds, byte by byte."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptperf import cli, footprint, registry
+from gptperf.config import Config
+from gptperf.model import GPT
+from gptperf.optim import AdamW
+from gptperf.parallel import Replicated
+
+ROOT = Path(__file__).parent.parent
+SIZES = ["--n_layer=1", "--n_embd=48", "--n_head=4", "--block_size=12", "--vocab_size=96", "--batch_size=3"]
+KEYS = ("arch_preset", "norm_position", "position_encoding", "n_kv_head", "qk_norm", "bias")
+COMBINATIONS = [
+    (preset, "pre" if heads == 4 else "post", position, heads, qk_norm, qk_norm != (heads == 4))
+    for preset, position, heads, qk_norm in product(
+        ("llama", "gpt2", "gpt2_openai"), ("rope", "learned_absolute", "none"), (4, 2), (False, True)
+    )
+]
+
+
+def config_of(*flags: str) -> Config:
+    return cli.resolve([*SIZES, "--compile=False", *flags]).config
+
+
+def kept_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
+    """Of the storages that autograd keeps for backward, without parameters, tables and the loss's own gradients."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    loss = model.loss
+
+    def apart(*arguments: Any) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            return loss(*arguments)
+
+    model.loss = apart
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(tokens, targets)
+    return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
+
+
+def check_kept(combination: tuple[Any, ...]) -> str | None:
+    """In Triton's interpreter: what is off, or None."""
+    config = config_of("--dtype=float32", *(f"--{k}={v}" for k, v in zip(KEYS, combination, strict=True)))
+    model = GPT(config.model, registry.resolve_ops("triton", "cuda"))
+    tokens, targets = (torch.randint(96, (config.train.batch_size, config.model.block_size)) for _ in range(2))
+    found, wanted = kept_bytes(model, tokens, targets), tokens.numel() * footprint.saved_bytes(config, "none")
+    return None if found == wanted else f"{combination}: kept {found}, planned {wanted}"
+
+
+@pytest.mark.slow
+def test_activations_are_what_autograd_keeps() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
+def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
+    """But for the gaps between parameters, which begin at multiples of 64 elements."""
+    config = config_of(f"--arch_preset={preset}", f"--dtype={dtype}", "--vocab_size=4096", "--n_embd=256")
+    model = GPT(config.model)
+    weights = Replicated(model, getattr(torch, dtype))
+    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
+    tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
+    tensors += [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    planned = footprint.footprint(config)
+    states = round(1e9 * (planned.weights_gb + planned.gradients_gb + planned.optimizer_gb))
+    gaps = 18 * 64 * len(weights.places)
+    assert states <= held <= states + gaps
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_recomputation_changes_no_gradient(preset: str, recompute: str) -> None:
+    config = config_of(f"--arch_preset={preset}", "--dropout=0.1")
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    tokens, targets = torch.randint(96, (2, 3, 12))
+    gradients = []
+    for mode in ("none", recompute):
+        model.recompute = mode
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(model(tokens, targets), tuple(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_sharding_leaves_its_share() -> None:
+    config = config_of()
+    alone = footprint.footprint(config)
+    for gpus in (2, 4):
+        zero1, fsdp = (footprint.footprint(config, gpus, strategy) for strategy in ("zero1", "fsdp"))
+        assert zero1.optimizer_gb == pytest.approx(alone.optimizer_gb / gpus)
+        assert zero1.gradients_gb == alone.gradients_gb
+        assert fsdp.gradients_gb == pytest.approx(alone.gradients_gb / gpus)
+        assert fsdp.weights_gb == pytest.approx(alone.weights_gb / gpus)
+
+
+def test_less_is_kept_the_more_is_recomputed() -> None:
+    for preset in ("llama", "gpt2"):
+        config = config_of(f"--arch_preset={preset}")
+        none, selective, full = (footprint.saved_bytes(config, mode) for mode in ("none", "selective", "full"))
+        assert full < selective < none
+
+
+if __name__ == "__main__":
+    registry._why_not_triton = lambda device_type: None  # the interpreter runs on a CPU
+    footprint._triton = lambda config: True
+    wrong = [text for combination in COMBINATIONS if (text := check_kept(combination))]
+    print("\n".join(wrong), f"{len(COMBINATIONS) - len(wrong)} of {len(COMBINATIONS)} agree", sep="\n")
+    sys.exit(1 if wrong else 0)
