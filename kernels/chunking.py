@@ -1,4 +1,4 @@
-"""How many rows of logits linear_cross_entropy has in memory at a time; apart from the kernel, for who plans without it."""
+"""Rows of logits that linear_cross_entropy has in memory at a time; apart from the kernel, for a plan without torch."""
 
 __all__ = ["chunk_rows"]
 
