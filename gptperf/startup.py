@@ -13,13 +13,13 @@ from gptperf.errors import OutOfMemoryError
 from gptperf.hardware import Peak, gpu_state, match_gpu, no_peak_hint, peak_flop_s
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
-from gptperf.monitor.throughput import theoretical
+from gptperf.monitor.throughput import Throughput, theoretical
 from gptperf.parallel import Process
 from gptperf.plan import Plan, plan, plan_lines, plan_record, refusal, unplannable
 from gptperf.registry import KINDS
 from gptperf.step import Engine
 
-__all__ = ["against_plan", "check_plan", "find_ceiling", "find_peak", "startup_info"]
+__all__ = ["against_plan", "check_plan", "find_ceiling", "find_peak", "startup_info", "throughput_of"]
 
 _SHOWN = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
 
@@ -65,6 +65,13 @@ def find_ceiling(config: Config, device: torch.device, say: Callable[[str], obje
         say=say,
     )
     return None if ceilings is None else ceiling_flop_s(ceilings, flops.flops_per_token(model))
+
+
+def throughput_of(config: Config, process: Process, peak: Peak | None, say: Callable[[str], object]) -> Throughput:
+    """The speed of this run, against the peak and, where it was measured, the ceiling of the card."""
+    ceiling = find_ceiling(config, process.device, say)
+    recompute = config.system.recompute
+    return Throughput(config.model, config.tokens_per_iter, process.world_size, peak, ceiling, recompute)
 
 
 def check_plan(config: Config, process: Process) -> Plan | None:

@@ -34,7 +34,7 @@ from gptperf.plan import Plan
 from gptperf.resume import TrainState, changed_keys, changed_versions, restore, restore_weights, snapshot
 from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
-from gptperf.startup import against_plan, check_plan, find_ceiling, find_peak, startup_info
+from gptperf.startup import against_plan, check_plan, find_peak, startup_info, throughput_of
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
 __all__ = ["train"]
@@ -182,8 +182,7 @@ def _start(
         journal = stack.enter_context(Journal(out_dir, state.run_name, resume_from=resumed, warn=console.warning))
         journal.write("start", {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info})
     console.startup(info)
-    ceiling = find_ceiling(config, process.device, console.warning)
-    throughput = Throughput(config.model, config.tokens_per_iter, process.world_size, peak, ceiling)
+    throughput = throughput_of(config, process, peak, console.warning)
     return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned)
 
 

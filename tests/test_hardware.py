@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptperf import hardware
+from gptperf import flops, hardware
 from gptperf.config import ModelConfig
 from gptperf.errors import ConfigError, DeviceError
 from gptperf.gpus import DOCUMENTS
@@ -252,6 +252,18 @@ def test_throughput_record() -> None:
     assert record["hardware_peak_tflops"] == 1000
     assert (record["convention"], record["peak_basis"]) == ("strict", "dense")
     assert throughput.mfu(500.0) == pytest.approx(0.392275805)
+
+
+def test_what_is_computed_again_counts_in_hfu_alone() -> None:
+    peak = hardware.Peak(1000e12, "dense", "")
+    throughput = Throughput(ModelConfig(), 491_520, 2, peak)
+    again = Throughput(ModelConfig(), 491_520, 2, peak, recompute="full").record(4298.4)
+    assert again["mfu_percent"] == pytest.approx(throughput.record(4298.4)["mfu_percent"])
+    ratio = flops.flops_per_token(ModelConfig(), "hfu", recompute="full").training_per_token
+    ratio /= flops.flops_per_token(ModelConfig()).training_per_token
+    assert again["hfu_percent"] == pytest.approx(again["mfu_percent"] * float(ratio))
+    half = Throughput(ModelConfig(), 491_520, 2, peak, ceiling_flop_s=peak.flop_s / 2).record(4298.4)
+    assert half["of_ceiling_percent"] == pytest.approx(2 * half["mfu_percent"])
 
 
 def test_throughput_without_peak_has_no_mfu() -> None:

@@ -22,6 +22,7 @@ class Throughput:
         num_gpus: int,
         peak: Peak | None,
         ceiling_flop_s: float | None = None,
+        recompute: str = "none",
     ):
         """
         Args:
@@ -30,12 +31,14 @@ class Throughput:
             num_gpus: that share them.
             peak: of one GPU; None when it is not known.
             ceiling_flop_s: what one GPU was measured to reach on the model's matmuls alone; None without.
+            recompute: what backward computes again; FLOPs that count in HFU alone.
         """
         self.tokens_per_iter = tokens_per_iter
         self.num_gpus = num_gpus
         self.peak = peak
         self.ceiling_flop_s = ceiling_flop_s
         self.flops_per_token = _flops_per_token(model)
+        self.hardware_flops_per_token = None if recompute == "none" else _flops_per_token(model, recompute)
 
     def mfu(self, step_ms: float) -> float | None:
         """Model FLOPs utilisation (0..1): FLOP/s of the model's matmuls over the peak of all GPUs."""
@@ -47,12 +50,15 @@ class Throughput:
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
-            flops_per_token, convention, peak_basis; of_ceiling_percent, achieved over the measured ceiling.
+            flops_per_token, convention, peak_basis; of_ceiling_percent, achieved over the measured ceiling;
+            hfu_percent, with what is computed again, where anything is.
         """
         record: dict[str, Any] = {}
         mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
         if mfu is not None:
             record["mfu_percent"] = 100 * mfu
+        if mfu is not None and self.flops_per_token and self.hardware_flops_per_token is not None:
+            record["hfu_percent"] = 100 * mfu * self.hardware_flops_per_token / self.flops_per_token
         if achieved is not None:
             record["achieved_tflops"] = achieved / 1e12
         if self.peak is not None:
@@ -77,11 +83,12 @@ class Throughput:
         return self.flops_per_token * self._tokens_s(step_ms) / self.num_gpus
 
 
-def _flops_per_token(model: ModelConfig) -> int | float | None:
+def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float | None:
     """Training FLOPs of one token; None for a plugin's component whose matmuls nobody knows here."""
     if flops.uncountable_flops(model) is not None:
         return None
-    per_token = flops.flops_per_token(model, _CONVENTION).training_per_token
+    convention = _CONVENTION if recompute == "none" else "hfu"
+    per_token = flops.flops_per_token(model, convention, recompute=recompute).training_per_token
     return per_token if isinstance(per_token, int) else float(per_token)
 
 
