@@ -1,7 +1,7 @@
 """`python -m gptperf.compare --configs configs/*.toml`: architectures side by side.
 
-Components, parameters by part, matmul FLOPs of a trained token, and what `gptperf.plan` predicts on one GPU. A row in
-which all configurations agree is printed once, at the end. No torch here.
+Components, parameters by part, matmul FLOPs of a trained token, and what `gptperf.plan` predicts on one GPU: --gpu, or
+the one here. A row in which all configurations agree is printed once, at the end. No torch here.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from gptperf import cli, flops
 from gptperf.config import Config
 from gptperf.errors import ConfigError, main_guard
 from gptperf.hardware import Gpu
-from gptperf.plan import find_gpu, plan, unplannable
+from gptperf.plan import find_gpu, own_gpu, plan, unplannable
 from gptperf.registry import KINDS
 
 __all__ = ["compare", "main", "table"]
@@ -24,12 +24,12 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 _SWITCHES = ("bias", "weight_tying", "qk_norm", "dropout")
 
 
-def compare(paths: Sequence[str], gpu: Gpu) -> dict[str, dict[str, Any]]:
+def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
     """Facts of every configuration.
 
     Args:
         paths: TOML files, each read on its own.
-        gpu: that the speed is predicted on, one of them.
+        gpu: that the speed is predicted on, one of them; None: not predicted.
 
     Returns:
         Name of the file without its ending -> row name -> value; None where it cannot be known.
@@ -46,7 +46,7 @@ def compare(paths: Sequence[str], gpu: Gpu) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _facts(config: Config, gpu: Gpu) -> dict[str, Any]:
+def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
     model = config.model
     facts: dict[str, Any] = {key: getattr(model, key) for key in _SIZES}
     facts |= {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width, "vocab_size": model.padded_vocab_size}
@@ -62,7 +62,7 @@ def _facts(config: Config, gpu: Gpu) -> dict[str, Any]:
         facts[f"GFLOP a token, {convention}"] = per_token
     facts["attention / FFN"] = None if flops.uncountable_flops(model) else flops.attention_ffn_ratio(model)
     facts |= {"batch_size": config.train.batch_size, "tokens an iteration": config.tokens_per_iter}
-    return facts | _predicted(config, gpu)
+    return facts if gpu is None else facts | _predicted(config, gpu)
 
 
 def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m gptperf.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("--configs", nargs="+", required=True, metavar="CONFIG.toml")
-    parser.add_argument("--gpu", default="H200", help="that the speed is predicted on")
+    parser.add_argument("--gpu", help="that the speed is predicted on; default: the one here")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    facts = compare(args.configs, find_gpu(args.gpu))
+    facts = compare(args.configs, own_gpu() if args.gpu is None else find_gpu(args.gpu))
     print(json.dumps(facts, indent=2) if args.json else table(facts))
     return 0
 

@@ -33,6 +33,7 @@ __all__ = [
     "find_gpu",
     "largest_batch",
     "main",
+    "own_gpu",
     "plan",
     "plan_lines",
     "plan_record",
@@ -103,12 +104,25 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
     return None
 
 
-def find_gpu(name: str) -> Gpu:
-    """The row of the table that a user means: "H200", "a100 sxm 80", or a device's own name.
+def own_gpu() -> Gpu | None:
+    """The row of this machine's first GPU, or None where there is none, or one that is not in the table."""
+    states, _ = hardware.gpu_states()
+    return hardware.match_gpu(states[0].name, states[0].memory_gb) if states and states[0].name else None
+
+
+def find_gpu(name: str | None) -> Gpu:
+    """The row of the table that a user means: "H200", "a100 sxm 80", a device's own name; None is this machine's GPU.
 
     Raises:
         ConfigError: none or several fit; the names are given.
     """
+    if name is None:
+        own = own_gpu()
+        if own is None:
+            raise ConfigError(
+                "command line: gpu: found none, and no known GPU here; wanted --gpu=NAME, such as --gpu=H100"
+            )
+        return own
     exact = hardware.match_gpu(name)
     if exact is not None:
         return exact
@@ -332,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if it fits, 7 (the exit code of a GPU without memory) if not.
     """
     parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gpu", default="H200", help="a row of the GPU table (python -m gptperf.hardware)")
+    parser.add_argument("--gpu", help="a row of the GPU table (python -m gptperf.hardware); default: the one here")
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=float, default=None, help="days for so many tokens; default: those of the run")
     parser.add_argument("--use_zero1", type=_truth, default=False, metavar="True|False")

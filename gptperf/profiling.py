@@ -24,12 +24,12 @@ __all__ += ["Waterfall", "breakdown", "classify", "cuda_window", "is_stable", "k
 __all__ += ["trace_steps", "waits_of", "waterfall"]
 
 WARM_UP = 6
-"""Steps before any is looked at; the first one compiles."""
+"""Steps before any is looked at."""
 WINDOW = 4
 MOST_WARM_UP = 46
 STABLE = 0.01
-STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: {WARM_UP} steps, of which the
-first compiles, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that before it, at
+STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which compiles,
+{WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that before it, at
 most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation at the end.
 Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and after the
 timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated, warm-up

@@ -120,6 +120,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         plan.main(["--num_gpus=0"])
 
 
+def test_without_a_name_it_is_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    here: list[Any] = [SimpleNamespace(name="NVIDIA H100 PCIe", memory_gb=85.0)]
+    monkeypatch.setattr(plan.hardware, "gpu_states", lambda: (here, None))
+    assert plan.find_gpu(None).name == "H100 PCIe"
+    here.clear()
+    with pytest.raises(ConfigError, match="no known GPU here; wanted --gpu=NAME"):
+        plan.main([])
+
+
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=42_300_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
