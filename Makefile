@@ -1,4 +1,4 @@
-# make train | test | bench | lint | help.   An existing environment, without network: make test PYTHON=python3 VENV=
+# make train | test | bench | bench-compare | lint | help.   An existing environment, without network: make test PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.toml
@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test bench lint help
+.PHONY: train test bench bench-compare lint help
 .DEFAULT_GOAL := help
 
 train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
@@ -21,9 +21,12 @@ train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
 test: $(READY)  ## run the tests; ARGS go to pytest
 	$(PY) -m pytest $(ARGS)
 
-bench: $(READY)  ## measure the training step and the loader; ARGS go to the step bench
-	$(PY) -m bench.step $(ARGS)
-	$(PY) -m bench.loader
+bench: $(READY)  ## measure kernels, steps, loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
+	$(PY) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(ARGS)
+
+bench-compare: $(READY)  ## what got slower: A=FOLDER before, B=FOLDER after
+	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, results that make bench wrote))
+	$(PY) -m bench.compare $(A) $(B) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -31,10 +34,10 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m mypy
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1	/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1	/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gptperf needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test,lint,bench]'
 	touch $@

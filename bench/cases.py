@@ -18,12 +18,15 @@ from torch import Tensor
 
 from gptperf.kernels import reference
 
-__all__ = ["HOST_ROWS", "HOST_SHAPES", "IMPLS", "OPS", "Implementation", "Inputs", "Shape", "call", "eager"]
+__all__ = ["HOST_ROWS", "HOST_SHAPES", "IMPLS", "LOSS_OP", "OPS", "OURS", "YARDSTICKS", "Implementation", "Inputs"]
+__all__ += ["Shape", "call", "eager"]
 __all__ += ["implementation", "kernel", "leaves", "least_bytes", "make_inputs", "share"]
 
 Shape = tuple[int, ...]
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
+OURS, YARDSTICKS = "triton", ("copy", "gemm")
+LOSS_OP = "linear_cross_entropy"
 EPS = 1e-5  # the default of ours, of eager and of compiled
 
 

@@ -27,7 +27,7 @@ from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, Header, Manifest
 from gptperf.data.loader import Loader
 from gptperf.data.shards import TokenSource
 
-__all__ = ["main", "rss_bytes", "write_random_dataset", "write_sparse_dataset"]
+__all__ = ["main", "measure", "measure_all", "rss_bytes", "write_random_dataset", "write_sparse_dataset"]
 
 BLOCK_SIZES = (128, 256, 1024, 2048)
 BATCH_TOKENS = 16_384
@@ -113,6 +113,7 @@ def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 
             "block_size": block_size,
             "batch_size": batch_size,
             "tokens_s": median,
+            "windows_tokens_s": rates,
             "spread": (max(rates) - min(rates)) / median,
             "rss_before_mb": before / 1e6,
             "rss_after_mb": after / 1e6,
@@ -128,6 +129,39 @@ def _consume(loader: Loader, seconds: float) -> float:
     return count / passed
 
 
+def measure_all(
+    folder: Path, *, tokens: int = RANDOM_TOKENS, windows: int = 5, window_s: float = 1.0, few: bool = False
+) -> list[dict[str, Any]]:
+    """Measure every case, or one with `few`, and print the table.
+
+    Args:
+        folder: where the data sets go.
+        tokens: of a random data set.
+        windows: of a case.
+        window_s: of a window.
+        few: one data type, one block size.
+    """
+    columns = f"{'data set':14s} {'GB':>6s} {'dtype':7s} {'T':>5s} {'B':>4s} {'Mtok/s':>8s} {'spread':>7s}"
+    print(f"{columns} {'RSS MB':>15s}")
+    rows = []
+    for dtype in ("uint16",) if few else ("uint16", "uint32"):
+        random = write_random_dataset(folder / f"random_{dtype}", tokens=tokens, dtype=dtype)
+        cases = [(random, block_size) for block_size in ((1024,) if few else BLOCK_SIZES)]
+        if dtype == "uint16" and not few:
+            sparse = write_sparse_dataset(folder / "sparse_uint16", size_bytes=SPARSE_BYTES, dtype=dtype)
+            cases.append((sparse, 1024))
+        for path, block_size in cases:
+            row = measure(path, block_size, windows=windows, window_s=window_s)
+            rows.append(row)
+            print(
+                f"{row['dataset']:14s} {row['dataset_gb']:6.1f} {dtype:7s} {block_size:5d} "
+                f"{row['batch_size']:4d} {row['tokens_s'] / 1e6:8.1f} {row['spread']:6.1%} "
+                f"{row['rss_before_mb']:6.0f} -> {row['rss_after_mb']:5.0f}",
+                flush=True,
+            )
+    return rows
+
+
 def main() -> None:
     """Run all cases, print the table and write the JSON that was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.loader", description="Measure the training loader.")
@@ -135,29 +169,11 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        results = []
-        print(
-            f"{'data set':14s} {'GB':>6s} {'dtype':7s} {'T':>5s} {'B':>4s} {'Mtok/s':>8s} {'spread':>7s} "
-            f"{'RSS MB':>15s}"
-        )
-        for dtype in ("uint16", "uint32"):
-            random = write_random_dataset(Path(folder, f"random_{dtype}"), tokens=RANDOM_TOKENS, dtype=dtype)
-            cases = [(random, block_size) for block_size in BLOCK_SIZES]
-            if dtype == "uint16":
-                sparse = write_sparse_dataset(Path(folder, "sparse_uint16"), size_bytes=SPARSE_BYTES, dtype=dtype)
-                cases.append((sparse, 1024))
-            for path, block_size in cases:
-                row = measure(path, block_size)
-                results.append(row)
-                print(
-                    f"{row['dataset']:14s} {row['dataset_gb']:6.1f} {dtype:7s} {block_size:5d} "
-                    f"{row['batch_size']:4d} "
-                    f"{row['tokens_s'] / 1e6:8.1f} {row['spread']:6.1%} "
-                    f"{row['rss_before_mb']:6.0f} -> {row['rss_after_mb']:5.0f}"
-                )
+        rows = measure_all(Path(folder))
     if args.json:
         host = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-        args.json.write_text(json.dumps({"host": host, "results": results}, indent=1) + "\n", encoding="utf-8")
+        record = {"protocol": __doc__, "host": host, "results": rows}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

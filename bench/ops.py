@@ -24,7 +24,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -40,7 +41,9 @@ from bench.cases import (
     HOST_ROWS,
     HOST_SHAPES,
     IMPLS,
+    LOSS_OP,
     OPS,
+    OURS,
     Implementation,
     Inputs,
     Shape,
@@ -53,17 +56,42 @@ from bench.cases import (
     make_inputs,
     share,
 )
+from bench.tables import error_table, host_table, table
 from bench.timing import Spread, Work
 
-__all__ = ["error_rows", "main", "table", "verdict"]
+__all__ = [
+    "HOST_IMPLS",
+    "OURS",
+    "PROTOCOL",
+    "RIVALS",
+    "dtypes_of",
+    "error_rows",
+    "guarded",
+    "main",
+    "measure",
+    "measure_host",
+    "measure_loss",
+]
+__all__ += ["setting"]
 
 Row = dict[str, Any]
-LOSS = "linear_cross_entropy"
 LOSS_WINDOW_MS = 300.0
 TOLERANCE = 0.02  # bfloat16 rounds to 0.004; a wrong op is off by about 1
-OURS, YARDSTICKS = "triton", ("copy", "gemm")
+RIVALS = ("liger_kernel", "nvidia-cudnn-frontend")
+PROTOCOL = f"{__doc__}\n{timing.__doc__}"
 HOST_IMPLS = ("eager", "triton", "torch_native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def setting() -> Iterator[None]:
+    """Saved buffers stay as they are; on a GPU, a stream that can be captured."""
+    with functorch_config.patch(donated_buffer=False):
+        if torch.cuda.is_available():
+            with timing.side_stream():
+                yield
+        else:
+            yield
 
 
 def guarded(row: Row, work: Callable[[], Any]) -> Any:
@@ -200,7 +228,7 @@ def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
     found: list[Row] = [{"op": op, "rows": rows, "shape": list(shape), "impl": impl} for impl in impls]
     for row in found:
 
-        def prepare(impl: str = row["impl"]) -> tuple[float, float]:
+        def prepare(impl: str = row["impl"]) -> tuple[dict[str, float], dict[str, float]]:
             way = implementation(impl, op, shape)
             inputs = way.own(make_inputs(op, shape))
             wanted = tuple(leaves(inputs).values())
@@ -209,7 +237,7 @@ def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
             return timing.host_us(run), timing.host_us(partial(forward_backward, run, wanted, gradients))
 
         if (times := guarded(row, prepare)) is not None:
-            row["forward_us"], row["forward_backward_us"] = times
+            row["forward"], row["forward_backward"] = times
     return found
 
 
@@ -275,91 +303,13 @@ def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows of one op at one shape, with the verdict."""
-    loss = rows[0]["op"] == LOSS
-    shape = "x".join(map(str, rows[0]["shape"]))
-    lines = [f"{rows[0]['op']} {shape}"]
-    if loss:
-        lines.append(f"  {'':<15}{'ms':>9}{'p10 - p90':>18}{'of GEMM':>9}{'times GEMM':>12}{'extra GB':>10}")
-    else:
-        columns = f"{'p10 - p90':>18}{'of copy':>9}{'GB/s':>7}"
-        lines.append(f"  {'':<15}{'forward ms':>11}{columns}{'backward ms':>13}{columns}")
-    for row in rows:
-        if "error" in row:
-            lines.append(f"  {row['impl']:<15} {row['error']}")
-        elif loss:
-            cell = row["both"]
-            extra = f"{row['extra_gb']:>10.2f}" if "extra_gb" in row else f"{'-':>10}"
-            times = f"{cell['ms']:>9.2f}{_span(cell, 2):>18}{cell['of_gemm']:>9.3f}{1 / cell['of_gemm']:>12.3f}"
-            lines.append(f"  {row['impl']:<15}{times}{extra}")
-        else:
-            text = _direction(row.get("forward"), 11) + _direction(row.get("backward"), 13)
-            notes = {row[d]["method"] for d in ("forward", "backward") if d in row} - {"graph"}
-            lines.append(f"  {row['impl']:<15}{text}{''.join(f'  {note}' for note in sorted(notes))}")
-    return "\n".join([*lines, *verdict(rows)])
-
-
-def _direction(cell: Row | None, width: int) -> str:
-    if cell is None:
-        return f"{'-':>{width}}{'-':>18}{'-':>9}{'-':>7}"
-    return f"{cell['ms']:>{width}.4f}{_span(cell, 4):>18}{cell['of_copy']:>9.3f}{cell['gb_s']:>7.0f}"
-
-
-def _span(cell: Row, digits: int) -> str:
-    return f"{cell['p10_ms']:.{digits}f} - {cell['p90_ms']:.{digits}f}"
-
-
-def verdict(rows: Sequence[Row]) -> list[str]:
-    """Ours against the fastest rival that does the same job; more than 1 is faster. Norms: against compiled too."""
-    op, shape = rows[0]["op"], tuple(rows[0]["shape"])
-    by_impl = {row["impl"]: row for row in rows if "error" not in row and row["impl"] not in YARDSTICKS}
-    ours = by_impl.pop(OURS, {})
-    rivals = {impl: row for impl, row in by_impl.items() if share(impl, op, shape) == 1.0}
-    parts = []
-    for direction in ("forward", "backward", "both"):
-        times = {impl: row[direction]["ms"] for impl, row in rivals.items() if direction in row}
-        if direction not in ours or not times:
-            continue
-        best = min(times, key=times.__getitem__)
-        label = "forward and backward" if direction == "both" else direction
-        parts.append(f"{label} {times[best] / ours[direction]['ms']:.2f}x {best}")
-        if "norm" in op and direction == "backward" and "compiled" in times and best != "compiled":
-            parts.append(f"{label} {times['compiled'] / ours[direction]['ms']:.2f}x compiled")
-    return [f"  {OURS} against the best rival: {', '.join(parts)}"] if parts else []
-
-
-def host_table(rows: Sequence[Row]) -> str:
-    """One op at one number of rows."""
-    lines = []
-    for row in rows:
-        text = row.get("error") or f"{row['forward_us']:>12.1f}{row['forward_backward_us']:>20.1f}"
-        lines.append(f"{row['op']:<16}{row['rows']:>6}  {row['impl']:<13}{text}")
-    return "\n".join(lines)
-
-
-def error_table(rows: Sequence[Row]) -> str:
-    """One op at one shape and dtype."""
-    lines = []
-    for row in rows:
-        text = row.get("error")
-        if text is None:
-            text = f"{row['tensor']:<11}"
-            for kind in ("rms", "max"):
-                ratio = row[f"ratio_{kind}"]
-                text += f"{row[f'eager_{kind}']:>11.2e}{row[f'{OURS}_{kind}']:>11.2e}"
-                text += f"{'-':>9}" if ratio is None else f"{ratio:>9.2f}"
-        lines.append(f"{row['op']:<21}{'x'.join(map(str, row['shape'])):<19}{row['dtype']:<10}{text}")
-    return "\n".join(lines)
-
-
 def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
     """Every op at every shape that was asked for."""
     for op in args.ops:
         for shape in [OPS[op].shapes[i] for i in args.shapes if i < len(OPS[op].shapes)]:
             impls = [impl for impl in OPS[op].impls if impl in args.impls]
             if impls:
-                rows = (measure_loss if op == LOSS else measure)(op, shape, impls, args.rounds)
+                rows = (measure_loss if op == LOSS_OP else measure)(op, shape, impls, args.rounds)
                 add(rows, table(rows) + "\n")
             gc.collect()
             torch._dynamo.reset()
@@ -376,6 +326,11 @@ def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) ->
             add(rows, host_table(rows))
 
 
+def dtypes_of(op: str) -> tuple[str, ...]:
+    """In which the errors of an op are looked at."""
+    return (*DTYPES, "mixed") if "norm" in op else tuple(DTYPES)
+
+
 def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
     """Errors of every op; on a CPU at the small shape alone."""
     on_gpu = torch.cuda.is_available()
@@ -383,7 +338,7 @@ def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) 
     print(f"{'':<61}{'root mean square':>31}{'largest':>31}\n{'':<61}{columns}{columns}")
     for op in (op for op in args.ops if not op.endswith("_recompute")):
         for shape in (OPS[op].small, OPS[op].real) if on_gpu else (OPS[op].small,):
-            for dtype in (*DTYPES, "mixed") if "norm" in op else DTYPES:
+            for dtype in dtypes_of(op):
                 rows = error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
                 add(rows, error_table(rows))
 
@@ -418,10 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not on_gpu and not (args.errors and os.environ.get("TRITON_INTERPRET") == "1"):
         print("bench.ops: no GPU here; only --errors runs on a CPU, in Triton's interpreter (TRITON_INTERPRET=1)")
         return 0
-    made_by = timing.environment(["liger_kernel", "nvidia-cudnn-frontend"])
+    made_by = timing.environment(RIVALS)
     print(f"{made_by['device']}, {', '.join(f'{k} {v}' for k, v in made_by['versions'].items())}\n", flush=True)
     kind = "errors" if args.errors else "host" if args.host else "times"
-    record: Row = {"protocol": f"{__doc__}\n{timing.__doc__}", "environment": made_by, kind: []}
+    record: Row = {"protocol": PROTOCOL, "environment": made_by, kind: []}
 
     def add(rows: list[Row], text: str) -> None:
         print(text, flush=True)
@@ -430,10 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.json.write_text(json.dumps(record, indent=1) + "\n")
 
     run = {"errors": run_errors, "host": run_host, "times": run_times}[kind]
-    if on_gpu:
-        with functorch_config.patch(donated_buffer=False), timing.side_stream():
-            run(args, add)
-    else:
+    with setting():
         run(args, add)
     return int(any("error" in row and row.get("impl", OURS) == OURS for row in record[kind]))
 

@@ -1,47 +1,37 @@
 """Time of a training step: `python -m bench.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
 
-Protocol: one process, one cell (model and variant) after another; fresh random tokens each step, one
-optimizer step a micro-batch; warm-up of 6 steps with the compilation in the first; then steps timed one by one
-by CUDA events, with no synchronisation between them; median, 10th and 90th percentile. Peak memory is that
-of the whole step. Strict MFU: causal matmul FLOPs over the dense peak of the GPU table. With --kernels, three more
-steps under the profiler say where the time goes, by kind of kernel and for the longest kernels.
+One cell (model and variant of `bench.models`) after another in one process, by the protocol of `gptperf.profiling`.
+MFU is strict: causal matmul FLOPs over the dense peak of the GPU table. With --kernels, five more steps under the
+profiler say where the time goes. `python -m bench` runs the same cells, each in a process of its own, with more beside.
 """
 
 import argparse
 import gc
-import itertools
 import json
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptperf import cli
-from gptperf.hardware import match_gpu, peak_flop_s
+from bench import timing
+from bench.models import MODELS, VARIANTS, resolve
+from bench.serial import serial_ms
+from gptperf import flops, profiling
+from gptperf.config import Config
+from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
 from gptperf.monitor.throughput import Throughput
-from gptperf.parallel import start_process
-from gptperf.step import Engine, build_engine, compile_engine, train_step
+from gptperf.parallel import Process, start_process
+from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
-MODELS = {
-    "llama_1.36b": ["configs/llama_1.36b.toml", "--batch_size=16"],
-    "gpt2_124m": ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64"],
-}
-VARIANTS = {
-    "eager": ["--compile=False", "--kernels=eager"],
-    "compiled": ["--compile=True", "--kernels=eager"],
-    "compiled_block": ["--compile=True", "--kernels=eager", "--compile_scope=block"],
-    "triton": ["--compile=False", "--kernels=triton"],
-    "triton+compiled": ["--compile=True", "--kernels=triton"],
-    "auto+compiled": ["--compile=True", "--kernels=auto"],
-}
-WARM_UP = 6
-PROFILED = 3
-KINDS = {"GEMM": ("nvjet", "gemm", "cutlass"), "attention": ("cudnn", "flash", "fmha"), "Inductor": ("triton_",)}
+__all__ = ["conventions", "main", "measure", "of_serial", "peak_here", "profiled"]
+
+PROFILED = 5
+_PROBE = 8192
 
 
 def random_batches(engine: Engine) -> Iterator[Tensor]:
@@ -53,62 +43,168 @@ def random_batches(engine: Engine) -> Iterator[Tensor]:
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 
-def kernel_times(engine: Engine, batches: Iterator[Tensor], step: int) -> dict[str, Any]:
-    """Milliseconds a step on the GPU: by kind of kernel, and of the 25 longest kernels with their calls a step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(PROFILED):
-            train_step(engine, batches, step + i)
-        torch.cuda.synchronize()
-    times = [(e.key, e.self_device_time_total / 1e3 / PROFILED, e.count / PROFILED) for e in profile.key_averages()]
-    kinds: dict[str, float] = {}
-    for name, ms, _ in times:
-        known = (kind for kind, marks in KINDS.items() if any(mark in name for mark in marks))
-        kind = next(known, "gptperf" if name.startswith("_") else "other")
-        kinds[kind] = kinds.get(kind, 0.0) + ms
-    longest = sorted(times, key=lambda row: -row[1])[:25]
-    return {"kinds_ms": kinds, "longest": [{"name": n, "ms": ms, "calls": calls} for n, ms, calls in longest]}
+def peak_here(config: Config) -> Peak | None:
+    """The dense peak of the current device; None for one that has no row, and so no MFU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.dtype)
 
 
-def measure(model: str, variant: str, steps: int, kernels: bool) -> dict[str, Any]:
-    """One cell: build, compile, warm up, time `steps` steps."""
-    argv = [*MODELS[model], "--gradient_accumulation_steps=1", *VARIANTS[variant]]
-    config = cli.resolve(argv).config
+def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:
+    """TFLOP/s and MFU in percent by every convention that counts this model; no MFU without a peak."""
+    found: dict[str, dict[str, float | None]] = {}
+    for name, convention in flops.CONVENTIONS.items():
+        if convention.uncountable(config.model) is not None:
+            continue
+        again = config.system.recompute if name == "hfu" else "none"
+        count = flops.flops_per_token(config.model, name, recompute=again)
+        achieved = float(count.training_per_token) * tokens_per_sec
+        percent = None if peak is None else 100 * achieved / peak.flop_s
+        found[name] = {"tflops": achieved / 1e12, "mfu_percent": percent}
+    return found
+
+
+def of_serial(config: Config, step_ms: float, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The serial roofline of the step and the step's fraction of it, or why there is none."""
+    if ceilings is None:
+        return {"reason": "no ceilings were measured in this run"}
+    parts = serial_ms(config, ceilings)
+    total = sum(parts.values())
+    return {"parts_ms": parts, "roofline_ms": total, "fraction": total / step_ms, "ceilings_of": ceilings["date"]}
+
+
+def _probe_tflops() -> float:
+    """What one large product reaches now: the state of the card, before and after the steps."""
+    a, b, c = (torch.randn(_PROBE, _PROBE, device="cuda", dtype=torch.float16) for _ in range(3))
+    work = timing.Work(lambda: torch.mm(a, b, out=c))
+    work.window(3)
+    return 2 * _PROBE**3 / work.window(150) / 1e9
+
+
+def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: float) -> dict[str, Any]:
+    """Steps under the profiler: milliseconds by part and, where the GPU's peak is known, the waterfall."""
+    kernels = profiling.kernels_of(profiling.trace_steps(run, first, PROFILED))
+    found = profiling.breakdown(kernels, PROFILED)
+    totals: dict[str, list[float]] = {}
+    for kernel in kernels:
+        totals.setdefault(kernel.name, []).append(kernel.duration_us / 1e3)
+    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))[:25]
+    record: dict[str, Any] = {
+        "profiled_step_ms": found.step_ms,
+        "parts_ms": found.parts_ms,
+        "hidden_communication_ms": found.hidden_communication_ms,
+        "unknown_ms": dict(list(found.unknown_ms.items())[:25]),
+        "longest": [
+            {
+                "name": name,
+                "part": profiling.classify(name),
+                "ms": sum(ms) / PROFILED,
+                "calls": len(ms) / PROFILED,
+            }
+            for name, ms in longest
+        ],
+    }
+    peak = peak_here(config)
+    if peak is None:
+        return record | {"waterfall": None, "reason": "no peak is known for this GPU, so no MFU"}
+    fall = profiling.waterfall(found, profiling.step_flops(config), peak.flop_s, step_ms)
+    return record | {
+        "waterfall": fall.lost_points,
+        "mfu_percent": fall.mfu_percent,
+        "timed_mfu_percent": fall.timed_mfu_percent,
+        "off_points": fall.off_points,
+        "closes": fall.closes,
+        "peak": peak.source,
+    }
+
+
+def measure(
+    model: str,
+    variant: str,
+    steps: int,
+    *,
+    profile: bool = False,
+    ceilings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One cell: build, compile, warm up, time `steps` steps.
+
+    Args:
+        model: of `MODELS`.
+        variant: of `VARIANTS`.
+        steps: that are timed.
+        profile: more steps under the profiler.
+        ceilings: of this card, for the serial roofline.
+
+    Returns:
+        config, ops and the figures; all that is not finite or not known is None.
+    """
+    config = resolve(model, variant)
     process = start_process("cuda")
+    before = _probe_tflops()
+    torch.cuda.empty_cache()
+    figures, ops = _timed(config, process, steps, profile, ceilings)
+    gc.collect()
+    torch.cuda.empty_cache()
+    figures = {"model": model, "variant": variant, **figures}
+    figures["probe_tflops"] = {"before": before, "after": _probe_tflops()}
+    return {"config": config.sections(), "ops": ops, "results": figures}
+
+
+def _timed(
+    config: Config, process: Process, steps: int, profile: bool, ceilings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The figures of a step and its ops; what it takes on the device is free afterwards."""
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     engine = build_engine(config, process)
     scope = compile_engine(engine)
     batches = random_batches(engine)
-    first = train_step(engine, batches, 0).loss.item()
+
+    def run(step: int) -> StepResult:
+        return train_step(engine, batches, step)
+
+    first_loss = run(0).loss.item()
     first_s = time.perf_counter() - begun
-    for step in range(1, WARM_UP):
-        train_step(engine, batches, step)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for step, mark in enumerate(marks[1:], WARM_UP):
-        train_step(engine, batches, step)
-        mark.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-    median = statistics.median(times)
+    meter = profiling.EnergyMeter(timing.device_uuid())
+    states: list[dict[str, Any]] = []
+    watch = partial(_watch, states)
+    timed = profiling.time_steps(profiling.cuda_window(run, watch), steps, meter.joules, meter.reason)
     peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
-    peak = peak_flop_s(match_gpu(torch.cuda.get_device_name()), config.system.dtype)
-    record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(median)
-    return {
-        "model": model,
-        "variant": variant,
+    spread, peak = timed.spread, peak_here(config)
+    record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(spread.ms)
+    figures: dict[str, Any] = {
         "compile": scope,
-        "step_ms": median,
-        "p10_ms": times[len(times) // 10],
-        "p90_ms": times[-1 - len(times) // 10],
+        "step_ms": spread.ms,
+        "p10_ms": spread.p10_ms,
+        "p90_ms": spread.p90_ms,
         "steps": steps,
+        "tokens_per_step": config.tokens_per_iter,
+        "warm_up_steps": timed.warm_up_steps,
+        "stable": timed.stable,
         "first_step_s": first_s,
-        "first_loss": first,
+        "first_loss": first_loss,
         "peak_memory_gb": peak_memory_gb,
-        "ops": engine.ops.chosen,
         **record,
-        **(kernel_times(engine, batches, WARM_UP + steps) if kernels else {}),
+        "conventions": conventions(config, record["tokens_per_sec"], peak),
+        "serial": of_serial(config, spread.ms, ceilings),
+        "joules_per_token": None if timed.joules is None else timed.joules / (config.tokens_per_iter * steps),
+        "no_joules": timed.no_joules,
+        "state_under_load": states[-1],
     }
+    if profile:
+        figures["profile"] = profiled(run, timed.warm_up_steps + steps, config, spread.ms)
+    return figures, dict(engine.ops.chosen)
+
+
+def _watch(states: list[dict[str, Any]]) -> None:
+    states.append(gpu_state(timing.device_uuid()).as_dict())
+
+
+def _line(cell: Mapping[str, Any]) -> str:
+    mfu = f"{cell['mfu_percent']:.2f}%" if "mfu_percent" in cell else "-"
+    return (
+        f"{cell['model']:<14}{cell['variant']:<16}{cell['step_ms']:>9.2f}{cell['p10_ms']:>8.1f}{cell['p90_ms']:>8.1f}"
+        f"{cell['tokens_per_sec']:>11,.0f}{mfu:>8}{cell['peak_memory_gb']:>9.1f}{cell['first_step_s']:>9.1f}"
+    )
 
 
 def main() -> int:
@@ -117,37 +213,33 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "triton+compiled"])
     parser.add_argument("--steps", type=int, default=31)
-    parser.add_argument("--kernels", action="store_true", help="profile three more steps")
+    parser.add_argument("--kernels", action="store_true", help="profile five more steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps: found {args.steps}, wanted at least 1")
     if not torch.cuda.is_available():
         print("bench.step: no GPU here; a step is timed on a GPU only")
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    made_by = timing.environment()
+    print(f"{made_by['device']}, torch {torch.__version__}")
     times = f"{'ms/step':>9}{'p10':>8}{'p90':>8}"
     print(f"{'model':<14}{'variant':<16}{times}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{'first s':>9}")
     cells = []
     for model in args.models:
         for variant in args.variants:
-            cell = measure(model, variant, args.steps, args.kernels)
+            cell = measure(model, variant, args.steps, profile=args.kernels)
             cells.append(cell)
-            mfu = f"{cell['mfu_percent']:.2f}%" if "mfu_percent" in cell else "-"
-            print(
-                f"{model:<14}{variant:<16}{cell['step_ms']:>9.2f}{cell['p10_ms']:>8.1f}{cell['p90_ms']:>8.1f}"
-                f"{cell['tokens_per_sec']:>11,.0f}{mfu:>8}{cell['peak_memory_gb']:>9.1f}{cell['first_step_s']:>9.1f}",
-                flush=True,
-            )
+            print(_line(cell["results"]), flush=True)
             if args.kernels:
-                print("  ms:", ", ".join(f"{kind} {ms:.1f}" for kind, ms in cell["kinds_ms"].items()))
-                for row in cell["longest"]:
+                profile = cell["results"]["profile"]
+                print("  ms:", ", ".join(f"{part} {ms:.1f}" for part, ms in profile["parts_ms"].items()))
+                for row in profile["longest"]:
                     print(f"  {row['ms']:>9.3f} ms {row['calls']:>6.1f} x {row['name'][:100]}")
-            gc.collect()
             torch._dynamo.reset()
-            torch.cuda.empty_cache()
     if args.json:
-        args.json.write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cells": cells}, indent=1)
-        )
+        record = {"protocol": profiling.STEP_PROTOCOL, "environment": made_by, "cells": cells}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -11,12 +11,15 @@ Protocol:
    are the same for all. The figure is the median over the rounds, with the 10th and 90th percentile.
 
 Everything runs on one side stream: the default one cannot be captured, and a backward runs on its forward's stream.
+
+A training step has a protocol of its own, `gptperf.profiling.STEP_PROTOCOL`, which a profile of a run follows too.
 """
 
 import itertools
 import math
+import os
+import platform
 import statistics
-import subprocess
 import timeit
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +31,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Spread", "Work", "alternate", "capture", "copies", "environment", "extra_bytes", "host_us"]
-__all__ += ["input_sets", "side_stream"]
+from gptperf.hardware import gpu_state
+from gptperf.profiling import Spread
+
+__all__ = ["Call", "Spread", "Work", "alternate", "capture", "copies", "device_uuid", "environment", "extra_bytes"]
+__all__ += ["host_us", "input_sets", "side_stream"]
 
 Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
@@ -38,21 +44,6 @@ L2_TIMES = 4
 GRAPH_CALLS = 24  # of the smallest op 1 ms: 5 us between two replays are half a per cent
 WINDOW_MS = 20.0
 MIN_LAUNCHES = 3
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Times of one call in milliseconds, over the rounds."""
-
-    ms: float
-    p10_ms: float
-    p90_ms: float
-
-    @classmethod
-    def of(cls, times: Sequence[float]) -> "Spread":
-        """Median and percentiles of one time a round."""
-        times = sorted(times)
-        return cls(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
 
 
 @dataclass(frozen=True)
@@ -161,15 +152,19 @@ def alternate(works: Mapping[Name, Work], rounds: int, window_ms: float = WINDOW
     return times
 
 
-def host_us(call: Call, calls: int = 300, windows: int = 5) -> float:
-    """Microseconds of host time a call, with the queue drained before a window and no wait in it: median window."""
+def host_us(call: Call, calls: int = 300, windows: int = 5) -> dict[str, float]:
+    """Host time of a call in microseconds, with the queue drained before a window and no wait in it.
+
+    Returns:
+        us, the median window; low_us and high_us, the least and the largest.
+    """
     timeit.timeit(call, number=20)
     times = []
     for _ in range(windows):
         torch.cuda.synchronize()
         times.append(timeit.timeit(call, number=calls) / calls * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times)
+    return {"us": statistics.median(times), "low_us": min(times), "high_us": max(times)}
 
 
 def extra_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
@@ -183,34 +178,41 @@ def extra_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
+def device_uuid() -> str:
+    """Name of the current CUDA device as its driver knows it."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What made the figures: device, driver, power cap, clocks (idle), versions (None: not installed)."""
+    """What made the figures.
+
+    Args:
+        packages: whose versions are wanted beside torch's and Triton's (None: not installed).
+
+    Returns:
+        device ("cpu" without a GPU), versions, python, machine, cores; with a GPU its driver, memory, L2 cache, and
+        `gpu_state`: power cap, power, clocks and temperature now, where the driver tells them.
+    """
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", *packages):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__
+    host = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
     if not torch.cuda.is_available():
-        return {"device": "cpu", "versions": versions}
+        return {"device": "cpu", "versions": versions, **host}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    state = gpu_state(device_uuid())
+    cudnn = torch.backends.cudnn.version()
     return {
         "device": properties.name,
+        "driver": state.driver,
+        "memory_gb": properties.total_memory / 1e9,
         "l2_bytes": properties.L2_cache_size,
         "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "versions": {**versions, "torch": torch.__version__},
-        "nvidia_smi": _nvidia_smi(f"GPU-{properties.uuid}"),
+        "versions": {**versions, "cuda": torch.version.cuda, "cudnn": cudnn and str(cudnn)},
+        "gpu_state": state.as_dict(),
+        **host,
     }
-
-
-def _nvidia_smi(gpu: str) -> dict[str, str]:
-    """Driver, power cap and clocks; empty where the program or the figure is missing."""
-    fields = ["driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem", "clocks.max.sm"]
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))

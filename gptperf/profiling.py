@@ -28,12 +28,12 @@ WARM_UP = 6
 WINDOW = 4
 MOST_WARM_UP = 46
 STABLE = 0.01
-STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which compiles,
-{WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that before it, at
-most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation at the end.
-Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and after the
-timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated, warm-up
-included."""
+STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which
+compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that
+before it, at most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation
+at the end. Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and
+after the timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated,
+warm-up included."""
 
 Interval = tuple[float, float]
 Window = Callable[[int, int], list[float]]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import cases, ops, timing
+from bench import cases, ops, tables, timing
 from gptperf.kernels import reference
 
 SMALL = st.integers(1, 5)
@@ -62,13 +62,13 @@ def test_the_verdict_names_the_fastest_rival() -> None:
         _row("liger", 3.0, 3.0),
         failed,
     ]
-    assert ops.verdict(rows) == [
+    assert tables.verdict(rows) == [
         "  triton against the best rival: forward 0.50x compiled, backward 1.50x liger, backward 2.00x compiled"
     ]
-    text = ops.table(rows)
+    text = tables.table(rows)
     assert "ImportError: no cudnn" in text
     assert text.count("1.0000") == 3  # compiled's median and percentiles
-    assert ops.verdict([row for row in rows if row["impl"] != "triton"]) == []
+    assert tables.verdict([row for row in rows if row["impl"] != "triton"]) == []
 
 
 def test_a_rival_with_less_to_do_is_none() -> None:
@@ -76,7 +76,7 @@ def test_a_rival_with_less_to_do_is_none() -> None:
         _row(impl, ms, ms, "rope") for impl, ms in (("copy", 1), ("liger", 4), ("liger_separate", 1), ("triton", 2))
     ]
     assert cases.share("liger_separate", "rope", (2, 4, 8, 16, 2)) == 6 / 8
-    assert ops.verdict(rows) == ["  triton against the best rival: forward 2.00x liger, backward 2.00x liger"]
+    assert tables.verdict(rows) == ["  triton against the best rival: forward 2.00x liger, backward 2.00x liger"]
 
 
 def test_the_loss_is_compared_with_its_products() -> None:
@@ -84,7 +84,7 @@ def test_the_loss_is_compared_with_its_products() -> None:
     for impl, ms in (("gemm", 10.0), ("eager", 20.0), ("triton", 12.5)):
         cell = {"ms": ms, "p10_ms": ms, "p90_ms": ms, "of_gemm": 10 / ms, "method": "loop"}
         rows.append({"op": "linear_cross_entropy", "shape": [8, 4, 16], "impl": impl, "both": cell, "extra_gb": 0.5})
-    text = ops.table(rows)
+    text = tables.table(rows)
     assert "1.250" in text
     assert text.endswith("triton against the best rival: forward and backward 1.60x eager")
 
@@ -110,7 +110,7 @@ def test_errors_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ops, "kernel", lambda op: broken)
     (row,) = ops.error_rows("rms_norm_add", (5, 16), "float16", "cpu")
     assert row["error"] == "RuntimeError: no such kernel"
-    assert "no such kernel" in ops.error_table([row])
+    assert "no such kernel" in tables.error_table([row])
 
 
 def test_outputs_are_looked_at_before_their_time_is_taken() -> None:

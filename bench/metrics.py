@@ -1,0 +1,99 @@
+"""The figures of a result that can get better or worse. No torch here."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.results import Record
+
+__all__ = ["Metric", "metrics"]
+
+OURS = "triton"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure with its noise."""
+
+    name: str
+    value: float
+    low: float
+    """10th percentile, or the value itself where there is none."""
+    high: float
+    unit: str
+    lower_is_better: bool = True
+    ours: bool = True
+    """False for a rival's, which this project does not answer for."""
+
+
+def metrics(record: Record) -> dict[str, Metric]:
+    """By name, of one cell that is done."""
+    readers = {
+        "ops": _ops,
+        "host": _host,
+        "errors": _errors,
+        "step": _step,
+        "waterfall": _step,
+        "ceilings": _ceilings,
+        "loader": _loader,
+        "micro": _micro,
+    }
+    kind = record["cell"].partition("/")[0]
+    if record["status"] != "done" or kind not in readers:
+        return {}
+    return {metric.name: metric for metric in readers[kind](record["results"])}
+
+
+def _span(row: Mapping[str, Any], name: str, *, ours: bool = True) -> Metric:
+    return Metric(name, row["ms"], row["p10_ms"], row["p90_ms"], "ms", ours=ours)
+
+
+def _ops(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for row in found["rows"]:
+        for direction in ("forward", "backward", "both"):
+            if direction in row:
+                yield _span(row[direction], f"{row['impl']} {direction}", ours=row["impl"] == OURS)
+
+
+def _host(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for row in found["rows"]:
+        for key in ("forward", "forward_backward"):
+            if key in row:
+                name, time = f"{row['impl']} {row['rows']} rows {key}", row[key]
+                yield Metric(name, time["us"], time["low_us"], time["high_us"], "us", ours=row["impl"] == OURS)
+
+
+def _errors(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for row in found["rows"]:
+        if "error" not in row:
+            shape = "x".join(map(str, row["shape"]))
+            value = row[f"{OURS}_rms"]
+            yield Metric(f"{shape} {row['dtype']} {row['tensor']}", value, value, value, "of the rms")
+
+
+def _step(found: Mapping[str, Any]) -> Iterator[Metric]:
+    yield Metric("step", found["step_ms"], found["p10_ms"], found["p90_ms"], "ms")
+    memory = found["peak_memory_gb"]
+    yield Metric("peak memory", memory, memory, memory, "GB")
+    joules = found.get("joules_per_token")
+    if joules is not None:
+        yield Metric("energy", joules, joules, joules, "J/token", ours=False)
+
+
+def _ceilings(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for name, spread in found["spreads"].items():
+        scale, unit = (1e9, "GB/s") if name.startswith("copy") else (1e12, "TFLOP/s")
+        low, high = spread["p10"] / scale, spread["p90"] / scale
+        yield Metric(name, spread["median"] / scale, low, high, unit, lower_is_better=False, ours=False)
+
+
+def _loader(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for row in found["rows"]:
+        rates = [rate / 1e6 for rate in row["windows_tokens_s"]]
+        name = f"{row['dataset']} T={row['block_size']}"
+        yield Metric(name, row["tokens_s"] / 1e6, min(rates), max(rates), "Mtok/s", lower_is_better=False)
+
+
+def _micro(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for row in found["rows"]:
+        yield _span(row, row["name"])

@@ -1,0 +1,135 @@
+"""The results of the bench: a folder with one JSON file a cell, each of which says what made it. No torch here."""
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptperf.errors import ConfigError
+
+__all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "identity", "load_folder", "now", "read"]
+__all__ += ["source_state", "write"]
+
+Record = dict[str, Any]
+SCHEMA = 1
+ROOT = Path(__file__).parent.parent
+_MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/*.py")
+_NOT_MEASURED = ("__main__", "charts", "compare", "crosscheck", "metrics", "process", "report", "results", "sections")
+"""Files of the bench that change no figure."""
+_NEEDED = ("cell", "status", "date", "environment", "results", "schema")
+
+
+def now() -> str:
+    """Time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def cell_path(folder: Path, cell: str) -> Path:
+    """The file of a cell."""
+    return folder / f"{cell.replace('/', '__')}.json"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def write(folder: Path, record: Record) -> Path:
+    """Write the file of a cell, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = cell_path(folder, record["cell"])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_finite(record), file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def read(path: Path) -> Record:
+    """Read the file of a cell.
+
+    Raises:
+        ConfigError: it is no such file, or of another version.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a result of the bench: {error}") from error
+    missing = [key for key in _NEEDED if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ConfigError(f"{path}: not a result of the bench: {', '.join(missing)} not there")
+    if record["schema"] != SCHEMA:
+        raise ConfigError(f"{path}: found schema {record['schema']!r}, wanted {SCHEMA}; measure it again")
+    return dict(record)
+
+
+def load_folder(folder: Path) -> dict[str, Record]:
+    """All results of a folder by name of the cell, in the order of names.
+
+    Raises:
+        ConfigError: there is no result, or a file is not one.
+    """
+    records = [read(path) for path in sorted(folder.glob("*.json"))]
+    if not records:
+        raise ConfigError(f"{folder}: found no result of the bench, wanted a folder that `python -m bench` wrote")
+    return {record["cell"]: record for record in records}
+
+
+def identity(record: Record) -> tuple[Any, ...]:
+    """What has to be the same for a result to stand: device, driver, versions, sources, full or quick."""
+    made_by = record["environment"]
+    source = made_by.get("source", {})
+    versions = tuple(sorted((name, str(version)) for name, version in made_by.get("versions", {}).items()))
+    return made_by.get("device"), made_by.get("driver"), versions, source.get("digest"), bool(record.get("quick"))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for pattern in _MEASURED:
+        for path in sorted(root.glob(pattern)):
+            if path.parent.name != "bench" or path.stem not in _NOT_MEASURED:
+                yield path
+
+
+def source_state(root: Path = ROOT) -> dict[str, Any]:
+    """Commit, whether tracked files differ from it, and a digest of what can change a figure.
+
+    Returns:
+        commit and dirty (None where git does not know), digest.
+    """
+    digest = hashlib.sha256()
+    for path in _sources(root):
+        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    return {
+        "commit": commit,
+        "dirty": None if commit is None or changed is None else bool(changed),
+        "digest": digest.hexdigest()[:16],
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def default_folder(environment: Mapping[str, Any], root: Path = ROOT) -> Path:
+    """out/bench/DEVICE-COMMIT: another commit's results stay where they are, to compare with."""
+    source = environment["source"]
+    device = re.sub(r"[^a-z0-9]+", "_", str(environment["device"]).lower()).strip("_")
+    return root / "out" / "bench" / f"{device}-{(source['commit'] or source['digest'])[:9]}"
