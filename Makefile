@@ -1,4 +1,4 @@
-# make train | test | bench | bench-compare | lint | help.   An existing environment, without network: make test PYTHON=python3 VENV=
+# make train | test | bench | bench-compare | lint | help.   An existing environment: make test PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.toml
