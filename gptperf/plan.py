@@ -345,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 if it fits, 7 (the exit code of a GPU without memory) if not.
     """
-    parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gptperf.plan", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--gpu", help="a row of the GPU table (python -m gptperf.hardware); default: the one here")
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=float, default=None, help="days for so many tokens; default: those of the run")
