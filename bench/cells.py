@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.cases import HOST_SHAPES, LOSS_OP, OPS
-from bench.models import MODELS, STEP_VARIANTS
+from bench.models import MODELS, PLANNED, STEP_VARIANTS
 from gptperf.errors import ConfigError
 
 __all__ = ["MICRO", "Cell", "all_cells", "select"]
@@ -54,6 +54,7 @@ def all_cells() -> tuple[Cell, ...]:
         seconds = 70 if large else 40
         quick_s = 45 if quick else None
         cells.append(Cell(f"waterfall/{model}", seconds, alone=True, quick_s=quick_s, needs=(ceilings.name,)))
+    cells += [Cell(f"plan/{name}", 60 if _LARGE in name else 45, alone=True) for name in PLANNED]
     for op, row in OPS.items():
         for shape in row.shapes:
             name = f"ops/{op}/{'x'.join(map(str, shape))}"

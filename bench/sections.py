@@ -7,6 +7,7 @@ from typing import Any
 from bench import crosscheck
 from bench.models import DEFAULT_VARIANT, config_of
 from bench.results import Record
+from gptperf import plan
 from gptperf.profiling import PARTS
 
 __all__ = ["Section", "Table", "ops_rows", "sections", "verdict_lines"]
@@ -74,7 +75,7 @@ def verdict_lines(records: Records) -> list[str]:
 def sections(records: Records) -> list[Section]:
     """All that there is to say about a folder of results; what was not measured has no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
-    makers = (_steps, _conventions, _waterfalls, _cross_check, _ceilings, _ops, _errors, _host, _loader, _micro)
+    makers = (_steps, _conventions, _waterfalls, _cross_check, _plans, _ceilings, _ops, _errors, _host, _loader, _micro)
     for make in makers:
         found += make(records)
     return [*found, _environment(records), *_protocols(records)]
@@ -198,6 +199,25 @@ def _cross_check(records: Records) -> Iterator[Section]:
 
 def _is_default(cell: str) -> bool:
     return cell.startswith("waterfall/") or cell.endswith(f"/{DEFAULT_VARIANT}")
+
+
+def _plans(records: Records) -> Iterator[Section]:
+    rows = []
+    for cell, record in _done(records, "plan").items():
+        config, gpu, found = config_of(record["config"]), crosscheck.gpu_of(record), record["results"]
+        if gpu is None or plan.unplannable(config, gpu) is not None:
+            continue
+        given = plan.plan(config, gpu, recompute=config.system.recompute)
+        pairs = ((given.step_ms, found["step_ms"], 1), (given.memory.total_gb, found["peak_memory_gb"], 2))
+        figures = [
+            text
+            for wanted, got, digits in pairs
+            for text in (_number(wanted, digits), _number(got, digits), f"{got / wanted - 1:+.1%}")
+        ]
+        rows.append((cell.partition("/")[2], *figures))
+    if rows:
+        columns = ("run", "planned ms", "measured ms", "off", "planned GB", "peak GB", "off")
+        yield Section("Plan against actual", tables=[Table(columns, rows)])
 
 
 def _ceilings(records: Records) -> Iterator[Section]:

@@ -8,6 +8,7 @@ profiler say where the time goes. `python -m bench` runs the same cells, each in
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +29,10 @@ from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
-__all__ = ["conventions", "main", "measure", "of_serial", "peak_here", "profiled"]
+__all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
 
 PROFILED = 5
+WARM_UP_MS = 2000.0  # before them: the card runs at its power cap again
 _PROBE = 8192
 
 
@@ -82,7 +84,8 @@ def _probe_tflops() -> float:
 
 def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: float) -> dict[str, Any]:
     """Steps under the profiler: milliseconds by part and, where the GPU's peak is known, the waterfall."""
-    kernels = profiling.kernels_of(profiling.trace_steps(run, first, PROFILED))
+    warm_up = math.ceil(WARM_UP_MS / step_ms)
+    kernels = profiling.kernels_of(profiling.trace_steps(run, first, PROFILED, warm_up=warm_up))
     found = profiling.breakdown(kernels, PROFILED)
     totals: dict[str, list[float]] = {}
     for kernel in kernels:
@@ -137,14 +140,20 @@ def measure(
     Returns:
         config, ops and the figures; all that is not finite or not known is None.
     """
-    config = resolve(model, variant)
+    found = measure_config(resolve(model, variant), steps, profile=profile, ceilings=ceilings)
+    return {**found, "results": {"model": model, "variant": variant, **found["results"]}}
+
+
+def measure_config(
+    config: Config, steps: int, *, profile: bool = False, ceilings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The same for any configuration."""
     process = start_process("cuda")
     before = _probe_tflops()
     torch.cuda.empty_cache()
     figures, ops = _timed(config, process, steps, profile, ceilings)
     gc.collect()
     torch.cuda.empty_cache()
-    figures = {"model": model, "variant": variant, **figures}
     figures["probe_tflops"] = {"before": before, "after": _probe_tflops()}
     return {"config": config.sections(), "ops": ops, "results": figures}
 

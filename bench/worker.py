@@ -21,7 +21,7 @@ import torch
 
 from bench import loader, ops, results, step, timing
 from bench.cases import HOST_ROWS, LOSS_OP, OPS
-from bench.models import DEFAULT_VARIANT, resolve
+from bench.models import DEFAULT_VARIANT, planned, resolve
 from bench.tables import error_table, host_table, table
 from gptperf import ceilings, profiling
 
@@ -98,6 +98,11 @@ def _waterfall(name: str, quick: bool, folder: Path) -> Found:
     return {**found, "protocol": f"{profiling.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
 
 
+def _plan(name: str, quick: bool, _: Path) -> Found:
+    found = step.measure_config(planned(name.partition("/")[2]), _QUICK_STEPS)
+    return {**found, "protocol": profiling.STEP_PROTOCOL}
+
+
 def _loader(_: str, quick: bool, __: Path) -> Found:
     tokens, windows, window_s = (8_000_000, 3, 0.5) if quick else (loader.RANDOM_TOKENS, 5, 1.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +139,7 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
     "ceilings": _ceilings,
     "step": _step,
     "waterfall": _waterfall,
+    "plan": _plan,
     "loader": _loader,
     "micro": _micro,
 }

@@ -58,12 +58,6 @@ def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _selective_blocks(c: Mapping[str, Any]) -> str | None:
-    if c["recompute"] != "selective" or not c["compile"] or c["compile_scope"] != "block":
-        return None
-    return "selective recomputation needs compile_scope = 'model' (or compile = false); nearest recompute: 'full'"
-
-
 def _later(flag: str, name: str) -> Callable[[Mapping[str, Any]], str | None]:
     return lambda c: f"{name} is not in this version yet; leave {flag} out" if c[flag] else None
 
@@ -98,7 +92,6 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("attention_backend", "dtype", "device"), _flash_attn),
     (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
     (("kernels", "device"), _triton_on_cpu),
-    (("recompute", "compile_scope", "compile"), _selective_blocks),
     (("use_zero1", "use_fsdp"), _both_shardings),
     (("use_zero1",), _later("use_zero1", "ZeRO-1")),
     (("use_fsdp",), _later("use_fsdp", "FSDP")),

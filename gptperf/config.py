@@ -237,8 +237,9 @@ class SystemConfig:
     """Compute dtype. Master weights, gradient reduction and optimizer states are float32 whatever it is."""
     compile: bool = True
     """Use torch.compile."""
-    compile_scope: Literal["model", "block"] = "model"
-    """Compile the model as one graph (fastest step), or block by block (fastest start)."""
+    compile_scope: Literal["auto", "model", "block"] = "auto"
+    """Compile the model as one graph, or block by block: faster to start, gradients come out block by block, and a block
+    that is recomputed gives its memory back. auto: block with several GPUs or recompute = "full", else model."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops: Triton where it can run, Triton or an error, PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"

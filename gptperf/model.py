@@ -362,6 +362,7 @@ class GPT(nn.Module):
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
+        self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
         self.recompute = "none"
         """What backward computes again: "none", "selective" (norms and activations) or "full" (the blocks)."""
         self.init_weights()
@@ -376,6 +377,15 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def compile_blocks(self) -> None:
+        """Compile every block, the last norm and the loss apart from each other."""
+        if self.recompute == "selective":  # what is kept is chosen among the ops of a block, so in its graph
+            self.recomputed = torch.compile(checkpoint)
+        for block in self.blocks:
+            block.compile()
+        self.norm.compile()
+        self.loss = torch.compile(self.loss)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
         """Mean loss where targets are given, logits otherwise.
@@ -393,7 +403,7 @@ class GPT(nn.Module):
         residual = None
         for i, block in enumerate(self.blocks):
             if self.recompute != "none" and caches is None and torch.is_grad_enabled():
-                x, residual = checkpoint(block, x, residual, self.position, **_CONTEXTS[self.recompute])
+                x, residual = self.recomputed(block, x, residual, self.position, **_CONTEXTS[self.recompute])
             else:
                 x, residual = block(x, residual, self.position, caches[i] if caches else None)
         x, _ = self.norm(x, residual)

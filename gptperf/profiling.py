@@ -327,13 +327,16 @@ def waterfall(found: Breakdown, flops_of_step: tuple[float, float], peak_flop_s:
     return Waterfall(lost, 100 - sum(lost.values()), 100 * sum(ideal_ms) / timed_ms)
 
 
-def trace_steps(run: Callable[[int], object], first: int, steps: int, *, host: bool = False) -> dict[str, Any]:
+def trace_steps(
+    run: Callable[[int], object], first: int, steps: int, *, warm_up: int = 0, host: bool = False
+) -> dict[str, Any]:
     """Run steps under PyTorch's profiler.
 
     Args:
         run: enqueues the step of a number.
         first: number of the first step.
-        steps: how many.
+        steps: how many are recorded.
+        warm_up: steps before them: while the profiler starts, the device rests and would be faster for a second.
         host: record the host too, for `LOADER_MARK`; that slows the host down.
 
     Returns:
@@ -341,11 +344,17 @@ def trace_steps(run: Callable[[int], object], first: int, steps: int, *, host: b
     """
     torch: Any = importlib.import_module("torch")
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA, kinds.CPU] if host else [kinds.CUDA]) as profile:
-        for step in range(first, first + steps):
+    with torch.profiler.profile(
+        activities=[kinds.CUDA, kinds.CPU] if host else [kinds.CUDA],
+        schedule=torch.profiler.schedule(wait=0, warmup=warm_up, active=steps, repeat=1) if warm_up else None,
+        acc_events=True,
+    ) as profile:
+        for step in range(first, first + warm_up + steps):
             run(step)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            if step + 1 in (first + warm_up, first + warm_up + steps) and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if warm_up and step + 1 < first + warm_up + steps:  # the last one would end the trace
+                profile.step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))

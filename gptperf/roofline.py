@@ -144,7 +144,7 @@ def _communication_s(
     window = 2 / 3 * compute_s / micro_batches
     if strategy == "ddp":
         reduce = 2 * 4 * count * share
-        covered = not config.system.compile or config.system.compile_scope == "block"
+        covered = not config.system.compile or config.system.compile_scope != "model"
         return max(reduce - window, 0.05 * reduce) if covered else reduce
     gather = size * count * share
     reduce = 4 * count * share

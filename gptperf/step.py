@@ -73,7 +73,7 @@ def compile_engine(engine: Engine) -> str:
     Returns:
         "model", "block", or "off" with the reason, for the log.
     """
-    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
+    scope = build.compile_model(engine.model, engine.config.system, engine.process.device, engine.process.world_size)
     if not scope.startswith("off") and engine.ops.chosen["adamw"] == "eager":
         engine.optimizer.op = torch.compile(engine.optimizer.op)
     return scope

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -41,8 +42,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return timed
 
-    def trace(run: Any, first: int, steps: int) -> dict[str, Any]:
+    def trace(run: Any, first: int, steps: int, *, warm_up: int) -> dict[str, Any]:
         events = []
+        assert warm_up == math.ceil(step.WARM_UP_MS / 2)
         for number in range(first, first + steps):
             run(number)
             ran.append(number)

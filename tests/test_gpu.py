@@ -53,10 +53,12 @@ def test_float32_is_the_cpus() -> None:
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("scope", ["model", "block"])
-def test_compiled_is_eager(scope: str) -> None:
+def test_compiled_is_eager(scope: str, recompute: str) -> None:
     torch._dynamo.reset()
-    eager, compiled = _engine("--compile=False"), _engine(f"--compile_scope={scope}")
+    again = f"--recompute={recompute}"
+    eager, compiled = _engine("--compile=False"), _engine(f"--compile_scope={scope}", again)
     assert compile_engine(eager) == "off"
     assert compile_engine(compiled) == scope
     for a, b in zip(_losses(compiled, 8), _losses(eager, 8), strict=True):

@@ -232,9 +232,22 @@ def test_waits_are_in_a_trace_of_pytorch() -> None:
         with torch.profiler.record_function(profiling.LOADER_MARK):
             torch.randn(8)
 
-    trace = profiling.trace_steps(run, 0, 3, host=True)
-    waits = profiling.waits_of(trace)
+    waits = profiling.waits_of(profiling.trace_steps(run, 0, 3, host=True))
     assert len(waits) == 3
     assert all(end > begin for begin, end in waits)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_warm_up_is_not_in_a_trace() -> None:
+    ran = []
+
+    def run(step: int) -> None:
+        ran.append(step)
+        with torch.profiler.record_function(profiling.LOADER_MARK):
+            torch.randn(8)
+
+    trace = profiling.trace_steps(run, 4, 3, warm_up=2, host=True)
+    assert ran == [4, 5, 6, 7, 8]
+    assert len(profiling.waits_of(trace)) == 3
     if not torch.cuda.is_available():
         assert profiling.kernels_of(trace) == []
