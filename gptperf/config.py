@@ -238,8 +238,8 @@ class SystemConfig:
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["auto", "model", "block"] = "auto"
-    """Compile the model as one graph, or block by block: faster to start, gradients come out block by block, and a block
-    that is recomputed gives its memory back. auto: block with several GPUs or recompute = "full", else model."""
+    """Compile the model as one graph, or block by block: faster to start, gradients come out block by block, and what
+    is recomputed gives its memory back. auto: block with several GPUs or recompute = "full", else model."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops: Triton where it can run, Triton or an error, PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
