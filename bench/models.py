@@ -32,11 +32,9 @@ PLANNED = {
 """Runs whose plan is compared with what they take. The last two gave no rate of the plan's."""
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
-    "compiled": ["--compile=True", "--kernels=eager"],
-    "compiled_block": ["--compile=True", "--kernels=eager", "--compile_scope=block"],
+    "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
     "triton": ["--compile=False", "--kernels=triton"],
     "triton+compiled": ["--compile=True", "--kernels=triton"],
-    "triton+compiled_block": ["--compile=True", "--kernels=triton", "--compile_scope=block"],
     "auto+compiled": ["--compile=True", "--kernels=auto"],
 }
 STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled")

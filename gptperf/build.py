@@ -71,7 +71,7 @@ def build_model(model: ModelConfig, ops: Ops, device: torch.device, seed: int) -
         return GPT(model, ops)
 
 
-def compile_model(model: GPT, system: SystemConfig, device: torch.device, world_size: int = 1) -> str:
+def compile_model(model: GPT, system: SystemConfig, device: torch.device) -> str:
     """Compile the model in place where it was asked for and can be.
 
     Returns:
@@ -84,11 +84,8 @@ def compile_model(model: GPT, system: SystemConfig, device: torch.device, world_
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         return f"off: torch.compile needs a C++ compiler on a CPU, and {compiler} is not on the path"
-    scope = system.compile_scope
-    if scope == "auto":  # as one graph, backward hands over all gradients at its end, and keeps all that it recomputes
-        scope = "block" if world_size > 1 or system.recompute == "full" else "model"
-    if scope == "block":
+    if system.compile_scope == "block":
         model.compile_blocks()
     else:
         model.compile()
-    return scope
+    return system.compile_scope

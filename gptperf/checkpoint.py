@@ -1,6 +1,6 @@
 """Checkpoints: atomic to save, verified before use, free of pickle.
 
-    DIRECTORY/step-00000042/   one safetensors file a group of tensors, state.json, MANIFEST.json
+    DIRECTORY/step-00000042/   a safetensors file a group of tensors and process, state.json, MANIFEST.json
     DIRECTORY/index.jsonl      what was saved when, for people; nothing reads it
 
 `save` writes and syncs every file in `.tmp-00000042-NONCE` and renames that directory: `step-*` is complete
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gptperf.disk import (
+    FileRecord,
     RunLock,
     append_line,
     check_space,
@@ -54,7 +55,8 @@ from gptperf.manifest import (
     read_manifest,
     seal,
 )
-from gptperf.tensorfile import check_finite, header, read_tensors, tensor_bytes, write_tensors
+from gptperf.peers import Alone, Peers, together
+from gptperf.tensorfile import check_finite, header, join, read_tensors, tensor_bytes, write_tensors
 
 __all__ = [
     "FAILPOINTS",
@@ -121,8 +123,12 @@ def save(
     state: Mapping[str, JSON],
     keep: int = 3,
     metric: float | None = None,
+    peers: Peers | None = None,
 ) -> Path:
     """Save one step; afterwards the disk holds the whole checkpoint, or what it held before.
+
+    Several processes, on a file system that they share, write their tensors side by side; the first one seals and
+    renames when all have. What one of them cannot do fails for all.
 
     Args:
         directory: Where the checkpoints of the run lie; made if absent. The caller holds its `RunLock`.
@@ -132,6 +138,7 @@ def save(
         state: JSON values; a float comes back with the same bits.
         keep: How many of the newest checkpoints stay, beside the best one and this one.
         metric: Lower is better, for `best`.
+        peers: who saves besides; default: nobody.
 
     Returns:
         The checkpoint's directory.
@@ -147,48 +154,72 @@ def save(
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
     text = _state_text(state)
+    peers = peers or Alone()
+    failed = f"saving step {step} in {directory}"
+    suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
     headers = {}
-    for stem, named in tensors.items():
-        if not STEM.fullmatch(stem):
-            raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
-        headers[stem] = header(stem, named)
-        check_finite(stem, named)
+    with together(peers, failed):
+        for stem, named in tensors.items():
+            if not STEM.fullmatch(stem):
+                raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
+            headers[stem] = header(stem, named)
+            check_finite(stem, named)
     directory = Path(directory)
-    nonce = secrets.token_hex(4)
+    nonce = peers.exchange(secrets.token_hex(4))[0]
     tmp = directory / f".tmp-{step:08d}-{nonce}"
     final = directory / f"step-{step:08d}"
     try:
-        make_directory(directory)
-        tmp.mkdir(mode=0o700)
-        hit("tmp_made")
+        with together(peers, failed):
+            if peers.rank == 0:
+                make_directory(directory)
+                tmp.mkdir(mode=0o700)
+                hit("tmp_made")
         files = []
-        for stem, named in tensors.items():
-            half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
-            path = tmp / f"{stem}.safetensors"
-            files.append(write_tensors(path, named, headers[stem], half=half, written=written))
-            hit("tensors_synced")
-        files.append(write_file(tmp / STATE, [text], len(text), half=lambda: hit("state_half_written")))
-        hit("state_synced")
-        manifest = seal(step, metric, files)
-        write_file(tmp / MANIFEST, [manifest], len(manifest), half=lambda: hit("manifest_half_written"))
-        hit("manifest_synced")
-        sync_directory(tmp)
-        hit("tmp_synced")
-        _publish(tmp, final, directory / f".old-{step:08d}-{nonce}", hit)
-        entry = {
-            "step": step,
-            "metric": metric,
-            "name": final.name,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
-        append_line(directory / "index.jsonl", json.dumps(entry).encode(), half=lambda: hit("index_half_written"))
-        hit("index_synced")
-        _prune(directory, keep, final, hit)
-    except OSError as error:
-        raise DiskError(f"saving step {step} in {directory} failed: {error}") from error
+        with together(peers, failed):
+            for stem, named in tensors.items():
+                half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
+                path = tmp / f"{stem}{suffix}.safetensors"
+                files.append(write_tensors(path, named, headers[stem], half=half, written=written))
+                hit("tensors_synced")
+        files = [file for part in peers.exchange(files) for file in part]
+        with together(peers, failed):
+            if peers.rank == 0:
+                _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
+        if peers.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
     return final
+
+
+def _seal_and_publish(
+    step: int,
+    metric: float | None,
+    files: list[FileRecord],
+    text: bytes,
+    tmp: Path,
+    final: Path,
+    keep: int,
+    hit: Callable[[str], None],
+) -> None:
+    """Make a checkpoint of the files that all processes have written."""
+    directory, nonce = final.parent, tmp.name.rpartition("-")[2]
+    files = [*files, write_file(tmp / STATE, [text], len(text), half=lambda: hit("state_half_written"))]
+    hit("state_synced")
+    manifest = seal(step, metric, files)
+    write_file(tmp / MANIFEST, [manifest], len(manifest), half=lambda: hit("manifest_half_written"))
+    hit("manifest_synced")
+    sync_directory(tmp)
+    hit("tmp_synced")
+    _publish(tmp, final, directory / f".old-{step:08d}-{nonce}", hit)
+    entry = {
+        "step": step,
+        "metric": metric,
+        "name": final.name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    append_line(directory / "index.jsonl", json.dumps(entry).encode(), half=lambda: hit("index_half_written"))
+    hit("index_synced")
+    _prune(directory, keep, final, hit)
 
 
 def prune(directory: Path, *, keep: int) -> list[str]:
@@ -267,17 +298,23 @@ def load(path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] 
     path = Path(path)
     manifest = read_manifest(path)
     check_files(path, manifest)
-    wanted = [
-        f for f in manifest.files if only is None or f.name.removesuffix(".safetensors") in only or f.name == STATE
-    ]
+    wanted = [f for f in manifest.files if only is None or _group(f.name) in only or f.name == STATE]
     for file in wanted:
         check_hash(path, file)
     state = parse_json(read_file(path / STATE, STATE_LIMIT), path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}; wanted an object")
     names = [file.name for file in wanted if file.name != STATE]
-    tensors = {name.removesuffix(".safetensors"): read_tensors(path / name, device) for name in names}
-    return Checkpoint(path=path, step=manifest.step, tensors=tensors, state=state, metric=manifest.metric)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        tensors.setdefault(_group(name), {}).update(read_tensors(path / name, device))
+    joined = {stem: join(named, f"{path}: {stem}") for stem, named in tensors.items()}
+    return Checkpoint(path=path, step=manifest.step, tensors=joined, state=state, metric=manifest.metric)
+
+
+def _group(file: str) -> str:
+    """The stem that a file's tensors were saved under, whichever process wrote it."""
+    return re.sub(r"(-\d{5})?\.safetensors$", "", file)
 
 
 def load_latest(

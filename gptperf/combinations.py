@@ -70,6 +70,18 @@ def _both_shardings(c: Mapping[str, Any]) -> str | None:
     )
 
 
+def _fsdp_as_one_graph(c: Mapping[str, Any]) -> str | None:
+    if not (c["use_fsdp"] and c["compile"] and c["compile_scope"] == "model"):
+        return None
+    return "FSDP gathers weights block by block, which one graph leaves no room for; nearest compile_scope: 'block'"
+
+
+def _full_as_one_graph(c: Mapping[str, Any]) -> str | None:
+    if not (c["recompute"] == "full" and c["compile"] and c["compile_scope"] == "model"):
+        return None
+    return "compiled as one graph, full recomputation gives little memory back; nearest compile_scope: 'block'"
+
+
 def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
     if c["overwrite"] and c["init_from"] in ("resume", "auto"):
         return f"init_from = {c['init_from']!r} continues the checkpoints that overwrite = true would move aside"
@@ -93,8 +105,8 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
     (("kernels", "device"), _triton_on_cpu),
     (("use_zero1", "use_fsdp"), _both_shardings),
-    (("use_zero1",), _later("use_zero1", "ZeRO-1")),
-    (("use_fsdp",), _later("use_fsdp", "FSDP")),
+    (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
+    (("recompute", "compile", "compile_scope"), _full_as_one_graph),
     (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
     (("overwrite", "init_from"), _overwrite_resume),
     (("init_from",), _init_from),

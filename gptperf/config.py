@@ -212,6 +212,8 @@ class TrainConfig:
     """Validation batches an evaluation, at most what the validation split holds."""
     save_interval: _Positive | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
     keep_checkpoints: _Positive = 3
     """Newest checkpoints to keep; the best one is kept besides."""
     init_from: str = "scratch"
@@ -237,9 +239,8 @@ class SystemConfig:
     """Compute dtype. Master weights, gradient reduction and optimizer states are float32 whatever it is."""
     compile: bool = True
     """Use torch.compile."""
-    compile_scope: Literal["auto", "model", "block"] = "auto"
-    """Compile the model as one graph, or block by block: faster to start, gradients come out block by block, and what
-    is recomputed gives its memory back. auto: block with several GPUs or recompute = "full", else model."""
+    compile_scope: Literal["block", "model"] = "block"
+    """Compile block by block, or the model as one graph: with the Triton ops as fast, and ten times the start."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops: Triton where it can run, Triton or an error, PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -251,7 +252,11 @@ class SystemConfig:
     use_fsdp: bool = False
     """Shard parameters, gradients and optimizer states over the GPUs (FSDP)."""
     fsdp_min_num_params: _Count = 100_000
-    """Smallest module that FSDP makes a unit of its own."""
+    """FSDP: parameters of a unit; smaller blocks share one with the next."""
+    fsdp_reduce_once: bool = False
+    """FSDP: keep whole gradients between micro-batches and reduce them once: less communication, more memory."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are summed over the GPUs."""
     peak_tflops: Annotated[float, Range(0, open=True)] | None = None
     """Peak of the GPU in TFLOP/s for the MFU; default: the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"

@@ -74,6 +74,10 @@ class DiskError(GptperfError, RuntimeError):
 
     exit_code = 8
 
+    def __init__(self, *args: object, full: bool = False):
+        super().__init__(*args)
+        self.full = full
+
 
 @contextlib.contextmanager
 def main_guard(debug: bool = False) -> Iterator[None]:

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -340,6 +340,16 @@ _BUILT_IN: dict[str, dict[str, type[nn.Module] | Callable[[Tensor], Tensor]]] = 
 register_built_in(_BUILT_IN)
 
 
+class Units(Protocol):
+    """Who provides the weights of a model that are not always there."""
+
+    def enter(self, unit: int) -> None:
+        """The weights of a unit are about to be read."""
+
+    def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
+        """A block has given its outputs; their gradients come when its backward is about to begin."""
+
+
 class GPT(nn.Module):
     """A decoder-only transformer.
 
@@ -363,6 +373,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
+        self.units: Units | None = None
+        """Is told before the weights of a unit are read: 0 before the blocks, i + 1 block i, then the rest."""
         self.recompute = "none"
         """What backward computes again: "none", "selective" (norms and activations) or "full" (the blocks)."""
         self.init_weights()
@@ -399,13 +411,21 @@ class GPT(nn.Module):
             A float32 scalar, or logits `(B, T, V)`.
         """
         start = caches[0].length if caches else 0
+        if self.units is not None:
+            self.units.enter(0)
         x = self.dropout(self.position.embed(self.wte(tokens), start))  # (B, T, C)
         residual = None
         for i, block in enumerate(self.blocks):
+            if self.units is not None:
+                self.units.enter(i + 1)
             if self.recompute != "none" and caches is None and torch.is_grad_enabled():
                 x, residual = self.recomputed(block, x, residual, self.position, **_CONTEXTS[self.recompute])
             else:
                 x, residual = block(x, residual, self.position, caches[i] if caches else None)
+            if self.units is not None:
+                self.units.leave(i + 1, (x, residual))
+        if self.units is not None:
+            self.units.enter(len(self.blocks) + 1)
         x, _ = self.norm(x, residual)
         if targets is None:
             return self.lm_head(x)

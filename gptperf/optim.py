@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptperf.config import OptimizerConfig
-from gptperf.parallel import ALIGN, Bucket
+from gptperf.weights import ALIGN, Bucket
 
 __all__ = ["AdamW", "clip_scale", "learning_rate"]
 
@@ -36,7 +36,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
         self.config = config
         self.op = op
-        self.copies = {b.master: b.compute if b.has_copy else None for b in buckets}
+        self.copies = {b.master: b.copy for b in buckets}
         self.steps = torch.zeros((), device=buckets[0].master.device)  # updates made, without those left out
         for parameter in self.copies:
             self.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

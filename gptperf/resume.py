@@ -6,8 +6,9 @@ iteration. The random states are saved besides, for components from outside that
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, Config
 from gptperf.errors import CheckpointError, DataError
-from gptperf.parallel import Replicated
+from gptperf.optim import AdamW
 from gptperf.step import Engine
+from gptperf.tensorfile import part_name
+from gptperf.weights import Bucket, Piece, Replicated
 
 __all__ = ["TrainState", "changed_keys", "changed_versions", "restore", "restore_weights", "snapshot"]
 
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug")  # say nothing of the run itself
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 
 
@@ -49,7 +53,7 @@ class TrainState:
 def snapshot(
     engine: Engine, state: TrainState, fingerprint: str, tokenizer: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the JSON state of this iteration. The tensors are views, not copies.
+    """Tensors by file and the JSON state of this iteration: this process's part. The tensors are views, not copies.
 
     Args:
         engine: whose weights, optimizer and scaler are saved.
@@ -58,20 +62,25 @@ def snapshot(
         tokenizer: its name and fingerprint.
     """
     config, optimizer = engine.config, engine.optimizer
-    moments = {
-        f"{key}.{name}": view
-        for key in ("exp_avg", "exp_avg_sq")
-        for name, view in engine.weights.optimizer_views(optimizer, key)
+    weights = engine.weights
+    tensors: dict[str, dict[str, Tensor]] = {
+        "model": _stored(weights.pieces(_master, to_save=True)),
+        "optimizer": {},
     }
+    for key in _MOMENTS:
+        tensors["optimizer"] |= _stored(weights.pieces(partial(_moment, optimizer, key), to_save=True), f"{key}.")
+    if engine.process.is_main:
+        tensors["optimizer"]["steps"] = optimizer.steps
     rng = {"torch": torch.get_rng_state()}
     if engine.process.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     kind, keys, *position = np.random.get_state()
     rng["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, internal, gauss = random.getstate()
-    tensors = {"model": dict(engine.weights.masters()), "optimizer": moments | {"steps": optimizer.steps}, "rng": rng}
     buffers = dict(_buffers(engine.model))
-    return tensors | ({"buffers": buffers} if buffers else {}), {
+    if engine.process.is_main:
+        tensors |= {"rng": rng} | ({"buffers": buffers} if buffers else {})
+    return tensors, {
         "train_state": dataclasses.asdict(state),
         "scaler": engine.scaler.state_dict(),
         "rng": {"python": [version, list(internal), gauss], "numpy": [kind, *position]},
@@ -81,6 +90,30 @@ def snapshot(
         "tokenizer": dict(tokenizer),
         "versions": versions(engine),
     }
+
+
+def _master(bucket: Bucket) -> Tensor:
+    return bucket.master.data
+
+
+def _moment(optimizer: AdamW, key: str, bucket: Bucket) -> Tensor:
+    return optimizer.state[bucket.master][key]
+
+
+def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
+    """Pieces by the name that they have in a file."""
+    found = {}
+    for name, shape, start, values in pieces:
+        whole = values.numel() == shape.numel()
+        found[prefix + (name if whole else part_name(name, shape, start))] = values.view(shape) if whole else values
+    return found
+
+
+def _fill(checkpoint: Checkpoint, stem: str, pieces: Iterable[Piece], prefix: str = "") -> None:
+    """Put a checkpoint's elements where a process has them."""
+    for name, shape, start, values in pieces:
+        saved = _tensor(checkpoint, stem, prefix + name, shape)
+        values.copy_(saved.view(-1)[start : start + values.numel()])
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -156,9 +189,10 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
             f"found {fingerprint[:12]}; wanted the same shards"
         )
     restore_weights(checkpoint, engine.model, engine.weights)
-    for key in ("exp_avg", "exp_avg_sq"):
-        for name, view in engine.weights.optimizer_views(optimizer, key):
-            view.copy_(_tensor(checkpoint, "optimizer", f"{key}.{name}", view.shape))
+    for key in _MOMENTS:
+        _fill(
+            checkpoint, "optimizer", engine.weights.pieces(partial(_moment, optimizer, key), to_save=False), f"{key}."
+        )
     optimizer.steps.copy_(_tensor(checkpoint, "optimizer", "steps", optimizer.steps.shape))
     engine.scaler.load_state_dict(saved["scaler"])
     rng = checkpoint.tensors["rng"]
@@ -184,8 +218,7 @@ def restore_weights(checkpoint: Checkpoint, model: nn.Module, weights: Replicate
         raise CheckpointError(
             f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}"
         )
-    for name, master in weights.masters():
-        master.copy_(_tensor(checkpoint, "model", name, master.shape))
+    _fill(checkpoint, "model", weights.pieces(_master, to_save=False))
     for name, tensor in _buffers(model):
         tensor.copy_(_tensor(checkpoint, "buffers", name, tensor.shape))
     weights.publish()

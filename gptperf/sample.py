@@ -122,8 +122,9 @@ def sample(config: SampleConfig) -> list[str]:
     from gptperf.config import ModelConfig
     from gptperf.data.tokenizer import load_tokenizer
     from gptperf.model import GPT
-    from gptperf.parallel import Replicated, start_process
+    from gptperf.parallel import start_process
     from gptperf.resume import restore_weights
+    from gptperf.weights import Replicated
 
     registry.load_plugins(config.plugins)
     folder = config.run / "checkpoints" if (config.run / "checkpoints").is_dir() else config.run

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptperf import build, registry, selftest
-from gptperf.config import Config
+from gptperf.config import Config, SystemConfig
 from gptperf.model import GPT
 from gptperf.monitor.gradients import gradient_moments
 from gptperf.optim import AdamW, clip_scale, learning_rate
-from gptperf.parallel import Process, Replicated
+from gptperf.parallel import Process
+from gptperf.sharded import FullySharded, Sharded
+from gptperf.weights import Replicated
 
 __all__ = ["Engine", "StepResult", "build_engine", "compile_engine", "train_step"]
 
@@ -61,10 +64,27 @@ def build_engine(config: Config, process: Process) -> Engine:
     ops = registry.without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
-    weights = Replicated(model, dtype, process.world_size)
+    weights = make_weights(model, config.system, process)
     optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     return Engine(config, process, ops, model, weights, optimizer, scaler, torch.zeros((), device=process.device))
+
+
+def make_weights(model: GPT, system: SystemConfig, process: Process) -> Replicated:
+    """Take over a model's parameters, by the strategy of the configuration."""
+    where = model, build.DTYPES[system.dtype], process.world_size, process.rank
+    reduce_dtype = build.DTYPES[system.reduce_dtype]
+    if system.use_fsdp:
+        return FullySharded(
+            *where,
+            reduce_dtype=reduce_dtype,
+            min_num_params=system.fsdp_min_num_params,
+            reduce_once=system.fsdp_reduce_once,
+        )
+    if system.use_zero1:
+        announces = not (system.compile and system.compile_scope == "model")
+        return Sharded(*where, reduce_dtype=reduce_dtype, announces=announces)
+    return Replicated(*where, reduce_dtype=reduce_dtype)
 
 
 def compile_engine(engine: Engine) -> str:
@@ -73,7 +93,7 @@ def compile_engine(engine: Engine) -> str:
     Returns:
         "model", "block", or "off" with the reason, for the log.
     """
-    scope = build.compile_model(engine.model, engine.config.system, engine.process.device, engine.process.world_size)
+    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
     if not scope.startswith("off") and engine.ops.chosen["adamw"] == "eager":
         engine.optimizer.op = torch.compile(engine.optimizer.op)
     return scope
@@ -102,15 +122,25 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_mom
     weights.finish_gradients()
     engine.scaler.unscale_(engine.optimizer)
     norm = weights.gradient_norm()
-    moments = gradient_moments(weights.gradients(), weights.numel) if with_moments else None
+    moments = gradient_moments(weights.gradients(), weights.numel, weights.summed) if with_moments else None
     divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
     engine.skipped += found_inf
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(step, config.optimizer, config.train.max_iters)
     engine.optimizer.grad_scale, engine.optimizer.found_inf = divisor, found_inf
+    if engine.scaler.is_enabled() and weights.is_sharded:
+        _agree_on_overflow(engine)
     engine.scaler.step(engine.optimizer)
     engine.scaler.update()
+    weights.finish_step()
     return StepResult(total / engine.micro_batches, norm, moments)
+
+
+def _agree_on_overflow(engine: Engine) -> None:
+    """A share of the gradients that overflowed is an overflow for every process's scale."""
+    state: Any = engine.scaler._per_optimizer_states[id(engine.optimizer)]
+    for found in state["found_inf_per_device"].values():
+        engine.weights.summed(found)
 
 
 def _seed_micro_batch(seed: int, step: int, micro: int) -> None:

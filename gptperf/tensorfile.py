@@ -7,7 +7,8 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from gptperf.disk import FileRecord, open_regular, write_file
 from gptperf.errors import CheckpointError, NonFiniteError
 
-__all__ = ["check_finite", "header", "read_tensors", "tensor_bytes", "write_tensors"]
+__all__ = ["check_finite", "header", "join", "part_name", "read_tensors", "tensor_bytes", "write_tensors"]
 
 HEADER_LIMIT = 1 << 24
 CHUNK = 1 << 24
+_PART = re.compile(r"(.+)@(\d+):(\d+(?:x\d+)*)", re.ASCII)
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -115,6 +117,39 @@ def write_tensors(
 
     total = len(start) + tensor_bytes({path.stem: named})
     return write_file(path, chunks(), total, half=half, written=written)
+
+
+def part_name(name: str, shape: Sequence[int], start: int) -> str:
+    """Under which elements of a tensor are stored, flat, when a file has not all of them."""
+    return f"{name}@{start}:{'x'.join(map(str, shape))}"
+
+
+def join(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Whole tensors, of tensors and parts of them.
+
+    Raises:
+        CheckpointError: parts are missing, or overlap.
+    """
+    whole: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+    for name, tensor in named.items():
+        found = _PART.fullmatch(name)
+        if found is None:
+            whole[name] = tensor
+        else:
+            parts.setdefault((found[1], found[3]), []).append((int(found[2]), tensor))
+    for (name, text), pieces in parts.items():
+        shape = [int(size) for size in text.split("x")]
+        pieces.sort(key=lambda piece: piece[0])
+        at = 0
+        for start, tensor in pieces:
+            if start != at or name in whole:
+                raise CheckpointError(f"{where}: elements {at} to {start} of {name!r} are missing or there twice")
+            at += tensor.numel()
+        if at != math.prod(shape):
+            raise CheckpointError(f"{where}: found {at} elements of {name!r}, wanted {math.prod(shape)}")
+        whole[name] = torch.cat([tensor for _, tensor in pieces]).view(shape)
+    return whole
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ The GPU is synchronised at log lines, evaluations and saves, and nowhere between
 """
 
 import contextlib
-import errno
 import os
 import random
 import time
@@ -34,6 +33,7 @@ from gptperf.plan import Plan
 from gptperf.resume import TrainState, changed_keys, changed_versions, restore, restore_weights, snapshot
 from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
+from gptperf.saving import Saved, Saver
 from gptperf.startup import against_plan, check_plan, find_peak, startup_info, throughput_of
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
@@ -56,6 +56,7 @@ class Run:
     journal: Journal | None
     """In the main process."""
     plan: Plan | None
+    saver: Saver
     failed_saves: int = 0
     waited_s: float = 0.0
     """Seconds that the loop had waited for the loader at the last log line."""
@@ -137,7 +138,9 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
                 f"batch_size = {config.train.batch_size} and raise gradient_accumulation_steps, or lower block_size."
             ) from error
         if finished:
-            _finish(run)
+            with run.engine.weights.gathered():
+                _finish(run)
+                process.barrier()
         return 0 if finished else PREEMPTED
 
 
@@ -183,7 +186,9 @@ def _start(
         journal.write("start", {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info})
     console.startup(info)
     throughput = throughput_of(config, process, peak, console.warning)
-    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned)
+    saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
+    stack.callback(saver.wait)  # after an error too: what has begun is written
+    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned, saver)
 
 
 def _take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
@@ -276,6 +281,8 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
         state.tokens += run.config.tokens_per_iter
         if log_due:
             _log(run, result, clock, loader.wait_s)
+        if process.world_size == 1:  # several processes hear of a save together: before the next one, and at the end
+            _saved(run, run.saver.poll(), must=False)
         asked = process.any(stop.requested)
         val_loss = None
         if last or iteration % train.eval_interval == 0:
@@ -366,37 +373,47 @@ def _evaluate(run: Run) -> float:
 
 
 def _save(run: Run, val_loss: float | None, *, must: bool) -> None:
-    """Commit a checkpoint. A disk that fails is reported; it ends the run the third time, or where the run ends anyway.
+    """Save; where the run ends, wait until the checkpoint is committed.
+
+    Raises:
+        DiskError: see `_saved`.
+    """
+    state = run.state
+    tokenizer = {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint}
+    tensors, saved = snapshot(run.engine, state, run.train_tokens.fingerprint, tokenizer)
+    _saved(run, run.saver.save(state.step, tensors, saved, val_loss), must=False)
+    if must:
+        _saved(run, run.saver.wait(), must=True)
+
+
+def _saved(run: Run, ended: Saved | None, *, must: bool) -> None:
+    """Report how a save ended. A disk that fails ends the run the third time, or where the run ends anyway.
 
     Raises:
         DiskError: then.
+        GptperfError: what else was wrong.
     """
-    if run.journal is None:
+    if ended is None:
         return
-    state, start = run.state, time.perf_counter()
-    tokenizer = {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint}
-    tensors, saved = snapshot(run.engine, state, run.train_tokens.fingerprint, tokenizer)
-    keep = run.config.train.keep_checkpoints
-    for again in (True, False):
-        try:
-            path = checkpoint.save(
-                run.checkpoints, step=state.step, tensors=tensors, state=saved, keep=keep, metric=val_loss
-            )
-            break
-        except DiskError as error:
-            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
-            if again and full and checkpoint.prune(run.checkpoints, keep=1):
-                continue
-            run.failed_saves += 1
-            if must or run.failed_saves >= _SAVE_TRIES:
-                raise
-            run.console.warning(f"no checkpoint of iteration {state.step}, training goes on: {error}")
-            run.journal.write("message", {"level": "warning", "text": str(error), "iter": state.step})
-            return
+    error = ended.error
+    if error is not None:
+        run.failed_saves += 1
+        if must or run.failed_saves >= _SAVE_TRIES or not isinstance(error, DiskError):
+            raise error
+        run.console.warning(f"no checkpoint of iteration {ended.step}, training goes on: {error}")
+        if run.journal is not None:
+            run.journal.write("message", {"level": "warning", "text": str(error), "iter": ended.step})
+        return
     run.failed_saves = 0
-    time_ms = 1e3 * (time.perf_counter() - start)
-    record = {"iter": state.step, "path": str(path), "val_loss": val_loss, "time_ms": time_ms}
-    run.journal.write("checkpoint", record)
+    record = {
+        "iter": ended.step,
+        "path": str(ended.path),
+        "val_loss": ended.metric,
+        "time_ms": ended.time_ms,
+        "stall_ms": ended.stall_ms,
+    }
+    if run.journal is not None:
+        run.journal.write("checkpoint", record)
     run.console.checkpoint(record)
 
 

@@ -15,7 +15,7 @@ from gptperf import cli, footprint, registry
 from gptperf.config import Config
 from gptperf.model import GPT
 from gptperf.optim import AdamW
-from gptperf.parallel import Replicated
+from gptperf.weights import Replicated
 
 ROOT = Path(__file__).parent.parent
 SIZES = ["--n_layer=1", "--n_embd=48", "--n_head=4", "--block_size=12", "--vocab_size=96", "--batch_size=3"]

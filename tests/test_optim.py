@@ -18,7 +18,7 @@ from gptperf.config import ModelConfig, OptimizerConfig
 from gptperf.kernels import reference
 from gptperf.model import GPT
 from gptperf.optim import AdamW, clip_scale, learning_rate
-from gptperf.parallel import ALIGN, Replicated
+from gptperf.weights import ALIGN, Replicated
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
@@ -187,7 +187,8 @@ def test_a_frozen_parameter_stays_as_it_is() -> None:
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from gptperf.parallel import Replicated, start_process
+from gptperf.parallel import start_process
+from gptperf.weights import Replicated
 process = start_process("cpu")
 torch.manual_seed(process.rank)
 model = nn.ModuleDict({str(i): nn.Linear(8, 8, bias=False) for i in range(6)})

@@ -1,0 +1,383 @@
+"""Strategies in which a process holds its share: ZeRO-1 (optimizer) and FSDP (weights and gradients too).
+
+A process has the elements [rank, rank + 1) * numel / world_size of every bucket: their master weights, reduced
+gradients and moments. Its update is gathered from all processes before the model reads it, unit by unit: the
+embedding, each block, and what comes after them. So a model that is sharded is compiled block by block or not at all, and announces
+its units (`Units`); ZeRO-1 also serves one that does not.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gptperf.weights import BUCKET_NUMEL, Bucket, Place, Replicated, runs
+
+__all__ = ["FullySharded", "Sharded"]
+
+# The names of PyTorch 2.13; before, the others.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class Sharded(Replicated):
+    """ZeRO-1: every process has all weights and gradients, and updates its share.
+
+    Gradients are reduce-scattered while backward goes on; the updated weights are gathered while the next forward does.
+
+    Args:
+        model: as for `Replicated`, with `units` and `blocks`.
+        announces: whether its forward runs `Units`; if not, the weights are gathered before it.
+    """
+
+    is_sharded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_dtype: torch.dtype,
+        world_size: int,
+        rank: int,
+        *,
+        bucket_numel: int = BUCKET_NUMEL,
+        reduce_dtype: torch.dtype = torch.float32,
+        announces: bool = True,
+    ):
+        self.last_unit = len(getattr(model, "blocks", ())) + 1
+        super().__init__(model, compute_dtype, world_size, rank, bucket_numel=bucket_numel, reduce_dtype=reduce_dtype)
+        self._gathers: dict[Bucket, dist.Work] = {}
+        self.model, self.announces = model, announces
+        self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]
+        for name, place in self.places.items():
+            for unit in self._units_of(name):
+                if place.bucket not in self._needs[unit]:
+                    self._needs[unit].append(place.bucket)
+        if announces:
+            model.units = self  # type: ignore[assignment]
+
+    def _units_of(self, name: str) -> list[int]:
+        """Units that read a parameter: 0 is before the blocks, unit i + 1 is block i, the last one is after them."""
+        head, _, rest = name.partition(".")
+        if head == "blocks":
+            return [int(rest.partition(".")[0]) + 1]
+        if head in ("norm", "lm_head"):
+            return [self.last_unit]
+        tied = head == "wte" and "lm_head.weight" not in self.places
+        return [0, self.last_unit] if tied else [0]
+
+    def _own(self, flat: Tensor) -> Tensor:
+        """This process's share of a whole buffer."""
+        numel = flat.numel() // self.world_size
+        return flat[self.rank * numel : (self.rank + 1) * numel]
+
+    def _held(self, bucket: Bucket) -> tuple[int, int]:
+        return self._share_of(bucket)
+
+    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
+        if self.world_size > 1:
+            dist.broadcast(whole, 0)  # replicas begin with the same bits
+        compute = whole.to(self.compute_dtype) if copied else whole
+        master = nn.Parameter(self._own(whole).clone() if copied else self._own(whole), requires_grad=False)
+        return Bucket(names, decayed, master, torch.zeros_like(whole), compute, self._own(compute) if copied else None)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if self.world_size == 1:
+            return
+        source = bucket.grad
+        if self.reduce_dtype != torch.float32:
+            source = bucket.wire = bucket.grad.to(self.reduce_dtype)
+        bucket.reduction = _reduce_scatter(self._own(source), source, async_op=True)
+
+    def _reduced_gradient(self, bucket: Bucket) -> Tensor:
+        if bucket.reduction is not None:
+            bucket.reduction.wait()
+            bucket.reduction = None
+        own = self._own(bucket.grad)
+        if bucket.wire is not None:
+            own.copy_(self._own(bucket.wire))
+            bucket.wire = None
+        return own
+
+    def summed(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def finish_step(self) -> None:
+        for bucket in reversed(self.buckets):  # in the order of forward
+            self._gather(bucket)
+        if not self.announces:
+            self._wait_for_all()
+
+    def share(self) -> None:
+        self.publish()
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        raise NotImplementedError("a process has only its share: pieces()")
+
+    def _gather(self, bucket: Bucket) -> None:
+        """Begin to collect a bucket's weights from all processes."""
+        if self.world_size > 1:
+            source = bucket.master.data if bucket.copy is None else bucket.copy
+            self._gathers[bucket] = _all_gather(bucket.compute, source, async_op=True)
+
+    def _wait(self, bucket: Bucket) -> None:
+        work = self._gathers.pop(bucket, None)
+        if work is not None:
+            work.wait()
+
+    def _wait_for_all(self) -> None:
+        for bucket in self.buckets:
+            self._wait(bucket)
+
+    def enter(self, unit: int) -> None:
+        """The model is about to read the weights of a unit."""
+        for bucket in self._needs[unit]:
+            self._wait(bucket)
+
+    def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
+        """The model has computed a block."""
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        self._wait_for_all()
+        model: Any = self.model
+        units, model.units = getattr(model, "units", None), None
+        try:
+            yield
+        finally:
+            model.units = units
+
+
+class _Arriving(NamedTuple):
+    """A gradient on its way."""
+
+    bucket: Bucket
+    whole: Tensor
+    own: Tensor
+    first: bool
+    work: dist.Work
+
+
+class FullySharded(Sharded):
+    """FSDP: a process has its share of everything, and a unit's weights while they are read.
+
+    The weights of a unit are gathered while the unit before it computes, in forward and again in backward, and dropped
+    after it. Vectors (norm weights, biases) are a thousandth of a model and stay whole in every process.
+
+    Args:
+        model, compute_dtype, world_size, rank, reduce_dtype: as for `Sharded`.
+        min_num_params: blocks smaller than this share a unit with the next.
+        reduce_once: keep whole gradients between micro-batches and reduce them in the last one: 4 bytes a parameter
+            for less communication.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_dtype: torch.dtype,
+        world_size: int,
+        rank: int,
+        *,
+        reduce_dtype: torch.dtype = torch.float32,
+        min_num_params: int = 0,
+        reduce_once: bool = False,
+    ):
+        self.min_num_params, self.reduce_once = min_num_params, reduce_once
+        self._gaps: dict[Bucket, list[tuple[int, int]]] = {}
+        self._whole: dict[Bucket, Tensor] = {}  # gradients that are not on their way yet
+        self._arriving: list[_Arriving] = []
+        self._with_gradient: set[Bucket] = set()  # in this step
+        self._begun = False
+        super().__init__(model, compute_dtype, world_size, rank, reduce_dtype=reduce_dtype)
+        for bucket in self.buckets:
+            self._gaps[bucket] = _gaps([self.places[n] for n in bucket.names], bucket.compute.numel())
+            self._drop(bucket)
+
+    def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
+        units: dict[str, list[str]] = {}
+        for name in reversed(parameters):  # backward reaches the last one first
+            head, _, rest = name.partition(".")
+            units.setdefault(f"{head}.{rest.partition('.')[0]}" if head == "blocks" else head, []).append(name)
+        blocks = [names for unit, names in units.items() if unit.startswith("blocks.")]
+        rest_of = {unit: names for unit, names in units.items() if not unit.startswith("blocks.")}
+        after = [names for unit, names in rest_of.items() if unit in ("norm", "lm_head")]
+        before = [names for unit, names in rest_of.items() if unit not in ("norm", "lm_head")]
+        yield from after
+        yield from runs(blocks, parameters, self.min_num_params)
+        yield from before
+
+    def _stays(self, bucket: Bucket) -> bool:
+        """Whether a bucket is whole in every process all the time."""
+        return not bucket.decayed or self.world_size == 1
+
+    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
+        if not decayed or self.world_size == 1:
+            return super()._make_bucket(names, decayed, whole, copied)
+        dist.broadcast(whole, 0)
+        master = nn.Parameter(self._own(whole).clone(), requires_grad=False)
+        grad = torch.zeros_like(whole) if self.reduce_once else torch.zeros_like(master)
+        compute = whole.to(self.compute_dtype) if copied else whole
+        return Bucket(names, decayed, master, grad, compute, self._own(compute).clone() if copied else None)
+
+    # Weights: gathered before a unit, dropped after it.
+
+    def _drop(self, bucket: Bucket) -> None:
+        if not self._stays(bucket):
+            self._wait(bucket)
+            bucket.compute.untyped_storage().resize_(0)
+
+    def _gather(self, bucket: Bucket) -> None:
+        if not self._stays(bucket):
+            storage = bucket.compute.untyped_storage()
+            if storage.size() > 0:
+                return  # it is here, or on its way
+            storage.resize_(bucket.compute.numel() * bucket.compute.element_size())
+        super()._gather(bucket)
+
+    def _need(self, unit: int) -> None:
+        for bucket in self._needs[unit]:
+            if not self._stays(bucket):
+                self._gather(bucket)
+            self._wait(bucket)
+
+    def _prefetch(self, unit: int) -> None:
+        for bucket in self._needs[unit] if 0 <= unit <= self.last_unit else ():
+            if not self._stays(bucket):
+                self._gather(bucket)
+
+    def finish_step(self) -> None:
+        for bucket in self.buckets:
+            if self._stays(bucket):
+                super()._gather(bucket)
+            else:
+                self._drop(bucket)  # what an evaluation or the last backward left there is old
+        self._prefetch(0)
+        self._prefetch(1)
+
+    def enter(self, unit: int) -> None:
+        self._need(unit)
+        kept = [unit, unit + 1]
+        if unit == self.last_unit and torch.is_grad_enabled():
+            kept.append(unit - 1)  # backward comes to it next
+        self._keep_only(kept)
+        self._prefetch(unit + 1)
+
+    def _keep_only(self, units: list[int]) -> None:
+        kept = [bucket for unit in units if unit <= self.last_unit for bucket in self._needs[unit]]
+        for bucket in self.buckets:
+            if bucket not in kept:
+                self._drop(bucket)
+
+    def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
+        for x in outputs:
+            if x is not None and x.requires_grad:
+                x.register_hook(partial(self._before_backward, unit))
+
+    def _before_backward(self, unit: int, _: Tensor) -> None:
+        self._need(unit)
+        if unit > 1:  # the embedding's backward reads no weights
+            self._prefetch(unit - 1)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        for bucket in self.buckets:
+            if not self._stays(bucket):
+                self._gather(bucket)
+        with super().gathered():
+            yield
+        for bucket in self.buckets:
+            self._drop(bucket)
+
+    # Gradients: reduced as soon as a unit has them, unless they wait for the last micro-batch.
+
+    @property
+    def _reduces_now(self) -> bool:
+        return self._last_micro_batch or not self.reduce_once
+
+    def _in_shares(self, bucket: Bucket) -> bool:
+        """Whether only this process's share of the gradient is kept."""
+        return not self._stays(bucket) and not self.reduce_once
+
+    def start_step(self) -> None:
+        super().start_step()
+        self._with_gradient.clear()
+
+    @torch.no_grad()
+    def start_micro_batch(self, last: bool) -> None:
+        if not self.reduce_once and self._begun:
+            for bucket in self.buckets[self._reduced :]:  # with a parameter that the last micro-batch did not use
+                if self._in_shares(bucket):
+                    self._collect(bucket)
+                    self._reduce(bucket)
+        self._begun = True
+        super().start_micro_batch(last)
+
+    def _arrive(self, name: str, parameter: Tensor) -> None:
+        super()._arrive(name, parameter)
+        bucket = self.places[name].bucket
+        if bucket.full:
+            self._drop(bucket)
+
+    def _collect(self, bucket: Bucket) -> None:
+        if not self._in_shares(bucket):
+            super()._collect(bucket)
+        elif bucket.arrived:
+            whole = torch.empty(bucket.compute.numel(), dtype=self.reduce_dtype, device=bucket.grad.device)
+            for begin, end in self._gaps[bucket]:
+                whole[begin:end].zero_()
+            for name in bucket.names:
+                if name not in bucket.arrived:
+                    self.places[name].view(whole).zero_()
+            targets = [self.places[name].view(whole) for name in bucket.arrived]
+            torch._foreach_copy_(targets, list(bucket.arrived.values()))
+            bucket.arrived.clear()
+            self._whole[bucket] = whole
+
+    def _complete(self, bucket: Bucket) -> None:
+        if self._in_shares(bucket):
+            self._collect(bucket)
+        else:
+            super()._complete(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if not self._in_shares(bucket):
+            if self._last_micro_batch:
+                super()._reduce(bucket)
+        elif bucket in self._whole:
+            whole, first = self._whole.pop(bucket), bucket not in self._with_gradient
+            own = bucket.grad if first and whole.dtype == torch.float32 else whole.new_empty(bucket.grad.numel())
+            work = _reduce_scatter(own, whole, async_op=True)
+            self._with_gradient.add(bucket)
+            self._arriving.append(_Arriving(bucket, whole, own, first, work))
+            self._settle(1)
+
+    def _settle(self, most: int) -> None:
+        """Take in reduced gradients, so that at most so many are on their way."""
+        while len(self._arriving) > most:
+            bucket, _, own, first, work = self._arriving.pop(0)
+            work.wait()
+            if own is not bucket.grad:
+                bucket.grad.copy_(own) if first else bucket.grad.add_(own)
+
+    def _reduced_gradient(self, bucket: Bucket) -> Tensor:
+        if not self._in_shares(bucket):
+            return super()._reduced_gradient(bucket)
+        self._settle(0)
+        if bucket not in self._with_gradient:
+            bucket.grad.zero_()
+        return bucket.grad
+
+
+def _gaps(places: Iterable[Place], numel: int) -> list[tuple[int, int]]:
+    """What lies between the parameters of a bucket, and after the last one."""
+    gaps, at = [], 0
+    for place in sorted(places, key=lambda place: place.offset):
+        if place.offset > at:
+            gaps.append((at, place.offset))
+        at = place.offset + place.shape.numel()
+    return [*gaps, (at, numel)] if at < numel else gaps
