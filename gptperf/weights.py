@@ -5,9 +5,11 @@ computes with a copy in the compute dtype. Every strategy has the interface of `
 checkpoint do not know which one they talk to. The sharded ones are in `gptperf.sharded`.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -133,7 +135,7 @@ class Replicated:
         for (name, parameter), offset in zip(parameters.items(), offsets, strict=True):
             place = self.places[name] = Place(bucket, offset, parameter.shape)
             parameter.data = place.view(bucket.compute)
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._arrive(name, p))
+            parameter.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), name))
 
     def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
         """The buffers of a bucket whose elements are `whole`, float32."""
@@ -300,6 +302,13 @@ class Replicated:
                 last = min(place.offset + place.shape.numel(), high, end)
                 if first < last:
                     yield Piece(name, place.shape, first - place.offset, flat[first - begin : last - begin])
+
+
+def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:
+    """Hand over a gradient. A parameter must not keep its owner alive: the collector does not see its hooks."""
+    owner = weights()
+    assert owner is not None
+    owner._arrive(name, parameter)
 
 
 def _by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
