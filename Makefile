@@ -1,4 +1,4 @@
-# make train | test | bench | bench-compare | lint | help.   An existing environment: make test PYTHON=python3 VENV=
+# make train | test | test-parallel | bench | bench-scaling | bench-compare | lint | help.   An existing environment: make test PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.toml
@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test bench bench-compare lint help
+.PHONY: train test test-parallel bench bench-scaling bench-compare lint help
 .DEFAULT_GOAL := help
 
 train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
@@ -21,8 +21,14 @@ train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
 test: $(READY)  ## run the tests; ARGS go to pytest
 	$(PY) -m pytest $(ARGS)
 
+test-parallel: $(READY)  ## every strategy on 1, 2 and 4 processes, saved by each and resumed by each
+	$(PY) -m pytest tests/test_parallel.py -m "not gpu or gpu" $(ARGS)
+
 bench: $(READY)  ## measure kernels, steps, loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
 	$(PY) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(ARGS)
+
+bench-scaling: $(READY)  ## one to eight GPUs, every strategy: ARGS="--gpus 4 --strong"
+	$(PY) -m bench.scaling $(ARGS)
 
 bench-compare: $(READY)  ## what got slower: A=FOLDER before, B=FOLDER after
 	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, results that make bench wrote))

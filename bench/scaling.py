@@ -1,9 +1,9 @@
 """Training over several GPUs of this host: `python -m bench.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
 
 For every model and number of micro-batches, each card first trains alone, the others idle, then all together under each
-strategy, in the same processes: fresh random tokens, at least 3 micro-batches of warm-up, then the median of the timed steps, between
-CUDA events, of the slowest process. Weak scaling: micro-batches of each GPU stay. Strong (`--strong`): those of the job
-stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the sum of the cards.
+strategy, in the same processes: fresh random tokens, at least 3 micro-batches of warm-up, then the median of the timed
+steps, between CUDA events, of the slowest process. Weak scaling: micro-batches of each GPU stay. Strong (`--strong`):
+those of the job stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the sum of the cards.
 
 State is the memory allocated between two steps, peak the most during them, of the largest process; beside them the
 plan. Exposed communication is the time in which a card does nothing but communicate, from a profile of two steps of the
@@ -33,7 +33,7 @@ from bench.models import MODELS
 from gptperf import cli, plan, profiling
 from gptperf.config import Config
 from gptperf.errors import DeviceError, main_guard
-from gptperf.footprint import Strategy
+from gptperf.footprint import strategy_of
 from gptperf.hardware import match_gpu
 from gptperf.parallel import Process, start_process
 from gptperf.resume import TrainState, snapshot
@@ -77,7 +77,12 @@ class Case:
 
 
 def cases(
-    models: Sequence[str], gpus: int, strategies: Sequence[str], micro_batches: Sequence[int], strong: bool
+    models: Sequence[str],
+    gpus: int,
+    strategies: Sequence[str],
+    micro_batches: Sequence[int],
+    strong: bool = False,
+    most_steps: int = 21,
 ) -> list[Case]:
     """What is measured on a number of GPUs: the cards alone, then the strategies."""
     found = []
@@ -86,7 +91,7 @@ def cases(
             if strong and count % gpus:
                 continue
             mine = count // gpus if strong else count
-            steps = max(4, 21 // mine)
+            steps = max(3, most_steps // mine)
             names = ["alone", *(strategies if gpus > 1 else [])]
             found += [Case(model, name, gpus, mine, steps) for name in names]
     return found
@@ -157,7 +162,7 @@ def _stall(engine: Engine, process: Process) -> dict[str, float]:
         saver.save(step, tensors, state, None)
         ended = saver.wait()
         if ended is None or ended.error is not None:
-            raise RuntimeError("the save failed") from (ended and ended.error)
+            raise RuntimeError(f"the save failed: {ended and ended.error}")
         found = {"stall_ms": ended.stall_ms, "time_ms": ended.time_ms}
     process.barrier()
     if process.is_main:
@@ -229,8 +234,8 @@ def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tupl
     gpu = match_gpu(environment["device"], environment.get("memory_gb"))
     if gpu is None:
         return float("nan"), float("nan")
-    strategy: Strategy = "fsdp" if config.system.use_fsdp else "zero1" if config.system.use_zero1 else "ddp"
-    given = plan.plan(config, gpu, num_gpus=1 if case.strategy == "alone" else case.gpus, strategy=strategy)
+    count = 1 if case.strategy == "alone" else case.gpus
+    given = plan.plan(config, gpu, num_gpus=count, strategy=strategy_of(config))
     memory = given.memory
     return memory.weights_gb + memory.gradients_gb + memory.optimizer_gb, memory.total_gb
 
@@ -243,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["ddp", "zero1", "fsdp"])
     parser.add_argument("--micro_batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--strong", action="store_true", help="micro_batches are those of the job")
+    parser.add_argument("--steps", type=int, default=21, help="micro-batches that are timed, in 3 steps at least")
     parser.add_argument("--save", action="store_true", help="time a save too")
     parser.add_argument("--out", type=Path, default=Path("out/scaling"))
     parser.add_argument("--fresh", action="store_true")
@@ -261,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = []
     for gpus in wanted:
-        mine = cases(args.models, gpus, args.strategies, args.micro_batches, args.strong)
+        mine = cases(args.models, gpus, args.strategies, args.micro_batches, args.strong, args.steps)
         chosen += mine
         missing = [c for c in mine if args.fresh or not (args.out / f"{c.name}.json").exists()]
         if not missing:

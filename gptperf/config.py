@@ -261,6 +261,8 @@ class SystemConfig:
     """Peak of the GPU in TFLOP/s for the MFU; default: the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"
     """Which column of the GPU table the MFU is taken against."""
+    collective_timeout_s: _Seconds = 600.0
+    """Seconds that processes wait for one that does not come, after which it counts as hanging."""
     ignore_plan: bool = False
     """Start a run that the plan says does not fit into the GPU's memory."""
     plugins: str = ""

@@ -20,7 +20,9 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "PREEMPTED",
+    "PeerError",
     "main_guard",
+    "report",
 ]
 
 PREEMPTED = 75
@@ -79,6 +81,17 @@ class DiskError(GptperfError, RuntimeError):
         self.full = full
 
 
+class PeerError(GptperfError, RuntimeError):
+    """Another process of the job failed, died or hangs."""
+
+    exit_code = 9
+
+
+def report(error: GptperfError) -> None:
+    """Say an error on stderr."""
+    print(f"gptperf: E{error.exit_code}: {error}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def main_guard(debug: bool = False) -> Iterator[None]:
     """Report a `GptperfError` as `gptperf: E<code>: <what>` on stderr and leave with its exit code.
@@ -90,7 +103,7 @@ def main_guard(debug: bool = False) -> Iterator[None]:
     except GptperfError as error:
         if debug:
             raise
-        print(f"gptperf: E{error.exit_code}: {error}", file=sys.stderr)
+        report(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a report has gone (`| head`). Point stdout at nothing, so that the flush at exit is silent.

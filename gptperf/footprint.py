@@ -15,7 +15,17 @@ from gptperf import flops
 from gptperf.config import Config, ModelConfig
 from gptperf.kernels.chunking import chunk_rows
 
-__all__ = ["STRATEGIES", "Footprint", "Recompute", "Strategy", "element_bytes", "footprint", "saved_bytes", "usable_gb"]
+__all__ = [
+    "STRATEGIES",
+    "Footprint",
+    "Recompute",
+    "Strategy",
+    "element_bytes",
+    "footprint",
+    "saved_bytes",
+    "strategy_of",
+]
+__all__ += ["usable_gb"]
 
 Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
@@ -48,6 +58,11 @@ class Footprint:
         """The peak."""
         states = self.weights_gb + self.gradients_gb + self.optimizer_gb
         return states + self.activations_gb + self.logits_gb + self.buffers_gb
+
+
+def strategy_of(config: Config) -> Strategy:
+    """What a run of several GPUs shares out."""
+    return "fsdp" if config.system.use_fsdp else "zero1" if config.system.use_zero1 else "ddp"
 
 
 def element_bytes(dtype: str) -> int:
@@ -112,7 +127,9 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     block = (count.attention + count.ffn) / model.n_layer
     unit = max(block, count.embedding)  # two are gathered at a time, and the gradient of one is there
     gathered = (2 * size + _FP32) * unit
-    return (master + copy) / num_gpus, gradients / num_gpus, moments / num_gpus, gathered
+    if not config.system.fsdp_reduce_once:
+        gradients /= num_gpus
+    return (master + copy) / num_gpus, gradients, moments / num_gpus, gathered
 
 
 def _biases(model: ModelConfig) -> int:

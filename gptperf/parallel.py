@@ -1,7 +1,7 @@
 """The processes of a job: how they find each other, and what they decide together."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptperf.errors import DeviceError
+from gptperf.errors import DeviceError, PeerError
+from gptperf.watchdog import Progress, Watchdog
 
 __all__ = ["Process", "start_process"]
+
+_MARGIN_S = 30.0  # that the backend's own limit of a collective comes after the watchdog's
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Process:
     """Of several processes: for decisions, on the CPU, so that they do not wait for the GPU."""
     save_group: dist.ProcessGroup | None = None
     """The same for a thread that saves while others decide."""
+    progress: Progress = field(default_factory=Progress, compare=False)
+    """Where the main thread is, for the watchdog."""
+    timeout_s: float = 600.0
+    """Limit of one collective."""
 
     @property
     def is_main(self) -> bool:
@@ -34,21 +41,24 @@ class Process:
     def barrier(self) -> None:
         """Wait for every process."""
         if self.world_size > 1:
-            dist.barrier()
+            with self.progress.collective("barrier"):
+                dist.barrier()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the processes."""
-        if self.world_size > 1:
+        """Mean of a tensor over the processes; of several, on the CPU, so that what waits for it waits here."""
+        if self.world_size == 1:
+            return value
+        with self.progress.collective("all_reduce"):
             dist.all_reduce(value)
-            value = value / self.world_size
-        return value
+            return (value / self.world_size).cpu()
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes; every process has to ask."""
         if self.world_size == 1:
             return flag
         found = torch.tensor(int(flag))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        with self.progress.collective("all_reduce"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(found.item())
 
     def merged(self, found: dict[str, str]) -> dict[str, str]:
@@ -56,7 +66,8 @@ class Process:
         if self.world_size == 1:
             return found
         every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(every, found, group=self.host_group)
+        with self.progress.collective("all_gather"):
+            dist.all_gather_object(every, found, group=self.host_group)
         return {key: text for one in reversed(every) for key, text in one.items()}
 
     def exchange(self, value: Any) -> list[Any]:
@@ -72,8 +83,15 @@ class Process:
         if self.world_size == 1:
             return text
         box = [text]
-        dist.broadcast_object_list(box, 0, group=self.host_group)
+        with self.progress.collective("broadcast"):
+            dist.broadcast_object_list(box, 0, group=self.host_group)
         return box[0]
+
+    def watchdog(self, out_dir: str, *, debug: bool = False) -> Watchdog:
+        """What ends this process when another one of the job is gone."""
+        return Watchdog(
+            self.rank, self.world_size, self.progress, timeout_s=self.timeout_s, out_dir=out_dir, debug=debug
+        )
 
     def close(self) -> None:
         """Leave the process group."""
@@ -89,6 +107,7 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         timeout_s: limit of one collective.
 
     Raises:
+        PeerError: the other processes did not come.
         DeviceError: "cuda" asked for by name on a machine without a usable GPU, fewer GPUs than processes on this host,
             or a WORLD_SIZE without the other variables that torchrun sets.
     """
@@ -111,10 +130,11 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
     host_group = save_group = None
     if world_size > 1:
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(seconds=timeout_s), device_id=here if kind == "cuda" else None
-        )
-        host_group, save_group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) for _ in range(2)
-        )
-    return Process(rank, world_size, here, host_group, save_group)
+        limit = timedelta(seconds=timeout_s + _MARGIN_S)
+        try:
+            dist.init_process_group(backend, timeout=limit, device_id=here if kind == "cuda" else None)
+            host_group, save_group = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+        except dist.DistError as error:
+            line = str(error).partition("\n")[0]
+            raise PeerError(f"rank {rank} could not join the {world_size} processes of the job: {line}") from error
+    return Process(rank, world_size, here, host_group, save_group, timeout_s=timeout_s)

@@ -22,12 +22,14 @@ from gptperf.footprint import (
     Strategy,
     allocatable_gb,
     footprint,
+    strategy_of,
     usable_gb,
 )
 from gptperf.hardware import Gpu
 from gptperf.roofline import parts_ms, rates_of
 
 __all__ = [
+    "STRATEGY_NAMES",
     "Plan",
     "Remedy",
     "find_gpu",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-_NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}
+STRATEGY_NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
             most = largest_batch(config, row.limit_gb, num_gpus=row.num_gpus, strategy=strategy, recompute=recompute)
             mark = "*" if (strategy, recompute) == (chosen.strategy, chosen.recompute) else ""
             lines.append(
-                f"{mark:<3}{_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>9.1f}"
+                f"{mark:<3}{STRATEGY_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>9.1f}"
                 f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
                 f"{_percent(row.mfu):>8}"
             )
@@ -351,19 +353,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", help="a row of the GPU table (python -m gptperf.hardware); default: the one here")
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=float, default=None, help="days for so many tokens; default: those of the run")
-    parser.add_argument("--use_zero1", type=_truth, default=False, metavar="True|False")
-    parser.add_argument("--use_fsdp", type=_truth, default=False, metavar="True|False")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     if args.num_gpus < 1:
         raise ConfigError(f"command line: num_gpus: found {args.num_gpus}, wanted a whole number >= 1; nearest: 1")
-    if args.use_zero1 and args.use_fsdp:
-        raise ConfigError("use_zero1, use_fsdp: FSDP shards what ZeRO-1 shards; leave one of them out")
     config, gpu = cli.resolve(rest, world_size=args.num_gpus).config, find_gpu(args.gpu)
     reason = unplannable(config, gpu)
     if reason is not None:
         raise ConfigError(f"no plan: {reason}")
-    strategy: Strategy = "fsdp" if args.use_fsdp else "zero1" if args.use_zero1 else "ddp"
+    strategy = strategy_of(config)
     chosen = plan(config, gpu, num_gpus=args.num_gpus, strategy=strategy, recompute=config.system.recompute)
     tokens = args.tokens or float(config.train.max_iters) * config.tokens_per_iter
     if args.json:
@@ -378,12 +376,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen.fits:
         print("\n" + refusal(config, gpu, chosen))
     return 0 if chosen.fits else 7
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted True or False")
-    return text.lower() == "true"
 
 
 if __name__ == "__main__":

@@ -5,29 +5,37 @@ iteration. The random states are saved besides, for components from outside that
 """
 
 import dataclasses
+import os
 import random
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gptperf import checkpoint as checkpoints
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, Config
+from gptperf.data.tokenizer import Tokenizer
 from gptperf.errors import CheckpointError, DataError
+from gptperf.monitor.console import Console
 from gptperf.optim import AdamW
+from gptperf.parallel import Process
 from gptperf.step import Engine
 from gptperf.tensorfile import part_name
 from gptperf.weights import Bucket, Piece, Replicated
 
-__all__ = ["TrainState", "changed_keys", "changed_versions", "restore", "restore_weights", "snapshot"]
+__all__ = ["TrainState", "changed_keys", "changed_versions", "find_checkpoint", "restore", "restore_weights"]
+__all__ += ["snapshot", "take_up"]
 
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
-_OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug")  # say nothing of the run itself
+_OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 
@@ -109,10 +117,10 @@ def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _fill(checkpoint: Checkpoint, stem: str, pieces: Iterable[Piece], prefix: str = "") -> None:
+def _fill(found: Checkpoint, stem: str, pieces: Iterable[Piece], prefix: str = "") -> None:
     """Put a checkpoint's elements where a process has them."""
     for name, shape, start, values in pieces:
-        saved = _tensor(checkpoint, stem, prefix + name, shape)
+        saved = _tensor(found, stem, prefix + name, shape)
         values.copy_(saved.view(-1)[start : start + values.numel()])
 
 
@@ -230,3 +238,73 @@ def _tensor(checkpoint: Checkpoint, stem: str, name: str, shape: torch.Size) -> 
         what = "nothing" if found is None else str(tuple(found.shape))
         raise CheckpointError(f"{checkpoint.path}: {stem}: found {what} for {name}, wanted {tuple(shape)}")
     return found
+
+
+def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
+    """Go on from a checkpoint: the whole state when resuming, the weights alone otherwise.
+
+    Raises:
+        CheckpointError: it was made with another configuration, or by a version that kept other things.
+        DataError: it was made with another data set.
+    """
+    resuming = engine.config.train.init_from in ("resume", "auto")
+    try:
+        for line in changed_keys(found.state, engine.config, weights_only=not resuming):
+            console.warning(f"{found.path} was made with another value (saved -> now): {line}")
+        if not resuming:
+            if found.state["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+                console.warning(f"{found.path} was made with the tokenizer {found.state['tokenizer']['name']}")
+            restore_weights(found, engine.model, engine.weights)
+            console.message(f"weights from {found.path}")
+            return TrainState()
+        for line in changed_versions(found.state, engine):
+            console.warning(f"the same numbers, but not the same bits as without the break: {line}")
+        state = restore(found, engine, fingerprint)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
+    console.message(f"resumed from {found.path} at iteration {state.step}")
+    return state
+
+
+def find_checkpoint(config: Config, folder: Path, process: Process, console: Console) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, by `init_from`; the main process chooses it for all.
+
+    Raises:
+        CheckpointError: none to resume, or a new run would start where checkpoints lie.
+    """
+    chosen: Checkpoint | None = None
+    path = ""
+    if process.is_main:
+        checkpoints.clean(folder)
+        how = config.train.init_from
+        if how in ("resume", "auto"):
+            chosen = checkpoints.load_latest(folder, warn=console.warning)
+            path = "" if chosen is None else str(chosen.path)
+            if chosen is None and how == "resume":
+                raise CheckpointError(
+                    f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
+                )
+        else:
+            lies = bool(checkpoints.checkpoints(folder))
+            if lies and not config.train.overwrite:
+                raise CheckpointError(
+                    f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
+                    "--overwrite=True, which moves them aside"
+                )
+            chosen = None if how == "scratch" else _load_path(Path(how))
+            path = "" if chosen is None else str(chosen.path.resolve())
+            if lies:
+                folder = folder.resolve()
+                aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
+                folder.rename(aside)
+                path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # it may have been among them
+                console.message(f"moved the checkpoints of an earlier run to {aside}")
+    path = process.from_main(path)
+    return chosen if process.is_main or not path else checkpoints.load(Path(path))
+
+
+def _load_path(path: Path) -> Checkpoint:
+    """The checkpoint at a path, or the newest one of the run there."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = checkpoints.latest(folder) if folder.is_dir() else None
+    return checkpoints.load(newest.path if newest is not None else folder)

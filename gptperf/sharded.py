@@ -2,8 +2,8 @@
 
 A process has the elements [rank, rank + 1) * numel / world_size of every bucket: their master weights, reduced
 gradients and moments. Its update is gathered from all processes before the model reads it, unit by unit: the
-embedding, each block, and what comes after them. So a model that is sharded is compiled block by block or not at all, and announces
-its units (`Units`); ZeRO-1 also serves one that does not.
+embedding, each block, and what comes after them. So a model that is sharded is compiled block by block or not at all,
+and announces its units (`Units`); ZeRO-1 also serves one that does not.
 """
 
 from collections.abc import Iterable, Iterator
@@ -257,7 +257,6 @@ class FullySharded(Sharded):
             else:
                 self._drop(bucket)  # what an evaluation or the last backward left there is old
         self._prefetch(0)
-        self._prefetch(1)
 
     def enter(self, unit: int) -> None:
         self._need(unit)

@@ -10,12 +10,13 @@ from gptperf.ceilings import ceiling_flop_s, load
 from gptperf.config import Config
 from gptperf.data.format import Manifest
 from gptperf.errors import OutOfMemoryError
+from gptperf.footprint import strategy_of
 from gptperf.hardware import Peak, gpu_state, match_gpu, no_peak_hint, peak_flop_s
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
 from gptperf.monitor.throughput import Throughput, theoretical
 from gptperf.parallel import Process
-from gptperf.plan import Plan, plan, plan_lines, plan_record, refusal, unplannable
+from gptperf.plan import STRATEGY_NAMES, Plan, plan, plan_lines, plan_record, refusal, unplannable
 from gptperf.registry import KINDS
 from gptperf.step import Engine
 
@@ -87,9 +88,16 @@ def check_plan(config: Config, process: Process) -> Plan | None:
     gpu = match_gpu(properties.name, reported_gb)
     if gpu is None or unplannable(config, gpu) is not None:
         return None
-    planned = plan(config, gpu, num_gpus=process.world_size, recompute=config.system.recompute, reported_gb=reported_gb)
+    planned = plan(
+        config,
+        gpu,
+        num_gpus=process.world_size,
+        strategy=strategy_of(config),
+        recompute=config.system.recompute,
+        reported_gb=reported_gb,
+    )
     if not planned.fits and not config.system.ignore_plan:
-        raise OutOfMemoryError(refusal(config, gpu, planned, reported_gb, strategies=("ddp",)))
+        raise OutOfMemoryError(refusal(config, gpu, planned, reported_gb))
     return planned
 
 
@@ -138,7 +146,7 @@ def startup_info(
         "train_tokens": manifest.splits["train"].tokens,
         "val_tokens": manifest.splits["val"].tokens,
         "dtype": config.system.dtype,
-        "parallelism": "single process" if process.world_size == 1 else f"DDP over {process.world_size} processes",
+        "parallelism": _parallelism(config, process.world_size),
         "compile": compiled,
         "versions": {
             "gptperf": __version__,
@@ -155,6 +163,13 @@ def startup_info(
     info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
+
+
+def _parallelism(config: Config, world_size: int) -> str:
+    if world_size == 1:
+        return "single process"
+    reduced = "" if config.system.reduce_dtype == "float32" else f", gradients reduced in {config.system.reduce_dtype}"
+    return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}"
 
 
 def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:

@@ -110,6 +110,7 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_mom
     """
     config, weights, process = engine.config, engine.weights, engine.process
     total = torch.zeros((), device=process.device)
+    process.progress.start_iteration(step + 1)
     weights.start_step()
     for micro in range(engine.micro_batches):
         _seed_micro_batch(config.train.seed, step, micro * process.world_size + process.rank)
@@ -119,7 +120,9 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_mom
             loss = engine.model(tokens, targets)
         engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
         total += loss.detach()
-    weights.finish_gradients()
+        process.progress.count += 1
+    with process.progress.collective("all_reduce of the gradients"):
+        weights.finish_gradients()
     engine.scaler.unscale_(engine.optimizer)
     norm = weights.gradient_norm()
     moments = gradient_moments(weights.gradients(), weights.numel, weights.summed) if with_moments else None

@@ -3,6 +3,7 @@
 The command is read and checked here, before torch is loaded; the run itself is `gptperf.trainer`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,8 +16,12 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with main_guard(debug=any(text.lower() in ("--debug", "--debug=true") for text in argv)):
-        resolved = cli.resolve(argv, world_size=cli.world_size())
+    debug = any(text.lower() in ("--debug", "--debug=true") for text in argv)
+    with main_guard(debug):
+        world_size = cli.world_size()
+        if world_size > 1 and not debug:  # a broken connection is one line of ours, not the stack of PyTorch's warning
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        resolved = cli.resolve(argv, world_size=world_size)
         if resolved.show_config:
             print(cli.show_config(resolved))
             return 0

@@ -4,7 +4,6 @@ The GPU is synchronised at log lines, evaluations and saves, and nowhere between
 """
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Mapping
@@ -16,13 +15,13 @@ import torch
 
 from gptperf import checkpoint
 from gptperf.build import check_device, open_dataset
-from gptperf.checkpoint import Checkpoint, RunLock
+from gptperf.checkpoint import RunLock
 from gptperf.config import Config
 from gptperf.data.loader import Loader, validation_batches
 from gptperf.data.ngram import trigram_loss
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
-from gptperf.errors import PREEMPTED, CheckpointError, DataError, DiskError, NonFiniteError, OutOfMemoryError
+from gptperf.errors import PREEMPTED, DataError, DiskError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
@@ -30,7 +29,7 @@ from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
 from gptperf.plan import Plan
-from gptperf.resume import TrainState, changed_keys, changed_versions, restore, restore_weights, snapshot
+from gptperf.resume import TrainState, find_checkpoint, snapshot, take_up
 from gptperf.runtime import StepClock, StopRequest, process_age_s
 from gptperf.sample import generate
 from gptperf.saving import Saved, Saver
@@ -111,10 +110,11 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         0, or `PREEMPTED` after a request to stop, with a checkpoint committed.
     """
     with contextlib.ExitStack() as stack:
-        process = start_process(config.system.device)
+        process = start_process(config.system.device, config.system.collective_timeout_s)
         stack.callback(process.close)
-        check_device(config.system, process.device)
         stop = stack.enter_context(StopRequest().listening())
+        stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
+        check_device(config.system, process.device)
         console = stack.enter_context(Console(max_iters=config.train.max_iters, enabled=process.is_main))
         run = _start(config, origins, process, console, stack)
         loader = Loader(
@@ -162,13 +162,13 @@ def _start(
         stack.enter_context(RunLock(out_dir))
     keys = _validation_keys(config, process)
     validation_batches(val_tokens, **keys)  # too short a split is found now, not at the first evaluation
-    found = _find_checkpoint(config, out_dir / "checkpoints", process, console)
+    found = find_checkpoint(config, out_dir / "checkpoints", process, console)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
     state = TrainState()
     if found is not None:
-        state = _take_up(found, engine, train_tokens.fingerprint, tokenizer, console)
+        state = take_up(found, engine, train_tokens.fingerprint, tokenizer, console)
     engine.weights.share()
     compiled = compile_engine(engine)
     peak = find_peak(config, process.device)
@@ -189,76 +189,6 @@ def _start(
     saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
     stack.callback(saver.wait)  # after an error too: what has begun is written
     return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned, saver)
-
-
-def _take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
-    """Go on from a checkpoint: the whole state when resuming, the weights alone otherwise.
-
-    Raises:
-        CheckpointError: it was made with another configuration, or by a version that kept other things.
-        DataError: it was made with another data set.
-    """
-    resuming = engine.config.train.init_from in ("resume", "auto")
-    try:
-        for line in changed_keys(found.state, engine.config, weights_only=not resuming):
-            console.warning(f"{found.path} was made with another value (saved -> now): {line}")
-        if not resuming:
-            if found.state["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-                console.warning(f"{found.path} was made with the tokenizer {found.state['tokenizer']['name']}")
-            restore_weights(found, engine.model, engine.weights)
-            console.message(f"weights from {found.path}")
-            return TrainState()
-        for line in changed_versions(found.state, engine):
-            console.warning(f"the same numbers, but not the same bits as without the break: {line}")
-        state = restore(found, engine, fingerprint)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
-    console.message(f"resumed from {found.path} at iteration {state.step}")
-    return state
-
-
-def _find_checkpoint(config: Config, folder: Path, process: Process, console: Console) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, by `init_from`; the main process chooses it for all.
-
-    Raises:
-        CheckpointError: none to resume, or a new run would start where checkpoints lie.
-    """
-    chosen: Checkpoint | None = None
-    path = ""
-    if process.is_main:
-        checkpoint.clean(folder)
-        how = config.train.init_from
-        if how in ("resume", "auto"):
-            chosen = checkpoint.load_latest(folder, warn=console.warning)
-            path = "" if chosen is None else str(chosen.path)
-            if chosen is None and how == "resume":
-                raise CheckpointError(
-                    f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
-                )
-        else:
-            lies = bool(checkpoint.checkpoints(folder))
-            if lies and not config.train.overwrite:
-                raise CheckpointError(
-                    f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
-                    "--overwrite=True, which moves them aside"
-                )
-            chosen = None if how == "scratch" else _load_path(Path(how))
-            path = "" if chosen is None else str(chosen.path.resolve())
-            if lies:
-                folder = folder.resolve()
-                aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
-                folder.rename(aside)
-                path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # it may have been among them
-                console.message(f"moved the checkpoints of an earlier run to {aside}")
-    path = process.from_main(path)
-    return chosen if process.is_main or not path else checkpoint.load(Path(path))
-
-
-def _load_path(path: Path) -> Checkpoint:
-    """The checkpoint at a path, or the newest one of the run there."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = checkpoint.latest(folder) if folder.is_dir() else None
-    return checkpoint.load(newest.path if newest is not None else folder)
 
 
 def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
@@ -286,13 +216,14 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
         asked = process.any(stop.requested)
         val_loss = None
         if last or iteration % train.eval_interval == 0:
-            with clock.paused():
+            with clock.paused(), process.progress.during("evaluation"):
                 val_loss = _evaluate(run)
         if last or asked or iteration % save_interval == 0:
-            with clock.paused():
+            with clock.paused(), process.progress.during("save"):
                 _check_finite(run)
                 _save(run, val_loss, must=last or asked)
         if asked and not last:
+            process.barrier()  # torchrun ends all processes of a host when the first one leaves
             run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume goes on")
             return False
     return True

@@ -1,7 +1,8 @@
-"""Trains small models in one of several processes: `python tests/parallel_worker.py CASES.json OUT`, as torchrun starts it.
+"""Trains small models as one of several processes: `python tests/parallel_worker.py CASES.json OUT [cuda]`.
 
-A case is a list of flags; its figures go to OUT/CASE-RANK.json. Every case sees the same tokens in the same order,
-whatever the number of processes.
+CASES holds, by name, flags and optionally where to load the state from, where to save it and between which steps to
+train; the figures of a process go to OUT/NAME-RANK.json. All cases of a batch size see the same tokens in the same
+order, whatever the number of processes.
 """
 
 import json
@@ -13,62 +14,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptperf import cli
+from gptperf import checkpoint, cli
 from gptperf.config import Config
 from gptperf.parallel import Process, start_process
+from gptperf.resume import TrainState, restore, snapshot
+from gptperf.saving import Saver
 from gptperf.step import Engine, build_engine, compile_engine, train_step
 
-STEPS = 4
 
-
-def batches(config: Config, process: Process) -> Iterator[Tensor]:
-    """This process's micro-batches of the job's."""
+def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
+    """This process's micro-batches of the job's, from a step on."""
     generator = torch.Generator().manual_seed(3)
     shape = (2, config.train.batch_size, config.model.block_size)
+    count = config.train.gradient_accumulation_steps
+    number = 0
     while True:
-        for micro in range(config.train.gradient_accumulation_steps):
-            tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
-            if micro % process.world_size == process.rank:
-                yield tokens
+        tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        if number >= first * count and number % count % process.world_size == process.rank:
+            yield tokens
+        number += 1
 
 
-def masters(engine: Engine) -> dict[str, Any]:
-    """Sums of the pieces of the master weights that this process saves."""
-    found: dict[str, float] = {}
-    for piece in engine.weights.pieces(lambda bucket: bucket.master.data, to_save=True):
-        found[piece.name] = found.get(piece.name, 0.0) + piece.values.double().square().sum().item()
-    return found
+def evaluate(engine: Engine) -> float:
+    """Loss of fixed tokens: reads the weights as they are, and leaves no trace."""
+    size, vocabulary = engine.config.model.block_size, engine.config.model.vocab_size
+    tokens = (torch.arange(2 * size, device=engine.process.device) % vocabulary).view(2, size)
+    engine.model.eval()
+    with torch.no_grad(), engine.autocast():
+        loss = engine.model(tokens, tokens).item()
+    engine.model.train()
+    return loss
 
 
-def run(flags: list[str], process: Process) -> dict[str, Any]:
-    """Losses, gradient norms and weights of a few steps."""
+def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
+    """Losses, gradient norms, moments and weights."""
     torch._dynamo.reset()
-    config = cli.resolve(flags, world_size=process.world_size).config
+    config = cli.resolve(case["flags"], world_size=process.world_size).config
+    first, last = case.get("steps", (0, 4))
     engine = build_engine(config, process)
+    if "load" in case:
+        restore(checkpoint.load(Path(case["load"]) / f"step-{first:08d}"), engine, "")
     engine.weights.share()
     compile_engine(engine)
-    data, losses, norms, moments = batches(config, process), [], [], []
-    for step in range(STEPS):
+    data, losses, norms, moments, evaluated = batches(config, process, first), [], [], [], []
+    for step in range(first, last):
         result = train_step(engine, data, step, with_moments=True)
         losses.append(process.mean(result.loss.clone()).item())
         norms.append(result.gradient_norm.item())
         assert result.moments is not None
         moments.append(result.moments.tolist())
-        if step == 1:  # an evaluation between two steps reads the weights as they are, and leaves no trace
-            with torch.no_grad(), engine.autocast():
-                tokens = torch.arange(2 * config.model.block_size, device=process.device) % config.model.vocab_size
-                evaluated = engine.model(tokens.view(2, -1), tokens.view(2, -1)).item()
-    with engine.weights.gathered():
-        state = sum(p.detach().double().square().sum().item() for p in engine.model.parameters())
+        evaluated.append(evaluate(engine))
+    if "save" in case:
+        saver = Saver(Path(case["save"]), 3, process)
+        saver.save(last, *snapshot(engine, TrainState(step=last), "", {}), None)
+        for bucket in engine.weights.buckets:
+            bucket.master.data.zero_()  # what training does next is none of the save's business
+        ended = saver.wait()
+        assert ended is not None
+        if ended.error is not None:
+            raise ended.error
+    buckets = engine.weights.buckets
     return {
         "losses": losses,
         "norms": norms,
-        "moments": moments,
+        "means": [mean for mean, _ in moments],
+        "stds": [std for _, std in moments],
         "evaluated": evaluated,
-        "masters": masters(engine),
-        "weights": state,
-        "decayed": sorted(name for b in engine.weights.buckets if b.decayed for name in b.names),
-        "held": sum(b.master.numel() for b in engine.weights.buckets),
+        "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
+        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
+        "gradient_bytes": sum(b.grad.nbytes for b in buckets),
     }
 
 
@@ -77,8 +91,8 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
     process = start_process(sys.argv[3] if len(sys.argv) > 3 else "cpu")
-    for name, flags in cases.items():
-        (out / f"{name}-{process.rank}.json").write_text(json.dumps(run(flags, process)))
+    for name, case in cases.items():
+        (out / f"{name}-{process.rank}.json").write_text(json.dumps(run(case, process)))
     process.close()
 
 

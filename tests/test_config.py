@@ -85,7 +85,7 @@ def test_described_flag(flag: str, file: str | None) -> None:
     assert resolved.origins[key] == "command line"
 
 
-@pytest.mark.parametrize("flag", ["use_zero1", "use_fsdp", "wandb_log"])
+@pytest.mark.parametrize("flag", ["wandb_log"])
 def test_what_is_not_here_yet_says_so(flag: str) -> None:
     assert re.fullmatch(
         rf"command line: {flag}: .* is not in this version yet; leave {flag} out", _problems(f"--{flag}=True")
@@ -175,7 +175,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         tmp_path,
         '[model]\nn_layer = "8"\nlearing_rate = 1\nn_head = 7\n[optimzer]\nx = 1\n[train]\ndtype = "x"\n',
     )
-    text = _problems(file, "--use_fsdp=True", "--batch_size=0", "stray", "--n_embd", world_size=3)
+    text = _problems(file, "--wandb_log=True", "--batch_size=0", "stray", "--n_embd", world_size=3)
     for part in (
         "mistakes",
         f"{file}: n_layer: found '8'",
@@ -183,7 +183,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         f"{file}: unknown table [optimzer]; wanted one of model, data, optimizer, train, system, log; nearest: optim",
         f"{file}: dtype: found in [train], wanted in [system]",
         "n_embd = 768 is not a multiple of n_head = 7; nearest n_head: 6",
-        "command line: use_fsdp: FSDP is not in this version yet",
+        "command line: wandb_log: Weights & Biases logging is not in this version yet",
         "command line: batch_size: found 0",
         "command line: found 'stray', wanted CONFIG.toml or --key=value",
         "command line: --n_embd has no value",
@@ -203,6 +203,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto or the path"),
         (["--kernels=triton", "--device=cpu"], "needs a GPU"),
         (["--use_fsdp=True", "--use_zero1=True"], "exclude each other"),
+        (["--use_fsdp=True", "--compile_scope=model"], "nearest compile_scope: 'block'"),
+        (["--recompute=full", "--compile_scope=model"], "nearest compile_scope: 'block'"),
         (["--overwrite=True", "--init_from=resume"], "move aside"),
         (["--attention_backend=flash_attn", "--device=cpu"], "nearest: 'sdpa'"),
     ],
@@ -222,7 +224,7 @@ def test_sections_built_in_python_are_checked_too() -> None:
     ("flags", "part"),
     [
         (["--no_compile", "--use_zero1=True"], "--no_compile has no value, and is no key"),
-        (["--no_compile", "--use_zero1=True"], "use_zero1: ZeRO-1 is not in this version yet"),
+        (["--no_compile", "--wandb_log=True"], "wandb_log: Weights & Biases logging is not in this version yet"),
         (["--beta2=1"], "beta2: found 1.0, wanted a number from 0 to below 1"),
         (["--seed=18446744073709551616"], "seed: found 18446744073709551616"),
         (["--out_dir=a\0b"], "wanted a text without control characters"),

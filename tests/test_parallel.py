@@ -1,0 +1,176 @@
+"""The same run in any layout: one process or several, DDP, ZeRO-1 or FSDP; saved by one and resumed by another."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SIZES = ["--n_layer=3", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_size=97", "--vocab_multiple=64"]
+TRAIN = ["--batch_size=2", "--max_iters=20", "--warmup_iters=1", "--learning_rate=1e-2", "--min_lr=1e-3"]
+SMALL = [*SIZES, *TRAIN, "--dtype=float32", "--compile=False", "--fsdp_min_num_params=0"]
+STRATEGIES = {
+    "ddp": [],
+    "zero1": ["--use_zero1=True"],
+    "fsdp": ["--use_fsdp=True"],
+    "fsdp_once": ["--use_fsdp=True", "--fsdp_reduce_once=True"],
+    "fsdp_joined": ["--use_fsdp=True", "--fsdp_min_num_params=20000"],
+}
+MODELS = {
+    "llama": ["--arch_preset=llama"],  # untied
+    "gpt2": ["--arch_preset=gpt2"],  # tied, a position embedding, post-norm
+    "biases": ["--arch_preset=gpt2_openai", "--n_embd=36"],  # sizes that leave gaps
+    "recomputed": ["--arch_preset=llama", "--recompute=full"],
+    "selective": ["--arch_preset=llama", "--recompute=selective"],
+    "dropout": ["--arch_preset=llama", "--dropout=0.2"],
+}
+KEYS = ("losses", "norms", "means", "stds", "evaluated")
+TOLERANCE = {"means": 2e-3}  # they are a thousandth of what cancels in them
+Results = dict[str, list[dict[str, Any]]]
+
+
+def spawn(processes: int, cases: dict[str, dict[str, Any]], folder: Path, device: str = "cpu") -> Results:
+    """Figures of every case and rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, "tests/parallel_worker.py", str(folder / "cases.json"), str(folder), device]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = range(processes)
+    return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in ranks] for name in cases}
+
+
+def matrix(device: str, compiled: bool = False) -> dict[str, dict[str, Any]]:
+    """Every model, strategy and number of micro-batches."""
+    flags = [f"--device={device}", *(["--compile=True"] if compiled else [])]
+    return {
+        f"{model}-{strategy}-{micro}": {
+            "flags": [*SMALL, *flags, *MODELS[model], f"--gradient_accumulation_steps={micro}", *STRATEGIES[strategy]]
+        }
+        for model in MODELS
+        for strategy in STRATEGIES
+        for micro in ((4, 16) if model in ("llama", "gpt2") else (8,))
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """Figures of the matrix by the number of processes."""
+    found: dict[int, Results] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def of(processes: int) -> Results:
+        if device == "cuda" and torch.cuda.device_count() < processes:
+            pytest.skip(f"needs {processes} GPUs")
+        if processes not in found:
+            found[processes] = spawn(processes, matrix(device), tmp_path_factory.mktemp(f"of{processes}"), device)
+        return found[processes]
+
+    return of
+
+
+def base_of(name: str) -> str:
+    """One process and plain replication."""
+    model, _, micro = name.split("-")
+    return f"{model}-ddp-{micro}"
+
+
+PROCESSES = [1, 2, pytest.param(4, marks=pytest.mark.matrix)]
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("name", matrix("cpu"))
+def test_any_layout_is_the_same_run(results: Callable[[int], Results], name: str, processes: int) -> None:
+    wanted = results(1)[base_of(name)][0]
+    for found in results(processes)[name]:
+        for key in KEYS:
+            assert found[key] == pytest.approx(wanted[key], rel=TOLERANCE.get(key, 1e-5)), key
+        assert found["decayed"] == wanted["decayed"]
+    if processes > 1:
+        losses = [found["losses"] for found in results(processes)[name]]
+        assert all(loss == losses[0] for loss in losses)
+
+
+@pytest.mark.parametrize("processes", PROCESSES[1:])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_who_holds_what(results: Callable[[int], Results], strategy: str, processes: int) -> None:
+    whole = results(1)["llama-ddp-4"][0]
+    for found in results(processes)[f"llama-{strategy}-4"]:
+        states = 1 if strategy == "ddp" else processes
+        gradients = processes if strategy in ("fsdp", "fsdp_joined") else 1
+        assert found["state_bytes"] == pytest.approx(whole["state_bytes"] / states, rel=0.01)
+        assert found["gradient_bytes"] == pytest.approx(whole["gradient_bytes"] / gradients, rel=0.01)
+
+
+LAYOUTS = ("ddp", "zero1", "fsdp")
+
+
+def _elastic(processes: int, kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+    flags = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
+    if kind == "save":
+        return {
+            f"save-{a}": {"flags": [*flags, *STRATEGIES[a]], "steps": [0, 2], "save": str(folder / f"{a}{processes}")}
+            for a in LAYOUTS
+        }
+    return {
+        f"{a}-{b}": {"flags": [*flags, *STRATEGIES[b]], "steps": [2, 4], "load": str(folder / f"{a}{kind}")}
+        for a in LAYOUTS
+        for b in LAYOUTS
+    }
+
+
+ELASTIC = [(2, 1), (1, 2), *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in ((4, 2), (4, 1), (2, 4)))]
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), ELASTIC)
+def test_resumed_in_any_layout(saved_by: int, resumed_by: int, tmp_path: Path) -> None:
+    before = spawn(saved_by, _elastic(saved_by, "save", tmp_path), tmp_path / "before")
+    after = spawn(resumed_by, _elastic(resumed_by, str(saved_by), tmp_path), tmp_path / "after")
+    flags = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
+    (unbroken,) = spawn(1, {"unbroken": {"flags": flags}}, tmp_path / "unbroken")["unbroken"]
+    for strategy in LAYOUTS:
+        assert before[f"save-{strategy}"][0]["losses"] == pytest.approx(unbroken["losses"][:2], rel=1e-5)
+        files = {path.name for path in (tmp_path / f"{strategy}{saved_by}" / "step-00000002").iterdir()}
+        parts = {f"model-{rank:05d}.safetensors" for rank in range(saved_by)} if saved_by > 1 else {"model.safetensors"}
+        assert {name for name in files if name.startswith("model")} == parts
+    for name, ranks in after.items():
+        for found in ranks:
+            assert found["losses"] == pytest.approx(unbroken["losses"][2:], rel=1e-5), name
+            assert found["norms"] == pytest.approx(unbroken["norms"][2:], rel=1e-5), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_compiled_on_gpus(dtype: str, tmp_path: Path) -> None:
+    """With the Triton ops and torch.compile, every strategy trains as one process does."""
+    processes = min(torch.cuda.device_count(), 4)
+    if processes < 2:
+        pytest.skip("needs 2 GPUs")
+    cases = {
+        f"{model}-{strategy}": {
+            "flags": [
+                *SMALL,
+                *MODELS[model],
+                *("--device=cuda", "--compile=True", "--n_embd=128", f"--dtype={dtype}"),
+                "--gradient_accumulation_steps=8",
+                *STRATEGIES[strategy],
+            ]
+        }
+        for model in ("llama", "gpt2", "recomputed", "selective")
+        for strategy in STRATEGIES
+    }
+    one = spawn(1, {name: case for name, case in cases.items() if name.endswith("-ddp")}, tmp_path / "one", "cuda")
+    several = spawn(processes, cases, tmp_path / "several", "cuda")
+    for name, ranks in several.items():
+        wanted = one[f"{name.partition('-')[0]}-ddp"][0]
+        for found in ranks:
+            assert found["losses"] == pytest.approx(wanted["losses"], rel=2e-3), name  # bfloat16 keeps 8 bits
+            assert found["norms"] == pytest.approx(wanted["norms"], rel=2e-2), name
