@@ -41,9 +41,8 @@ def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | b
     - up to 1024 columns: 4096 elements in 4 warps .98 and LayerNorm .965, one row in one or two warps .975 and .957
     - 2048 and 4096 columns: RMSNorm .976 and .978 with a warp for 512, .972 and .959 for 1024; LayerNorm .965 and .960
       for 1024, .952 and .895 for 512; with the add .989 and .967 for 256
-    - 8192 columns: RMSNorm in 16 warps that read twice the best of 216 variants (.989, within .003 of holding the row);
-      8 bytes a thread, since 16 here took .914; LayerNorm .885, and .953 with registers for four programs a
-      multiprocessor rather than three
+    - 8192 columns: RMSNorm .989 in 16 warps that read twice, the best of 216 variants, with registers for four programs
+      a multiprocessor, and .933 with two more, for three; LayerNorm .885 with three and .953 with four
     """
     block_n = power_of_2(N)
     shape = {"BLOCK_M": max(1, 512 // block_n), "BLOCK_N": block_n, "AGAIN": False}
@@ -54,7 +53,7 @@ def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | b
     if center:
         return {**shape, "num_warps": min(block_n // 1024, 16), **({"maxnreg": 64} if block_n == 8192 else {})}
     if block_n >= 8192:
-        return {**shape, "AGAIN": True, "num_warps": 16}
+        return {**shape, "AGAIN": True, "num_warps": 16, **({"maxnreg": 32} if block_n == 8192 else {})}
     return {**shape, "num_warps": block_n // 512}
 
 

@@ -41,7 +41,8 @@ def spawn(processes: int, cases: dict[str, dict[str, Any]], folder: Path, device
     (folder / "cases.json").write_text(json.dumps(cases))
     launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, "tests/parallel_worker.py", str(folder / "cases.json"), str(folder), device]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = range(processes)

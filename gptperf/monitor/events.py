@@ -13,8 +13,10 @@ __all__ = [
     "Memory",
     "Message",
     "Mfu",
+    "Profile",
     "Resume",
     "RunLog",
+    "Stability",
     "Start",
 ]
 
@@ -66,7 +68,35 @@ class Gradients(TypedDict, total=False):
     global_norm: float | None
     grad_mean: float | None
     grad_std: float | None
+    grad_min: float | None
+    grad_max: float | None
+    zero_share: float | None
+    """Of the elements, 0..1."""
+    non_finite: int
+    """Elements that are infinite or no number."""
     layer_norms: Mapping[str, float | None]
+    """By "embedding", "0", "1", ... for the blocks, "head"; together they are the global norm."""
+    component_norms: Mapping[str, float | None]
+    """By "attention", "ffn", "norm", "embedding", "lm_head"; the same sum."""
+    histogram: Mapping[str, list[float]]
+    """"log2_edges" of the magnitudes and the "shares" of the elements between them, below the first and above the last."""
+    update_ratios: Mapping[str, float | None]
+    """Norm of the step's update over that of the weights, by component."""
+
+
+class Stability(TypedDict, total=False):
+    """The losses of the last logged iterations."""
+
+    window: Required[int]
+    """How many they are."""
+    loss_mean: float | None
+    loss_variance: float | None
+    spike: bool
+    """This loss is far above those before it."""
+    plateau: bool
+    """The mean of the window's second half is not below that of the first."""
+    non_finite: int
+    """Steps left out so far because a gradient was not finite."""
 
 
 class Iteration(TypedDict, total=False):
@@ -87,6 +117,7 @@ class Iteration(TypedDict, total=False):
     """Empty in the first entry of a process."""
     memory: Memory | Mapping[str, Any]
     gradients: Gradients
+    stability: Stability
     loss_scale: float
     """Of fp16."""
 
@@ -110,6 +141,24 @@ class Checkpoint(TypedDict, total=False):
     time_ms: float
 
 
+class Profile(TypedDict, total=False):
+    """Event `profile`: steps that were recorded."""
+
+    iter: Required[int]
+    """The last of them."""
+    trace: Required[str]
+    """File for Perfetto."""
+    steps: int
+    step_ms: float
+    parts_ms: Mapping[str, float]
+    """Of a step, by the parts of `gptperf.profiling`."""
+    waterfall: Mapping[str, float] | None
+    """Points of MFU that each part costs; None without a peak."""
+    mfu_percent: float | None
+    kernels: list[Mapping[str, Any]]
+    """The longest: name, part, ms a step, calls a step."""
+
+
 class Message(TypedDict, total=False):
     """Event `message`: a line that the user saw, or should have."""
 
@@ -131,6 +180,7 @@ EVENTS = {
     "iteration": Iteration,
     "eval": Eval,
     "checkpoint": Checkpoint,
+    "profile": Profile,
     "message": Message,
     "resume": Resume,
 }
@@ -148,6 +198,7 @@ class RunLog(TypedDict):
     training_iterations: list[dict[str, Any]]
     eval_steps: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
+    profiles: list[dict[str, Any]]
     messages: list[dict[str, Any]]
     resumes: list[dict[str, Any]]
     summary: dict[str, Any]

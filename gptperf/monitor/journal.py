@@ -23,7 +23,7 @@ __all__ = ["Journal", "assemble", "find_journal", "new_run_name", "write_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _RUN = re.compile(r"run_(\d{8})_(\d{6})(?:_(\d{1,6}))?\.jsonl", re.ASCII)
-_WITH_ITER = ("iteration", "eval", "checkpoint", "resume")
+_WITH_ITER = ("iteration", "eval", "checkpoint", "profile", "resume")
 
 
 class Journal:
@@ -194,6 +194,7 @@ def assemble(jsonl_path: Path) -> RunLog:
         training_iterations=[],
         eval_steps=[],
         checkpoints=[],
+        profiles=[],
         messages=[],
         resumes=[],
         summary={},
@@ -258,6 +259,7 @@ def _list(log: RunLog, event: str) -> list[dict[str, Any]]:
         "iteration": log["training_iterations"],
         "eval": log["eval_steps"],
         "checkpoint": log["checkpoints"],
+        "profile": log["profiles"],
         "message": log["messages"],
         "resume": log["resumes"],
     }[event]
