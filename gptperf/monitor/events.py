@@ -79,7 +79,7 @@ class Gradients(TypedDict, total=False):
     component_norms: Mapping[str, float | None]
     """By "attention", "ffn", "norm", "embedding", "lm_head"; the same sum."""
     histogram: Mapping[str, list[float]]
-    """"log2_edges" of the magnitudes and the "shares" of the elements between them, below the first and above the last."""
+    """"log2_edges" of the magnitudes, and "shares" of the elements below the first, between them, above the last."""
     update_ratios: Mapping[str, float | None]
     """Norm of the step's update over that of the weights, by component."""
 
