@@ -27,6 +27,8 @@ class AdamW(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # tells GradScaler to leave both to the step
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    observe: Callable[[Bucket, Tensor], None] | None = None
+    """Is given each bucket with its master weights before the update, in the steps in which it is set."""
 
     def __init__(self, buckets: Sequence[Bucket], config: OptimizerConfig, op: Callable[..., None]):
         groups = [
@@ -36,9 +38,9 @@ class AdamW(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
         self.config = config
         self.op = op
-        self.copies = {b.master: b.copy for b in buckets}
+        self.buckets = {b.master: b for b in buckets}
         self.steps = torch.zeros((), device=buckets[0].master.device)  # updates made, without those left out
-        for parameter in self.copies:
+        for parameter in self.buckets:
             self.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
 
     @torch.no_grad()
@@ -59,10 +61,13 @@ class AdamW(torch.optim.Optimizer):
                     parameter.grad,
                     state["exp_avg"],
                     state["exp_avg_sq"],
-                    self.copies[parameter],
+                    self.buckets[parameter].copy,
                 )
+                before = None if self.observe is None else parameter.detach().clone()
                 rows = (None if x is None else x.detach().view(-1, ALIGN) for x in tensors)
                 self.op(*rows, scalars, config.beta1, config.beta2, config.adam_eps, group["weight_decay"])
+                if self.observe is not None and before is not None:
+                    self.observe(self.buckets[parameter], before)
 
 
 def clip_scale(norm: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:

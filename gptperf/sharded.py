@@ -107,6 +107,11 @@ class Sharded(Replicated):
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
     def finish_step(self) -> None:
         for bucket in reversed(self.buckets):  # in the order of forward
             self._gather(bucket)

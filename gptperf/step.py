@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from gptperf import build, registry, selftest
 from gptperf.config import Config, SystemConfig
 from gptperf.model import GPT
-from gptperf.monitor.gradients import gradient_moments
+from gptperf.monitor.gradients import GradientMonitor
 from gptperf.optim import AdamW, clip_scale, learning_rate
 from gptperf.parallel import Process
 from gptperf.sharded import FullySharded, Sharded
-from gptperf.weights import Replicated
+from gptperf.weights import Bucket, Replicated, gradient_of
 
 __all__ = ["Engine", "StepResult", "build_engine", "compile_engine", "train_step"]
 
@@ -30,6 +31,7 @@ class Engine:
     weights: Replicated
     optimizer: AdamW
     scaler: torch.amp.GradScaler
+    monitor: GradientMonitor
     skipped: Tensor
     """Steps left out because the gradients were not finite, a float32 scalar on the device."""
 
@@ -52,8 +54,8 @@ class StepResult:
     """Mean over the step's micro-batches in this process."""
     gradient_norm: Tensor
     """Global 2-norm before clipping."""
-    moments: Tensor | None
-    """Mean and standard deviation of the gradients, where asked for."""
+    gradients: Tensor | None = None
+    """Of `GradientMonitor.measure` and `update`, one after the other, where asked for; float64."""
 
 
 def build_engine(config: Config, process: Process) -> Engine:
@@ -67,7 +69,9 @@ def build_engine(config: Config, process: Process) -> Engine:
     weights = make_weights(model, config.system, process)
     optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
-    return Engine(config, process, ops, model, weights, optimizer, scaler, torch.zeros((), device=process.device))
+    monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
+    skipped = torch.zeros((), device=process.device)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
 
 
 def make_weights(model: GPT, system: SystemConfig, process: Process) -> Replicated:
@@ -99,14 +103,14 @@ def compile_engine(engine: Engine) -> str:
     return scope
 
 
-def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_moments: bool = False) -> StepResult:
+def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched: bool = False) -> StepResult:
     """One iteration: forward and backward over the micro-batches, reduce, clip, update. Nothing waits for the device.
 
     Args:
         engine: what is trained.
         batches: int64 `(2, B, T)` a micro-batch, inputs and targets.
         step: iterations done before this one.
-        with_moments: whether the gradients' distribution is wanted.
+        watched: whether the figures of gradients and update are wanted.
     """
     config, weights, process = engine.config, engine.weights, engine.process
     total = torch.zeros((), device=process.device)
@@ -125,7 +129,7 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_mom
         weights.finish_gradients()
     engine.scaler.unscale_(engine.optimizer)
     norm = weights.gradient_norm()
-    moments = gradient_moments(weights.gradients(), weights.numel, weights.summed) if with_moments else None
+    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
     divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
     engine.skipped += found_inf
     for group in engine.optimizer.param_groups:
@@ -133,10 +137,20 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, with_mom
     engine.optimizer.grad_scale, engine.optimizer.found_inf = divisor, found_inf
     if engine.scaler.is_enabled() and weights.is_sharded:
         _agree_on_overflow(engine)
+    if watched:
+        engine.monitor.start_update()
+    engine.optimizer.observe = partial(_observe, engine) if watched else None
     engine.scaler.step(engine.optimizer)
     engine.scaler.update()
     weights.finish_step()
-    return StepResult(total / engine.micro_batches, norm, moments)
+    figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
+    return StepResult(total / engine.micro_batches, norm, figures)
+
+
+def _observe(engine: Engine, bucket: Bucket, before: Tensor) -> None:
+    """Tell the monitor what the update has done to a bucket."""
+    pieces = engine.weights.pieces_of
+    engine.monitor.observe(pieces(bucket, before), pieces(bucket, bucket.master.data))
 
 
 def _agree_on_overflow(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
 from gptperf.errors import PREEMPTED, DataError, DiskError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.console import Console, Summary
-from gptperf.monitor.events import Eval, Iteration
+from gptperf.monitor.events import Eval, Gradients, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
+from gptperf.monitor.stability import LossWindow
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
 from gptperf.plan import Plan
@@ -56,6 +57,7 @@ class Run:
     """In the main process."""
     plan: Plan | None
     saver: Saver
+    losses: LossWindow = field(default_factory=LossWindow)
     failed_saves: int = 0
     waited_s: float = 0.0
     """Seconds that the loop had waited for the loader at the last log line."""
@@ -203,9 +205,9 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
         log_due = last or iteration == first or iteration % run.config.log.log_interval == 0
         if iteration == first:  # it compiles and fills caches: not a step like the others
             with clock.paused():
-                result = train_step(run.engine, loader, state.step, with_moments=log_due)
+                result = train_step(run.engine, loader, state.step, watched=log_due)
         else:
-            result = train_step(run.engine, loader, state.step, with_moments=log_due)
+            result = train_step(run.engine, loader, state.step, watched=log_due)
             clock.steps += 1
         state.step = iteration
         state.tokens += run.config.tokens_per_iter
@@ -233,6 +235,7 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
     """Read the step's results, for which the host waits here, and report them."""
     engine, state = run.engine, run.state
     loss = engine.process.mean(result.loss.clone()).item()
+    skipped = int(engine.skipped.item())
     norm = result.gradient_norm.item()
     seconds, steps = clock.lap()
     step_ms = 1e3 * (seconds / steps if steps else clock.paused_s)
@@ -241,7 +244,10 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
     else:
         state.train_s += seconds
         state.timed_tokens += steps * run.config.tokens_per_iter
-    mean, std = (None, None) if result.moments is None else result.moments.tolist()
+    gradients: Gradients = {"global_norm": norm}
+    if result.gradients is not None:
+        figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
+        gradients = engine.monitor.record(norm, figures[:-ratios], figures[-ratios:])
     record: Iteration = {
         "iter": state.step,
         "loss": loss,
@@ -251,7 +257,8 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
         "tokens": state.tokens,
         "mfu": run.throughput.record(step_ms) if steps else {},
         "memory": memory_record(engine.process.device),
-        "gradients": {"global_norm": norm, "grad_mean": mean, "grad_std": std},
+        "gradients": gradients,
+        "stability": run.losses.add(loss, skipped),
     }
     run.waited_s = waited_s
     if engine.scaler.is_enabled():

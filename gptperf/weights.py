@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Piece", "Place", "Replicated", "runs"]
+__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Piece", "Place", "Replicated", "gradient_of", "runs"]
 
 ALIGN = 64
 """Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
@@ -226,6 +226,10 @@ class Replicated:
         """Sum of a tensor over the shares of the processes: here every process has all of it."""
         return value
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The same for a maximum."""
+        return value
+
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients, a float32 scalar on the device."""
@@ -294,14 +298,24 @@ class Replicated:
             to_save: only those that are this process's to save: the processes' pieces together are everything, once.
         """
         for bucket in self.buckets:
-            flat, (begin, end) = values(bucket), self._held(bucket)
-            low, high = self._share_of(bucket) if to_save else (begin, end)
-            for name in bucket.names:
-                place = self.places[name]
-                first = max(place.offset, low, begin)
-                last = min(place.offset + place.shape.numel(), high, end)
-                if first < last:
-                    yield Piece(name, place.shape, first - place.offset, flat[first - begin : last - begin])
+            yield from self.pieces_of(bucket, values(bucket), to_save=to_save)
+
+    def pieces_of(self, bucket: Bucket, flat: Tensor, *, to_save: bool = False) -> Iterator[Piece]:
+        """The same for one bucket."""
+        begin, end = self._held(bucket)
+        low, high = self._share_of(bucket) if to_save else (begin, end)
+        for name in bucket.names:
+            place = self.places[name]
+            first = max(place.offset, low, begin)
+            last = min(place.offset + place.shape.numel(), high, end)
+            if first < last:
+                yield Piece(name, place.shape, first - place.offset, flat[first - begin : last - begin])
+
+
+def gradient_of(bucket: Bucket) -> Tensor:
+    """What the optimizer takes, once it is reduced."""
+    assert bucket.master.grad is not None
+    return bucket.master.grad
 
 
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:

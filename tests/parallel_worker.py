@@ -56,13 +56,14 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         restore(checkpoint.load(Path(case["load"]) / f"step-{first:08d}"), engine, "")
     engine.weights.share()
     compile_engine(engine)
-    data, losses, norms, moments, evaluated = batches(config, process, first), [], [], [], []
+    data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     for step in range(first, last):
-        result = train_step(engine, data, step, with_moments=True)
+        result = train_step(engine, data, step, watched=True)
         losses.append(process.mean(result.loss.clone()).item())
         norms.append(result.gradient_norm.item())
-        assert result.moments is not None
-        moments.append(result.moments.tolist())
+        assert result.gradients is not None
+        figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
+        watched.append(engine.monitor.record(norms[-1], figures[:-ratios], figures[-ratios:]))
         evaluated.append(evaluate(engine))
     if "save" in case:
         saver = Saver(Path(case["save"]), 3, process)
@@ -77,8 +78,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
-        "means": [mean for mean, _ in moments],
-        "stds": [std for _, std in moments],
+        "watched": watched,
         "evaluated": evaluated,
         "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
         "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),

@@ -87,12 +87,12 @@ def test_a_step_never_waits_for_the_gpu(dtype: str, corpus: Path) -> None:
     source = TokenSource.open(corpus / "text", "train")
     with Loader(source, block_size=128, batch_size=8, micro_batches=2, seed=0, pin_memory=True) as loader:
         for step in range(3):
-            train_step(engine, loader, step, with_moments=True)
+            train_step(engine, loader, step, watched=True)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for step in range(3, 6):
-                train_step(engine, loader, step, with_moments=True)
+                train_step(engine, loader, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -262,16 +262,6 @@ def test_schedule_values() -> None:
     assert learning_rate(10**6, constant, 10) == 1.0
 
 
-def test_gradients_moments() -> None:
-    from gptperf.monitor.gradients import gradient_moments
-
-    values = torch.randn(1000, dtype=torch.float64) + 0.5
-    buffers = [torch.cat([values[:300], torch.zeros(20, dtype=torch.float64)]).float(), values[300:].float()]
-    mean, std = gradient_moments(buffers, 1000).tolist()
-    assert mean == pytest.approx(values.mean().item(), rel=1e-5)
-    assert std == pytest.approx(values.std(correction=0).item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(("norm", "grad_clip", "divisor"), [(5.0, 2.0, 2.5), (1.5, 2.0, 1.0), (5.0, 0.0, 1.0)])
 def test_clipping(norm: float, grad_clip: float, divisor: float) -> None:
     """The first moment after one step is (1 - beta1) times the clipped gradient."""
