@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,18 @@ def _full_as_one_graph(c: Mapping[str, Any]) -> str | None:
     return "compiled as one graph, full recomputation gives little memory back; nearest compile_scope: 'block'"
 
 
+def _profile(c: Mapping[str, Any]) -> str | None:
+    if not c["profile"]:
+        return None
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", c["profile"], re.ASCII)
+    if found and 1 <= int(found[1]) <= int(found[2]) <= c["max_iters"] and int(found[2]) - int(found[1]) < 100:
+        return None
+    return (
+        f"profile = {c['profile']!r}; wanted START:STOP with 1 <= START <= STOP <= max_iters = {c['max_iters']}, 100 "
+        f"iterations at most; nearest: {min(10, c['max_iters'])}:{min(14, c['max_iters'])}"
+    )
+
+
 def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
     if c["overwrite"] and c["init_from"] in ("resume", "auto"):
         return f"init_from = {c['init_from']!r} continues the checkpoints that overwrite = true would move aside"
@@ -108,6 +121,7 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
     (("recompute", "compile", "compile_scope"), _full_as_one_graph),
     (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
+    (("profile", "max_iters"), _profile),
     (("overwrite", "init_from"), _overwrite_resume),
     (("init_from",), _init_from),
 )

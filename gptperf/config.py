@@ -280,6 +280,10 @@ class LogConfig:
 
     log_interval: _Positive = 10
     """Iterations between log lines; between two of them the GPU is not synchronised."""
+    profile: str = ""
+    """Iterations START:STOP to record: a trace for Perfetto, and where the time goes."""
+    memory_history: bool = False
+    """Record who allocates GPU memory, for the snapshots that SIGUSR2 and running out of memory write."""
     sample_tokens: _Count = 200
     """Tokens of the sample generated at the end of the run; 0: none."""
     trigram_baseline: bool = False

@@ -25,7 +25,8 @@ from gptperf.errors import PREEMPTED, DataError, DiskError, NonFiniteError, OutO
 from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Gradients, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
-from gptperf.monitor.memory import memory_record
+from gptperf.monitor.memory import MemorySnapshots, memory_record
+from gptperf.monitor.profiler import StepProfiler, lines_of
 from gptperf.monitor.stability import LossWindow
 from gptperf.monitor.throughput import Throughput
 from gptperf.parallel import Process, start_process
@@ -57,6 +58,8 @@ class Run:
     """In the main process."""
     plan: Plan | None
     saver: Saver
+    profiler: StepProfiler
+    snapshots: MemorySnapshots
     losses: LossWindow = field(default_factory=LossWindow)
     failed_saves: int = 0
     waited_s: float = 0.0
@@ -135,9 +138,11 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         try:
             finished = _loop(run, stack.enter_context(loader), stop)
         except torch.OutOfMemoryError as error:
+            snapshot_path = run.snapshots.write("oom")
             raise OutOfMemoryError(
                 f"the GPU's memory does not hold iteration {run.state.step + 1}: {str(error).splitlines()[0]} Lower "
-                f"batch_size = {config.train.batch_size} and raise gradient_accumulation_steps, or lower block_size."
+                f"batch_size = {config.train.batch_size} and raise gradient_accumulation_steps, or lower block_size. "
+                f"Who held it: {snapshot_path}"
             ) from error
         if finished:
             with run.engine.weights.gathered():
@@ -190,7 +195,22 @@ def _start(
     throughput = throughput_of(config, process, peak, console.warning)
     saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
     stack.callback(saver.wait)  # after an error too: what has begun is written
-    return Run(engine, train_tokens, val_tokens, tokenizer, state, throughput, console, journal, planned, saver)
+    profiler = StepProfiler(config, process.world_size, peak, process.is_main)
+    snapshots = MemorySnapshots(out_dir, process.device, process.rank, config.log.memory_history)
+    return Run(
+        engine,
+        train_tokens,
+        val_tokens,
+        tokenizer,
+        state,
+        throughput,
+        console,
+        journal,
+        planned,
+        saver,
+        profiler,
+        stack.enter_context(snapshots.listening()),
+    )
 
 
 def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
@@ -202,13 +222,17 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
     while state.step < train.max_iters:
         iteration = state.step + 1
         last = iteration == train.max_iters
-        log_due = last or iteration == first or iteration % run.config.log.log_interval == 0
+        recorded = run.profiler.covers(iteration) and iteration > first
+        log_due = last or iteration == first or (iteration % run.config.log.log_interval == 0 and not recorded)
         if iteration == first:  # it compiles and fills caches: not a step like the others
             with clock.paused():
                 result = train_step(run.engine, loader, state.step, watched=log_due)
         else:
+            if recorded:
+                run.profiler.before(iteration, clock)
             result = train_step(run.engine, loader, state.step, watched=log_due)
-            clock.steps += 1
+            clock.steps += not recorded
+        _profiled(run, iteration)
         state.step = iteration
         state.tokens += run.config.tokens_per_iter
         if log_due:
@@ -231,6 +255,19 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
     return True
 
 
+def _profiled(run: Run, iteration: int) -> None:
+    """Report the profile that ends with an iteration, if one does, and write a snapshot of memory if asked to."""
+    if run.snapshots.asked:
+        run.snapshots.asked = False
+        run.console.message(f"memory: {run.snapshots.write(f'iter{iteration}')}")
+    found = run.profiler.after(iteration)
+    if found is not None:
+        for line in lines_of(found):
+            run.console.message(line)
+        if run.journal is not None:
+            run.journal.write("profile", found)
+
+
 def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> None:
     """Read the step's results, for which the host waits here, and report them."""
     engine, state = run.engine, run.state
@@ -240,7 +277,8 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
     seconds, steps = clock.lap()
     step_ms = 1e3 * (seconds / steps if steps else clock.paused_s)
     if steps == 0:  # the process's first iteration, with compilation: its time says nothing of the speed
-        run.console.message(f"first iteration: {clock.paused_s:.1f} s, done {process_age_s():.1f} s after the start")
+        if not run.losses.losses:
+            run.console.message(f"first iteration: {clock.paused_s:.1f} s, {process_age_s():.1f} s after the start")
     else:
         state.train_s += seconds
         state.timed_tokens += steps * run.config.tokens_per_iter

@@ -1,6 +1,6 @@
 """The fields of a run's log, told once: the events of the journal and the JSON file assembled from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Required, TypedDict
 
 __all__ = [
@@ -155,7 +155,7 @@ class Profile(TypedDict, total=False):
     waterfall: Mapping[str, float] | None
     """Points of MFU that each part costs; None without a peak."""
     mfu_percent: float | None
-    kernels: list[Mapping[str, Any]]
+    kernels: Sequence[Mapping[str, Any]]
     """The longest: name, part, ms a step, calls a step."""
 
 

@@ -1,12 +1,16 @@
-"""Memory of this process: of its GPU, or on a CPU its resident set."""
+"""Memory of this process: of its GPU, or on a CPU its resident set; and snapshots of who holds it."""
 
+import contextlib
+import os
 import resource
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-__all__ = ["memory_record"]
+__all__ = ["MemorySnapshots", "memory_record"]
 
 _STATM = Path("/proc/self/statm")
 
@@ -29,3 +33,47 @@ def memory_record(device: torch.device) -> dict[str, float]:
         resident_pages = int(_STATM.read_text().split()[1])
         record["rss_gb"] = resident_pages * resource.getpagesize() / 1e9
     return record
+
+
+class MemorySnapshots:
+    """Writes `memory_<why>_rank<r>.pickle` for pytorch.org/memory_viz: on SIGUSR2, and when the GPU's memory runs out.
+
+    Args:
+        folder: of the run.
+        device: whose memory.
+        rank: of this process.
+        history: also record who allocated what, from now on; it costs a few per cent of the host's time.
+    """
+
+    _MOST_EVENTS = 200_000
+
+    def __init__(self, folder: Path, device: torch.device, rank: int, history: bool):
+        self.folder, self.device, self.rank, self.history = folder, device, rank, history
+        self.asked = False
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["MemorySnapshots"]:
+        """Take SIGUSR2 as a wish for a snapshot."""
+        before = signal.signal(signal.SIGUSR2, self._ask)
+        if self.history and self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=self._MOST_EVENTS)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGUSR2, before)
+
+    def write(self, why: str) -> str:
+        """Write one now; returns its path, or why there is none."""
+        if self.device.type != "cuda":
+            return "no snapshot: PyTorch keeps no account of a CPU's memory"
+        path = self.folder / f"memory_{why}_rank{self.rank}.pickle"
+        tmp = path.with_name(f".tmp-{path.name}")
+        try:
+            torch.cuda.memory._dump_snapshot(str(tmp))
+            os.replace(tmp, path)
+        except OSError as error:
+            return f"no snapshot: {error}"
+        return str(path)
