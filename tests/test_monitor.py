@@ -1,14 +1,25 @@
 """What a run says of its gradients, its update and its losses, against figures computed in another way."""
 
+import gzip
+import json
 import math
+import os
+import signal
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import losses, run, run_log
 
 from gptperf import cli
+from gptperf.errors import ConfigError
 from gptperf.kernels import reference
+from gptperf.monitor.events import Profile
 from gptperf.monitor.gradients import COMPONENTS, GradientMonitor, component_of, layer_of
+from gptperf.monitor.memory import MemorySnapshots
+from gptperf.monitor.profiler import lines_of
 from gptperf.monitor.stability import LossWindow
 from gptperf.optim import AdamW, clip_scale
 from gptperf.parallel import Process
@@ -72,13 +83,13 @@ def test_figures_are_those_of_the_gradients(preset: str, dtype: str, monkeypatch
 
 
 def test_watching_changes_no_bit() -> None:
-    losses = []
+    found = []
     for watched in (False, True):
         engine = _engine("--arch_preset=llama")
         generator = torch.Generator().manual_seed(0)
         batches = iter(lambda g=generator: torch.randint(0, 97, (2, 2, 16), generator=g), None)
-        losses.append([train_step(engine, batches, step, watched=watched).loss.item() for step in range(4)])
-    assert losses[0] == losses[1]
+        found.append([train_step(engine, batches, step, watched=watched).loss.item() for step in range(4)])
+    assert found[0] == found[1]
 
 
 def test_what_is_not_finite_is_counted() -> None:
@@ -137,3 +148,62 @@ def test_spikes_and_plateaus() -> None:
     assert [f["plateau"] for f in found] == [False] * 19 + [True]
     assert not any(f["spike"] for f in found)
     assert found[7]["non_finite"] == 7
+
+
+def test_a_profile_of_some_iterations(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(corpus, tmp_path / "plain", "--max_iters=6") == 0
+    assert run(corpus, tmp_path / "profiled", "--max_iters=6", "--profile=3:4") == 0
+    path = tmp_path / "profiled" / "trace_3-4.json.gz"
+    assert f"profile of 2 iterations: {path}" in capsys.readouterr().out
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert "aten::mm" in names
+    log = run_log(tmp_path / "profiled")
+    (profile,) = log["profiles"]
+    assert (profile["iter"], profile["steps"], profile["trace"]) == (4, 2, str(path))
+    assert profile["waterfall"] is None  # no GPU, no MFU
+    found = dict(losses(tmp_path / "profiled"))
+    assert found.keys() == {1, 2, 5, 6}  # the time of recorded iterations is not that of others: they are not logged
+    assert found.items() <= dict(losses(tmp_path / "plain")).items()
+    assert list(path.parent.glob(".tmp*")) == []
+
+
+def test_lines_of_a_profile() -> None:
+    kernels = [{"name": "nvjet_x", "part": "gemm", "ms": 1.5, "calls": 3.0}]
+    found: Profile = {
+        "iter": 14,
+        "trace": "t.json.gz",
+        "steps": 5,
+        "step_ms": 2.0,
+        "parts_ms": {"gemm": 1.5, "attention": 0.0, "host_gaps": 0.5},
+        "waterfall": {"gemm": 10.0, "host_gaps": 25.0},
+        "mfu_percent": 65.0,
+        "kernels": kernels,
+    }
+    lines = lines_of(found)
+    assert lines[1] == "  2.00 ms an iteration: gemm 1.50 ms, host_gaps 0.50 ms"
+    assert lines[2] == "  100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
+    assert "nvjet_x" in lines[3]
+
+
+@pytest.mark.parametrize("value", ["5", "4:3", "0:3", "1:7", "1:5000", "a:b", "-1:2"])
+def test_a_profile_that_cannot_be(value: str) -> None:
+    with pytest.raises(ConfigError, match="wanted START:STOP with 1 <= START <= STOP <= max_iters = 6"):
+        cli.resolve(["--max_iters=6", f"--profile={value}"])
+
+
+def test_a_snapshot_is_asked_for_by_a_signal(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with MemorySnapshots(tmp_path, torch.device("cpu"), 0, history=False).listening() as snapshots:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.01)
+        assert snapshots.asked
+        assert "no account of a CPU's memory" in snapshots.write("iter3")
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu(tmp_path: Path) -> None:
+    snapshots = MemorySnapshots(tmp_path, torch.device("cuda"), 0, history=False)
+    path = Path(snapshots.write("iter3"))
+    assert path == tmp_path / "memory_iter3_rank0.pickle"
+    assert path.stat().st_size > 0
