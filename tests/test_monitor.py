@@ -207,3 +207,17 @@ def test_a_snapshot_of_a_gpu(tmp_path: Path) -> None:
     path = Path(snapshots.write("iter3"))
     assert path == tmp_path / "memory_iter3_rank0.pickle"
     assert path.stat().st_size > 0
+
+
+def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
+    gradient = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    gradient[5] = math.inf  # not in the sample
+    monitor = GradientMonitor(["wte.weight"], gradient.numel(), torch.device("cpu"))
+    figures = monitor.measure([("wte.weight", gradient.shape, 0, gradient)])
+    found = monitor.record(math.inf, figures.tolist(), None)
+    assert found["non_finite"] == 1
+    edges, shares = found["histogram"]["log2_edges"], found["histogram"]["shares"]
+    assert sum(shares) == pytest.approx(1)
+    for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
+        wanted = math.erf(2.0**high / math.sqrt(2)) - math.erf(2.0**low / math.sqrt(2))
+        assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted / (gradient.numel() / 16)) + 1e-9)

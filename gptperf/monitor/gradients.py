@@ -19,6 +19,10 @@ COMPONENTS = ("attention", "ffn", "norm", "embedding", "lm_head", "other")
 _EXPONENTS = 256  # of float32; the last one means that an element is not finite
 _BIAS = 127
 _LOW, _HIGH, _WIDTH = -40, 8, 2  # of the histogram, in powers of two
+_LARGE, _EVERY = (
+    1 << 20,
+    16,
+)  # it takes every 16th element of a large parameter: counting all takes longer than the rest
 
 Piece = tuple[str, torch.Size, int, Tensor]
 """Name of a parameter, its shape, first element, elements."""
@@ -85,7 +89,7 @@ class GradientMonitor:
         """
         named = [(name, values) for name, _, _, values in pieces]
         squares = torch.zeros(len(self.layers) + len(self.components), dtype=torch.float64, device=self.device)
-        moments = torch.zeros(3 + _EXPONENTS, dtype=torch.float64, device=self.device)
+        counts = torch.zeros(3 + _EXPONENTS, dtype=torch.float64, device=self.device)
         extremes = torch.full((2,), -math.inf, device=self.device)
         if named:
             norms = torch.stack(torch._foreach_norm([values for _, values in named])).double().square()
@@ -96,14 +100,15 @@ class GradientMonitor:
             for row in self._rows:
                 squares.index_add_(0, row, norms)
         for _, values in named:
-            moments[0] += values.sum(dtype=torch.float64)
-            moments[1] += values.square().sum(dtype=torch.float64)
-            moments[2] += (values == 0).sum()
-            exponents = (values.view(torch.int32) >> 23) & 0xFF
-            moments[3:] += torch.bincount(exponents, minlength=_EXPONENTS)
+            counts[0] += values.sum(dtype=torch.float64)
+            counts[1] += (values == 0).sum()
+            counts[2] += values.numel() - values.isfinite().sum()
+            sampled = values[:: _EVERY if values.numel() >= _LARGE else 1]
+            exponents = (sampled.contiguous().view(torch.int32) >> 23) & 0xFF
+            counts[3:] += torch.bincount(exponents, minlength=_EXPONENTS)
             low, high = values.aminmax()
             extremes = torch.maximum(extremes, torch.stack([-low, high]))
-        return torch.cat([self.summed(squares), self.summed(moments), self.largest(extremes).double()])
+        return torch.cat([self.summed(squares), self.summed(counts), self.largest(extremes).double()])
 
     def start_update(self) -> None:
         """Forget the last update."""
@@ -133,8 +138,8 @@ class GradientMonitor:
         """
         layers, components = len(self.layers), len(self.components)
         norms = [math.sqrt(square) for square in measured[: layers + components]]
-        total, squares, zeros, *counts = measured[layers + components : -2]
-        mean = total / self.numel
+        total, zeros, non_finite, *exponents = measured[layers + components : -2]
+        mean, squares = total / self.numel, sum(measured[:layers])
         found: Gradients = {
             "global_norm": global_norm,
             "grad_mean": mean,
@@ -142,19 +147,19 @@ class GradientMonitor:
             "grad_min": -measured[-2],
             "grad_max": measured[-1],
             "zero_share": zeros / self.numel,
-            "non_finite": round(counts[-1]),
+            "non_finite": round(non_finite),
             "layer_norms": dict(zip(self.layers, norms[:layers], strict=True)),
             "component_norms": dict(zip(self.components, norms[layers:], strict=True)),
-            "histogram": self._histogram(counts, zeros),
+            "histogram": self._histogram(exponents, zeros / self.numel),
         }
         if updated is not None:
             found["update_ratios"] = dict(zip(self.components, updated, strict=True))
         return found
 
-    def _histogram(self, counts: list[float], zeros: float) -> Mapping[str, Any]:
+    @staticmethod
+    def _histogram(exponents: list[float], zero_share: float) -> Mapping[str, Any]:
         """Shares of the magnitudes below 2^_LOW, in steps, and from 2^_HIGH on; finite ones that are not zero."""
         edges = list(range(_LOW, _HIGH + 1, _WIDTH))
         bounds = [0, *(edge + _BIAS for edge in edges), _EXPONENTS - 1]
-        found = [sum(counts[low:high]) for low, high in itertools.pairwise(bounds)]
-        found[0] -= zeros
-        return {"log2_edges": edges, "shares": [count / self.numel for count in found]}
+        shares = [sum(exponents[low:high]) / sum(exponents) for low, high in itertools.pairwise(bounds)]
+        return {"log2_edges": edges, "shares": [max(0.0, shares[0] - zero_share), *shares[1:]]}
