@@ -284,6 +284,8 @@ class LogConfig:
     """Iterations START:STOP to record: a trace for Perfetto, and where the time goes."""
     memory_history: bool = False
     """Record who allocates GPU memory, for the snapshots that SIGUSR2 and running out of memory write."""
+    console: Annotated[str, Choice(("auto", "live", "plain"))] = "auto"
+    """live: a panel that is redrawn; plain: lines; auto: live where stdout is a terminal."""
     sample_tokens: _Count = 200
     """Tokens of the sample generated at the end of the run; 0: none."""
     trigram_baseline: bool = False

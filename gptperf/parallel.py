@@ -70,6 +70,15 @@ class Process:
             dist.all_gather_object(every, found, group=self.host_group)
         return {key: text for one in reversed(every) for key, text in one.items()}
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank; every process has to ask."""
+        if self.world_size == 1:
+            return [value]
+        every: list[Any] = [None] * self.world_size
+        with self.progress.collective("all_gather"):
+            dist.all_gather_object(every, value, group=self.host_group)
+        return every
+
     def exchange(self, value: Any) -> list[Any]:
         """The value of every process, by rank; each has to ask, and only those that save together do."""
         if self.world_size == 1:

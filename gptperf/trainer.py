@@ -120,7 +120,9 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         stop = stack.enter_context(StopRequest().listening())
         stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
         check_device(config.system, process.device)
-        console = stack.enter_context(Console(max_iters=config.train.max_iters, enabled=process.is_main))
+        console = stack.enter_context(
+            Console(max_iters=config.train.max_iters, mode=config.log.console, enabled=process.is_main)
+        )
         run = _start(config, origins, process, console, stack)
         loader = Loader(
             run.train_tokens,
@@ -303,6 +305,8 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
         record["loss_scale"] = engine.scaler.get_scale()
     if run.journal is not None:
         run.journal.write("iteration", record)
+    for rank, warnings in enumerate(engine.process.gather(run.console.pending())):
+        run.console.gathered(rank, warnings)
     left = run.config.train.max_iters - state.step
     run.console.iteration(record, left * step_ms / 1e3 if steps else None)
     _check_finite(run)

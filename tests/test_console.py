@@ -1,81 +1,21 @@
-"""What a run prints: on a pipe, on a terminal, on a small one, and when the reader has gone."""
+"""What a run prints: its blocks, on a pipe, and when the reader has gone."""
 
-import contextlib
-import fcntl
 import io
 import os
-import pty
-import re
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from console_helpers import RECORD, info, play
 
 from gptperf.config import ModelConfig
-from gptperf.hardware import Peak, match_gpu, no_peak_hint, peak_flop_s
-from gptperf.monitor.console import Console, _duration, evaluation_lines, iteration_lines, startup_lines
-from gptperf.monitor.throughput import Throughput, theoretical
+from gptperf.monitor.blocks import duration, evaluation_lines, iteration_lines, startup_lines
+from gptperf.monitor.console import Console
+from gptperf.monitor.throughput import Throughput
 
 ROOT = Path(__file__).parent.parent
-PEAK = peak_flop_s(match_gpu("NVIDIA H200"), "bfloat16")
-RECORD = {
-    "iter": 5,
-    "loss": 10.64561,
-    "time_ms": 4298.4,
-    "lr": 1.5e-6,
-    "mfu": Throughput(ModelConfig(), 491_520, 1, PEAK).record(4298.4),
-    "memory": {"allocated_gb": 12.34, "peak_gb": 15.67, "reserved_gb": 16.0},
-    "gradients": {"global_norm": 2.3456, "grad_mean": -1.23e-5, "grad_std": 3.45e-4},
-}
-
-
-def info(peak: Peak | None = PEAK) -> dict[str, Any]:
-    ops = {"rms_norm": "eager", "rope": "eager", "swiglu": "triton"}
-    facts: dict[str, Any] = {
-        "total_parameters": 124_439_808,
-        "trainable_parameters": 124_439_808,
-        "n_head": 12,
-        "kv_heads": 4,
-        "block_size": 1024,
-        "components": {"normalization": "rmsnorm", "ffn_type": "swiglu", "bias": False},
-        "kernels": ops,
-        "kernel_reasons": {"rms_norm": "no kernel yet", "rope": "no kernel yet"},
-        "batch_size": 12,
-        "gradient_accumulation_steps": 40,
-        "effective_batch_size": 480,
-        "tokens_per_iter": 491_520,
-        "max_iters": 600,
-        "learning_rate": 6e-4,
-        "min_lr": 6e-5,
-        "lr_schedule": "cosine",
-        "warmup_iters": 2000,
-        "device": "NVIDIA H200",
-        "num_gpus": 1,
-        "memory_gb": 150.1,
-        "dtype": "bfloat16",
-        "parallelism": "DDP",
-        "notes": ["the warm-up is long"],
-    }
-    if peak is None:
-        facts["peak_hint"] = no_peak_hint("NVIDIA H20", "bfloat16")
-    return facts | theoretical(ModelConfig(), peak, 1)
-
-
-def play(console: Console) -> None:
-    with console:
-        console.startup(info())
-        console.iteration(RECORD, eta_s=2559.0)
-        console.evaluation({"iter": 5, "val_loss": 10.5, "best_val_loss": 10.25})
-        console.checkpoint({"iter": 5, "path": "out/checkpoints/step_5"})
-        console.warning("disk nearly full")
-        console.finish({"iterations": 600, "val_loss": 3.25, "sample": "a\x1b[31mb\nc", "log_path": "out/run.json"})
 
 
 def test_startup_blocks_and_fields() -> None:
@@ -145,7 +85,7 @@ def test_iteration_with_the_least() -> None:
 
 def test_evaluation_line() -> None:
     record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "time_ms": 1250.0}
-    assert evaluation_lines(record) == [" Evaluation at 2,000: validation loss 3.5000  best 3.2500  1.2 s"]
+    assert evaluation_lines(record) == [" Evaluation at 2,000: loss 3.5000  best 3.2500  1.2 s"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +93,7 @@ def test_evaluation_line() -> None:
     [(0.4, "0:00"), (42, "0:42"), (59.6, "1:00"), (3600, "1:00:00"), (93784, "1d 02:03:04"), (-1, "0:00")],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_a_pipe_gets_plain_ascii_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,132 +115,36 @@ def test_other_ranks_print_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def read_all(master: int) -> str:
-    """What was written to a pseudo-terminal whose other end is closed."""
-    parts = []
-    with contextlib.suppress(OSError):  # EIO is its end of file
-        while part := os.read(master, 1 << 16):
-            parts.append(part)
-    os.close(master)
-    return b"".join(parts).decode()
+def test_warnings_of_other_ranks_are_said_once() -> None:
+    other = Console(max_iters=9, enabled=False, stream=io.StringIO())
+    for text in ("disk full", "loader is slow"):
+        other.warning(text)
+    texts = other.pending()
+    assert texts == ["disk full", "loader is slow"]
+    assert other.pending() == []
+    for i in range(1000):
+        other.warning(str(i))
+    assert len(other.pending()) == 100
+    stream = io.StringIO()
+    main = Console(max_iters=9, stream=stream)
+    main.warning("disk full")
+    assert main.pending() == []
+    main.gathered(3, texts)
+    main.gathered(5, texts)
+    assert stream.getvalue() == " WARNING: disk full\n WARNING: rank 3: loader is slow\n"
 
 
-def on_terminal(action: Callable[[Console], None]) -> str:
-    """What a terminal gets (rich takes the width from COLUMNS, or else from the process's own streams)."""
-    master, slave = pty.openpty()
-    texts: list[str] = []
-    reader = threading.Thread(target=lambda: texts.append(read_all(master)))
-    reader.start()
-    with os.fdopen(slave, "w") as stream:
-        action(Console(max_iters=600, stream=stream))
-        stream.flush()
-    reader.join()
-    return texts[0]
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NO_COLOR", "FORCE_COLOR", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-def one_iteration(console: Console) -> None:
-    with console:
-        console.iteration(RECORD, eta_s=2559.0)
-
-
-@pytest.mark.usefixtures("terminal")
-def test_a_terminal_has_a_bar_that_goes_away() -> None:
-    text = on_terminal(one_iteration)
-    bar = text.rindex("5/600 ")
-    assert "loss 10.6456  114,350 tok/s  42:39 left" in text[bar:]
-    assert text.index("\x1b[?25l") < bar < text.index("\x1b[?25h")  # the cursor is hidden, and comes back
-    assert "\x1b[1m Iter      5" in text
-
-
-@pytest.mark.usefixtures("terminal")
-def test_an_error_takes_the_bar_away_and_passes() -> None:
-    def fail(console: Console) -> None:
-        with console:
-            console.iteration(RECORD)
-            raise ZeroDivisionError
-
-    def fail_and_survive(console: Console) -> None:
-        with pytest.raises(ZeroDivisionError):
-            fail(console)
-
-    assert on_terminal(fail_and_survive).rstrip().endswith(("\x1b[?25h", "\x1b[2K"))
-
-
-@pytest.mark.usefixtures("terminal")
-def test_no_color_means_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    text = on_terminal(play_little)
-    assert "\x1b[33m" not in text
-    assert "\x1b[1;33m" not in text
-    assert " WARNING: careful" in text
-    monkeypatch.delenv("NO_COLOR")
-    assert "\x1b[1;33m" in on_terminal(play_little)
-
-
-def play_little(console: Console) -> None:
-    with console:
-        console.iteration(RECORD)
-        console.warning("careful")
-
-
-@pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize(("columns", "encoding"), [(1, "utf-8"), (20, "ascii"), (200, "utf-8")])
-def test_terminals_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int, encoding: str) -> None:
-    monkeypatch.delenv("COLUMNS")
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    code = f"""
-from gptperf.monitor.console import Console
-with Console(max_iters=600) as console:
-    console.iteration({RECORD!r}, eta_s=2559.0)
-    console.message("caf\\u00e9")
-"""
-    process = subprocess.run([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, check=False)
-    os.close(slave)
-    text = read_all(master)
-    assert process.returncode == 0, text
-    rules = re.findall(r"\n(?:\x1b\[2m)?(-+)(?:\x1b\[0m)?\r\n", text)
-    assert rules == ["-" * min(columns, 80)]  # of two; the first has no line before it
-    assert ("caf\u00e9" if encoding == "utf-8" else "caf?") in text
-
-
-@pytest.mark.usefixtures("terminal")
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    assert "\x1b" not in on_terminal(one_iteration)
-
-
-class Gone(io.StringIO):
-    """A stream whose reader has gone."""
-
-    def __init__(self, terminal: bool):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def write(self, text: str) -> int:
-        raise BrokenPipeError
-
-
-@pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize("terminal_stream", [True, False])
-def test_a_gone_reader_does_not_end_the_run(terminal_stream: bool) -> None:
-    with Console(max_iters=600, stream=Gone(terminal_stream)) as console:
-        assert console.enabled
-        console.iteration(RECORD)
-        assert not console.enabled
-        play(console)
+def test_stability_and_plan_in_a_block() -> None:
+    gradients = {"global_norm": 1.0, "non_finite": 17}
+    stability = {"window": 20, "loss_variance": 1.234e-3, "spike": True, "plateau": True, "non_finite": 2}
+    lines = iteration_lines(RECORD | {"gradients": gradients, "stability": stability}, 600, None, planned_gb=15.5)
+    assert lines[-3:] == [
+        " Memory: 12.34 GB alloc  15.67 GB peak  16.00 GB reserved  15.50 GB planned",
+        " Gradients: norm=1.0000",
+        " Stability: loss variance=1.23e-03 of 20  LOSS SPIKE  PLATEAU  2 steps left out  "
+        "17 gradient elements not finite",
+    ]
+    assert iteration_lines(RECORD | {"stability": {"window": 1, "spike": False}}, 600, None)[-1][:10] == " Gradients"
 
 
 def test_a_closed_stdout_does_not_end_the_run() -> None:

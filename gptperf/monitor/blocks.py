@@ -1,0 +1,332 @@
+"""The blocks of text that a run prints: from a record to plain lines, nothing else."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+__all__ = [
+    "StartupInfo",
+    "Summary",
+    "WIDTH",
+    "checkpoint_lines",
+    "duration",
+    "evaluation_lines",
+    "iteration_lines",
+    "number",
+    "printable",
+    "stability_parts",
+    "startup_lines",
+    "summary_lines",
+    "with_unit",
+]
+
+WIDTH = 80
+
+
+class StartupInfo(TypedDict, total=False):
+    """Facts of a run, printed at its start and stored in its log. What is unknown is left out or None."""
+
+    total_parameters: int
+    trainable_parameters: int
+    non_embedding_parameters: int
+    """All but the position table."""
+    n_layer: int
+    n_embd: int
+    n_head: int
+    kv_heads: int
+    block_size: int
+    vocab_size: int
+    components: dict[str, str | bool | float]
+    """Component kind -> what was built: normalization, position_encoding, ffn_type, bias, ..."""
+    kernels: dict[str, str]
+    """Op -> eager or triton."""
+    kernel_reasons: dict[str, str]
+    """Op -> why it is not triton."""
+    batch_size: int
+    gradient_accumulation_steps: int
+    effective_batch_size: int
+    """Sequences an iteration: batch_size * gradient_accumulation_steps."""
+    tokens_per_iter: int
+    max_iters: int
+    learning_rate: float
+    min_lr: float
+    lr_schedule: str
+    warmup_iters: int
+    weight_decay: float
+    grad_clip: float
+    dataset: str
+    tokenizer: str
+    train_tokens: int
+    val_tokens: int
+    device: str
+    """Name of the GPU or CPU."""
+    num_gpus: int
+    """0 on a CPU."""
+    memory_gb: float | None
+    """Of one GPU."""
+    dtype: str
+    parallelism: str
+    """single process, DDP, ..."""
+    attention_backend: str
+    """With the reason."""
+    compile: str
+    """model, block, or off and why."""
+    versions: dict[str, str]
+    """python, gptperf, torch, triton, cuda, ..."""
+    hardware_peak_tflops: float
+    """This and the following: `gptperf.monitor.throughput.theoretical`."""
+    peak_basis: str
+    peak_source: str
+    peak_hint: str
+    """In place of a peak: `gptperf.hardware.no_peak_hint`."""
+    flops_per_token: float
+    convention: str
+    attention_ffn_ratio: float
+    expected_tokens_per_sec: float
+    plan: dict[str, Any]  # `gptperf.plan.plan_record`
+    notes: list[str]
+    """What is legal but may surprise, a line each."""
+
+
+class Summary(TypedDict, total=False):
+    """The end of a run."""
+
+    iterations: int
+    val_loss: float | None
+    best_val_loss: float | None
+    best_iter: int | None
+    trigram_loss: float
+    """Of a trigram model of the same data: what a language model has to beat."""
+    tokens_per_sec: float | None
+    mfu_percent: float | None
+    wall_time_s: float
+    sample: str
+    """Generated text."""
+    log_path: str
+    checkpoint_dir: str
+    plan: dict[str, float]  # beside what was measured
+    stopped: str
+    """Why the run ended before max_iters."""
+
+
+def with_unit(value: float, unit: str, digits: int = 4) -> str:
+    """ "0.798 GFLOPs": the largest prefix that leaves at least 0.1 before it."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= 0.1 * scale:
+            return f"{value / scale:.{digits}g} {prefix}{unit}"
+    return f"{value / 1e3:.{digits}g} k{unit}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number that may be missing, or not finite."""
+    return "nan" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """ "1d 02:03:04", "0:42"."""
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if not hours:
+        return f"{minute}:{second:02d}"
+    return (f"{days}d {hour:02d}" if days else f"{hour}") + f":{minute:02d}:{second:02d}"
+
+
+def printable(text: str) -> str:
+    """Control characters (generated text may hold any) as escapes, so that no text drives the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text.expandtabs(4))
+
+
+def _row(label: str, value: Any) -> str:
+    return f"  {label + ':':<22} {value}"
+
+
+def _rows(info: Mapping[str, Any], fields: Mapping[str, str], form: str = "{}") -> list[str]:
+    return [_row(label, form.format(info[key])) for key, label in fields.items() if info.get(key) is not None]
+
+
+def _title(text: str, width: int) -> list[str]:
+    return ["=" * width, f" {text}", "=" * width]
+
+
+def _kernel_rows(info: Mapping[str, Any]) -> list[str]:
+    """One row an implementation and reason: "eager: rms_norm, rope (it has no Triton kernel yet)"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for op, implementation in info.get("kernels", {}).items():
+        groups.setdefault((implementation, info.get("kernel_reasons", {}).get(op, "")), []).append(op)
+    lines = []
+    for (implementation, reason), ops in groups.items():
+        lines.append(_row("Kernels", f"{implementation}: {', '.join(ops)}" + (f" ({reason})" if reason else "")))
+    return lines
+
+
+def _architecture(info: Mapping[str, Any]) -> list[str]:
+    lines = [" MODEL ARCHITECTURE:"]
+    labels = {
+        "total_parameters": "Total parameters",
+        "trainable_parameters": "Trainable parameters",
+        "non_embedding_parameters": "Non-embedding params",
+    }
+    for key, label in labels.items():
+        if info.get(key) is not None:
+            lines.append(_row(label, f"{info[key]:,} ({info[key] / 1e6:.2f}M)"))
+    lines += _rows(info, {"n_layer": "Layers", "n_embd": "Hidden size", "n_head": "Attention heads"})
+    if info.get("kv_heads") != info.get("n_head"):
+        lines += _rows(info, {"kv_heads": "Key/value heads"})
+    lines += _rows(info, {"block_size": "Sequence length", "vocab_size": "Vocabulary size"})
+    for kind, value in info.get("components", {}).items():
+        label = kind.replace("_", " ").capitalize()
+        lines.append(_row(label.replace("Ffn", "FFN").replace("Qk", "QK"), value))
+    return lines + _kernel_rows(info)
+
+
+def _training(info: Mapping[str, Any]) -> list[str]:
+    lines = [" TRAINING CONFIGURATION:"]
+    lines += _rows(info, {"batch_size": "Batch size (micro)", "gradient_accumulation_steps": "Gradient accum steps"})
+    counts = {"effective_batch_size": "Effective batch size", "tokens_per_iter": "Tokens per iteration"}
+    lines += _rows(info, counts | {"max_iters": "Iterations"}, "{:,}")
+    if info.get("learning_rate") is not None:
+        rate = f"{info['learning_rate']:.2e}"
+        if info.get("lr_schedule") != "constant" and info.get("min_lr") is not None:
+            rate += f" -> {info['min_lr']:.2e}"
+        details = [str(info["lr_schedule"])] if "lr_schedule" in info else []
+        details += [f"warm-up {info['warmup_iters']:,}"] if "warmup_iters" in info else []
+        lines.append(_row("Learning rate", rate + (f" ({', '.join(details)})" if details else "")))
+    lines += _rows(info, {"weight_decay": "Weight decay", "grad_clip": "Gradient clipping", "dataset": "Data set"})
+    lines += _rows(info, {"tokenizer": "Tokenizer"})
+    return lines + _rows(info, {"train_tokens": "Training tokens", "val_tokens": "Validation tokens"}, "{:,}")
+
+
+def _hardware(info: Mapping[str, Any]) -> list[str]:
+    lines = [" HARDWARE:", *_rows(info, {"device": "Device", "num_gpus": "GPUs"})]
+    lines += _rows(info, {"memory_gb": "Memory per GPU"}, "{:.1f} GB")
+    labels = {"dtype": "Precision", "parallelism": "Parallelism", "attention_backend": "Attention"}
+    lines += _rows(info, labels | {"compile": "torch.compile"})
+    if info.get("versions"):
+        lines.append(_row("Versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items())))
+    return lines
+
+
+def _theory(info: Mapping[str, Any]) -> list[str]:
+    lines = [" THEORETICAL PERFORMANCE:"]
+    lines.append(
+        _row("Hardware peak", info.get("peak_source") or f"unknown ({info.get('peak_hint', 'no peak given')})")
+    )
+    per_token = info.get("flops_per_token")
+    lines += [] if per_token is None else [_row("FLOPs per token", with_unit(per_token, "FLOPs"))]
+    lines += _rows(info, {"attention_ffn_ratio": "Attention/FFN ratio"}, "{:.2f}")
+    return lines + _rows(info, {"expected_tokens_per_sec": "Expected tokens/s @50% MFU"}, "{:,.0f}")
+
+
+def startup_lines(info: Mapping[str, Any], width: int = WIDTH) -> list[str]:
+    """The blocks at the start of a run.
+
+    Args:
+        info: a `StartupInfo`; `width` is that of the rules.
+    """
+    lines = _title("TRAINING INITIALIZATION", width)
+    for block in (_architecture(info), _training(info), _hardware(info), _theory(info)):
+        lines += ["", *block]
+    notes = [f" Note: {note}" for note in info.get("notes") or ()]
+    return [*lines, "", *notes, *([""] if notes else []), *_title("STARTING TRAINING", width), ""]
+
+
+def iteration_lines(
+    record: Mapping[str, Any],
+    max_iters: int,
+    eta_s: float | None,
+    width: int = WIDTH,
+    planned_gb: float | None = None,
+) -> list[str]:
+    """The block of one iteration.
+
+    Args:
+        record: iter, loss, time_ms, lr, and mfu, memory, gradients, loss_scale, stability as far as they are known.
+        max_iters: of the run.
+        eta_s: seconds left.
+        width: of the rules.
+        planned_gb: memory of the plan, where there is one.
+    """
+    rule = "-" * width
+    head = f" Iter {record['iter']:>6}  Loss: {number(record['loss'], '.4f')}  "
+    head += f"Time: {record['time_ms']:.0f}ms  LR: {record['lr']:.2e}"
+    left = "" if eta_s is None else f" | Time left: {duration(eta_s)}"
+    lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
+    mfu = record.get("mfu") or {}
+    speeds = [f"MFU: {mfu['mfu_percent']:.2f}%"] if "mfu_percent" in mfu else []
+    speeds += [f"Of ceiling: {mfu['of_ceiling_percent']:.1f}%"] if "of_ceiling_percent" in mfu else []
+    speeds += [f"Achieved: {with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
+    speeds += [f"Peak: {mfu['hardware_peak_tflops']:,.1f} TF"] if "hardware_peak_tflops" in mfu else []
+    rates = [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}"] if "tokens_per_sec" in mfu else []
+    rates += [f"FLOPs/token: {with_unit(mfu['flops_per_token'], 'F')}"] if "flops_per_token" in mfu else []
+    lines += [" " + " | ".join(parts) for parts in (speeds, rates) if parts]
+    memory = record.get("memory") or {}
+    names = {
+        "allocated_gb": "alloc",
+        "peak_gb": "peak",
+        "reserved_gb": "reserved",
+        "rss_gb": "resident",
+        "peak_rss_gb": "peak resident",
+    }
+    sizes = [f"{memory[key]:.2f} GB {name}" for key, name in names.items() if key in memory]
+    if planned_gb is not None and "peak_gb" in memory:
+        sizes.append(f"{planned_gb:.2f} GB planned")
+    lines += [" Memory: " + "  ".join(sizes)] if sizes else []
+    stability = stability_parts(record)
+    return lines + _gradient_lines(record) + ([" Stability: " + "  ".join(stability)] if stability else [])
+
+
+def stability_parts(record: Mapping[str, Any]) -> list[str]:
+    """What is known of an iteration's `Stability`, and its gradient's elements that are not finite."""
+    found = record.get("stability") or {}
+    parts = []
+    if found.get("loss_variance") is not None:
+        parts.append(f"loss variance={found['loss_variance']:.2e} of {found['window']}")
+    parts += [name for key, name in {"spike": "LOSS SPIKE", "plateau": "PLATEAU"}.items() if found.get(key)]
+    parts += [f"{found['non_finite']:,} steps left out"] if found.get("non_finite") else []
+    elements = (record.get("gradients") or {}).get("non_finite")
+    return parts + ([f"{elements:,} gradient elements not finite"] if elements else [])
+
+
+def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
+    gradients = record.get("gradients") or {}
+    forms = {"global_norm": "norm={:.4f}", "grad_mean": "mean={:.2e}", "grad_std": "std={:.2e}"}
+    parts = [form.format(gradients[key]) for key, form in forms.items() if gradients.get(key) is not None]
+    parts += [f"loss scale={record['loss_scale']:g}"] if record.get("loss_scale") is not None else []
+    return [" Gradients: " + "  ".join(parts)] if parts else []
+
+
+def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
+    """One line for an evaluation: iter, val_loss, and where known best_val_loss, time_ms."""
+    parts = [f"loss {number(record['val_loss'], '.4f')}"]
+    parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
+    parts += [f"{record['time_ms'] / 1e3:.1f} s"] if record.get("time_ms") is not None else []
+    return [f" Evaluation at {record['iter']:,}: " + "  ".join(parts)]
+
+
+def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:
+    """Where a checkpoint lies: iter, path, and time_ms where known."""
+    took = f"  {record['time_ms'] / 1e3:.1f} s" if record.get("time_ms") is not None else ""
+    return [f" Checkpoint at {record['iter']:,}: {record['path']}{took}"]
+
+
+def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
+    """The end of a run, from a `Summary`."""
+    lines = ["", *_title("TRAINING STOPPED" if summary.get("stopped") else "TRAINING FINISHED", width)]
+    lines += _rows(summary, {"stopped": "Reason"})
+    lines += _rows(summary, {"iterations": "Iterations"}, "{:,}")
+    lines += _rows(summary, {"val_loss": "Validation loss"}, "{:.4f}")
+    if summary.get("best_val_loss") is not None:
+        where = f" (iteration {summary['best_iter']:,})" if summary.get("best_iter") is not None else ""
+        lines.append(_row("Best validation loss", f"{summary['best_val_loss']:.4f}{where}"))
+    lines += _rows(summary, {"trigram_loss": "Trigram model's loss"}, "{:.4f}")
+    lines += _rows(summary, {"tokens_per_sec": "Tokens/s"}, "{:,.0f}")
+    lines += _rows(summary, {"mfu_percent": "MFU"}, "{:.2f}%")
+    lines += _rows(
+        summary.get("plan") or {}, {"peak_gb": "Peak memory", "planned_memory_gb": "as planned"}, "{:.1f} GB"
+    )
+    if summary.get("wall_time_s") is not None:
+        lines.append(_row("Wall time", duration(summary["wall_time_s"])))
+    lines += _rows(summary, {"log_path": "Log", "checkpoint_dir": "Checkpoints"})
+    if summary.get("sample"):
+        lines += ["", " SAMPLE:", *(f"  {line}" for line in summary["sample"].split("\n"))]
+    return lines

@@ -1,0 +1,254 @@
+"""The panel at the foot of a terminal: where a run is, redrawn by a thread at most four times a second.
+
+Showing something new is an assignment; the thread draws it. The cursor stays visible on the empty line under
+the panel, so that a process that dies without a word leaves the terminal in order.
+"""
+
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+import rich.live
+from rich.text import Text
+
+from gptperf.monitor.blocks import WIDTH, duration, number, printable, stability_parts, with_unit
+
+__all__ = ["DRAWING", "Live", "Panel", "RichConsole", "sparkline"]
+
+DRAWING = threading.RLock()
+"""Held while the terminal is written to; nothing forks in between, so that a child can write too."""
+os.register_at_fork(before=DRAWING.acquire, after_in_parent=DRAWING.release, after_in_child=DRAWING.release)
+
+_PAUSE_S = 0.25
+_LOSSES = 60  # of the sparkline
+_LABEL = 14
+_NO_PADDING = 36
+_BLOCKS = "".join(chr(0x2581 + i) for i in range(8))
+
+
+class RichConsole(rich.console.Console):
+    """A console for lines and one panel."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__(
+            file=stream,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+            force_terminal=True,
+            force_interactive=True,
+        )
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here; `gptperf.errors.main_guard` decides instead."""
+        raise BrokenPipeError
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """It is never hidden."""
+        return False
+
+
+def sparkline(values: tuple[float, ...], width: int) -> str:
+    """The last values as blocks of eight heights; "!" where one is not finite."""
+    last = values[-width:] if width > 0 else ()
+    finite = [value for value in last if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = 7.99 / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[int((v - low) * scale)] if math.isfinite(v) else "!" for v in last)
+
+
+class Panel:
+    """What is known of a run, and how it looks in a given width and height."""
+
+    def __init__(self, max_iters: int):
+        self.max_iters = max_iters
+        self.planned_gb: float | None = None
+        self.record: Mapping[str, Any] = {}
+        self.eta_s: float | None = None
+        self.losses: tuple[float, ...] = ()
+        self.evaluation: Mapping[str, Any] = {}
+        self.best: tuple[float, int] | None = None
+        self.saved: Mapping[str, Any] = {}
+        self.changed = False
+        self.closed = False
+        """Whether this is the last drawing, without the empty line below."""
+        self.rows: list[int] = []
+        """Columns of the lines last drawn."""
+
+    def iteration(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        loss = math.nan if record["loss"] is None else record["loss"]
+        self.losses = (*self.losses[1 - _LOSSES :], loss)
+        self.record, self.eta_s, self.changed = record, eta_s, True
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        loss, best = record["val_loss"], record.get("best_val_loss")
+        if best is not None and (self.best is None or best != self.best[0]):
+            self.best = (best, record["iter"] if best == loss else 0)
+        self.evaluation, self.changed = record, True
+
+    def checkpoint(self, record: Mapping[str, Any]) -> None:
+        self.saved, self.changed = record, True
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        self.changed = False
+        width = max(1, min(WIDTH, options.size.width - 1))
+        lines = list(self._lines(width, options.encoding))[: max(1, options.size.height - 4)]
+        for line in lines:
+            line.truncate(width, overflow="crop")
+        self.rows = [line.cell_len for line in lines]
+        yield Text("\n", no_wrap=True).join([Text(), *lines] if self.closed else [Text(), *lines, Text()])
+
+    def _lines(self, width: int, encoding: str) -> Iterator[Text]:
+        blocks = encoding.startswith("utf")
+        yield self._bar(width, blocks)
+        yield self._loss(width, blocks)
+        cells = [_cell(label, value, width) for label, value in self._cells()]
+        left, right = (max(cell.cell_len for cell in cells[i::2]) for i in (0, 1))
+        start = max(width // 2, left + 1)
+        if start + right > width:
+            start = left + 1
+        if start + right <= width:
+            for i in range(0, len(cells), 2):
+                line = cells[i]
+                line.pad_right(start - line.cell_len)
+                yield line.append_text(Text().join(cells[i + 1 : i + 2]))
+        else:
+            yield from cells
+        if self.saved:
+            path = Path(printable(str(self.saved["path"])).encode(encoding, "replace").decode(encoding))
+            line = _cell("Checkpoint", f"{self.saved['iter']:,}: {path}", width)
+            yield line if line.cell_len <= width else _cell("Checkpoint", path.name, width)
+
+    def _bar(self, width: int, blocks: bool) -> Text:
+        """ "  60/2,500 ====----  2%  0:34 left"."""
+        done = self.record.get("iter", 0)
+        share = min(1.0, done / max(1, self.max_iters))
+        before = f" {done:,}/{self.max_iters:,} "
+        after = f" {math.floor(100 * share)}%" + (
+            "" if self.eta_s is None or share == 1 else f"  {duration(self.eta_s)} left"
+        )
+        cells = max(0, width - len(before) - len(after))
+        full = round(share * cells)
+        heavy, light = ("\u2501", "\u2500") if blocks else ("=", "-")
+        return Text.assemble((before, "bold"), (heavy * full, "green"), (light * (cells - full), "dim"), after)
+
+    def _loss(self, width: int, blocks: bool) -> Text:
+        line = _cell("Loss", number(self.record.get("loss"), ".4f"), width)
+        line.append("  ")
+        flags = " ".join(part for part in stability_parts(self.record) if not part.startswith("loss variance"))
+        if blocks:
+            room = width - line.cell_len - (len(flags) + 2 if flags else 0)
+            line.append(sparkline(self.losses, min(_LOSSES, room)), "cyan")
+        return line.append(f"  {flags}" if flags else "", "bold yellow")
+
+    def _cells(self) -> list[tuple[str, str]]:
+        """Label and value, in pairs that stand side by side."""
+        record = self.record
+        mfu, memory = record.get("mfu") or {}, record.get("memory") or {}
+        norm = (record.get("gradients") or {}).get("global_norm")
+        found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f"))]
+        if "mfu_percent" in mfu or not mfu:
+            speed = ("MFU", f"{mfu['mfu_percent']:.2f}%" if mfu else "-")
+        else:
+            speed = ("Achieved", with_unit(mfu["achieved_tflops"] * 1e12, "FLOP/s"))
+        found += [speed, ("Tokens/s", f"{mfu['tokens_per_sec']:,.0f}" if mfu else "-")]
+        if "peak_gb" in memory:
+            plan = "" if self.planned_gb is None else f", {self.planned_gb:.1f} planned"
+            found.append(("Memory", f"{memory['peak_gb']:.1f} GB peak{plan}"))
+        else:
+            found.append(("Memory", f"{memory['rss_gb']:.2f} GB resident" if "rss_gb" in memory else "-"))
+        found.append(("Time", f"{record.get('time_ms', 0.0):,.0f} ms/iteration"))
+        if self.evaluation:
+            found.append(("Validation", f"{number(self.evaluation['val_loss'], '.4f')} at {self.evaluation['iter']:,}"))
+        if self.best is not None:
+            found.append(("Best", f"{self.best[0]:.4f}" + (f" at {self.best[1]:,}" if self.best[1] else "")))
+        return found
+
+
+def _cell(label: str, value: str, width: int) -> Text:
+    return Text.assemble((f" {label:<{0 if width < _NO_PADDING else _LABEL}} ", "dim"), (value, ""))
+
+
+class Live(rich.live.Live):
+    """The panel on a terminal, while it is there. What others print with Python comes above it."""
+
+    def __init__(self, console: RichConsole, panel: Panel, failed: Callable[[], None]):
+        """
+        Args:
+            console: of the terminal.
+            panel: to draw.
+            failed: is called when the terminal is gone.
+        """
+        self.panel, self.failed = panel, failed
+        self._drawn_width = console.width
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._ended = threading.Event()
+        here = console.file.isatty()
+        super().__init__(
+            console=console,
+            auto_refresh=False,  # rich's thread has a lock of its own, which others take after `DRAWING`
+            vertical_overflow="crop",
+            redirect_stdout=here and sys.stdout is not None and sys.stdout.isatty(),
+            redirect_stderr=here and sys.stderr is not None and sys.stderr.isatty(),
+        )
+
+    def get_renderable(self) -> Panel:
+        return self.panel
+
+    def start(self, refresh: bool = False) -> None:
+        """Draw, from now on; handlers of `logging` that write to stderr write above the panel."""
+        stderr = sys.stderr
+        super().start(refresh=False)
+        self.refresh()
+        threading.Thread(target=self._redraw, name="console", daemon=True).start()
+        if sys.stderr is stderr:
+            return
+        loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+        for logger in loggers:
+            for handler in getattr(logger, "handlers", ()):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
+                    handler.setStream(sys.stderr)
+                    self._handlers.append((handler, stderr))
+
+    def stop(self) -> None:
+        """Draw once more, and leave the panel where it is."""
+        self._ended.set()
+        with DRAWING:
+            self.panel.closed = self.panel.changed = True
+            super().stop()
+        while self._handlers:
+            handler, stream = self._handlers.pop()
+            handler.setStream(stream)
+
+    def refresh(self) -> None:
+        """Draw if there is something new. A terminal that is gone ends the drawing, not the run."""
+        with DRAWING:
+            width = self.console.width
+            if not self.panel.changed and (width == self._drawn_width or self.panel.closed):
+                return
+            try:
+                if width < self._drawn_width:
+                    self._take_away_folded(width)
+                self._drawn_width = width
+                super().refresh()
+            except OSError:
+                self.failed()
+
+    def _redraw(self) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            self.refresh()
+
+    def _take_away_folded(self, width: int) -> None:
+        """Where the terminal became narrower it folded the lines of the panel: go up by what they take more."""
+        more = sum((columns - 1) // width for columns in self.panel.rows if columns)
+        if more:
+            self.console.file.write(f"\x1b[{more}A\x1b[J")
