@@ -59,8 +59,11 @@ def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _later(flag: str, name: str) -> Callable[[Mapping[str, Any]], str | None]:
-    return lambda c: f"{name} is not in this version yet; leave {flag} out" if c[flag] else None
+def _needs(c: Mapping[str, Any], flag: str, package: str) -> str | None:
+    spec = importlib.util.find_spec(package) if c[flag] else None
+    if not c[flag] or (spec is not None and spec.origin is not None):  # without an origin: a folder of that name
+        return None
+    return f"{flag} = true needs the package {package}: pip install 'gptperf[{package}]'"
 
 
 def _both_shardings(c: Mapping[str, Any]) -> str | None:
@@ -120,8 +123,9 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("use_zero1", "use_fsdp"), _both_shardings),
     (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
     (("recompute", "compile", "compile_scope"), _full_as_one_graph),
-    (("wandb_log",), _later("wandb_log", "Weights & Biases logging")),
     (("profile", "max_iters"), _profile),
+    (("wandb_log",), lambda c: _needs(c, "wandb_log", "wandb")),
+    (("tensorboard",), lambda c: _needs(c, "tensorboard", "tensorboard")),
     (("overwrite", "init_from"), _overwrite_resume),
     (("init_from",), _init_from),
 )

@@ -296,6 +296,8 @@ class LogConfig:
     """Weights & Biases project."""
     wandb_run_name: str = ""
     """Weights & Biases run name; default: the run's own."""
+    tensorboard: bool = False
+    """Log to TensorBoard, in out_dir/tensorboard."""
 
     def __post_init__(self) -> None:
         _raise_if_wrong(self)

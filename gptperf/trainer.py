@@ -29,6 +29,7 @@ from gptperf.monitor.memory import MemorySnapshots, memory_record
 from gptperf.monitor.profiler import StepProfiler, lines_of
 from gptperf.monitor.stability import LossWindow
 from gptperf.monitor.throughput import Throughput
+from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.parallel import Process, start_process
 from gptperf.plan import Plan
 from gptperf.resume import TrainState, find_checkpoint, snapshot, take_up
@@ -58,6 +59,7 @@ class Run:
     """In the main process."""
     plan: Plan | None
     saver: Saver
+    trackers: Trackers
     profiler: StepProfiler
     snapshots: MemorySnapshots
     losses: LossWindow = field(default_factory=LossWindow)
@@ -182,7 +184,7 @@ def _start(
     compiled = compile_engine(engine)
     peak = find_peak(config, process.device)
     info = startup_info(engine, manifest, peak, compiled, planned)
-    journal = None
+    journal, trackers = None, Trackers()
     if process.is_main:
         fit = checkpoint.check_space(out_dir, 12 * engine.weights.numel)
         if fit < config.train.keep_checkpoints + 2:  # those kept, the best one, and the one being written
@@ -193,6 +195,8 @@ def _start(
         state.run_name = state.run_name or new_run_name(out_dir)
         journal = stack.enter_context(Journal(out_dir, state.run_name, resume_from=resumed, warn=console.warning))
         journal.write("start", {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info})
+        opened = open_trackers(config, state.run_name, state.step, console.message, console.warning)
+        trackers = stack.enter_context(opened)
     console.startup(info)
     throughput = throughput_of(config, process, peak, console.warning)
     saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
@@ -210,6 +214,7 @@ def _start(
         journal,
         planned,
         saver,
+        trackers,
         profiler,
         stack.enter_context(snapshots.listening()),
     )
@@ -307,6 +312,7 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
         run.journal.write("iteration", record)
     for rank, warnings in enumerate(engine.process.gather(run.console.pending())):
         run.console.gathered(rank, warnings)
+    run.trackers.log("iteration", record)
     left = run.config.train.max_iters - state.step
     run.console.iteration(record, left * step_ms / 1e3 if steps else None)
     _check_finite(run)
@@ -348,6 +354,7 @@ def _evaluate(run: Run) -> float:
     }
     if run.journal is not None:
         run.journal.write("eval", record)
+    run.trackers.log("eval", record)
     run.console.evaluation(record)
     return val_loss
 
@@ -424,6 +431,7 @@ def _finish(run: Run) -> None:
     if log.sample_tokens:
         summary["sample"] = _sample(run, log.sample_tokens)
     run.journal.write("summary", summary)
+    run.trackers.finish(summary)
     run.journal.write_json()
     run.console.finish(summary)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import tomllib
@@ -85,11 +84,19 @@ def test_described_flag(flag: str, file: str | None) -> None:
     assert resolved.origins[key] == "command line"
 
 
-@pytest.mark.parametrize("flag", ["wandb_log"])
-def test_what_is_not_here_yet_says_so(flag: str) -> None:
-    assert re.fullmatch(
-        rf"command line: {flag}: .* is not in this version yet; leave {flag} out", _problems(f"--{flag}=True")
-    )
+@pytest.mark.parametrize(("flag", "package"), [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_missing_package_is_named_with_its_remedy(
+    flag: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    text = f"command line: {flag}: {flag} = true needs the package {package}: pip install 'gptperf[{package}]'"
+    assert _problems(f"--{flag}=True") == text
+    monkeypatch.delitem(sys.modules, package)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / package).mkdir()  # as the tracker's own output is called
+    assert _problems(f"--{flag}=True") == text
+    (tmp_path / package / "__init__.py").touch()
+    assert _config(f"--{flag}=True").flat()[flag]
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -170,7 +177,8 @@ def test_wrong_value_names_file_key_found_wanted(key: str, toml: str, wanted: st
     assert wanted in text
 
 
-def test_all_mistakes_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     file = _write(
         tmp_path,
         '[model]\nn_layer = "8"\nlearing_rate = 1\nn_head = 7\n[optimzer]\nx = 1\n[train]\ndtype = "x"\n',
@@ -183,7 +191,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         f"{file}: unknown table [optimzer]; wanted one of model, data, optimizer, train, system, log; nearest: optim",
         f"{file}: dtype: found in [train], wanted in [system]",
         "n_embd = 768 is not a multiple of n_head = 7; nearest n_head: 6",
-        "command line: wandb_log: Weights & Biases logging is not in this version yet",
+        "command line: wandb_log: wandb_log = true needs the package wandb: pip install 'gptperf[wandb]'",
         "command line: batch_size: found 0",
         "command line: found 'stray', wanted CONFIG.toml or --key=value",
         "command line: --n_embd has no value",
@@ -224,7 +232,7 @@ def test_sections_built_in_python_are_checked_too() -> None:
     ("flags", "part"),
     [
         (["--no_compile", "--use_zero1=True"], "--no_compile has no value, and is no key"),
-        (["--no_compile", "--wandb_log=True"], "wandb_log: Weights & Biases logging is not in this version yet"),
+        (["--no_compile", "--wandb_log=1"], "wandb_log: found '1', wanted true or false"),
         (["--beta2=1"], "beta2: found 1.0, wanted a number from 0 to below 1"),
         (["--seed=18446744073709551616"], "seed: found 18446744073709551616"),
         (["--out_dir=a\0b"], "wanted a text without control characters"),

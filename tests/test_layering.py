@@ -34,6 +34,8 @@ WITHOUT_TORCH = [
     "sample",
     "prepare",
     "doctor",
+    "monitor.schema",
+    "monitor.trackers",
 ]
 # Module -> the gptperf modules that it may import, at any depth of the file.
 ALLOWED = {
@@ -99,6 +101,8 @@ ALLOWED = {
     "monitor.live": {"monitor.blocks"},
     "monitor.memory": set(),
     "monitor.events": set(),
+    "monitor.trackers": {"config"},
+    "monitor.schema": {"errors", "monitor.events"},
     "data.loader": {"data", "errors"},
 }
 
