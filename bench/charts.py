@@ -3,47 +3,23 @@
 matplotlib is loaded by `draw` only.
 """
 
-import importlib
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.models import config_of
 from bench.results import Record
 from bench.sections import ops_rows
-from gptperf import hardware
+from gptperf import hardware, page
 from gptperf.ceilings import gemm_list
-from gptperf.errors import DeviceError
 from gptperf.profiling import PARTS
 from gptperf.vector import COSTS
 
 __all__ = ["draw", "figure", "roofline_points"]
 
-_TEXT = "#123456"
-"""Stands for the page's own text colour, which is put in its place: right on a light page and on a dark one."""
+_EXTRA = "bench"
 _COLORS = {"triton": "#2a8fbd", "compiled": "#d08a2e", "eager": "#8a8a8a", "liger": "#a05fb0"}
 _OTHER = {"torch_native": "#5a9e57", "cudnn": "#c25b5b", "gemm": "#d08a2e", "liger_separate": "#c9a5d1"}
-_LOSS, _LEFT = "#c25b5b", "#2a8fbd"
 _PER_ELEMENT = {"rms_norm": "rmsnorm", "layer_norm": "layernorm", "rope": "rope", "swiglu": "swiglu"}
-
-
-def _pyplot() -> Any:
-    """matplotlib without a screen.
-
-    Raises:
-        DeviceError: it is not installed.
-    """
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise DeviceError(f"a report needs matplotlib: {error}; pip install 'gptperf[bench]'") from error
-    colors = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    pyplot.rcParams.update({name: _TEXT for name in colors})
-    pyplot.rcParams.update({"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none"})
-    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    return pyplot
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
@@ -53,10 +29,13 @@ def figure(name: str, records: Mapping[str, Record]) -> Any:
         DeviceError: matplotlib is not installed.
         ValueError: unknown name.
     """
-    pyplot = _pyplot()
+    pyplot = page.pyplot(_EXTRA)
     kind, _, what = name.partition(":")
     if kind == "waterfall":
-        return _waterfall(pyplot, what.partition("/")[2], records[what]["results"]["profile"])
+        profile = records[what]["results"]["profile"]
+        title = f"{what.partition('/')[2]}; dotted: the steps that were timed without a profiler"
+        points = {part: profile["waterfall"][part] for part in PARTS}
+        return page.waterfall(pyplot, title, points, profile["timed_mfu_percent"])
     if kind == "roofline":
         return _roofline(pyplot, records)
     if kind == "of_copy":
@@ -70,43 +49,7 @@ def draw(name: str, records: Mapping[str, Record]) -> str | None:
     Raises:
         DeviceError: matplotlib is not installed.
     """
-    found = figure(name, records)
-    if found is None:
-        return None
-    pyplot = _pyplot()
-    pyplot.rcParams["svg.hashsalt"] = name  # or the clip paths of two charts on one page would share their names
-    out = io.StringIO()
-    found.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(found)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)
-    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(_TEXT, "currentColor")
-
-
-def _waterfall(pyplot: Any, title: str, profile: Mapping[str, Any]) -> Any:
-    """From 100% down to the MFU."""
-    points = profile["waterfall"]
-    labels, left = ["peak"], 100.0
-    found, axes = pyplot.subplots(figsize=(8.5, 3.6))
-    axes.bar(0, 100, color=_COLORS["eager"])
-    for place, part in enumerate(PARTS, 1):
-        axes.bar(place, -points[part], bottom=left, color=_LOSS)
-        left -= points[part]
-        axes.text(place, left - 1.5, f"-{points[part]:.1f}", ha="center", va="top")
-        axes.plot([place - 1.4, place + 0.4], [left + points[part]] * 2, color=_TEXT, linewidth=0.5)
-        labels.append(part.replace("_", "\n").replace("communication", "communi-\ncation"))
-    axes.bar(len(PARTS) + 1, left, color=_LEFT)
-    axes.text(len(PARTS) + 1, left + 1, f"{left:.1f}%", ha="center", va="bottom", fontweight="bold")
-    timed = [profile["timed_mfu_percent"]] * 2
-    axes.plot([len(PARTS) + 0.5, len(PARTS) + 1.5], timed, color=_TEXT, linewidth=1.2, linestyle=":")
-    axes.set_xticks(range(len(PARTS) + 2), [*labels, "MFU"])
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylabel("% of the dense peak")
-    axes.set_ylim(0, 105)
-    axes.set_title(f"{title}; dotted: the steps that were timed without a profiler", loc="left")
-    return found
+    return page.svg(page.pyplot(_EXTRA), name, lambda: figure(name, records))
 
 
 def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float, float]]:
@@ -154,10 +97,10 @@ def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
     peak = hardware.peak_flop_s(gpu, dtype)
     top = square if peak is None else peak.flop_s
     low, high = min(p[2] for p in points) / 3, max(p[2] for p in points) * 3
-    axes.plot([low, top / copy], [low * copy, top], color=_TEXT, label=f"copy, measured {copy / 1e12:.2f} TB/s")
+    axes.plot([low, top / copy], [low * copy, top], color=page.TEXT, label=f"copy, measured {copy / 1e12:.2f} TB/s")
     if peak is not None:
-        axes.plot([top / copy, high], [top] * 2, color=_TEXT, label=f"data sheet {top / 1e12:,.0f} TFLOP/s")
-    line = {"color": _TEXT, "linestyle": "--", "linewidth": 0.8}
+        axes.plot([top / copy, high], [top] * 2, color=page.TEXT, label=f"data sheet {top / 1e12:,.0f} TFLOP/s")
+    line = {"color": page.TEXT, "linestyle": "--", "linewidth": 0.8}
     axes.plot([square / copy, high], [square] * 2, label=f"8192^3, measured {square / 1e12:,.0f} TFLOP/s", **line)
     for kind, color, mark in (("ops", _COLORS["triton"], "o"), ("GEMMs", _COLORS["compiled"], "s")):
         xs = [p[2] for p in points if p[1] == kind]
@@ -195,8 +138,8 @@ def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> 
     for impl in dict.fromkeys(impl for one in shares.values() for impl in one if impl != "triton"):
         marks = [(one[impl], place) for place, one in zip(places, shares.values(), strict=True) if impl in one]
         xs, ys = zip(*marks, strict=True)
-        axes.scatter(xs, ys, s=16, color=colors.get(impl, _TEXT), label=impl, zorder=3)
-    axes.axvline(1, color=_TEXT, linewidth=0.8, linestyle=":")
+        axes.scatter(xs, ys, s=16, color=colors.get(impl, page.TEXT), label=impl, zorder=3)
+    axes.axvline(1, color=page.TEXT, linewidth=0.8, linestyle=":")
     axes.set_yticks(places, list(shares), fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlabel(f"{direction}: fraction of the speed of a copy")

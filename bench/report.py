@@ -4,22 +4,19 @@ The HTML file needs nothing beside it: charts are in it, no address is asked for
 """
 
 import argparse
-import importlib
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import charts
 from bench.results import Record, load_folder
-from bench.sections import Section, sections, verdict_lines
-from gptperf.errors import DeviceError, main_guard
+from bench.sections import sections, verdict_lines
+from gptperf.errors import main_guard
+from gptperf.page import Section, render
 
 __all__ = ["html", "main", "markdown", "verdict_lines", "write_reports"]
-
-_TEMPLATE = "report.html.j2"
 
 
 def title_of(records: Mapping[str, Record]) -> str:
@@ -63,16 +60,9 @@ def html(records: Mapping[str, Record]) -> str:
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
     """
-    try:
-        jinja2: Any = importlib.import_module("jinja2")
-    except ImportError as error:
-        raise DeviceError(f"a report needs jinja2: {error}; pip install 'gptperf[bench]'") from error
     found = sections(records)
     drawn = {name: charts.draw(name, records) for section in found for name in section.charts}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8"))
-    page: str = template.render(title=title_of(records), sections=found, charts=drawn)
-    return page
+    return render(title_of(records), found, drawn, "bench")
 
 
 def write_reports(folder: Path) -> tuple[Path, Path]:

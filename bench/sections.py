@@ -1,41 +1,18 @@
 """From results to the tables of a report, whatever it is written in."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bench import crosscheck
 from bench.models import DEFAULT_VARIANT, config_of
 from bench.results import Record
 from gptperf import plan
+from gptperf.page import Section, Table
 from gptperf.profiling import PARTS
 
-__all__ = ["Section", "Table", "ops_rows", "sections", "verdict_lines"]
+__all__ = ["ops_rows", "sections", "verdict_lines"]
 
 Records = Mapping[str, Record]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of text."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with what stands under it."""
-
-    title: str
-    lines: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    charts: Sequence[str] = ()
-    """Names of `bench.charts`."""
-    folded: bool = False
-    """Long, and closed at first where the page can do that."""
-    code: Sequence[str] = field(default=())
-    """Lines in a fixed font."""
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -36,6 +36,11 @@ WITHOUT_TORCH = [
     "doctor",
     "monitor.schema",
     "monitor.trackers",
+    "page",
+    "report",
+    "report_charts",
+    "report_log",
+    "report_sections",
 ]
 # Module -> the gptperf modules that it may import, at any depth of the file.
 ALLOWED = {
@@ -58,6 +63,11 @@ ALLOWED = {
     "roofline": {"config", "flops", "footprint", "hardware"},
     "plan": {"cli", "config", "errors", "flops", "footprint", "hardware", "roofline"},
     "compare": {"cli", "config", "errors", "flops", "hardware", "plan", "registry"},
+    "page": {"errors"},
+    "report_log": {"errors", "monitor.events", "monitor.journal"},
+    "report_charts": {"monitor.events", "page", "profiling", "report_log"},
+    "report_sections": {"monitor.events", "page", "report_log"},
+    "report": {"errors", "monitor.events", "page", "report_charts", "report_log", "report_sections"},
     "model": {"config", "registry"},
     "parallel": {"errors", "watchdog"},
     "watchdog": {"errors"},
