@@ -1,6 +1,8 @@
-"""`python -m gptperf.compare --configs configs/*.toml`: architectures side by side.
+"""Runs or architectures side by side: `python -m gptperf.compare out/*` or `--configs configs/*.toml`.
 
-Components, parameters by part, matmul FLOPs of a trained token, and what `gptperf.plan` predicts on one GPU: --gpu, or
+Runs (folders, run_*.jsonl, run_*.json) are ranked by their loss at equal tokens, with the configuration keys that
+differ; --html writes a page with their curves. Of configurations:
+components, parameters by part, matmul FLOPs of a trained token, and what `gptperf.plan` predicts on one GPU: --gpu, or
 the one here. A row in which all configurations agree is printed once, at the end. No torch here.
 """
 
@@ -11,14 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptperf import cli, flops
+from gptperf import cli, flops, ranking
+from gptperf import comparison_page as page
 from gptperf.config import Config
-from gptperf.errors import ConfigError, main_guard
+from gptperf.errors import ConfigError, DataError, main_guard
 from gptperf.hardware import Gpu
 from gptperf.plan import find_gpu, own_gpu, plan, unplannable
 from gptperf.registry import KINDS
+from gptperf.runs import read_runs
 
-__all__ = ["compare", "main", "table"]
+__all__ = ["compare", "main", "rank_runs", "table"]
 
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 _SWITCHES = ("bias", "weight_tying", "qk_norm", "dropout")
@@ -102,13 +106,53 @@ def table(facts: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines + (["", "the same in all: " + ", ".join(shared)] if shared else []))
 
 
+def rank_runs(paths: Sequence[str], html: Path | None, as_json: bool) -> str:
+    """What is printed of runs.
+
+    Args:
+        paths: folders of runs, run_*.jsonl, run_*.json.
+        html: page to write.
+        as_json: print JSON.
+
+    Raises:
+        DataError: none of them can be read.
+        DeviceError: a package that the page needs is not installed.
+        DiskError: the page cannot be written.
+    """
+    runs, left_out = read_runs(paths)
+    if not runs:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out)
+        raise DataError(f"found no run, wanted folders of runs, run_*.jsonl or run_*.json: {reasons}")
+    ranked = ranking.rank(runs, left_out)
+    if html is not None:
+        page.write_text(html, ranking.ranking_html(ranked))
+    if as_json:
+        return json.dumps(ranking.record(ranked, left_out), indent=2, allow_nan=False)
+    differing = ranking.differing_table(ranked)
+    parts = [ranked.how, page.aligned(ranking.ranking_table(ranked))]
+    parts += [f"what differs:\n{page.aligned(differing)}"] if differing is not None else []
+    parts += ["\n".join(ranked.remarks)] if ranked.remarks else []
+    return "\n\n".join(parts + ([f"page: {html}"] if html is not None else []))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m gptperf.compare", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--configs", nargs="+", required=True, metavar="CONFIG.toml")
-    parser.add_argument("--gpu", help="that the speed is predicted on; default: the one here")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run, run_*.jsonl or run_*.json")
+    parser.add_argument("--configs", nargs="+", metavar="CONFIG.toml", help="compare architectures instead")
+    parser.add_argument("--gpu", help="with --configs: that the speed is predicted on; default: the one here")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="of runs: write a page with their curves")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
+    if (args.configs is None) == (not args.runs):
+        parser.error("wanted runs, or --configs with configurations, not both")
+    if args.runs:
+        if args.gpu is not None:
+            parser.error("--gpu goes with --configs")
+        print(rank_runs(args.runs, args.html, args.json))
+        return 0
+    if args.html is not None:
+        parser.error("--html goes with runs")
     facts = compare(args.configs, own_gpu() if args.gpu is None else find_gpu(args.gpu))
     print(json.dumps(facts, indent=2) if args.json else table(facts))
     return 0

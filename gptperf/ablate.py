@@ -1,0 +1,172 @@
+"""`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: what each change is worth.
+
+The baseline and every change are trained with every seed, one run after another, each at the tokens or FLOPs of the
+baseline. Runs that are finished are not run again, interrupted ones go on: the same command continues.
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from gptperf import ablation_report
+from gptperf import comparison_page as page
+from gptperf.ablation import Job, Variant, changed_runs, results, variants
+from gptperf.errors import PREEMPTED, ConfigError, main_guard
+
+__all__ = ["Runner", "main"]
+
+_EPILOG = """All other flags are those of gptperf.train. A result is DIR/<variant>/seed<k>; DIR/ablation.md and
+DIR/ablation.json have the table. Exit codes: 0 all runs finished, 1 some failed, 75 asked to stop."""
+
+
+class Runner:
+    """Runs one command at a time, and passes on the signals that ask it to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._passed_on = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Runner"]:
+        """Take SIGTERM and Ctrl-C here."""
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self._asked
+
+    def stop(self) -> None:
+        """Run nothing more."""
+        self._asked = True
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._child is not None:
+            self._passed_on += 1
+            self._child.send_signal(number)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run it to its end, and return its exit code."""
+        # In a group of its own a child hears of Ctrl-C once, from here: a second one would end it unsaved.
+        self._child = subprocess.Popen(command, process_group=0)
+        if self._asked and not self._passed_on:
+            self._child.send_signal(signal.SIGTERM)
+        code = self._child.wait()
+        self._child = None
+        return code
+
+
+def _listed(found: Sequence[Variant]) -> str:
+    """The runs with what each trains on."""
+    rows = []
+    for variant in found:
+        for job in variant.jobs:
+            log = job.log()
+            state = "finished" if job.finished() else "-" if log is None else f"at iteration {log.iterations:,}"
+            per_token = variant.flops_per_token
+            total = "-" if per_token is None else f"{per_token * variant.tokens:.3e}"
+            iters = f"{job.config.train.max_iters:,}"
+            rows.append((variant.name, str(job.seed), iters, f"{variant.tokens:,}", total, state))
+    columns = ("variant", "seed", "iterations", "tokens", "FLOPs", "state")
+    return page.aligned(page.Table(columns, rows, frozenset({0, 5})))
+
+
+def _run_all(found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object]) -> dict[Path, str]:
+    """Run what is not finished; `after` is called with the failures so far when a run has ended.
+
+    Returns:
+        Folder -> how its run failed.
+    """
+    jobs: list[tuple[Variant, Job]] = [(v, v.jobs[i]) for i in range(len(found[0].jobs)) for v in found]
+    failed: dict[Path, str] = {}
+    for number, (variant, job) in enumerate(jobs, 1):
+        what = f"run {number} of {len(jobs)}: {variant.name}, seed {job.seed}"
+        if job.finished():
+            print(f"ablate: {what}: finished already", flush=True)
+            continue
+        if runner.asked():
+            break
+        print(f"ablate: {what} -> {job.out_dir}", flush=True)
+        code = runner.run([sys.executable, "-m", "gptperf.train", *job.argv])
+        if code == PREEMPTED:  # whoever asked the run, not us, to stop meant all of it
+            runner.stop()
+        elif runner.asked():
+            if not job.finished():
+                print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr, flush=True)
+        elif code or not job.finished():
+            failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
+            print(f"ablate: {what} failed: {failed[job.out_dir]}; the others go on", file=sys.stderr, flush=True)
+        after(failed)
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ablation and report it.
+
+    Returns:
+        0, 1 where a run failed, or `PREEMPTED` after a request to stop.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m gptperf.ablate",
+        usage="%(prog)s [CONFIG.toml ...] --vary key=value[,key2=value2 ...] [--vary ...] [options] [--key=value ...]",
+        description=__doc__.split("\n\n")[1],
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
+    parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
+    parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="write a page with the curves")
+    parser.add_argument("--list", action="store_true", help="print the runs with their tokens, and end")
+    args, rest = parser.parse_known_args(argv)
+    if not args.vary:
+        raise ConfigError("command line: found no --vary, wanted one or more, such as --vary position_encoding=rope")
+    if args.seeds < 1:
+        raise ConfigError(f"command line: seeds: found {args.seeds}, wanted 1 or more")
+    found = variants(rest, args.vary, args.seeds, args.equal, args.out)
+    changed = changed_runs(found)
+    if changed:
+        raise ConfigError("; ".join([*changed, "wanted another --out, or those folders away"]))
+    if args.list:
+        print(_listed(found))
+        return 0
+    if args.html is not None:
+        page.check_packages()
+
+    def write(failed: dict[Path, str]) -> str:
+        reached = results(found)
+        text = ablation_report.markdown(reached, args.equal, failed)
+        page.write_text(args.out / "ablation.md", text)
+        record = ablation_report.record(reached, args.equal, failed)
+        page.write_text(args.out / "ablation.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        return ablation_report.text(reached, args.equal, failed)
+
+    with Runner().listening() as runner:
+        failed = _run_all(found, runner, write)
+    print("\n" + write(failed))
+    print(f"report: {args.out / 'ablation.md'}, {args.out / 'ablation.json'}")
+    if args.html is not None:
+        page.write_text(args.html, ablation_report.html(results(found), args.equal, failed))
+        print(f"page: {args.html}")
+    if runner.asked() and not all(job.finished() for variant in found for job in variant.jobs):
+        print("ablate: asked to stop; the same command goes on", flush=True)
+        return PREEMPTED
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with main_guard():
+        sys.exit(main())
