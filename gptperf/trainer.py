@@ -22,6 +22,7 @@ from gptperf.data.ngram import trigram_loss
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
 from gptperf.errors import PREEMPTED, DataError, DiskError, NonFiniteError, OutOfMemoryError
+from gptperf.evaluation import evaluate, validation_keys
 from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Gradients, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
@@ -76,34 +77,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return Path(self.config.train.out_dir) / "checkpoints"
-
-
-def _validation_keys(config: Config, process: Process) -> dict[str, int]:
-    return {
-        "block_size": config.model.block_size,
-        "batch_size": config.train.batch_size,
-        "max_batches": config.train.eval_iters,
-        "rank": process.rank,
-        "world_size": process.world_size,
-    }
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean loss over the fixed validation batches of all processes."""
-    engine, process = run.engine, run.engine.process
-    batches = validation_batches(run.val_tokens, **_validation_keys(run.config, process))
-    sums = torch.zeros(2, dtype=torch.float64, device=process.device)  # loss times rows, rows
-    engine.model.eval()
-    for batch in batches:
-        tokens, targets = batch.to(process.device, non_blocking=True)
-        with engine.autocast():
-            loss = engine.model(tokens, targets)
-        sums[0] += loss.double() * len(tokens)
-        sums[1] += len(tokens)
-    engine.model.train()
-    total, rows = process.mean(sums).tolist()
-    return total / rows
 
 
 def train(config: Config, origins: Mapping[str, str]) -> int:
@@ -171,7 +144,7 @@ def _start(
     out_dir = Path(config.train.out_dir)
     if process.is_main:
         stack.enter_context(RunLock(out_dir))
-    keys = _validation_keys(config, process)
+    keys = validation_keys(config, process)
     validation_batches(val_tokens, **keys)  # too short a split is found now, not at the first evaluation
     found = find_checkpoint(config, out_dir / "checkpoints", process, console)
     random.seed(config.train.seed)
@@ -250,7 +223,7 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
         val_loss = None
         if last or iteration % train.eval_interval == 0:
             with clock.paused(), process.progress.during("evaluation"):
-                val_loss = _evaluate(run)
+                val_loss = _evaluate(run.engine, run.val_tokens)
         if last or asked or iteration % save_interval == 0:
             with clock.paused(), process.progress.during("save"):
                 _check_finite(run)
@@ -343,7 +316,7 @@ def _check_finite(run: Run) -> None:
 def _evaluate(run: Run) -> float:
     """Evaluate, report, remember the best."""
     state, start = run.state, time.perf_counter()
-    val_loss = evaluate(run)
+    val_loss = evaluate(run.engine, run.val_tokens)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
     record: Eval = {
