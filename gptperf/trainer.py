@@ -223,7 +223,7 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
         val_loss = None
         if last or iteration % train.eval_interval == 0:
             with clock.paused(), process.progress.during("evaluation"):
-                val_loss = _evaluate(run.engine, run.val_tokens)
+                val_loss = _evaluate(run)
         if last or asked or iteration % save_interval == 0:
             with clock.paused(), process.progress.during("save"):
                 _check_finite(run)
