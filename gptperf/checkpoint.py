@@ -17,7 +17,7 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,6 +42,7 @@ from gptperf.manifest import (
     SCHEMA,
     SET_ASIDE,
     STATE,
+    STATE_LIMIT,
     STEM,
     CheckpointInfo,
     NewerSchemaError,
@@ -54,9 +55,10 @@ from gptperf.manifest import (
     read_file,
     read_manifest,
     seal,
+    state_text,
 )
 from gptperf.peers import Alone, Peers, together
-from gptperf.tensorfile import check_finite, header, join, read_tensors, tensor_bytes, write_tensors
+from gptperf.tensorfile import Part, check_finite, header, join, parts, read_tensors, tensor_bytes, write_tensors
 
 __all__ = [
     "FAILPOINTS",
@@ -75,6 +77,7 @@ __all__ = [
     "load_latest",
     "prune",
     "save",
+    "stored",
     "tensor_bytes",
 ]
 
@@ -100,8 +103,6 @@ FAILPOINTS = (
     "pruned",
 )
 """Where `GPTPERF_FAILPOINT=save.N` (N from 1) kills `save`, or `save.N:enospc` finds the disk full."""
-
-STATE_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ def save(
         raise ValueError(f"step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
-    text = _state_text(state)
+    text = state_text(state)
     peers = peers or Alone()
     failed = f"saving step {step} in {directory}"
     suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
@@ -284,13 +285,16 @@ def best(directory: Path) -> CheckpointInfo | None:
     return best_of(checkpoints(directory))
 
 
-def load(path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> Checkpoint:
+def load(
+    path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] | None = None, later: Sequence[str] = ()
+) -> Checkpoint:
     """Load a checkpoint; every file is verified before a tensor of it is used.
 
     Args:
         path: Its directory.
         device: Where the tensors shall lie.
         only: File stems to read, such as ("model",); of the others the size alone is checked. None: all.
+        later: File stems that are verified, but left to `stored`.
 
     Raises:
         CheckpointError: Damaged, incomplete or of a newer schema; names the file, wanted and found bytes.
@@ -304,7 +308,7 @@ def load(path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] 
     state = parse_json(read_file(path / STATE, STATE_LIMIT), path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}; wanted an object")
-    names = [file.name for file in wanted if file.name != STATE]
+    names = [file.name for file in wanted if file.name != STATE and _group(file.name) not in later]
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in names:
         tensors.setdefault(_group(name), {}).update(read_tensors(path / name, device))
@@ -317,8 +321,23 @@ def _group(file: str) -> str:
     return re.sub(r"(-\d{5})?\.safetensors$", "", file)
 
 
+def stored(path: Path, stem: str) -> Iterator[Part]:
+    """What the files of a stem hold, each part until the next one is asked for: no more than one is in memory.
+
+    Raises:
+        CheckpointError: A file is none that gptperf writes.
+    """
+    for file in read_manifest(path).files:
+        if _group(file.name) == stem:
+            yield from parts(path / file.name)
+
+
 def load_latest(
-    directory: Path, *, warn: Callable[[str], None], device: str | torch.device = "cpu"
+    directory: Path,
+    *,
+    warn: Callable[[str], None],
+    device: str | torch.device = "cpu",
+    later: Sequence[str] = (),
 ) -> Checkpoint | None:
     """Load the newest good checkpoint; None where the run has none.
 
@@ -326,6 +345,7 @@ def load_latest(
         directory: Where the checkpoints of the run lie.
         warn: Gets one line for each directory that is passed over.
         device: Where the tensors shall lie.
+        later: As for `load`.
 
     Raises:
         CheckpointError: All that there are are damaged, or the newest undamaged one needs a newer gptperf.
@@ -338,7 +358,7 @@ def load_latest(
     failure = None
     for info in reversed(found):
         try:
-            loaded = load(info.path, device=device)
+            loaded = load(info.path, device=device, later=later)
         except NewerSchemaError:
             raise
         except CheckpointError as error:
@@ -368,35 +388,6 @@ def _failpoints() -> Callable[[str], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return hit
-
-
-def _state_text(state: Mapping[str, JSON]) -> bytes:
-    _check_state(state, "state", 0)
-    try:
-        text = json.dumps(state, allow_nan=False).encode()
-    except ValueError as error:
-        raise CheckpointError(f"state cannot be written as JSON: {error}") from error
-    if len(text) > STATE_LIMIT:
-        raise CheckpointError(f"state is {len(text)} bytes of JSON; wanted at most {STATE_LIMIT}")
-    return text
-
-
-def _check_state(value: object, where: str, depth: int) -> None:
-    """Refuse what would not come back equal from JSON."""
-    if depth > 100:
-        raise CheckpointError(f"{where[:200]} is nested deeper than 100 levels")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise NonFiniteError(f"{where} is {value}; wanted a finite number or None")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise CheckpointError(f"{where} has the key {key!r} of type {type(key).__name__}; wanted str")
-            _check_state(item, f"{where}.{key}", depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_state(item, f"{where}[{index}]", depth + 1)
-    elif not (value is None or isinstance(value, bool | int | float | str)):
-        raise CheckpointError(f"{where} is a {type(value).__name__}; wanted dict, list, str, int, float, bool or None")
 
 
 def _publish(tmp: Path, final: Path, aside: Path, hit: Callable[[str], None]) -> None:

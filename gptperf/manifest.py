@@ -6,19 +6,20 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gptperf.disk import FileRecord, open_regular
-from gptperf.errors import CheckpointError
+from gptperf.errors import CheckpointError, NonFiniteError
 
 __all__ = [
     "MANIFEST",
     "SCHEMA",
     "SET_ASIDE",
     "STATE",
+    "STATE_LIMIT",
     "STEM",
     "CheckpointInfo",
     "Manifest",
@@ -32,6 +33,7 @@ __all__ = [
     "read_file",
     "read_manifest",
     "seal",
+    "state_text",
 ]
 
 SCHEMA = 1
@@ -43,6 +45,7 @@ damaged one.
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+STATE_LIMIT = 1 << 26
 MANIFEST_LIMIT = 1 << 22
 READ_CHUNK = 1 << 24
 STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
@@ -260,3 +263,38 @@ def _parse(found: dict[str, Any], where: Path) -> Manifest:
     if len(set(names)) != len(names) or STATE not in names:
         raise CheckpointError(f"{where} lists {', '.join(names)[:200]}; wanted each once and {STATE} among them")
     return Manifest(step=step, metric=metric, files=tuple(files))
+
+
+def state_text(state: Mapping[str, Any]) -> bytes:
+    """The JSON of a checkpoint's state, from which it comes back equal.
+
+    Raises:
+        CheckpointError: JSON lacks the type of a value, or the text is longer than `STATE_LIMIT`.
+        NonFiniteError: a float is not finite.
+    """
+    _check_state(state, "state", 0)
+    try:
+        text = json.dumps(state, allow_nan=False).encode()
+    except ValueError as error:
+        raise CheckpointError(f"state cannot be written as JSON: {error}") from error
+    if len(text) > STATE_LIMIT:
+        raise CheckpointError(f"state is {len(text)} bytes of JSON; wanted at most {STATE_LIMIT}")
+    return text
+
+
+def _check_state(value: object, where: str, depth: int) -> None:
+    """Refuse what would not come back equal from JSON."""
+    if depth > 100:
+        raise CheckpointError(f"{where[:200]} is nested deeper than 100 levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NonFiniteError(f"{where} is {value}; wanted a finite number or None")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r} of type {type(key).__name__}; wanted str")
+            _check_state(item, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_state(item, f"{where}[{index}]", depth + 1)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise CheckpointError(f"{where} is a {type(value).__name__}; wanted dict, list, str, int, float, bool or None")

@@ -27,7 +27,7 @@ from gptperf.monitor.console import Console
 from gptperf.optim import AdamW
 from gptperf.parallel import Process
 from gptperf.step import Engine
-from gptperf.tensorfile import part_name
+from gptperf.tensorfile import Part, part_name
 from gptperf.weights import Bucket, Piece, Replicated
 
 __all__ = ["TrainState", "changed_keys", "changed_versions", "find_checkpoint", "restore", "restore_weights"]
@@ -37,6 +37,7 @@ _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_mu
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LARGE = ("model", "optimizer")  # read part by part, by each process what it needs
 _DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 
 
@@ -117,11 +118,38 @@ def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _fill(found: Checkpoint, stem: str, pieces: Iterable[Piece], prefix: str = "") -> None:
-    """Put a checkpoint's elements where a process has them."""
-    for name, shape, start, values in pieces:
-        saved = _tensor(found, stem, prefix + name, shape)
-        values.copy_(saved.view(-1)[start : start + values.numel()])
+def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]:
+    """Put a checkpoint's elements where a process has them, by their name in its files.
+
+    Returns:
+        All names that the checkpoint has.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    names, missing = set(), {name: piece.values.numel() for name, piece in wanted.items()}
+    read = found.tensors.get(stem)
+    stored: Iterable[Part] = checkpoints.stored(found.path, stem)
+    if read is not None:
+        stored = (Part(name, tuple(tensor.shape), 0, tensor.reshape(-1)) for name, tensor in read.items())
+    for name, shape, start, values in stored:
+        names.add(name)
+        piece = wanted.get(name)
+        if piece is None:
+            continue
+        if shape != tuple(piece.shape):
+            raise CheckpointError(f"{found.path}: {stem}: found {shape} for {name}, wanted {tuple(piece.shape)}")
+        first = max(start, piece.start)
+        last = min(start + values.numel(), piece.start + piece.values.numel())
+        if first < last:
+            target = piece.values[first - piece.start : last - piece.start]
+            target.copy_(values[first - start : last - start])
+            missing[name] -= last - first
+    for name, count in missing.items():
+        if count:
+            what = f"{count} elements less" if name in names else "nothing"
+            raise CheckpointError(f"{found.path}: {stem}: found {what} for {name}, wanted {tuple(wanted[name].shape)}")
+    return names
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -197,11 +225,11 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
             f"found {fingerprint[:12]}; wanted the same shards"
         )
     restore_weights(checkpoint, engine.model, engine.weights)
+    wanted = {"steps": Piece("steps", optimizer.steps.shape, 0, optimizer.steps.view(1))}
     for key in _MOMENTS:
-        _fill(
-            checkpoint, "optimizer", engine.weights.pieces(partial(_moment, optimizer, key), to_save=False), f"{key}."
-        )
-    optimizer.steps.copy_(_tensor(checkpoint, "optimizer", "steps", optimizer.steps.shape))
+        for piece in engine.weights.pieces(partial(_moment, optimizer, key), to_save=False):
+            wanted[f"{key}.{piece.name}"] = piece
+    _fill(checkpoint, "optimizer", wanted)
     engine.scaler.load_state_dict(saved["scaler"])
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
@@ -221,12 +249,12 @@ def restore_weights(checkpoint: Checkpoint, model: nn.Module, weights: Replicate
     Raises:
         CheckpointError: names or shapes differ.
     """
-    extra = checkpoint.tensors["model"].keys() - weights.places.keys()
+    pieces = {piece.name: piece for piece in weights.pieces(_master, to_save=False)}
+    extra = _fill(checkpoint, "model", pieces) - weights.places.keys()
     if extra:
         raise CheckpointError(
             f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}"
         )
-    _fill(checkpoint, "model", weights.pieces(_master, to_save=False))
     for name, tensor in _buffers(model):
         tensor.copy_(_tensor(checkpoint, "buffers", name, tensor.shape))
     weights.publish()
@@ -278,7 +306,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
         checkpoints.clean(folder)
         how = config.train.init_from
         if how in ("resume", "auto"):
-            chosen = checkpoints.load_latest(folder, warn=console.warning)
+            chosen = checkpoints.load_latest(folder, warn=console.warning, later=_LARGE)
             path = "" if chosen is None else str(chosen.path)
             if chosen is None and how == "resume":
                 raise CheckpointError(
@@ -298,13 +326,16 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                 aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
                 folder.rename(aside)
                 path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # it may have been among them
+                chosen = chosen and dataclasses.replace(chosen, path=Path(path))
                 console.message(f"moved the checkpoints of an earlier run to {aside}")
     path = process.from_main(path)
-    return chosen if process.is_main or not path else checkpoints.load(Path(path))
+    if not process.is_main and path:  # the main process has verified all of it
+        return checkpoints.load(Path(path), only=("rng", "buffers"))
+    return chosen
 
 
 def _load_path(path: Path) -> Checkpoint:
     """The checkpoint at a path, or the newest one of the run there."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     newest = checkpoints.latest(folder) if folder.is_dir() else None
-    return checkpoints.load(newest.path if newest is not None else folder)
+    return checkpoints.load(newest.path if newest is not None else folder, later=_LARGE)

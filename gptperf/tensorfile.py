@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,8 @@ from torch import Tensor
 from gptperf.disk import FileRecord, open_regular, write_file
 from gptperf.errors import CheckpointError, NonFiniteError
 
-__all__ = ["check_finite", "header", "join", "part_name", "read_tensors", "tensor_bytes", "write_tensors"]
+__all__ = ["Part", "check_finite", "header", "join", "part_name", "parts", "read_tensors", "tensor_bytes"]
+__all__ += ["write_tensors"]
 
 HEADER_LIMIT = 1 << 24
 CHUNK = 1 << 24
@@ -150,6 +151,36 @@ def join(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{where}: found {at} elements of {name!r}, wanted {math.prod(shape)}")
         whole[name] = torch.cat([tensor for _, tensor in pieces]).view(shape)
     return whole
+
+
+class Part(NamedTuple):
+    """Elements of a tensor that a file holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    start: int
+    """First element."""
+    values: Tensor
+    """Flat."""
+
+
+def parts(path: Path) -> Iterator[Part]:
+    """The tensors of a file that was verified, one after another; each is part of the file until the next one.
+
+    Raises:
+        CheckpointError: It is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in list(opened.keys()):
+                tensor, found = opened.get_tensor(name), _PART.fullmatch(name)
+                if found is None:
+                    yield Part(name, tuple(tensor.shape), 0, tensor.reshape(-1))
+                else:
+                    yield Part(found[1], tuple(map(int, found[3].split("x"))), int(found[2]), tensor.reshape(-1))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no safetensors file that gptperf wrote: {error}") from error
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:

@@ -68,5 +68,5 @@ def losses(out: Path) -> list[tuple[int, str]]:
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:
-    files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
-    return {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in files}
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

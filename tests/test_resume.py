@@ -207,5 +207,5 @@ def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
     command = run_command(corpus, tmp_path / "again", *flags, "--init_from=resume", launcher=launcher)
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     saved = [hashes(tmp_path / out / "checkpoints/step-00000020") for out in ("two", "again")]
-    for stem in ("model-00000", "model-00001", "optimizer-00000", "optimizer-00001"):
-        assert saved[0][f"{stem}.safetensors"] == saved[1][f"{stem}.safetensors"]
+    assert saved[0].keys() >= {f"{stem}-0000{rank}.safetensors" for stem in ("model", "optimizer") for rank in "01"}
+    assert saved[0] == saved[1]

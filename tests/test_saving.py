@@ -205,3 +205,23 @@ def test_an_error_of_another_rank_keeps_its_kind() -> None:
     assert isinstance(first, CheckpointError)
     assert str(first) == "rank 1: a name"
     assert str(second) == "a name"
+
+
+def test_a_resume_reads_part_by_part(tmp_path: Path) -> None:
+    (path, _) = in_all(2, lambda peer: save(peer, tmp_path))
+    found = checkpoint.load(path, later=("model",))
+    assert found.tensors.keys() == {"rng"}
+    parts = [(part.name, part.shape, part.start, part.values.clone()) for part in checkpoint.stored(path, "model")]
+    assert sorted((name, shape, start) for name, shape, start, _ in parts) == [
+        ("matrix", (4, 6), 0),
+        ("matrix", (4, 6), 12),
+        ("vector0", (3,), 0),
+        ("vector1", (3,), 0),
+    ]
+    matrix = torch.cat([values for name, _, start, values in sorted(parts, key=lambda p: p[2]) if name == "matrix"])
+    assert torch.equal(matrix, torch.arange(24.0))
+    with open(path / "model-00001.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(CheckpointError, match="model-00001"):
+        checkpoint.load(path, later=("model",))  # verified all the same
