@@ -9,7 +9,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -92,7 +92,7 @@ def _of(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _union(arguments, defs)
-    if origin is list:
+    if origin is list or origin is Sequence:
         return {"type": "array", "items": _of(arguments[0], defs)}
     if isinstance(origin, type) and issubclass(origin, Mapping):
         values = _of(arguments[1], defs)
