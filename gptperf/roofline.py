@@ -53,6 +53,9 @@ _BY_CAPABILITY = {
     (12, 0): Rates(0.80, 0.42, 0.88, 20e9, _ASSUMED),
 }
 _PCIE_BUS_BYTE_S = 20e9
+_BESIDE_COMPUTE = 0.75
+"""Of the time of a collective, what the step loses where compute covers it: it takes multiprocessors from the GEMMs,
+and cards wait for each other. Four H200s: 0.5 to 0.9 under DDP, 0.7 to 1.1 under FSDP (bench/NOTES.md)."""
 _MEASURED_ON = ("H200",)
 # Memory-bound ops, of a copy: single kernels reach .92 to 1.03 (bench.ops); a step has what PyTorch adds, too.
 _OPS_OF_COPY = {"triton": 0.95, "compiled": 0.70, "eager": 0.18}
@@ -132,24 +135,24 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
 def _communication_s(
     config: Config, rates: Rates, num_gpus: int, strategy: Strategy, micro_batches: float, compute_s: float
 ) -> float:
-    """Seconds an iteration in which a GPU waits for the others.
+    """Seconds an iteration that the GPUs' talk costs.
 
-    Gradients are reduced in float32 during the last micro-batch's backward, two thirds of its time, where the blocks
-    are compiled apart or not at all; compiled as one graph, backward hands them over at its end: nothing covers them.
+    Gradients are reduced in `reduce_dtype` during the last micro-batch's backward, two thirds of its time, where the
+    blocks are compiled apart or not at all; compiled as one graph, backward hands them over at its end: nothing covers them.
     """
     if num_gpus == 1:
         return 0.0
     count, size = flops.parameters(config.model).total, element_bytes(config.system.dtype)
-    share = (num_gpus - 1) / num_gpus / rates.bus_byte_s
+    share, reduced = (num_gpus - 1) / num_gpus / rates.bus_byte_s, element_bytes(config.system.reduce_dtype)
     window = 2 / 3 * compute_s / micro_batches
     if strategy == "ddp":
-        reduce = 2 * 4 * count * share
+        reduce = 2 * reduced * count * share
         covered = not config.system.compile or config.system.compile_scope != "model"
-        return max(reduce - window, 0.05 * reduce) if covered else reduce
+        return max(reduce - window, _BESIDE_COMPUTE * reduce) if covered else reduce
     gather = size * count * share
-    reduce = 4 * count * share
+    reduce = reduced * count * share
     if strategy == "zero1":
         total = gather + reduce
-        return max(total - compute_s / micro_batches, 0.05 * total)
-    total = micro_batches * 2 * gather + reduce
-    return max(total - compute_s, 0.05 * total)
+        return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
+    total = micro_batches * 2 * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
+    return max(total - compute_s, _BESIDE_COMPUTE * total)
