@@ -138,7 +138,7 @@ def _communication_s(
     """Seconds an iteration that the GPUs' talk costs.
 
     Gradients are reduced in `reduce_dtype` during the last micro-batch's backward, two thirds of its time, where the
-    blocks are compiled apart or not at all; compiled as one graph, backward hands them over at its end: nothing covers them.
+    blocks are compiled apart or not at all; as one graph, backward hands them over at its end: nothing covers them.
     """
     if num_gpus == 1:
         return 0.0
