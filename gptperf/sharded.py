@@ -197,7 +197,6 @@ class FullySharded(Sharded):
         self._whole: dict[Bucket, Tensor] = {}  # gradients that are not on their way yet
         self._arriving: list[_Arriving] = []
         self._with_gradient: set[Bucket] = set()  # in this step
-        self._begun = False
         super().__init__(model, compute_dtype, world_size, rank, reduce_dtype=reduce_dtype)
         for bucket in self.buckets:
             self._gaps[bucket] = _gaps([self.places[n] for n in bucket.names], bucket.compute.numel())
@@ -313,12 +312,10 @@ class FullySharded(Sharded):
 
     @torch.no_grad()
     def start_micro_batch(self, last: bool) -> None:
-        if not self.reduce_once and self._begun:
-            for bucket in self.buckets[self._reduced :]:  # with a parameter that the last micro-batch did not use
-                if self._in_shares(bucket):
-                    self._collect(bucket)
-                    self._reduce(bucket)
-        self._begun = True
+        for bucket in self.buckets[self._reduced :]:  # with a parameter that the last micro-batch did not use
+            if self._in_shares(bucket):
+                self._collect(bucket)
+                self._reduce(bucket)
         super().start_micro_batch(last)
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
