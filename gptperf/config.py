@@ -236,7 +236,7 @@ class SystemConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype. Master weights, gradient reduction and optimizer states are float32 whatever it is."""
+    """Compute dtype. Master weights and optimizer states are float32 whatever it is."""
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"

@@ -73,7 +73,7 @@ class Saver:
                 path = self._write(step, copies, state, metric)
             except GptperfError as caught:
                 error = caught
-            except Exception as caught:  # noqa: BLE001  # a thread has nobody else to tell
+            except Exception as caught:  # noqa: BLE001 - a thread has nobody else to tell
                 error = DiskError(f"saving step {step} failed: {caught!r}")
                 error.__cause__ = caught
             time_ms = 1e3 * (time.perf_counter() - begun)
@@ -138,7 +138,13 @@ class Saver:
                     peers=self.peers,
                 )
             except DiskError as error:
-                pruned = error.full and again and self.peers.rank == 0 and checkpoint.prune(self.directory, keep=1)
-                if not any(self.peers.exchange(bool(pruned))):
+                if not any(self.peers.exchange(error.full and again and self._made_room())):
                     raise
         raise AssertionError
+
+    def _made_room(self) -> bool:
+        """Whether the first process could delete older checkpoints."""
+        try:
+            return self.peers.rank == 0 and bool(checkpoint.prune(self.directory, keep=1))
+        except DiskError:
+            return False  # the full disk is what is told

@@ -121,9 +121,6 @@ class Sharded(Replicated):
     def share(self) -> None:
         self.publish()
 
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        raise NotImplementedError("a process has only its share: pieces()")
-
     def _gather(self, bucket: Bucket) -> None:
         """Begin to collect a bucket's weights from all processes."""
         if self.world_size > 1:

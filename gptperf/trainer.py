@@ -199,6 +199,8 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
     save_interval = train.save_interval or train.eval_interval
     clock = StepClock(process.device)
     first = state.step + 1
+    if run.config.log.profile and first >= run.profiler.last:  # the first iteration of a process is never recorded
+        run.console.warning(f"profile = {run.config.log.profile}: nothing left to record, iteration {first} comes next")
     while state.step < train.max_iters:
         iteration = state.step + 1
         last = iteration == train.max_iters

@@ -276,11 +276,6 @@ class Replicated:
         place = self.places[name]
         return place.view(place.bucket.grad)
 
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 master weight of each parameter, in its shape, where a process holds them whole."""
-        for name, place in self.places.items():
-            yield name, place.view(place.bucket.master.data)
-
     def _held(self, bucket: Bucket) -> tuple[int, int]:
         """Elements of a bucket that `master` has."""
         return 0, bucket.compute.numel()

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gptperf import cli, trainer
+from gptperf.weights import Replicated
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +46,12 @@ compile = false
 log_interval = 1
 sample_tokens = 8
 """
+
+
+def masters(weights: Replicated) -> list[tuple[str, Tensor]]:
+    """Name and master weight of each parameter, in its shape, of weights that one process holds whole."""
+    pieces = weights.pieces(lambda bucket: bucket.master.data, to_save=False)
+    return [(name, values.view(shape)) for name, shape, _, values in pieces]
 
 
 def run_argv(corpus: Path, out: Path, *flags: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import masters
 
 from gptperf import cli, trainer
 from gptperf.data.loader import Loader
@@ -47,7 +48,7 @@ def _losses(engine: Engine, steps: int) -> list[float]:
 
 def test_float32_is_the_cpus() -> None:
     gpu, cpu = (_engine("--dtype=float32", "--compile=False", device=d) for d in ("cuda", "cpu"))
-    for (_, a), (_, b) in zip(gpu.weights.masters(), cpu.weights.masters(), strict=True):
+    for (_, a), (_, b) in zip(masters(gpu.weights), masters(cpu.weights), strict=True):
         a.copy_(b)
     for a, b in zip(_losses(gpu, 6), _losses(cpu, 6), strict=True):
         assert a == pytest.approx(b, rel=1e-5)

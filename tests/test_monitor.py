@@ -5,13 +5,14 @@ import json
 import math
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import losses, run, run_log
+from run_helpers import ROOT, losses, masters, run, run_command, run_log
 
 from gptperf import cli
 from gptperf.errors import ConfigError
@@ -40,7 +41,7 @@ def test_figures_are_those_of_the_gradients(preset: str, dtype: str, monkeypatch
     engine = _engine(f"--arch_preset={preset}", f"--dtype={dtype}")
     batches = iter(lambda: torch.randint(0, 97, (2, 2, 16)), None)
     train_step(engine, batches, 0)
-    before = {name: master.clone() for name, master in engine.weights.masters()}
+    before = {name: master.clone() for name, master in masters(engine.weights)}
     gradients: dict[str, torch.Tensor] = {}
     measure = engine.monitor.measure
 
@@ -75,7 +76,7 @@ def test_figures_are_those_of_the_gradients(preset: str, dtype: str, monkeypatch
     for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
         assert share == pytest.approx(((magnitudes >= 2.0**low) & (magnitudes < 2.0**high)).double().mean().item())
     changed: dict[str, list[float]] = {}
-    for name, master in engine.weights.masters():
+    for name, master in masters(engine.weights):
         sums = changed.setdefault(component_of(name), [0.0, 0.0])
         sums[0] += (master - before[name]).double().square().sum().item()
         sums[1] += master.double().square().sum().item()
@@ -221,3 +222,19 @@ def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
     for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
         wanted = math.erf(2.0**high / math.sqrt(2)) - math.erf(2.0**low / math.sqrt(2))
         assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted / (gradient.numel() / 16)) + 1e-9)
+
+
+def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:
+    """Or one would wait in the collectives of a log line that the other leaves out."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    flags = ["--max_iters=5", "--profile=3:4", "--collective_timeout_s=20"]
+    command = run_command(corpus, tmp_path, *flags, launcher=launcher)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(run_log(tmp_path)["profiles"]) == 1
+
+
+def test_a_profile_that_is_over_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(corpus, tmp_path, "--max_iters=2", "--profile=1:1") == 0
+    assert "profile = 1:1: nothing left to record" in capsys.readouterr().out

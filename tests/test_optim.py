@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from run_helpers import masters
 from torch import nn
 
 from gptperf.config import ModelConfig, OptimizerConfig
@@ -67,8 +68,8 @@ def test_steps_are_pytorchs(tied: bool, bucket_numel: int) -> None:
             optimizer.step()
         reference_optimizer.zero_grad()
     expected_weights = dict(theirs.named_parameters())
-    assert {name for name, _ in weights.masters()} == expected_weights.keys()
-    for name, master in weights.masters():
+    assert {name for name, _ in masters(weights)} == expected_weights.keys()
+    for name, master in masters(weights):
         torch.testing.assert_close(master, expected_weights[name].data, rtol=1e-4, atol=2e-6, msg=name)
         assert dict(model.named_parameters())[name].data_ptr() == master.data_ptr()
 
@@ -105,14 +106,14 @@ def test_a_step_with_bad_gradients_changes_nothing(bad: float) -> None:
     _backward(model, weights, [torch.randint(0, 50, (2, 16))])
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
     optimizer.step()
-    before = {name: master.clone() for name, master in weights.masters()}
+    before = {name: master.clone() for name, master in masters(weights)}
     moments = {key: [optimizer.state[b.master][key] for b in weights.buckets] for key in ("exp_avg", "exp_avg_sq")}
     saved = copy.deepcopy(moments)
     weights.gradient("wte.weight")[3, 5] = bad
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
     assert optimizer.found_inf == 1
     optimizer.step()
-    assert all(torch.equal(master, before[name]) for name, master in weights.masters())
+    assert all(torch.equal(master, before[name]) for name, master in masters(weights))
     for key, views in moments.items():
         assert all(torch.equal(view, before) for view, before in zip(views, saved[key], strict=True))
     assert optimizer.steps == 1
@@ -124,7 +125,7 @@ def test_matrices_are_copied_and_vectors_are_not() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if parameter.ndim >= 2 else torch.float32), name
     assert model.lm_head.weight is model.wte.weight
-    assert all(master.dtype == torch.float32 for _, master in weights.masters())
+    assert all(master.dtype == torch.float32 for _, master in masters(weights))
     assert all(b.master.numel() % ALIGN == 0 for b in weights.buckets)
     assert {name for b in weights.buckets if b.decayed for name in b.names} == {
         name for name, p in model.named_parameters() if p.ndim >= 2

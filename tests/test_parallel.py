@@ -115,7 +115,7 @@ def test_who_holds_what(results: Callable[[int], Results], strategy: str, proces
         states = 1 if strategy == "ddp" else processes
         gradients = processes if strategy in ("fsdp", "fsdp_joined") else 1
         assert found["state_bytes"] == pytest.approx(whole["state_bytes"] / states, rel=0.01)
-        # The gradients of vectors stay whole: 0.6% of this model.
+        # The gradients of vectors stay whole: half a per cent of this model.
         assert found["gradient_bytes"] == pytest.approx(whole["gradient_bytes"] / gradients, rel=0.02)
 
 

@@ -225,3 +225,22 @@ def test_a_resume_reads_part_by_part(tmp_path: Path) -> None:
         file.write(b"\x7f")
     with pytest.raises(CheckpointError, match="model-00001"):
         checkpoint.load(path, later=("model",))  # verified all the same
+
+
+def test_older_checkpoints_that_cannot_be_deleted_hold_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise DiskError("no", full=True)
+
+    monkeypatch.setattr(checkpoint, "save", refuse)
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+
+    def work(peer: Peer) -> Saved | None:
+        saver = Saver(tmp_path, 3, peer)
+        saver.save(1, tensors_of(peer.rank), {}, None)
+        return saver.wait()
+
+    for ended in in_all(2, work):
+        assert isinstance(ended, Saved)
+        assert isinstance(ended.error, DiskError)

@@ -36,7 +36,9 @@ def memory_record(device: torch.device) -> dict[str, float]:
 
 
 class MemorySnapshots:
-    """Writes `memory_<why>_rank<r>.pickle` for pytorch.org/memory_viz: on SIGUSR2, and when the GPU's memory runs out.
+    """Writes `memory_<why>_rank<r>.pickle` on SIGUSR2, and when the GPU's memory runs out.
+
+    It is for pytorch.org/memory_viz, which reads no other format; nothing here reads one.
 
     Args:
         folder: of the run.

@@ -28,12 +28,12 @@ class StepProfiler:
         config: of the run.
         num_gpus: of the job.
         peak: of one GPU, for the waterfall; None where it is not known.
-        enabled: whether this process is the main one.
+        enabled: whether this process records: the main one does, the others know which iterations they are.
     """
 
     def __init__(self, config: Config, num_gpus: int, peak: Peak | None, enabled: bool):
-        self.config, self.num_gpus, self.peak = config, num_gpus, peak
-        text = config.log.profile if enabled else ""
+        self.config, self.num_gpus, self.peak, self.enabled = config, num_gpus, peak, enabled
+        text = config.log.profile
         self.first, self.last = (int(number) for number in text.split(":")) if text else (0, -1)
         self._profile: Any = None
         self._pause = contextlib.ExitStack()
@@ -44,7 +44,7 @@ class StepProfiler:
 
     def before(self, iteration: int, clock: StepClock) -> None:
         """An iteration that is recorded is about to begin. The clock stands still until the last one has ended."""
-        if self._profile is None:
+        if self.enabled and self._profile is None:
             kinds = torch.profiler.ProfilerActivity
             on_gpu = torch.cuda.is_available() and self.config.system.device != "cpu"
             self._pause.enter_context(clock.paused())
@@ -59,7 +59,7 @@ class StepProfiler:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profile.__exit__(None, None, None)
-        profile, self._profile, self.last = self._profile, None, -1
+        profile, self._profile = self._profile, None
         path = Path(self.config.train.out_dir) / f"trace_{self._first}-{iteration}.json.gz"
         trace = _export(profile, path)
         steps = iteration - self._first + 1
