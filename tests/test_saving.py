@@ -244,3 +244,4 @@ def test_older_checkpoints_that_cannot_be_deleted_hold_nobody_up(
     for ended in in_all(2, work):
         assert isinstance(ended, Saved)
         assert isinstance(ended.error, DiskError)
+        assert str(ended.error) == "no"  # and not that a peer did not come
