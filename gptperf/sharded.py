@@ -309,10 +309,12 @@ class FullySharded(Sharded):
 
     @torch.no_grad()
     def start_micro_batch(self, last: bool) -> None:
-        for bucket in self.buckets[self._reduced :]:  # with a parameter that the last micro-batch did not use
+        # What the last micro-batch did not fill, in this process: others may have, and have begun to reduce it.
+        for bucket in self.buckets[self._reduced :]:
             if self._in_shares(bucket):
-                self._collect(bucket)
+                self._complete(bucket)
                 self._reduce(bucket)
+            self._drop(bucket)
         super().start_micro_batch(last)
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
@@ -337,16 +339,19 @@ class FullySharded(Sharded):
             self._whole[bucket] = whole
 
     def _complete(self, bucket: Bucket) -> None:
-        if self._in_shares(bucket):
-            self._collect(bucket)
-        else:
+        if not self._in_shares(bucket):
             super()._complete(bucket)
+        elif bucket.arrived:
+            self._collect(bucket)
+        elif bucket not in self._whole:
+            numel = bucket.compute.numel()
+            self._whole[bucket] = torch.zeros(numel, dtype=self.reduce_dtype, device=bucket.grad.device)
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self._in_shares(bucket):
             if self._last_micro_batch:
                 super()._reduce(bucket)
-        elif bucket in self._whole:
+        else:
             whole, first = self._whole.pop(bucket), bucket not in self._with_gradient
             own = bucket.grad if first and whole.dtype == torch.float32 else whole.new_empty(bucket.grad.numel())
             work = _reduce_scatter(own, whole, async_op=True)
@@ -366,8 +371,6 @@ class FullySharded(Sharded):
         if not self._in_shares(bucket):
             return super()._reduced_gradient(bucket)
         self._settle(0)
-        if bucket not in self._with_gradient:
-            bucket.grad.zero_()
         return bucket.grad
 
 

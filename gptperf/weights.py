@@ -113,6 +113,7 @@ class Replicated:
             group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
             for names in self._split(group, bucket_numel) if decayed else _by_size(group, bucket_numel):
                 self._add_bucket({name: group[name] for name in names}, decayed)
+        self._reduced = len(self.buckets)
 
     def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
         """Names of the matrices of each bucket, in the order in which backward reaches them."""
@@ -219,6 +220,7 @@ class Replicated:
         for bucket in self.buckets[self._reduced :]:  # those with a parameter that the last micro-batch did not use
             self._complete(bucket)
             self._reduce(bucket)
+        self._reduced = len(self.buckets)
         for bucket in self.buckets:
             bucket.master.grad = self._reduced_gradient(bucket)
 

@@ -190,14 +190,22 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from gptperf.parallel import start_process
-from gptperf.weights import Replicated
+from gptperf.sharded import FullySharded, Sharded
+from gptperf.weights import Replicated, gradient_of
 process = start_process("cpu")
+where = torch.float32, process.world_size, process.rank
 torch.manual_seed(process.rank)
-model = nn.ModuleDict({str(i): nn.Linear(8, 8, bias=False) for i in range(6)})
-weights = Replicated(model, torch.float32, process.world_size, bucket_numel=100)
-assert len(weights.buckets) == 3
+model = nn.ModuleDict({str(i): nn.Linear(8, 16, bias=False) for i in range(6)})
+weights = {
+    "ddp": lambda: Replicated(model, *where, bucket_numel=200),
+    "zero1": lambda: Sharded(model, *where, bucket_numel=200),
+    "fsdp": lambda: FullySharded(model, *where),
+    "fsdp_once": lambda: FullySharded(model, *where, reduce_once=True),
+}[sys.argv[1]]()
+assert len(weights.buckets) == (6 if "fsdp" in sys.argv[1] else 3)
 weights.share()
-first = torch.cat([b.master.data for b in weights.buckets])
+with weights.gathered():
+    first = torch.cat([p.detach().flatten() for p in model.parameters()])
 everyone = [torch.empty_like(first) for _ in range(2)]
 dist.all_gather(everyone, first)
 assert torch.equal(*everyone)
@@ -210,20 +218,29 @@ for step in range(20):
         if micro > 0:
             order.remove("3" if process.rank else "2")
         x = torch.ones(1, 8) * (process.rank + 1)
+        if weights.is_sharded:
+            weights.enter(0)
         sum(model[name](x).sum() for name in order).backward()
     weights.finish_gradients()
-    for i in range(6):
+    pieces = list(weights.pieces(gradient_of, to_save=False))
+    held = torch.tensor(sum(piece.values.numel() for piece in pieces))
+    dist.all_reduce(held)
+    assert held == 6 * 128 * (1 if weights.is_sharded else 2)
+    for name, _, _, got in pieces:
+        i = int(name[0])
         wanted = 3 * (1 + 2) - (2 * 1 if i == 2 else 2 * 2 if i == 3 else 0)
-        got = weights.gradient(f"{i}.weight")
-        assert (got == wanted).all(), (process.rank, step, i, got[0, 0].item(), wanted)
+        assert (got == wanted).all(), (process.rank, step, i, got[0].item(), wanted)
+    weights.finish_step()
 process.close()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_reduce_the_same_buckets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp", "fsdp_once"])
+def test_two_processes_reduce_the_same_buckets(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, tmp_path / "two.py", strategy]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
