@@ -54,6 +54,7 @@ def all_cells() -> tuple[Cell, ...]:
         seconds = 70 if large else 40
         quick_s = 45 if quick else None
         cells.append(Cell(f"waterfall/{model}", seconds, alone=True, quick_s=quick_s, needs=(ceilings.name,)))
+    cells.append(Cell(f"monitor/{_LARGE}", 90, alone=True))
     cells += [Cell(f"plan/{name}", 60 if _LARGE in name else 45, alone=True) for name in PLANNED]
     for op, row in OPS.items():
         for shape in row.shapes:

@@ -34,6 +34,7 @@ def metrics(record: Record) -> dict[str, Metric]:
         "errors": _errors,
         "step": _step,
         "waterfall": _step,
+        "monitor": _monitor,
         "ceilings": _ceilings,
         "loader": _loader,
         "micro": _micro,
@@ -78,6 +79,11 @@ def _step(found: Mapping[str, Any]) -> Iterator[Metric]:
     joules = found.get("joules_per_token")
     if joules is not None:
         yield Metric("energy", joules, joules, joules, "J/token", ours=False)
+
+
+def _monitor(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for kind in ("unwatched", "watched"):
+        yield _span(found[kind], f"{kind} step")
 
 
 def _ceilings(found: Mapping[str, Any]) -> Iterator[Metric]:

@@ -52,8 +52,8 @@ def verdict_lines(records: Records) -> list[str]:
 def sections(records: Records) -> list[Section]:
     """All that there is to say about a folder of results; what was not measured has no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
-    makers = (_steps, _conventions, _waterfalls, _cross_check, _plans, _ceilings, _ops, _errors, _host, _loader, _micro)
-    for make in makers:
+    makers = (_steps, _conventions, _waterfalls, _monitoring, _cross_check, _plans, _ceilings, _ops, _errors, _host)
+    for make in (*makers, _loader, _micro):
         found += make(records)
     return [*found, _environment(records), *_protocols(records)]
 
@@ -134,6 +134,21 @@ def _waterfalls(records: Records) -> Iterator[Section]:
             names = ", ".join(f"{name[:60]} {ms:.3f} ms" for name, ms in list(unknown.items())[:8])
             lines.append(f"Kernels that no pattern knows, counted as other: {names}.")
         yield Section("Waterfall", lines, tables, charts)
+
+
+def _monitoring(records: Records) -> Iterator[Section]:
+    for cell, record in _done(records, "monitor").items():
+        found = record["results"]
+        rows = [
+            (what, _number(row["ms"]), f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}")
+            for what, row in (
+                ("ms a step, none watched", found["unwatched"]),
+                (f"ms a step, every {found['interval']}th watched", found["watched"]),
+                ("ms that a watched step takes more", found["watched_step_ms"]),
+            )
+        ]
+        lines = [f"Gradients and update every {found['interval']} steps: {found['cost_percent']:+.2f}% of a step."]
+        yield Section("What monitoring costs", lines, [Table((cell.partition("/")[2], "median", "p10 to p90"), rows)])
 
 
 def _cross_check(records: Records) -> Iterator[Section]:

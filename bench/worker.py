@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import loader, ops, results, step, timing
+from bench import loader, monitoring, ops, results, step, timing
 from bench.cases import HOST_ROWS, LOSS_OP, OPS
 from bench.models import DEFAULT_VARIANT, planned, resolve
 from bench.tables import error_table, host_table, table
@@ -98,6 +98,10 @@ def _waterfall(name: str, quick: bool, folder: Path) -> Found:
     return {**found, "protocol": f"{profiling.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
 
 
+def _monitor(name: str, _: bool, __: Path) -> Found:
+    return {**monitoring.measure(name.split("/")[1]), "protocol": monitoring.PROTOCOL}
+
+
 def _plan(name: str, quick: bool, _: Path) -> Found:
     found = step.measure_config(planned(name.partition("/")[2]), _QUICK_STEPS)
     return {**found, "protocol": profiling.STEP_PROTOCOL}
@@ -139,6 +143,7 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
     "ceilings": _ceilings,
     "step": _step,
     "waterfall": _waterfall,
+    "monitor": _monitor,
     "plan": _plan,
     "loader": _loader,
     "micro": _micro,

@@ -25,6 +25,7 @@ def test_every_model_op_and_part_has_its_cell() -> None:
     assert len(set(found)) == len(found)
     assert {f"step/{m}/{v}" for m in MODELS for v in STEP_VARIANTS} <= set(found)
     assert {f"ceilings/{m}" for m in MODELS} | {f"waterfall/{m}" for m in MODELS} <= set(found)
+    assert "monitor/llama_1.36b" in found
     assert sum(name.startswith("ops/") for name in found) == sum(len(op.shapes) for op in OPS.values())
     for number, cell in enumerate(cells.all_cells()):
         assert set(cell.needs) <= set(found[:number]), f"{cell.name} stands before what it needs"

@@ -19,6 +19,7 @@ from gptperf.errors import ConfigError, DeviceError
 from gptperf.profiling import PARTS
 
 MODEL, VARIANT = "gpt2_124m", "triton+compiled"
+MONITORED = {"unwatched": 494.0, "watched": 495.976, "watched_step_ms": 19.75}
 HERE = {
     "device": "NVIDIA H200",
     "driver": "1.2",
@@ -84,12 +85,14 @@ def everything() -> dict[str, Record]:
     errors = {"op": "rope", "shape": [2, 4], "dtype": "float32", "tensor": "dqkv", "eager_rms": 1e-7}
     host = {"op": "rope", "shape": [2, 4], "rows": 2, "impl": "triton"}
     times = {"us": 10.0, "low_us": 9.0, "high_us": 11.0}
+    spreads = {name: {"ms": ms, "p10_ms": ms - 1, "p90_ms": ms + 1} for name, ms in MONITORED.items()}
     loader = {"dataset": "random", "dataset_gb": 0.1, "block_size": 8, "tokens_s": 1e8, "spread": 0.1}
     found = [
         record(f"ceilings/{MODEL}", reached, config=config.sections()),
         {**step_record(583_450.0), "cell": f"step/{MODEL}/{VARIANT}"},
         {**step_record(566_225.0, "compiled"), "cell": f"step/{MODEL}/compiled"},
         {**step_record(583_000.0, profile=True), "cell": f"waterfall/{MODEL}"},
+        record("monitor/llama_1.36b", {"interval": 10, "cost_percent": 0.4, **spreads}),
         record("ops/rms_norm/64x128", {"rows": [op_row("copy", 0.5), op_row("triton", 0.52), op_row("liger", 0.7)]}),
         record("errors/rope", {"rows": [{**errors, "triton_rms": 9e-8, "ratio_rms": 0.9}], "where": "on the GPU"}),
         record("host/rope", {"rows": [{**host, "forward": times, "forward_backward": times}]}),
@@ -143,6 +146,8 @@ def test_the_page_needs_nothing_beside_it(page: Page) -> None:
 def test_the_page_shows_every_part(page: Page) -> None:
     assert page.tags.count("svg") == 4  # waterfall, roofline, forward, backward
     for words in ("583,450", "Cross-check", "B200", "V100 SXM2 32 GB", "c0ffee with changes", "By the clock.", "87.5%"):
+        assert words in page.words, words
+    for words in ("+0.40% of a step", "every 10th watched", "495.98", "18.75 to 20.75"):
         assert words in page.words, words
     assert "OutOfMemoryError: <b>no</b> | room" in page.words  # as text,
     assert "b" not in page.tags  # and not as a tag

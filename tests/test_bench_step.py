@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step, timing
+from bench import monitoring, step, timing
 from bench.models import resolve
 from gptperf import flops, profiling
 from gptperf.config import Config
 from gptperf.hardware import Peak
 from gptperf.parallel import start_process
+from gptperf.step import StepResult, train_step
 
 GEMM_US, OTHER_US = 30.0, 20.0
 
@@ -53,8 +54,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 events.append({"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur})
         return {"traceEvents": events}
 
-    monkeypatch.setattr(step, "resolve", small)
-    monkeypatch.setattr(step, "start_process", lambda device: start_process("cpu"))
+    for module in (step, monitoring):
+        monkeypatch.setattr(module, "resolve", small)
+        monkeypatch.setattr(module, "start_process", lambda device: start_process("cpu"))
     monkeypatch.setattr(step, "_probe_tflops", lambda: 600.0)
     monkeypatch.setattr(step, "peak_here", lambda config: Peak(1e12, "dense", "a peak"))
     monkeypatch.setattr(timing, "device_uuid", lambda: "GPU-none")
@@ -124,3 +126,35 @@ def test_energy_is_a_tokens_share(without_gpu: list[int], monkeypatch: pytest.Mo
     cell = step.measure("llama_124m", "eager", 5)["results"]
     assert cell["joules_per_token"] == pytest.approx(16.0 / (5 * 2 * 16))
     assert "profile" not in cell
+
+
+def test_what_monitoring_costs_is_by_watched_steps(without_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a watched step takes 3 ms more, and the one after it 1 ms."""
+    ran: list[bool] = []
+
+    def train(*args: Any, watched: bool) -> StepResult:
+        ran.append(watched)
+        result = train_step(*args, watched=watched)
+        assert (result.gradients is not None) is watched
+        return result
+
+    def window(run: Any) -> profiling.Window:
+        def timed(first: int, steps: int) -> list[float]:
+            assert first == len(ran)
+            for number in range(first, first + steps):
+                run(number)
+            return [10.0 + 3 * ran[n] + ran[n - 1] for n in range(first, first + steps)]
+
+        return timed
+
+    monkeypatch.setattr(profiling, "cuda_window", window)
+    monkeypatch.setattr(monitoring, "train_step", train)
+    found = monitoring.measure("llama_124m")["results"]
+    json.dumps(found, allow_nan=False)
+    looked = [any(ran[first : first + monitoring.STEPS]) for first in range(0, len(ran), monitoring.STEPS)]
+    assert looked == [True, False, True, True, False, False, True]  # warm-up, then a b b a a b
+    assert sum(ran) == 4 * monitoring.STEPS / monitoring.INTERVAL
+    assert found["unwatched"]["ms"] == 10.0
+    assert found["watched"]["ms"] == pytest.approx(10.4)
+    assert found["cost_percent"] == pytest.approx(4)
+    assert found["watched_step_ms"] == {"ms": 4.0, "p10_ms": 4.0, "p90_ms": 4.0}
