@@ -120,10 +120,12 @@ def _waterfalls(records: Records) -> Iterator[Section]:
             for part in PARTS
         ]
         if points is not None:
-            rows.append(("MFU, what is left", _number(profile["profiled_step_ms"], 3), f"{profile['mfu_percent']:.2f}"))
+            left = f"{profile['mfu_percent']:.2f}"
+            rows.append(("the step, and the MFU left", _number(profile["profiled_step_ms"], 3), left))
             charts.append(f"waterfall:{cell}")
         hidden = profile["hidden_communication_ms"]
-        lines.append(f"{cell.partition('/')[2]}: communication under computation {hidden:.3f} ms a step.")
+        if hidden > 0:
+            lines.append(f"{cell.partition('/')[2]}: communication under computation {hidden:.3f} ms a step.")
         tables.append(Table((cell.partition("/")[2], "ms a step", "points of MFU"), rows))
         unknown |= profile["unknown_ms"]
     if tables:
@@ -184,7 +186,7 @@ def _cross_check(records: Records) -> Iterator[Section]:
         tables.append(Table(("model", "GPU", "dtype", "predicted tokens/s", "MFU", "band", "fits"), forecast))
     lines = [
         crosscheck.verdict_line(checks),
-        "The prediction knows FLOPs, bytes and the GPU table, and no measurement.",
+        "The prediction knows FLOPs, bytes and the GPU table, and no measurement of this run.",
     ]
     yield Section("Cross-check", lines, tables)
 

@@ -165,7 +165,7 @@ def waterfall(
     for place, (part, lost) in enumerate(points.items(), 1):
         axes.bar(place, -lost, bottom=left, color=_LOST)
         left -= lost
-        axes.text(place, left - 1.5, f"-{lost:.1f}", ha="center", va="top")
+        axes.text(place, left - 1.5, f"{0 - round(lost, 1):.1f}", ha="center", va="top")
         axes.plot([place - 1.4, place + 0.4], [left + lost] * 2, color=TEXT, linewidth=0.5)
         labels.append(part.replace("_", "\n").replace("communication", "communi-\ncation"))
     axes.bar(len(points) + 1, left, color=_KEPT)

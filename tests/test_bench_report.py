@@ -160,6 +160,8 @@ def test_charts_take_the_colour_of_the_page() -> None:
     assert svg is not None
     assert "currentColor" in svg
     assert "#123456" not in svg
+    assert ">0.0<" in svg
+    assert "-0.0" not in svg
     assert charts.draw("roofline", {}) is None
     assert charts.draw("of_copy:forward", {}) is None
     with pytest.raises(ValueError, match="chart: found 'pie'"):
