@@ -1,14 +1,14 @@
 """Training over several GPUs of this host: `python -m bench.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
 
-For every model and number of micro-batches, each card first trains alone, the others idle, then all together under
-each strategy, in the same processes: fresh random tokens, at least 3 micro-batches of warm-up, then the median of the
-timed steps, between CUDA events, of the slowest process. Weak scaling: micro-batches of each GPU stay. Strong
+For every model and number of micro-batches, each card first trains for itself, all at the same time (`--one_by_one`:
+the others idle), then together under each strategy, in the same processes: fresh random tokens, at least 3 micro-batches
+of warm-up, then the median of the timed steps, between CUDA events, of the slowest process. Weak scaling: micro-batches of each GPU stay. Strong
 (`--strong`): those of the job stay. Efficiency is the tokens/s of the job over n times those of the slowest card
 alone, and over the sum of the cards.
 
-State is the memory allocated between two steps, peak the most during them, of the largest process; beside them the
-plan. Exposed communication is the time in which a card does nothing but communicate, from a profile of two steps of
-the first process. With `--save`, the time for which training waits in the second of two saves.
+State is the memory allocated between two steps, without buffers that only communication needs, peak the most during
+them, with them, of the largest process; beside them the plan. Exposed communication is the time in which a card does
+nothing but communicate, from a profile of two steps of the first process. With `--save`, the time for which training waits in the second of two saves.
 
 Every case writes its own file under --out; what is there is not measured again (`--fresh`: again).
 """
@@ -49,6 +49,9 @@ STRATEGIES: dict[str, list[str]] = {
     "fsdp": ["--use_fsdp=True"],
     "fsdp_once": ["--use_fsdp=True", "--fsdp_reduce_once=True"],
     "ddp_bf16": ["--reduce_dtype=bfloat16"],
+    "ddp_nccl": ["--communication=process_group"],
+    "zero1_nccl": ["--use_zero1=True", "--communication=process_group"],
+    "fsdp_nccl": ["--use_fsdp=True", "--communication=process_group"],
 }
 _WARM_UP, _PROFILED = 3, 2
 
@@ -117,7 +120,7 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     engine = build_engine(config, process)
     engine.weights.share()
     compile_engine(engine)
-    batches = _batches(engine)
+    batches, moved = _batches(engine), engine.weights.collectives
 
     def run(step: int) -> object:
         return train_step(engine, batches, step)
@@ -131,10 +134,11 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "ms": statistics.median(times),
         "all_ms": times,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "peak_gb": (torch.cuda.max_memory_allocated() + moved.uncounted_bytes) / 1e9,
     }
     gc.collect()
-    figures["state_gb"] = torch.cuda.memory_allocated() / 1e9
+    figures["state_gb"] = (torch.cuda.memory_allocated() + moved.uncounted_bytes - moved.buffer_bytes) / 1e9
+    figures |= {"moved_by": moved.name, "reason": moved.reason, "buffer_gb": moved.buffer_bytes / 1e9}
     if process.world_size > 1:
         figures |= _communication(run, warm_up + case.steps, process)
     if save:
@@ -178,8 +182,8 @@ def _worker(jobs: Path, out: Path) -> None:
         case = Case(**entry["case"])
         mine: dict[str, Any] = {}
         if case.strategy == "alone":
-            for rank in range(process.world_size):
-                if rank == process.rank:
+            for rank in range(process.world_size if entry["one_by_one"] else 1):
+                if rank == process.rank or not entry["one_by_one"]:
                     mine = _measure(case, Process(0, 1, process.device), False)
                     gc.collect()
                     torch.cuda.empty_cache()
@@ -250,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro_batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--strong", action="store_true", help="micro_batches are those of the job")
     parser.add_argument("--steps", type=int, default=21, help="micro-batches that are timed, in 3 steps at least")
+    parser.add_argument("--one_by_one", action="store_true", help="the other cards idle while one trains alone")
     parser.add_argument("--save", action="store_true", help="time a save too")
     parser.add_argument("--out", type=Path, default=Path("out/scaling"))
     parser.add_argument("--fresh", action="store_true")
@@ -274,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not missing:
             continue
         jobs = args.out / f"jobs-{gpus}.json"
-        jobs.write_text(json.dumps([{"case": asdict(c), "save": args.save and c.micro_batches == 1} for c in missing]))
+        flags = {"one_by_one": args.one_by_one}
+        entries = [{"case": asdict(c), "save": args.save and c.micro_batches == 1, **flags} for c in missing]
+        jobs.write_text(json.dumps(entries))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         subprocess.run([*command, "-m", "bench.scaling", "--worker", str(jobs), "--out", str(args.out)], check=False)
         jobs.unlink()

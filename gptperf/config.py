@@ -257,6 +257,8 @@ class SystemConfig:
     """FSDP: keep whole gradients between micro-batches and reduce them once: less communication, more memory."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which gradients are summed over the GPUs."""
+    communication: Literal["auto", "copy_engine", "process_group"] = "auto"
+    """What moves data between the GPUs: their copy engines where one host has them all, or NCCL."""
     peak_tflops: Annotated[float, Range(0, open=True)] | None = None
     """Peak of the GPU in TFLOP/s for the MFU; default: the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"

@@ -32,6 +32,8 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
 Recompute = Literal["none", "selective", "full"]
 
 _FP32, _INT64 = 4, 8
+_BUCKET_NUMEL = 32 << 20  # of `gptperf.weights`
+_OF_ONE_HOST = 8
 _CONTEXT_GB = 0.7  # CUDA context with cuBLAS, cuDNN and the loaded kernels
 _VISIBLE = 0.985  # of the memory that a data sheet names, in GiB: what CUDA reports
 _FRAGMENTATION = 0.97  # of that can be allocated before PyTorch finds no gap that is wide enough
@@ -120,16 +122,23 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     matrices = count.total - vectors
     copy = 0 if size == _FP32 else size * matrices
     master, gradients, moments = (float(_FP32 * n * count.total) for n in (1, 1, 2))
-    if strategy == "ddp":
-        return master + copy, gradients, moments, 0.0
-    if strategy == "zero1":
-        return master / num_gpus + copy, gradients, moments / num_gpus, 0.0
+    others = (num_gpus - 1) / num_gpus if _pulls(config, num_gpus) else 0.0  # of a bucket, pulled from them
+    if strategy != "fsdp":
+        pulled = others * _FP32 * max(count.embedding, _BUCKET_NUMEL)
+        if strategy == "ddp":
+            return master + copy, gradients, moments, pulled
+        return master / num_gpus + copy, gradients, moments / num_gpus, pulled
     block = (count.attention + count.ffn) / model.n_layer
-    unit = max(block, count.embedding)  # two are gathered at a time, and the gradient of one is there
-    gathered = (2 * size + _FP32) * unit
+    unit = max(block, count.embedding)  # two are gathered at a time, and the gradient of one is there, or of three
+    gathered = (2 * size + (size * (3 + others) if others else _FP32)) * unit
     if not config.system.fsdp_reduce_once:
         gradients /= num_gpus
     return (master + copy) / num_gpus, gradients, moments / num_gpus, gathered
+
+
+def _pulls(config: Config, num_gpus: int) -> bool:
+    """Whether copy engines move what the GPUs exchange: by default, where they may be those of one host."""
+    return config.system.communication != "process_group" and 1 < num_gpus <= _OF_ONE_HOST
 
 
 def _biases(model: ModelConfig) -> int:

@@ -135,6 +135,8 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         )
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        # Of streams that share a connection one that waits for other GPUs holds up the rest; there are 8 by default.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(here)
     host_group = save_group = None
     if world_size > 1:

@@ -6,22 +6,20 @@ embedding, each block, and what comes after them. So a model that is sharded is 
 and announces its units (`Units`); ZeRO-1 also serves one that does not.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptperf.weights import BUCKET_NUMEL, Bucket, Place, Replicated, runs
+from gptperf.collectives import Collectives, Pending
+from gptperf.weights import BUCKET_NUMEL, Bucket, Layout, Place, Replicated, runs
 
 __all__ = ["FullySharded", "Sharded"]
-
-# The names of PyTorch 2.13; before, the others.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Sharded(Replicated):
@@ -40,16 +38,14 @@ class Sharded(Replicated):
         self,
         model: nn.Module,
         compute_dtype: torch.dtype,
-        world_size: int,
-        rank: int,
+        collectives: Collectives,
         *,
         bucket_numel: int = BUCKET_NUMEL,
-        reduce_dtype: torch.dtype = torch.float32,
         announces: bool = True,
     ):
         self.last_unit = len(getattr(model, "blocks", ())) + 1
-        super().__init__(model, compute_dtype, world_size, rank, bucket_numel=bucket_numel, reduce_dtype=reduce_dtype)
-        self._gathers: dict[Bucket, dist.Work] = {}
+        super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel)
+        self._gathers: dict[Bucket, Pending] = {}
         self.model, self.announces = model, announces
         self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]
         for name, place in self.places.items():
@@ -71,36 +67,38 @@ class Sharded(Replicated):
 
     def _own(self, flat: Tensor) -> Tensor:
         """This process's share of a whole buffer."""
-        numel = flat.numel() // self.world_size
-        return flat[self.rank * numel : (self.rank + 1) * numel]
+        return self.collectives.own(flat)
+
+    def _reserve(self, layouts: Sequence[Layout]) -> None:
+        self.collectives.reserve(self._shared_numel(layouts), 0, torch.float32)
+
+    def _shared_numel(self, layouts: Sequence[Layout]) -> Counter[torch.dtype]:
+        """Elements that the others read, by dtype: gradients and what the model computes with."""
+        numel: Counter[torch.dtype] = Counter()
+        for layout in layouts:
+            numel[torch.float32] += layout.numel
+            numel[self.compute_dtype if self._copied(layout.decayed) else torch.float32] += layout.numel
+        return numel
 
     def _held(self, bucket: Bucket) -> tuple[int, int]:
         return self._share_of(bucket)
 
-    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
+    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
         if self.world_size > 1:
             dist.broadcast(whole, 0)  # replicas begin with the same bits
-        compute = whole.to(self.compute_dtype) if copied else whole
-        master = nn.Parameter(self._own(whole).clone() if copied else self._own(whole), requires_grad=False)
-        return Bucket(names, decayed, master, torch.zeros_like(whole), compute, self._own(compute) if copied else None)
+        copied = self._copied(decayed)
+        grad = self.collectives.zeros(whole.numel(), torch.float32)
+        compute = self.collectives.zeros(whole.numel(), self.compute_dtype if copied else torch.float32).copy_(whole)
+        own = self._own(compute)
+        master = nn.Parameter(self._own(whole).clone() if copied else own, requires_grad=False)
+        return Bucket(names, decayed, master, grad, compute, own if copied else None)
 
     def _reduce(self, bucket: Bucket) -> None:
-        if self.world_size == 1:
-            return
-        source = bucket.grad
-        if self.reduce_dtype != torch.float32:
-            source = bucket.wire = bucket.grad.to(self.reduce_dtype)
-        bucket.reduction = _reduce_scatter(self._own(source), source, async_op=True)
+        if self.world_size > 1:
+            bucket.reduction = self.collectives.reduce_scatter(self._own(bucket.grad), bucket.grad)
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
-        if bucket.reduction is not None:
-            bucket.reduction.wait()
-            bucket.reduction = None
-        own = self._own(bucket.grad)
-        if bucket.wire is not None:
-            own.copy_(self._own(bucket.wire))
-            bucket.wire = None
-        return own
+        return self._own(super()._reduced_gradient(bucket))
 
     def summed(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -125,7 +123,7 @@ class Sharded(Replicated):
         """Begin to collect a bucket's weights from all processes."""
         if self.world_size > 1:
             source = bucket.master.data if bucket.copy is None else bucket.copy
-            self._gathers[bucket] = _all_gather(bucket.compute, source, async_op=True)
+            self._gathers[bucket] = self.collectives.all_gather(bucket.compute, source)
 
     def _wait(self, bucket: Bucket) -> None:
         work = self._gathers.pop(bucket, None)
@@ -155,16 +153,6 @@ class Sharded(Replicated):
             model.units = units
 
 
-class _Arriving(NamedTuple):
-    """A gradient on its way."""
-
-    bucket: Bucket
-    whole: Tensor
-    own: Tensor
-    first: bool
-    work: dist.Work
-
-
 class FullySharded(Sharded):
     """FSDP: a process has its share of everything, and a unit's weights while they are read.
 
@@ -172,7 +160,7 @@ class FullySharded(Sharded):
     after it. Vectors (norm weights, biases) are a thousandth of a model and stay whole in every process.
 
     Args:
-        model, compute_dtype, world_size, rank, reduce_dtype: as for `Sharded`.
+        model, compute_dtype, collectives: as for `Sharded`.
         min_num_params: blocks smaller than this share a unit with the next.
         reduce_once: keep whole gradients between micro-batches and reduce them in the last one: 4 bytes a parameter
             for less communication.
@@ -182,19 +170,16 @@ class FullySharded(Sharded):
         self,
         model: nn.Module,
         compute_dtype: torch.dtype,
-        world_size: int,
-        rank: int,
+        collectives: Collectives,
         *,
-        reduce_dtype: torch.dtype = torch.float32,
         min_num_params: int = 0,
         reduce_once: bool = False,
     ):
         self.min_num_params, self.reduce_once = min_num_params, reduce_once
         self._gaps: dict[Bucket, list[tuple[int, int]]] = {}
-        self._whole: dict[Bucket, Tensor] = {}  # gradients that are not on their way yet
-        self._arriving: list[_Arriving] = []
+        self._arriving: list[tuple[Tensor, Pending]] = []  # a whole gradient, its reduction
         self._with_gradient: set[Bucket] = set()  # in this step
-        super().__init__(model, compute_dtype, world_size, rank, reduce_dtype=reduce_dtype)
+        super().__init__(model, compute_dtype, collectives)
         for bucket in self.buckets:
             self._gaps[bucket] = _gaps([self.places[n] for n in bucket.names], bucket.compute.numel())
             self._drop(bucket)
@@ -216,14 +201,32 @@ class FullySharded(Sharded):
         """Whether a bucket is whole in every process all the time."""
         return not bucket.decayed or self.world_size == 1
 
-    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
+    def _reserve(self, layouts: Sequence[Layout]) -> None:
+        split = [layout for layout in layouts if layout.decayed and self.world_size > 1]
+        numel = self._shared_numel([layout for layout in layouts if layout not in split])
+        for layout in split:
+            numel[self.compute_dtype] += layout.numel // self.world_size
+            if self.reduce_once:
+                numel[torch.float32] += layout.numel
+        borrowed = 0 if self.reduce_once else max((layout.numel for layout in split), default=0)
+        self.collectives.reserve(numel, borrowed, self.wire_dtype)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of a unit's gradients on their way to those who have the shares."""
+        return self.collectives.wire_dtype(self.compute_dtype)
+
+    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
         if not decayed or self.world_size == 1:
-            return super()._make_bucket(names, decayed, whole, copied)
+            return super()._make_bucket(names, decayed, whole)
         dist.broadcast(whole, 0)
-        master = nn.Parameter(self._own(whole).clone(), requires_grad=False)
-        grad = torch.zeros_like(whole) if self.reduce_once else torch.zeros_like(master)
+        own = self._own(whole)
+        share = self.collectives.zeros(own.numel(), self.compute_dtype).copy_(own)  # which the others read
+        copied = self._copied(decayed)
+        master = nn.Parameter(own.clone() if copied else share, requires_grad=False)
+        grad = self.collectives.zeros(whole.numel(), torch.float32) if self.reduce_once else torch.zeros_like(own)
         compute = whole.to(self.compute_dtype) if copied else whole
-        return Bucket(names, decayed, master, grad, compute, self._own(compute).clone() if copied else None)
+        return Bucket(names, decayed, master, grad, compute, share if copied else None)
 
     # Weights: gathered before a unit, dropped after it.
 
@@ -312,7 +315,6 @@ class FullySharded(Sharded):
         # What the last micro-batch did not fill, in this process: others may have, and have begun to reduce it.
         for bucket in self.buckets[self._reduced :]:
             if self._in_shares(bucket):
-                self._complete(bucket)
                 self._reduce(bucket)
             self._drop(bucket)
         super().start_micro_batch(last)
@@ -324,48 +326,41 @@ class FullySharded(Sharded):
             self._drop(bucket)
 
     def _collect(self, bucket: Bucket) -> None:
-        if not self._in_shares(bucket):
+        if not self._in_shares(bucket):  # else `_reduce` takes it from where it has arrived
             super()._collect(bucket)
-        elif bucket.arrived:
-            whole = torch.empty(bucket.compute.numel(), dtype=self.reduce_dtype, device=bucket.grad.device)
-            for begin, end in self._gaps[bucket]:
-                whole[begin:end].zero_()
-            for name in bucket.names:
-                if name not in bucket.arrived:
-                    self.places[name].view(whole).zero_()
-            targets = [self.places[name].view(whole) for name in bucket.arrived]
-            torch._foreach_copy_(targets, list(bucket.arrived.values()))
-            bucket.arrived.clear()
-            self._whole[bucket] = whole
 
     def _complete(self, bucket: Bucket) -> None:
         if not self._in_shares(bucket):
             super()._complete(bucket)
-        elif bucket.arrived:
-            self._collect(bucket)
-        elif bucket not in self._whole:
-            numel = bucket.compute.numel()
-            self._whole[bucket] = torch.zeros(numel, dtype=self.reduce_dtype, device=bucket.grad.device)
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self._in_shares(bucket):
             if self._last_micro_batch:
                 super()._reduce(bucket)
-        else:
-            whole, first = self._whole.pop(bucket), bucket not in self._with_gradient
-            own = bucket.grad if first and whole.dtype == torch.float32 else whole.new_empty(bucket.grad.numel())
-            work = _reduce_scatter(own, whole, async_op=True)
-            self._with_gradient.add(bucket)
-            self._arriving.append(_Arriving(bucket, whole, own, first, work))
-            self._settle(1)
+            return
+        whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
+        self._fill(bucket, whole)
+        add = bucket in self._with_gradient
+        self._with_gradient.add(bucket)
+        self._arriving.append((whole, self.collectives.reduce_scatter(bucket.grad, whole, add=add)))
+        self._settle(self.collectives.in_flight)
+
+    def _fill(self, bucket: Bucket, whole: Tensor) -> None:
+        """Move what has arrived into a whole gradient, with zeros for the rest."""
+        for begin, end in self._gaps[bucket]:
+            whole[begin:end].zero_()
+        for name in bucket.names:
+            if name not in bucket.arrived:
+                self.places[name].view(whole).zero_()
+        if bucket.arrived:
+            targets = [self.places[name].view(whole) for name in bucket.arrived]
+            torch._foreach_copy_(targets, list(bucket.arrived.values()))
+            bucket.arrived.clear()
 
     def _settle(self, most: int) -> None:
-        """Take in reduced gradients, so that at most so many are on their way."""
+        """Wait until at most so many gradients are on their way."""
         while len(self._arriving) > most:
-            bucket, _, own, first, work = self._arriving.pop(0)
-            work.wait()
-            if own is not bucket.grad:
-                bucket.grad.copy_(own) if first else bucket.grad.add_(own)
+            self._arriving.pop(0)[1].wait()
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         if not self._in_shares(bucket):

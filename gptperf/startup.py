@@ -7,6 +7,7 @@ import torch
 
 from gptperf import __version__, flops
 from gptperf.ceilings import ceiling_flop_s, load
+from gptperf.collectives import Collectives
 from gptperf.config import Config
 from gptperf.data.format import Manifest
 from gptperf.errors import OutOfMemoryError
@@ -146,7 +147,7 @@ def startup_info(
         "train_tokens": manifest.splits["train"].tokens,
         "val_tokens": manifest.splits["val"].tokens,
         "dtype": config.system.dtype,
-        "parallelism": _parallelism(config, process.world_size),
+        "parallelism": _parallelism(config, engine.weights.collectives),
         "compile": compiled,
         "versions": {
             "gptperf": __version__,
@@ -165,11 +166,18 @@ def startup_info(
     return info
 
 
-def _parallelism(config: Config, world_size: int) -> str:
+def _parallelism(config: Config, collectives: Collectives) -> str:
+    world_size = collectives.world_size
     if world_size == 1:
         return "single process"
     reduced = "" if config.system.reduce_dtype == "float32" else f", gradients reduced in {config.system.reduce_dtype}"
-    return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}"
+    return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}{_moved_by(collectives)}"
+
+
+def _moved_by(collectives: Collectives) -> str:
+    if collectives.name == "copy_engine":
+        return ", moved by copy engines"
+    return f", moved by NCCL: {collectives.reason}" if collectives.device.type == "cuda" and collectives.reason else ""
 
 
 def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:

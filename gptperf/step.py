@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptperf import build, registry, selftest
 from gptperf.config import Config, SystemConfig
+from gptperf.copy_engine import open_collectives
 from gptperf.model import GPT
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.optim import AdamW, clip_scale, learning_rate
@@ -76,19 +77,15 @@ def build_engine(config: Config, process: Process) -> Engine:
 
 def make_weights(model: GPT, system: SystemConfig, process: Process) -> Replicated:
     """Take over a model's parameters, by the strategy of the configuration."""
-    where = model, build.DTYPES[system.dtype], process.world_size, process.rank
-    reduce_dtype = build.DTYPES[system.reduce_dtype]
+    collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
+    where = model, build.DTYPES[system.dtype], collectives
     if system.use_fsdp:
-        return FullySharded(
-            *where,
-            reduce_dtype=reduce_dtype,
-            min_num_params=system.fsdp_min_num_params,
-            reduce_once=system.fsdp_reduce_once,
-        )
+        units, once = system.fsdp_min_num_params, system.fsdp_reduce_once
+        return FullySharded(*where, min_num_params=units, reduce_once=once)
     if system.use_zero1:
         announces = not (system.compile and system.compile_scope == "model")
-        return Sharded(*where, reduce_dtype=reduce_dtype, announces=announces)
-    return Replicated(*where, reduce_dtype=reduce_dtype)
+        return Sharded(*where, announces=announces)
+    return Replicated(*where)
 
 
 def compile_engine(engine: Engine) -> str:

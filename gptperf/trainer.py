@@ -276,7 +276,7 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
         "lr": engine.optimizer.param_groups[0]["lr"],
         "tokens": state.tokens,
         "mfu": run.throughput.record(step_ms) if steps else {},
-        "memory": memory_record(engine.process.device),
+        "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),
         "gradients": gradients,
         "stability": run.losses.add(loss, skipped),
     }
@@ -399,7 +399,8 @@ def _finish(run: Run) -> None:
         summary["tokens_per_sec"] = speed["tokens_per_sec"]
         summary["mfu_percent"] = speed.get("mfu_percent")
     if run.plan is not None:
-        peak_gb = memory_record(run.engine.process.device)["peak_gb"]
+        uncounted_bytes = run.engine.weights.collectives.uncounted_bytes
+        peak_gb = memory_record(run.engine.process.device, uncounted_bytes)["peak_gb"]
         summary["plan"] = against_plan(run.plan, summary.get("tokens_per_sec"), peak_gb)
     if log.trigram_baseline:
         summary["trigram_loss"] = trigram_loss(run.train_tokens, run.val_tokens)

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Piece", "Place", "Replicated", "gradient_of", "runs"]
+from gptperf.collectives import Collectives, Pending
+
+__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Layout", "Piece", "Place", "Replicated", "gradient_of", "runs"]
 
 ALIGN = 64
 """Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
@@ -57,9 +59,16 @@ class Bucket:
     """Parameters that have had a gradient in this step."""
     full: bool = False
     """Whether every parameter has had its gradient in this micro-batch."""
-    reduction: dist.Work | None = field(default=None, repr=False)
-    wire: Tensor | None = field(default=None, repr=False)
-    """The gradient as it travels, where that is not float32."""
+    reduction: Pending | None = field(default=None, repr=False)
+
+
+class Layout(NamedTuple):
+    """What is to become a bucket."""
+
+    parameters: dict[str, nn.Parameter]
+    decayed: bool
+    offsets: list[int]
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -86,63 +95,77 @@ class Replicated:
     Args:
         model: with float32 parameters on their device; equal in every process.
         compute_dtype: dtype of the matrices that the model computes with.
-        world_size: processes that share the gradients.
-        rank: of this process.
+        collectives: of the processes that share the gradients; default: this one is alone.
         bucket_numel: elements at which a bucket is closed.
-        reduce_dtype: in which gradients are summed over the processes.
     """
 
     def __init__(
         self,
         model: nn.Module,
         compute_dtype: torch.dtype,
-        world_size: int = 1,
-        rank: int = 0,
+        collectives: Collectives | None = None,
         *,
         bucket_numel: int = BUCKET_NUMEL,
-        reduce_dtype: torch.dtype = torch.float32,
     ):
-        self.world_size, self.rank = world_size, rank
-        self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
+        device = next(model.parameters()).device
+        self.collectives = Collectives(1, 0, device) if collectives is None else collectives
+        self.world_size, self.rank = self.collectives.world_size, self.collectives.rank
+        self.compute_dtype = compute_dtype
         self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False
         self._reduced = 0  # buckets whose reduction has begun in this micro-batch
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight once
+        layouts = []
         for decayed in (True, False):
             group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
             for names in self._split(group, bucket_numel) if decayed else _by_size(group, bucket_numel):
-                self._add_bucket({name: group[name] for name in names}, decayed)
+                layouts.append(self._lay_out({name: group[name] for name in names}, decayed))
+        self._reserve(layouts)
+        for layout in layouts:
+            self._add_bucket(layout)
         self._reduced = len(self.buckets)
 
     def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
         """Names of the matrices of each bucket, in the order in which backward reaches them."""
         return _by_size(parameters, bucket_numel)
 
-    @torch.no_grad()
-    def _add_bucket(self, parameters: dict[str, nn.Parameter], decayed: bool) -> None:
+    def _lay_out(self, parameters: dict[str, nn.Parameter], decayed: bool) -> Layout:
         offsets, numel = [], 0
         for parameter in parameters.values():
             offsets.append(numel)
             numel += -(-parameter.numel() // ALIGN) * ALIGN
         unit = ALIGN * self.world_size  # so that every process has an equal share
-        numel = -(-numel // unit) * unit
-        device = next(iter(parameters.values())).device
-        whole = torch.zeros(numel, dtype=torch.float32, device=device)
-        for parameter, offset in zip(parameters.values(), offsets, strict=True):
+        return Layout(parameters, decayed, offsets, -(-numel // unit) * unit)
+
+    def _reserve(self, layouts: Sequence[Layout]) -> None:
+        """Say what `_make_bucket` will ask of the collectives."""
+        self.collectives.reserve({torch.float32: sum(layout.numel for layout in layouts)}, 0, torch.float32)
+
+    def _copied(self, decayed: bool) -> bool:
+        """Whether the model reads a copy in the compute dtype."""
+        return decayed and self.compute_dtype != torch.float32
+
+    @torch.no_grad()
+    def _add_bucket(self, layout: Layout) -> None:
+        device = next(iter(layout.parameters.values())).device
+        whole = torch.zeros(layout.numel, dtype=torch.float32, device=device)
+        for parameter, offset in zip(layout.parameters.values(), layout.offsets, strict=True):
             whole[offset : offset + parameter.numel()].copy_(parameter.view(-1))
-        bucket = self._make_bucket(list(parameters), decayed, whole, decayed and self.compute_dtype != torch.float32)
+        bucket = self._make_bucket(list(layout.parameters), layout.decayed, whole)
         self.buckets.append(bucket)
-        for (name, parameter), offset in zip(parameters.items(), offsets, strict=True):
+        for (name, parameter), offset in zip(layout.parameters.items(), layout.offsets, strict=True):
             place = self.places[name] = Place(bucket, offset, parameter.shape)
             parameter.data = place.view(bucket.compute)
             parameter.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), name))
 
-    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor, copied: bool) -> Bucket:
+    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
         """The buffers of a bucket whose elements are `whole`, float32."""
+        copied = self._copied(decayed)
         compute = whole.to(self.compute_dtype) if copied else whole
         master = nn.Parameter(whole, requires_grad=False)
-        return Bucket(names, decayed, master, torch.zeros_like(whole), compute, compute if copied else None)
+        grad = self.collectives.zeros(whole.numel(), torch.float32)
+        return Bucket(names, decayed, master, grad, compute, compute if copied else None)
 
     def start_step(self) -> None:
         """Forget the gradients of the last step."""
@@ -198,20 +221,14 @@ class Replicated:
 
     def _reduce(self, bucket: Bucket) -> None:
         """Begin to sum a bucket over the processes."""
-        if self.world_size == 1:
-            return
-        if self.reduce_dtype != torch.float32:
-            bucket.wire = bucket.grad.to(self.reduce_dtype)
-        bucket.reduction = dist.all_reduce(bucket.grad if bucket.wire is None else bucket.wire, async_op=True)
+        if self.world_size > 1:
+            bucket.reduction = self.collectives.all_reduce(bucket.grad)
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         """What the optimizer takes, once the reduction is done."""
         if bucket.reduction is not None:
             bucket.reduction.wait()
             bucket.reduction = None
-        if bucket.wire is not None:
-            bucket.grad.copy_(bucket.wire)
-            bucket.wire = None
         return bucket.grad
 
     @torch.no_grad()
@@ -223,6 +240,8 @@ class Replicated:
         self._reduced = len(self.buckets)
         for bucket in self.buckets:
             bucket.master.grad = self._reduced_gradient(bucket)
+        if self.world_size > 1:
+            self.collectives.finish()
 
     def summed(self, value: Tensor) -> Tensor:
         """Sum of a tensor over the shares of the processes: here every process has all of it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptperf.kernels.arguments import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
 
-__all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -213,3 +213,19 @@ def adamw(
         master.copy_(torch.where(keep, w, master))
     if compute is not None:
         compute.copy_(master)
+
+
+def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:
+    """Write, or add to `out`, the sum of the shares of all processes, in the order of their ranks.
+
+    Args:
+        out: `(P,)` float32; it may be `own`.
+        own: `(P,)`, this process's, in any dtype.
+        pulled: `(n - 1, P)`, those of the others by rank, in the same dtype.
+        rank: of this process.
+        add: to what `out` holds.
+    """
+    total = torch.zeros_like(out)
+    for x in (*pulled[:rank], own, *pulled[rank:]):
+        total += x.float()
+    out.copy_(out + total if add else total)

@@ -381,6 +381,14 @@ def adamw_case(n: int, dtype: torch.dtype | None) -> Case:
     return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'}", call)
 
 
+def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
+    def call() -> None:
+        out, own = torch.empty(n), torch.empty(n, dtype=dtype)
+        torch.ops.gptperf.sum_shares(out, own, torch.empty(3, n, dtype=dtype), rank, add)
+
+    return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Of that GPU; see the module's docstring."""
     half = HALF if capability < 80 else BRAIN
@@ -388,6 +396,8 @@ def cases(capability: int) -> Iterator[Case]:
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
+    for dtype in (half, FULL):
+        yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 
 
 def every_case() -> Iterator[Case]:

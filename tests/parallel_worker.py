@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_files import collectives_of
 from torch import Tensor
 
-from gptperf import checkpoint, cli
+from gptperf import build, checkpoint, cli
+from gptperf import step as training
 from gptperf.config import Config
+from gptperf.copy_engine import open_collectives
 from gptperf.parallel import Process, start_process
 from gptperf.resume import TrainState, restore, snapshot
 from gptperf.saving import Saver
@@ -51,6 +54,11 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     torch._dynamo.reset()
     config = cli.resolve(case["flags"], world_size=process.world_size).config
     first, last = case.get("steps", (0, 4))
+    if "shared" in case:
+        reduce_dtype = build.DTYPES[config.system.reduce_dtype]
+        training.open_collectives = lambda *_: collectives_of(process, case["shared"], reduce_dtype)
+    else:
+        training.open_collectives = open_collectives
     engine = build_engine(config, process)
     if "load" in case:
         restore(checkpoint.load(Path(case["load"]) / f"step-{first:08d}"), engine, "")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import gptperf.kernels
 from gptperf.kernels.adamw import adamw
+from gptperf.kernels.sum_shares import sum_shares
 
 SHAPES = [(7, 123), (16, 768)]
 
@@ -62,8 +63,9 @@ def run_all() -> None:
         copy = torch.empty(numel, device="cuda", dtype=torch.bfloat16)
         scalars = torch.tensor([1e-3, 1.0, 0.1, 0.05, 1.0, 0.0], device="cuda")
         adamw(*tensors, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
+        sum_shares(tensors[0], tensors[1], torch.rand(3, numel, device="cuda"), 1, True)
     torch.cuda.synchronize()
-    print("adamw")
+    print("adamw, sum_shares")
 
 
 def sanitize(tool: str) -> int:

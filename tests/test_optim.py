@@ -189,11 +189,13 @@ def test_a_frozen_parameter_stays_as_it_is() -> None:
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from torch import nn
+sys.path.insert(0, "tests")
+from peer_files import collectives_of
 from gptperf.parallel import start_process
 from gptperf.sharded import FullySharded, Sharded
 from gptperf.weights import Replicated, gradient_of
 process = start_process("cpu")
-where = torch.float32, process.world_size, process.rank
+where = torch.float32, collectives_of(process, sys.argv[2])
 torch.manual_seed(process.rank)
 model = nn.ModuleDict({str(i): nn.Linear(8, 16, bias=False) for i in range(6)})
 weights = {
@@ -236,11 +238,12 @@ process.close()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moved", ["by the process group", "by copies"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp", "fsdp_once"])
-def test_two_processes_reduce_the_same_buckets(strategy: str, tmp_path: Path) -> None:
+def test_two_processes_reduce_the_same_buckets(strategy: str, moved: str, tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO_RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, tmp_path / "two.py", strategy]
+    command = [*launcher, tmp_path / "two.py", strategy, tmp_path if moved == "by copies" else ""]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)

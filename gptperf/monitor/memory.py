@@ -15,17 +15,21 @@ __all__ = ["MemorySnapshots", "memory_record"]
 _STATM = Path("/proc/self/statm")
 
 
-def memory_record(device: torch.device) -> dict[str, float]:
+def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, float]:
     """Memory in GB (1e9 bytes), read from host-side counters without waiting for the device.
+
+    Args:
+        device: of this process.
+        uncounted_bytes: of the GPU, held since the start, that PyTorch does not count.
 
     Returns:
         On a GPU allocated_gb, its peak_gb, and reserved_gb; on a CPU rss_gb (on Linux) and peak_rss_gb.
     """
     if device.type == "cuda":
         return {
-            "allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
-            "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-            "reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
+            "allocated_gb": (torch.cuda.memory_allocated(device) + uncounted_bytes) / 1e9,
+            "peak_gb": (torch.cuda.max_memory_allocated(device) + uncounted_bytes) / 1e9,
+            "reserved_gb": (torch.cuda.memory_reserved(device) + uncounted_bytes) / 1e9,
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     record = {"peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9}  # bytes on macOS, KiB elsewhere
