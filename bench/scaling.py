@@ -1,14 +1,15 @@
 """Training over several GPUs of this host: `python -m bench.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
 
 For every model and number of micro-batches, each card first trains for itself, all at the same time (`--one_by_one`:
-the others idle), then together under each strategy, in the same processes: fresh random tokens, at least 3 micro-batches
-of warm-up, then the median of the timed steps, between CUDA events, of the slowest process. Weak scaling: micro-batches of each GPU stay. Strong
-(`--strong`): those of the job stay. Efficiency is the tokens/s of the job over n times those of the slowest card
-alone, and over the sum of the cards.
+the others idle), then together under each strategy, in the same processes: fresh random tokens, at least 3
+micro-batches of warm-up, then the median of the timed steps, between CUDA events, of the slowest process. Weak scaling:
+micro-batches of each GPU stay. Strong (`--strong`): those of the job stay. Efficiency is the tokens/s of the job over n
+times those of the slowest card alone, and over the sum of the cards.
 
 State is the memory allocated between two steps, without buffers that only communication needs, peak the most during
-them, with them, of the largest process; beside them the plan. Exposed communication is the time in which a card does
-nothing but communicate, from a profile of two steps of the first process. With `--save`, the time for which training waits in the second of two saves.
+them, with these, of the largest process; beside them the plan. Exposed communication is the time in which a card does
+nothing but communicate, from a profile of two steps of the first process. With `--save`, the time for which training
+waits in the second of two saves.
 
 Every case writes its own file under --out; what is there is not measured again (`--fresh`: again).
 """
