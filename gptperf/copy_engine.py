@@ -49,7 +49,7 @@ def open_collectives(process: Process, communication: str, reduce_dtype: torch.d
     if not found:
         try:
             memory = SymmetricMemory(process.device)
-        except RuntimeError as error:
+        except (RuntimeError, ImportError, AttributeError) as error:  # its interface may change
             missing = f"PyTorch's symmetric memory: {str(error).partition(chr(10))[0]}"
         found = process.merged({"missing": missing} if missing else {})
     if not found:
