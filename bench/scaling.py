@@ -40,7 +40,7 @@ from gptperf.hardware import match_gpu
 from gptperf.parallel import Process, start_process
 from gptperf.resume import TrainState, snapshot
 from gptperf.saving import Saver
-from gptperf.step import Engine, build_engine, compile_engine, train_step
+from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
 __all__ = ["Case", "cases", "main", "report"]
 
@@ -123,7 +123,7 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     compile_engine(engine)
     batches, moved = _batches(engine), engine.weights.collectives
 
-    def run(step: int) -> object:
+    def run(step: int) -> StepResult:
         return train_step(engine, batches, step)
 
     window = profiling.cuda_window(run)
@@ -142,6 +142,7 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     figures |= {"moved_by": moved.name, "reason": moved.reason, "buffer_gb": moved.buffer_bytes / 1e9}
     if process.world_size > 1:
         figures |= _communication(run, warm_up + case.steps, process)
+    figures["loss"] = run(warm_up + case.steps + _PROFILED).loss.item()
     if save:
         figures["save"] = _stall(engine, process)
     return figures

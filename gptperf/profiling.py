@@ -172,7 +172,7 @@ PARTS = ("gemm", "attention", "memory_bound", "optimizer", "other", "loader", "c
 """What a step's time is made of. A moment in which kernels of several parts run belongs to the first of them: transfers
 count only where nothing computes, and host_gaps are the moments in which nothing runs at all."""
 _MARKS = (
-    ("communication", r"nccl|^_sum_shares|barrier_kernel|Memcpy PtoP"),
+    ("communication", r"nccl|^_sum_shares|Memcpy PtoP"),
     ("optimizer", r"^_adamw|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
     ("gemm", r"^triton_tem_.*mm"),
     ("memory_bound", r"^triton_"),
