@@ -197,7 +197,8 @@ def _worker(jobs: Path, out: Path) -> None:
         if process.is_main:
             record = {"case": asdict(case), "ranks": every, "environment": timing.environment(), "protocol": __doc__}
             (out / f"{case.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{case.name}: {max(rank['ms'] for rank in every):.1f} ms", flush=True)
+            moved_by = " ".join(filter(None, (mine["moved_by"], mine["reason"])))
+            print(f"{case.name}: {max(rank['ms'] for rank in every):.1f} ms, {moved_by}", flush=True)
     process.close()
 
 

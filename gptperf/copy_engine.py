@@ -6,12 +6,14 @@ and adds them up in the order of the ranks, in float32, in one pass. Between two
 like everything else, nobody writes what another one reads.
 """
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
 import os
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ __all__ = ["CopyEngine", "PeerMemory", "SymmetricMemory", "open_collectives"]
 _REDUCING, _GATHERING = 0, 1
 """Channels of barriers."""
 _CHANNELS = 2
+_PORTABLE, _MAPPED = 1, 2  # of cudaHostRegister
 _SLOTS = 3
 """Borrowed buffers: one is filled while two are read, so that no process waits for one that is a unit behind."""
 
@@ -49,7 +52,7 @@ def open_collectives(process: Process, communication: str, reduce_dtype: torch.d
     memory: list[SymmetricMemory] = []
     tries = (
         lambda: _check(process),
-        lambda: memory.append(SymmetricMemory(process.device)),
+        lambda: memory.append(SymmetricMemory(process)),
         lambda: memory[0].prove(),
     )
     for attempt in tries:  # together: where one process cannot, none of the others may wait for it
@@ -110,19 +113,19 @@ class SymmetricMemory:
     """Of the GPUs of one host, through PyTorch (`torch.distributed._symmetric_memory`).
 
     Args:
-        device: of this process.
+        process: this one.
 
     Raises:
         RuntimeError: PyTorch or the driver cannot do what is needed.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, process: Process):
         # Not used here, and a mapping that some hosts do not survive.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self.device, self.rank, self.world_size = device, dist.get_rank(), dist.get_world_size()
+        self.device, self.rank, self.world_size = process.device, process.rank, process.world_size
         self.uncounted_bytes = 0
         self._regions: list[tuple[Tensor, Any]] = []
-        self._flags = _Flags(self._open(_CHANNELS * self.world_size, torch.int32)[1], self.world_size)
+        self._flags = _Flags(process)
 
     def prove(self) -> None:
         """See that the others' memory reads what they wrote.
@@ -130,6 +133,7 @@ class SymmetricMemory:
         Raises:
             RuntimeError: it does not.
         """
+        self._flags.forget_path()
         self.zeros(1 << 20, torch.float32)
         self._regions.pop()
 
@@ -175,7 +179,7 @@ class SymmetricMemory:
         return handle.get_buffer(rank, flat.shape, flat.dtype, offset)
 
     def barrier(self, channel: int) -> None:
-        self._flags.arrive(channel, self.rank)
+        self._flags.arrive(channel)
 
 
 class _Flags:
@@ -183,42 +187,66 @@ class _Flags:
 
     PyTorch's own barrier is a kernel that spins. It takes the place of a matrix product's program on a multiprocessor
     until the last process comes; that product then takes another wave. The driver has the stream itself write to
-    memory, and wait until memory has a value.
+    memory, and wait until memory has a value: of the host, since another GPU's it refuses.
 
     Args:
-        handle: of int32 memory of every process, zero, for one number a channel and process.
-        world_size: processes.
+        process: this one.
 
     Raises:
         RuntimeError: the driver refuses.
     """
 
-    def __init__(self, handle: Any, world_size: int):
-        self.world_size, self.counts = world_size, [0] * _CHANNELS
-        shape = (_CHANNELS * world_size,)
-        self._at = [handle.get_buffer(rank, shape, torch.int32).data_ptr() for rank in range(world_size)]
+    _SPACING = 32  # int32 between two counters: a cache line each
+
+    def __init__(self, process: Process):
+        self.process, self._counts = process, [0] * _CHANNELS
+        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+        numel = _CHANNELS * process.world_size * self._SPACING
+        path = ""  # which nobody can map, if there is no room
+        with contextlib.suppress(OSError):
+            if process.is_main:
+                handle, path = tempfile.mkstemp(prefix="gptperf-", dir=folder)
+                os.truncate(handle, 4 * numel)
+                os.close(handle)
+        self._path = process.from_main(path)
+        self._counters = torch.from_file(self._path, shared=True, size=numel, dtype=torch.int32)
+        self._at = self._counters.data_ptr()
+        if int(torch.cuda.cudart().cudaHostRegister(self._at, 4 * numel, _PORTABLE | _MAPPED)):
+            raise RuntimeError("the driver does not map memory of the host")
+        weakref.finalize(self, _unmap, self._counters)
         try:
             driver = ctypes.CDLL("libcuda.so.1")
             self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
         except (OSError, AttributeError) as error:
-            raise RuntimeError(f"the driver's stream memory operations: {error}") from error
+            raise RuntimeError(f"the driver has no stream memory operations: {error}") from error
         for function in (self._write, self._wait):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self._enqueue(self._write, _CHANNELS - 1, process.rank, 0)
+        self._enqueue(self._wait, _CHANNELS - 1, process.rank, 0)
+        torch.cuda.synchronize()
 
-    def arrive(self, channel: int, rank: int) -> None:
+    def forget_path(self) -> None:
+        """Take the file's name away, once every process has mapped it."""
+        if self.process.is_main:
+            os.unlink(self._path)
+
+    def arrive(self, channel: int) -> None:
         """Tell the others, and let the current stream wait for all of them."""
-        self.counts[channel] = count = (self.counts[channel] + 1) % (1 << 32)
-        stream = torch.cuda.current_stream().cuda_stream
-        others = [other for other in range(self.world_size) if other != rank]
-        for other in others:
-            self._do(self._write, stream, self._at[other] + 4 * (channel * self.world_size + rank), count)
-        for other in others:
-            self._do(self._wait, stream, self._at[rank] + 4 * (channel * self.world_size + other), count)
+        self._counts[channel] = count = (self._counts[channel] + 1) % (1 << 32)
+        self._enqueue(self._write, channel, self.process.rank, count)  # after all that the stream has done before
+        for rank in range(self.process.world_size):
+            if rank != self.process.rank:
+                self._enqueue(self._wait, channel, rank, count)  # for that or more, modulo 2^32
 
-    def _do(self, function: Any, stream: int, address: int, count: int) -> None:
-        code = function(stream, address, count, 0)  # a write after all that came before; a wait for count or more
+    def _enqueue(self, function: Any, channel: int, rank: int, count: int) -> None:
+        at = self._at + 4 * self._SPACING * (channel * self.process.world_size + rank)
+        code = function(torch.cuda.current_stream().cuda_stream, at, count, 0)
         if code:
             raise RuntimeError(f"the driver's stream memory operations: error {code}")
+
+
+def _unmap(counters: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(counters.data_ptr())
 
 
 class _Lane:
@@ -228,7 +256,7 @@ class _Lane:
         # Of high priority: a sum has to find a place among the programs of a matrix product.
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    @contextmanager
+    @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
         """In the body this is the current stream, after what has been enqueued so far."""
         if self.stream is not None:
@@ -246,7 +274,7 @@ class _Lane:
         return _Mark(self.stream)
 
 
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.stream(stream)
 
 
