@@ -57,6 +57,8 @@ class Collectives:
     name = "process_group"
     in_flight = 1
     """Sums of borrowed buffers that may be on their way while the next one is prepared."""
+    widens = False
+    """Whether gradients of 16 bits are added up in float32 as they are, so that they need not be widened before."""
     buffer_bytes = 0
     """Held for communication alone."""
     uncounted_bytes = 0
@@ -82,7 +84,7 @@ class Collectives:
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer for the one `reduce_scatter` that comes next."""
+        """A flat buffer for the one sum that comes next."""
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -95,8 +97,14 @@ class Collectives:
         rank = self.rank if rank is None else rank
         return flat[rank * numel : (rank + 1) * numel]
 
-    def all_reduce(self, flat: Tensor) -> Pending:
-        """Sum a buffer over the processes, in place."""
+    def all_reduce(self, flat: Tensor, source: Tensor | None = None) -> Pending:
+        """Sum a buffer over the processes, in place.
+
+        Args:
+            flat: of `zeros`.
+            source: of `borrow`, to be summed instead into `flat`, which is float32; only where `widens`.
+        """
+        assert source is None
         if flat.dtype == self.reduce_dtype:
             return _Sum(dist.all_reduce(flat, async_op=True), flat, flat, flat, add=False)
         wire = flat.to(self.reduce_dtype)
@@ -120,9 +128,13 @@ class Collectives:
 
         Args:
             whole: for all of them.
-            own: this process's, of `zeros` or part of what `zeros` gave; it may be the share in `whole`.
+            own: this process's, of `zeros` or part of what `zeros` gave; it may be the share in `whole`. `written` is
+                called between a change of it and this.
         """
         return _all_gather(whole, own, async_op=True)
+
+    def written(self) -> None:
+        """Let the gathers that follow read what every process has written to its shares."""
 
     def finish(self) -> None:
         """Let the current stream wait until no process reads a buffer of this one any more."""

@@ -309,6 +309,7 @@ class CopyEngine(Collectives):
 
     name = "copy_engine"
     in_flight = _SLOTS - 1
+    widens = True
 
     def __init__(
         self,
@@ -357,12 +358,12 @@ class CopyEngine(Collectives):
         """The gradients' own, if it is not wider: it is added up in float32 either way."""
         return dtype if dtype.itemsize <= self.reduce_dtype.itemsize else self.reduce_dtype
 
-    def all_reduce(self, flat: Tensor) -> Pending:
-        if flat.dtype != self.reduce_dtype or not self.memory.holds(flat):
+    def all_reduce(self, flat: Tensor, source: Tensor | None = None) -> Pending:
+        if source is None and (flat.dtype != self.reduce_dtype or not self.memory.holds(flat)):
             return super().all_reduce(flat)
         own = self.own(flat)
         with self._reducing.after_current():
-            self._sum(own, flat, add=False)
+            self._sum(own, flat if source is None else source, add=False)
             self._barrier()
             shares = [self.own(flat, rank) for rank in self.others]
             self._reducing.pull((x, self.memory.peer(x, rank)) for rank, x in zip(self.others, shares, strict=True))
@@ -405,7 +406,6 @@ class CopyEngine(Collectives):
         here = self.own(whole)
         inside = here.data_ptr() == own.data_ptr()
         with self._gathering.after_current():
-            self.memory.barrier(_GATHERING)
             if not inside:
                 here.copy_(own, non_blocking=True)
             targets = [self.own(whole, rank) for rank in self.others]
@@ -413,6 +413,10 @@ class CopyEngine(Collectives):
                 (x, self.memory.peer(x if inside else own, rank)) for rank, x in zip(self.others, targets, strict=True)
             )
         return self._gathering.mark()
+
+    def written(self) -> None:
+        with self._gathering.after_current():
+            self.memory.barrier(_GATHERING)
 
     def finish(self) -> None:
         with self._reducing.after_current():

@@ -7,7 +7,7 @@ and announces its units (`Units`); ZeRO-1 also serves one that does not.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptperf.collectives import Collectives, Pending
-from gptperf.weights import BUCKET_NUMEL, Bucket, Layout, Place, Replicated, runs
+from gptperf.weights import BUCKET_NUMEL, Bucket, Layout, Replicated, runs
 
 __all__ = ["FullySharded", "Sharded"]
 
@@ -41,10 +41,11 @@ class Sharded(Replicated):
         collectives: Collectives,
         *,
         bucket_numel: int = BUCKET_NUMEL,
+        single: bool = False,
         announces: bool = True,
     ):
         self.last_unit = len(getattr(model, "blocks", ())) + 1
-        super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel)
+        super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel, single=single)
         self._gathers: dict[Bucket, Pending] = {}
         self.model, self.announces = model, announces
         self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]
@@ -70,7 +71,7 @@ class Sharded(Replicated):
         return self.collectives.own(flat)
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
-        self.collectives.reserve(self._shared_numel(layouts), 0, torch.float32)
+        self.collectives.reserve(self._shared_numel(layouts), self._borrowed(layouts), self.wire_dtype)
 
     def _shared_numel(self, layouts: Sequence[Layout]) -> Counter[torch.dtype]:
         """Elements that the others read, by dtype: gradients and what the model computes with."""
@@ -95,7 +96,8 @@ class Sharded(Replicated):
 
     def _reduce(self, bucket: Bucket) -> None:
         if self.world_size > 1:
-            bucket.reduction = self.collectives.reduce_scatter(self._own(bucket.grad), bucket.grad)
+            source = self._fill(bucket) if self._travels(bucket) else bucket.grad
+            bucket.reduction = self.collectives.reduce_scatter(self._own(bucket.grad), source)
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         return self._own(super()._reduced_gradient(bucket))
@@ -110,7 +112,14 @@ class Sharded(Replicated):
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self.world_size > 1:
+            self.collectives.finish()  # nobody reads the old ones any more
+        super().publish()
+
     def finish_step(self) -> None:
+        self.collectives.written()
         for bucket in reversed(self.buckets):  # in the order of forward
             self._gather(bucket)
         if not self.announces:
@@ -176,12 +185,10 @@ class FullySharded(Sharded):
         reduce_once: bool = False,
     ):
         self.min_num_params, self.reduce_once = min_num_params, reduce_once
-        self._gaps: dict[Bucket, list[tuple[int, int]]] = {}
         self._arriving: list[tuple[Tensor, Pending]] = []  # a whole gradient, its reduction
         self._with_gradient: set[Bucket] = set()  # in this step
         super().__init__(model, compute_dtype, collectives)
         for bucket in self.buckets:
-            self._gaps[bucket] = _gaps([self.places[n] for n in bucket.names], bucket.compute.numel())
             self._drop(bucket)
 
     def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
@@ -210,11 +217,6 @@ class FullySharded(Sharded):
                 numel[torch.float32] += layout.numel
         borrowed = 0 if self.reduce_once else max((layout.numel for layout in split), default=0)
         self.collectives.reserve(numel, borrowed, self.wire_dtype)
-
-    @property
-    def wire_dtype(self) -> torch.dtype:
-        """Of a unit's gradients on their way to those who have the shares."""
-        return self.collectives.wire_dtype(self.compute_dtype)
 
     def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
         if not decayed or self.world_size == 1:
@@ -255,12 +257,14 @@ class FullySharded(Sharded):
                 self._gather(bucket)
 
     def finish_step(self) -> None:
+        self.collectives.written()
         for bucket in self.buckets:
             if self._stays(bucket):
                 super()._gather(bucket)
             else:
                 self._drop(bucket)  # what an evaluation or the last backward left there is old
         self._prefetch(0)
+        self._prefetch(1)
 
     def enter(self, unit: int) -> None:
         self._need(unit)
@@ -283,7 +287,7 @@ class FullySharded(Sharded):
 
     def _before_backward(self, unit: int, _: Tensor) -> None:
         self._need(unit)
-        if unit > 1:  # the embedding's backward reads no weights
+        if unit > 1 or not self._last_micro_batch:  # the embedding's are for the next forward, not for its backward
             self._prefetch(unit - 1)
 
     @contextmanager
@@ -302,8 +306,7 @@ class FullySharded(Sharded):
     def _reduces_now(self) -> bool:
         return self._last_micro_batch or not self.reduce_once
 
-    def _in_shares(self, bucket: Bucket) -> bool:
-        """Whether only this process's share of the gradient is kept."""
+    def _travels(self, bucket: Bucket) -> bool:
         return not self._stays(bucket) and not self.reduce_once
 
     def start_step(self) -> None:
@@ -314,48 +317,33 @@ class FullySharded(Sharded):
     def start_micro_batch(self, last: bool) -> None:
         # What the last micro-batch did not fill, in this process: others may have, and have begun to reduce it.
         for bucket in self.buckets[self._reduced :]:
-            if self._in_shares(bucket):
+            if self._travels(bucket):
                 self._reduce(bucket)
-            self._drop(bucket)
+            if bucket not in self._next:
+                self._drop(bucket)
         super().start_micro_batch(last)
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
         super()._arrive(name, parameter)
         bucket = self.places[name].bucket
-        if bucket.full:
+        if bucket.full and (self._last_micro_batch or bucket not in self._next):
             self._drop(bucket)
 
-    def _collect(self, bucket: Bucket) -> None:
-        if not self._in_shares(bucket):  # else `_reduce` takes it from where it has arrived
-            super()._collect(bucket)
-
-    def _complete(self, bucket: Bucket) -> None:
-        if not self._in_shares(bucket):
-            super()._complete(bucket)
+    @property
+    def _next(self) -> list[Bucket]:
+        """Those with which a forward begins: between micro-batches they stay."""
+        return [*self._needs[0], *self._needs[1]]
 
     def _reduce(self, bucket: Bucket) -> None:
-        if not self._in_shares(bucket):
+        if not self._travels(bucket):
             if self._last_micro_batch:
                 super()._reduce(bucket)
             return
-        whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
-        self._fill(bucket, whole)
+        whole = self._fill(bucket)
         add = bucket in self._with_gradient
         self._with_gradient.add(bucket)
         self._arriving.append((whole, self.collectives.reduce_scatter(bucket.grad, whole, add=add)))
         self._settle(self.collectives.in_flight)
-
-    def _fill(self, bucket: Bucket, whole: Tensor) -> None:
-        """Move what has arrived into a whole gradient, with zeros for the rest."""
-        for begin, end in self._gaps[bucket]:
-            whole[begin:end].zero_()
-        for name in bucket.names:
-            if name not in bucket.arrived:
-                self.places[name].view(whole).zero_()
-        if bucket.arrived:
-            targets = [self.places[name].view(whole) for name in bucket.arrived]
-            torch._foreach_copy_(targets, list(bucket.arrived.values()))
-            bucket.arrived.clear()
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many gradients are on their way."""
@@ -363,17 +351,7 @@ class FullySharded(Sharded):
             self._arriving.pop(0)[1].wait()
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
-        if not self._in_shares(bucket):
+        if not self._travels(bucket):
             return super()._reduced_gradient(bucket)
         self._settle(0)
         return bucket.grad
-
-
-def _gaps(places: Iterable[Place], numel: int) -> list[tuple[int, int]]:
-    """What lies between the parameters of a bucket, and after the last one."""
-    gaps, at = [], 0
-    for place in sorted(places, key=lambda place: place.offset):
-        if place.offset > at:
-            gaps.append((at, place.offset))
-        at = place.offset + place.shape.numel()
-    return [*gaps, (at, numel)] if at < numel else gaps

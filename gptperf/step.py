@@ -67,7 +67,8 @@ def build_engine(config: Config, process: Process) -> Engine:
     ops = registry.without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
-    weights = make_weights(model, config.system, process)
+    single = config.train.gradient_accumulation_steps == process.world_size
+    weights = make_weights(model, config.system, process, single)
     optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
@@ -75,8 +76,8 @@ def build_engine(config: Config, process: Process) -> Engine:
     return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
 
 
-def make_weights(model: GPT, system: SystemConfig, process: Process) -> Replicated:
-    """Take over a model's parameters, by the strategy of the configuration."""
+def make_weights(model: GPT, system: SystemConfig, process: Process, single: bool) -> Replicated:
+    """Take over a model's parameters, by the strategy of the configuration; `single`: one micro-batch a step."""
     collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
     where = model, build.DTYPES[system.dtype], collectives
     if system.use_fsdp:
@@ -84,8 +85,8 @@ def make_weights(model: GPT, system: SystemConfig, process: Process) -> Replicat
         return FullySharded(*where, min_num_params=units, reduce_once=once)
     if system.use_zero1:
         announces = not (system.compile and system.compile_scope == "model")
-        return Sharded(*where, announces=announces)
-    return Replicated(*where)
+        return Sharded(*where, single=single, announces=announces)
+    return Replicated(*where, single=single)
 
 
 def compile_engine(engine: Engine) -> str:

@@ -6,7 +6,7 @@ checkpoint do not know which one they talk to. The sharded ones are in `gptperf.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,6 +97,7 @@ class Replicated:
         compute_dtype: dtype of the matrices that the model computes with.
         collectives: of the processes that share the gradients; default: this one is alone.
         bucket_numel: elements at which a bucket is closed.
+        single: every step has one micro-batch, whose gradients travel in their own dtype where sums widen them.
     """
 
     def __init__(
@@ -106,11 +107,12 @@ class Replicated:
         collectives: Collectives | None = None,
         *,
         bucket_numel: int = BUCKET_NUMEL,
+        single: bool = False,
     ):
         device = next(model.parameters()).device
         self.collectives = Collectives(1, 0, device) if collectives is None else collectives
         self.world_size, self.rank = self.collectives.world_size, self.collectives.rank
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.single = compute_dtype, single and self.collectives.widens
         self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False
@@ -139,8 +141,22 @@ class Replicated:
         return Layout(parameters, decayed, offsets, -(-numel // unit) * unit)
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
-        """Say what `_make_bucket` will ask of the collectives."""
-        self.collectives.reserve({torch.float32: sum(layout.numel for layout in layouts)}, 0, torch.float32)
+        """Say what will be asked of the collectives."""
+        numel = {torch.float32: sum(layout.numel for layout in layouts)}
+        self.collectives.reserve(numel, self._borrowed(layouts), self.wire_dtype)
+
+    def _borrowed(self, layouts: Sequence[Layout]) -> int:
+        """Elements of the largest gradient that is borrowed for."""
+        return max((layout.numel for layout in layouts if layout.decayed), default=0) if self.single else 0
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of a micro-batch's gradients that travel before they are added up."""
+        return self.collectives.wire_dtype(self.compute_dtype)
+
+    def _travels(self, bucket: Bucket) -> bool:
+        """Whether a micro-batch's gradient is summed over the processes as it came, from a borrowed buffer."""
+        return self.single and bucket.decayed
 
     def _copied(self, decayed: bool) -> bool:
         """Whether the model reads a copy in the compute dtype."""
@@ -203,6 +219,8 @@ class Replicated:
 
     def _collect(self, bucket: Bucket) -> None:
         """Add what has arrived to the float32 gradients: the first of a step overwrites."""
+        if self._travels(bucket):
+            return  # `_fill` takes it
         # Over lists: one launch a bucket, and 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
         first = [name for name in bucket.arrived if name not in bucket.started]
         more = [name for name in bucket.arrived if name in bucket.started]
@@ -216,13 +234,28 @@ class Replicated:
     def _complete(self, bucket: Bucket) -> None:
         """Collect, with zeros for what had no gradient in this step."""
         self._collect(bucket)
-        for name in set(bucket.names) - bucket.started:
+        for name in () if self._travels(bucket) else set(bucket.names) - bucket.started:
             self.gradient(name).zero_()
 
     def _reduce(self, bucket: Bucket) -> None:
         """Begin to sum a bucket over the processes."""
         if self.world_size > 1:
-            bucket.reduction = self.collectives.all_reduce(bucket.grad)
+            source = self._fill(bucket) if self._travels(bucket) else None
+            bucket.reduction = self.collectives.all_reduce(bucket.grad, source)
+
+    def _fill(self, bucket: Bucket) -> Tensor:
+        """What has arrived, in a borrowed buffer, with zeros for the rest."""
+        whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
+        for begin, end in _gaps([self.places[name] for name in bucket.names], whole.numel()):
+            whole[begin:end].zero_()
+        for name in bucket.names:
+            if name not in bucket.arrived:
+                self.places[name].view(whole).zero_()
+        if bucket.arrived:
+            targets = [self.places[name].view(whole) for name in bucket.arrived]
+            torch._foreach_copy_(targets, list(bucket.arrived.values()))
+            bucket.arrived.clear()
+        return whole
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         """What the optimizer takes, once the reduction is done."""
@@ -332,6 +365,17 @@ def gradient_of(bucket: Bucket) -> Tensor:
     """What the optimizer takes, once it is reduced."""
     assert bucket.master.grad is not None
     return bucket.master.grad
+
+
+def _gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
+    """What lies between the parameters of a bucket, and after the last one."""
+    at = 0
+    for place in sorted(places, key=lambda place: place.offset):
+        if place.offset > at:
+            yield at, place.offset
+        at = place.offset + place.shape.numel()
+    if at < numel:
+        yield at, numel
 
 
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:
