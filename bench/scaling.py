@@ -2,9 +2,10 @@
 
 For every model and number of micro-batches, each card first trains for itself, all at the same time (`--one_by_one`:
 the others idle), then together under each strategy, in the same processes: fresh random tokens, at least 3
-micro-batches of warm-up, then the median of the timed steps, between CUDA events, of the slowest process. Weak scaling:
-micro-batches of each GPU stay. Strong (`--strong`): those of the job stay. Efficiency is the tokens/s of the job over n
-times those of the slowest card alone, and over the sum of the cards.
+micro-batches of warm-up, then the mean of the timed steps, between CUDA events, of the slowest process (no median: at
+its power cap a card is slower and faster by turns). Weak scaling: micro-batches of each GPU stay. Strong (`--strong`):
+those of the job stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the
+sum of the cards.
 
 State is the memory allocated between two steps, without buffers that only communication needs, peak the most during
 them, with these, of the largest process; beside them the plan. Exposed communication is the time in which a card does
@@ -133,7 +134,7 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     times = window(warm_up, case.steps)
     torch.cuda.synchronize()
     figures: dict[str, Any] = {
-        "ms": statistics.median(times),
+        "ms": statistics.mean(times),
         "all_ms": times,
         "peak_gb": (torch.cuda.max_memory_allocated() + moved.uncounted_bytes) / 1e9,
     }

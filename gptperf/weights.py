@@ -391,12 +391,18 @@ def _by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[s
 
 
 def runs(groups: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Groups of names joined until together they have `numel` elements."""
+    """Groups of names joined until together they have `numel` elements; one that has them stays by itself.
+
+    So the embedding, the last to have its gradient, has nobody else's reduced after backward has ended.
+    """
     names: list[str] = []
     size = 0
     for group in groups:
-        names += group
-        size += sum(parameters[name].numel() for name in group)
+        more = sum(parameters[name].numel() for name in group)
+        if names and more >= numel:
+            yield names
+            names, size = [], 0
+        names, size = names + group, size + more
         if size >= numel:
             yield names
             names, size = [], 0
