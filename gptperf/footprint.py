@@ -25,7 +25,7 @@ __all__ = [
     "saved_bytes",
     "strategy_of",
 ]
-__all__ += ["usable_gb"]
+__all__ += ["pulls", "usable_gb"]
 
 Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
@@ -122,9 +122,11 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     matrices = count.total - vectors
     copy = 0 if size == _FP32 else size * matrices
     master, gradients, moments = (float(_FP32 * n * count.total) for n in (1, 1, 2))
-    others = (num_gpus - 1) / num_gpus if _pulls(config, num_gpus) else 0.0  # of a bucket, pulled from them
+    others = (num_gpus - 1) / num_gpus if pulls(config, num_gpus) else 0.0  # of a bucket, pulled from them
     if strategy != "fsdp":
-        pulled = others * _FP32 * max(count.embedding, _BUCKET_NUMEL)
+        single = config.train.gradient_accumulation_steps == num_gpus
+        # With one micro-batch a step gradients travel as they came, and three of them may be on their way.
+        pulled = (size * (3 + others) if single and others else others * _FP32) * max(count.embedding, _BUCKET_NUMEL)
         if strategy == "ddp":
             return master + copy, gradients, moments, pulled
         return master / num_gpus + copy, gradients, moments / num_gpus, pulled
@@ -136,7 +138,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     return (master + copy) / num_gpus, gradients, moments / num_gpus, gathered
 
 
-def _pulls(config: Config, num_gpus: int) -> bool:
+def pulls(config: Config, num_gpus: int) -> bool:
     """Whether copy engines move what the GPUs exchange: by default, where they may be those of one host."""
     return config.system.communication != "process_group" and 1 < num_gpus <= _OF_ONE_HOST
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gptperf import flops
 from gptperf.config import Config
-from gptperf.footprint import Recompute, Strategy, element_bytes
+from gptperf.footprint import Recompute, Strategy, element_bytes, pulls
 from gptperf.hardware import Gpu
 
 __all__ = ["parts_ms", "rates_of"]
@@ -54,8 +54,9 @@ _BY_CAPABILITY = {
 }
 _PCIE_BUS_BYTE_S = 20e9
 _BESIDE_COMPUTE = 0.75
-"""Of the time of a collective, what the step loses where compute covers it: it takes multiprocessors from the GEMMs,
-and cards wait for each other. Four H200s: 0.5 to 0.9 under DDP, 0.7 to 1.1 under FSDP (bench/NOTES.md)."""
+"""Of the time of a collective, what the step loses where compute covers it: bandwidth and power, with NCCL also
+multiprocessors, and cards wait for each other. Four H200s: 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and 0.9 under FSDP; with
+NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
 _MEASURED_ON = ("H200",)
 # Memory-bound ops, of a copy: single kernels reach .92 to 1.03 (bench.ops); a step has what PyTorch adds, too.
 _OPS_OF_COPY = {"triton": 0.95, "compiled": 0.70, "eager": 0.18}
@@ -154,5 +155,7 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
+    if pulls(config, num_gpus) and not config.system.fsdp_reduce_once:
+        reduce = min(size, reduced) * count * share  # gradients travel as they came
     total = micro_batches * 2 * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
     return max(total - compute_s, _BESIDE_COMPUTE * total)
