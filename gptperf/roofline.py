@@ -55,8 +55,8 @@ _BY_CAPABILITY = {
 _PCIE_BUS_BYTE_S = 20e9
 _BESIDE_COMPUTE = 0.75
 """Of the time of a collective, what the step loses where compute covers it: bandwidth and power, with NCCL also
-multiprocessors, and cards wait for each other. Four H200s: 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and 0.9 under FSDP; with
-NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
+multiprocessors, and cards wait for each other. Four H200s: 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and 0.9 under FSDP;
+with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
 _MEASURED_ON = ("H200",)
 # Memory-bound ops, of a copy: single kernels reach .92 to 1.03 (bench.ops); a step has what PyTorch adds, too.
 _OPS_OF_COPY = {"triton": 0.95, "compiled": 0.70, "eager": 0.18}
