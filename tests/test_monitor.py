@@ -10,8 +10,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from run_helpers import ROOT, losses, masters, run, run_command, run_log
 
 from gptperf import cli
@@ -222,6 +225,83 @@ def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
     for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
         wanted = math.erf(2.0**high / math.sqrt(2)) - math.erf(2.0**low / math.sqrt(2))
         assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted / (gradient.numel() / 16)) + 1e-9)
+
+
+EDGE_VALUES = [sign * 2.0**edge for edge in range(-40, 9, 2) for sign in (1, -1)]
+BESIDE = [float(np.nextafter(np.float32(x), np.float32(y))) for x in EDGE_VALUES for y in (0, 2 * x)]
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, -(2.0**-149), 2.0**-126, 3e38]
+
+
+@given(st.lists(st.floats(width=32) | st.sampled_from([*EDGE_VALUES, *BESIDE, *SPECIAL]), min_size=1, max_size=60))
+@example([*EDGE_VALUES, *BESIDE, *SPECIAL])
+@settings(deadline=None)
+def test_the_histogram_is_frexps(values: list[float]) -> None:
+    gradient = torch.tensor(values, dtype=torch.float32)
+    monitor = GradientMonitor(["wte.weight"], len(values), torch.device("cpu"))
+    figures = monitor.measure([("wte.weight", gradient.shape, 0, gradient)]).tolist()
+    found = monitor.record(1.0, figures, None)
+    magnitudes = np.abs(gradient.double().numpy())
+    exponents = np.frexp(magnitudes[np.isfinite(magnitudes) & (magnitudes > 0)])[1] - 1  # x = m 2^exponent, 1 <= m < 2
+    edges = found["histogram"]["log2_edges"]
+    assert edges == list(range(-40, 9, 2))
+    counts = np.bincount(np.searchsorted(edges, exponents, side="right"), minlength=len(edges) + 1)
+    assert found["histogram"]["shares"] == (counts / len(values)).tolist()
+    assert found["zero_share"] == (magnitudes == 0).sum() / len(values)
+    assert found["non_finite"] == (~np.isfinite(magnitudes)).sum()
+
+
+def test_pieces_of_any_size() -> None:
+    """Rows of whole and of joined parameters, and what is left of both."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"wte.weight": (1 << 20) + 12345, "blocks.0.ffn.up.weight": 1 << 20, "blocks.1.norm1.weight": 70000}
+    sizes |= {"norm.weight": 3, "lm_head.weight": 1}
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(size, generator=generator) for size in sizes.values()]
+    for values in whole:
+        values[torch.rand(len(values), generator=generator) < 0.25] = 0
+    pieces = [(name, values.shape, 0, values) for name, values in zip(sizes, whole, strict=True)]
+    every = torch.cat(whole).double()
+    monitor = GradientMonitor(sizes, every.numel(), torch.device("cpu"))
+    found = monitor.record(1.0, monitor.measure(pieces).tolist(), None)
+    assert found["zero_share"] == (every == 0).sum().item() / every.numel()
+    assert found["grad_mean"] == pytest.approx(every.mean().item(), abs=1e-7 * every.std().item())
+    assert (found["grad_min"], found["grad_max"]) == (every.min().item(), every.max().item())
+    whole[0][7], whole[2][69999], whole[4][0] = math.inf, math.nan, -math.inf
+    found = monitor.record(math.nan, monitor.measure(pieces).tolist(), None)
+    assert found["non_finite"] == 3
+    assert [layer for layer, norm in found["layer_norms"].items() if math.isfinite(norm)] == ["0"]
+    assert [part for part, norm in found["component_norms"].items() if math.isfinite(norm)] == ["ffn"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
+    device = torch.device("cuda")
+    sizes = {"wte.weight": (1 << 21) + 5, "blocks.0.ffn.up.weight": 1 << 20, "blocks.0.norm1.weight": 1000}
+    gradients, old, new = (
+        [(name, torch.Size([size]), 0, torch.randn(size, device=device)) for name, size in sizes.items()]
+        for _ in range(3)
+    )
+    monitor = GradientMonitor(sizes, sum(sizes.values()), device)
+
+    def watch() -> torch.Tensor:
+        measured = monitor.measure(gradients)
+        monitor.start_update()
+        monitor.observe(old, new)
+        return torch.cat([measured, monitor.update()])
+
+    watch()  # the first time tables are copied to the device
+    torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(deterministic)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        figures = watch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    on_cpu = GradientMonitor(sizes, sum(sizes.values()), torch.device("cpu"))
+    wanted = on_cpu.measure([(name, shape, start, values.cpu()) for name, shape, start, values in gradients])
+    assert figures[: len(wanted)].tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-2)
 
 
 def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:

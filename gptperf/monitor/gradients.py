@@ -1,11 +1,13 @@
 """Health of the gradients and of the update, computed on the device where they lie, read by the host when it likes.
 
 Everything is a sum, a maximum or a count over elements, so that processes with a share each add up to the same figures.
+No op here waits for the device, but in the first step, or is nondeterministic there, and no parameter is converted as a
+whole: PyTorch's sum of booleans begins with an int64 copy of them, its float64 sum of float32 with a float64 one.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +18,12 @@ from gptperf.monitor.events import Gradients
 __all__ = ["COMPONENTS", "GradientMonitor", "component_of", "layer_of"]
 
 COMPONENTS = ("attention", "ffn", "norm", "embedding", "lm_head", "other")
-_EXPONENTS = 256  # of float32; the last one means that an element is not finite
-_BIAS = 127
-_LOW, _HIGH, _WIDTH = -40, 8, 2  # of the histogram, in powers of two
-_LARGE, _EVERY = (
-    1 << 20,
-    16,
-)  # it takes every 16th element of a large parameter: counting all takes longer than the rest
+_EDGES = range(-40, 8 + 1, 2)  # of the histogram, in powers of two
+_SMALLEST = 2.0**-149  # of float32, above zero
+_BOUNDS = (_SMALLEST, *(2.0**edge for edge in _EDGES), math.inf)
+_LARGE = 1 << 20
+_EVERY = 16  # so many elements of a large parameter one is in the histogram: counting all takes longer than the rest
+_ROW = 1 << 14  # elements that are added up in float32, which counts to 2^24
 
 Piece = tuple[str, torch.Size, int, Tensor]
 """Name of a parameter, its shape, first element, elements."""
@@ -72,10 +73,8 @@ class GradientMonitor:
         self.numel, self.device, self.summed, self.largest = numel, device, summed, largest
         self.layers = list(dict.fromkeys(layer_of(name) for name in names))
         self.components = [c for c in COMPONENTS if c in {component_of(name) for name in names}]
-        self._layer = {name: self.layers.index(layer_of(name)) for name in names}
-        self._component = {name: self.components.index(component_of(name)) for name in names}
-        self._rows: tuple[Tensor, ...] | None = None  # of the pieces, which are the same ones in every step
-        self._updates = torch.zeros(2, len(self.components), device=device)
+        self._masks: dict[tuple[str, ...], Tensor] = {}  # by pieces, which are the same ones in every step
+        self.start_update()
 
     @torch.no_grad()
     def measure(self, pieces: Iterable[Piece]) -> Tensor:
@@ -88,44 +87,74 @@ class GradientMonitor:
             A float64 vector for `record`, on the device; reading it is the caller's synchronisation.
         """
         named = [(name, values) for name, _, _, values in pieces]
-        squares = torch.zeros(len(self.layers) + len(self.components), dtype=torch.float64, device=self.device)
-        counts = torch.zeros(3 + _EXPONENTS, dtype=torch.float64, device=self.device)
+        every = [values for _, values in named]
+        parts = list(_matrices(every))
+        counts = torch.zeros(3, dtype=torch.float64, device=self.device)
         extremes = torch.full((2,), -math.inf, device=self.device)
-        if named:
-            norms = torch.stack(torch._foreach_norm([values for _, values in named])).double().square()
-            if self._rows is None:
-                offset = len(self.layers)
-                rows = [[self._layer[name], offset + self._component[name]] for name, _ in named]
-                self._rows = torch.tensor(rows, device=self.device).unbind(1)
-            for row in self._rows:
-                squares.index_add_(0, row, norms)
-        for _, values in named:
-            counts[0] += values.sum(dtype=torch.float64)
-            counts[1] += (values == 0).sum()
-            counts[2] += values.numel() - values.isfinite().sum()
-            sampled = values[:: _EVERY if values.numel() >= _LARGE else 1]
-            exponents = (sampled.contiguous().view(torch.int32) >> 23) & 0xFF
-            counts[3:] += torch.bincount(exponents, minlength=_EXPONENTS)
-            low, high = values.aminmax()
-            extremes = torch.maximum(extremes, torch.stack([-low, high]))
-        return torch.cat([self.summed(squares), self.summed(counts), self.largest(extremes).double()])
+        if parts:
+            totals = torch.cat([part.sum(1) for part in parts])
+            filled = torch.cat([torch.linalg.vector_norm(part, 0, 1) for part in parts])
+            # x - x is 0 or, where x is not finite, NaN; the 0-norm counts what is not 0.
+            non_finite = torch.cat([torch.linalg.vector_norm(part - part, 0, 1) for part in parts])
+            counts = torch.stack([totals, filled, non_finite]).double().sum(1)
+            lows, highs = zip(*(part.aminmax() for part in parts), strict=True)
+            extremes = torch.stack([-torch.stack(lows).amin(), torch.stack(highs).amax()])
+        squares = self._squares([name for name, _ in named], torch._foreach_norm(every) if every else [])
+        sums = torch.cat([squares, counts, self._distribution(every)])
+        return torch.cat([self.summed(sums), self.largest(extremes).double()])
+
+    def _squares(self, names: Sequence[str], norms: Sequence[Tensor]) -> Tensor:
+        """2-norms of pieces, scalars, to sums of squares by layer, then by component: float64 on the device."""
+        if not norms:
+            return torch.zeros(len(self.layers) + len(self.components), dtype=torch.float64, device=self.device)
+        key = tuple(names)
+        if key not in self._masks:
+            rows = [[layer_of(name) == layer for name in names] for layer in self.layers]
+            rows += [[component_of(name) == component for name in names] for component in self.components]
+            self._masks[key] = torch.tensor(rows, device=self.device)
+        # Not a product with zeros and ones: what is not finite would then be in every layer.
+        return torch.where(self._masks[key], torch.stack(list(norms)).double().square(), 0.0).sum(1)
+
+    def _distribution(self, pieces: Iterable[Tensor]) -> Tensor:
+        """How many elements the histogram takes, then how many of them are below each of `_BOUNDS`: float64."""
+        samples = [values[:: _EVERY if values.numel() >= _LARGE else 1] for values in pieces]
+        number = sum(values.numel() for values in samples)
+        counts = [torch.full((), number, dtype=torch.float64, device=self.device)]
+        # NaN is below nothing, so that it can fill the last row.
+        samples.append(torch.full((-number % _ROW,), math.nan, device=self.device))
+        magnitudes = torch.cat(samples).abs_().view(-1, _ROW)
+        flags = torch.empty_like(magnitudes)  # 0 or 1
+        counts += [torch.lt(magnitudes, bound, out=flags).sum(1).double().sum() for bound in _BOUNDS]
+        return torch.stack(counts)
 
     def start_update(self) -> None:
         """Forget the last update."""
-        self._updates.zero_()
+        self._observed: list[str] = []
+        self._changed: list[Tensor] = []  # 2-norms of the observed pieces' changes
+        self._weights: list[Tensor] = []  # and of what they are now
 
     @torch.no_grad()
     def observe(self, before: Iterable[Piece], after: Iterable[Piece]) -> None:
-        """Take in one bucket's master weights before and after the update."""
-        for (name, _, _, old), (_, _, _, new) in zip(before, after, strict=True):
-            index = self._component[name]
-            self._updates[0, index] += (new - old).square().sum()
-            self._updates[1, index] += new.square().sum()
+        """Take in one bucket's float32 master weights before and after the update.
+
+        Args:
+            before: is overwritten, with what has been taken from the weights.
+            after: the same pieces.
+        """
+        before, after = list(before), list(after)
+        if not after:
+            return
+        old, new = ([values for _, _, _, values in pieces] for pieces in (before, after))
+        torch._foreach_sub_(old, new)
+        self._observed += [name for name, _, _, _ in after]
+        self._changed += torch._foreach_norm(old)
+        self._weights += torch._foreach_norm(new)
 
     @torch.no_grad()
     def update(self) -> Tensor:
         """Ratios of the observed update, for `record`, on the device."""
-        changed, weights = self.summed(self._updates.clone()).double()
+        sums = [self._squares(self._observed, norms)[len(self.layers) :] for norms in (self._changed, self._weights)]
+        changed, weights = self.summed(torch.stack(sums))
         return (changed / weights).sqrt()
 
     def record(self, global_norm: float, measured: list[float], updated: list[float] | None) -> Gradients:
@@ -138,7 +167,7 @@ class GradientMonitor:
         """
         layers, components = len(self.layers), len(self.components)
         norms = [math.sqrt(square) for square in measured[: layers + components]]
-        total, zeros, non_finite, *exponents = measured[layers + components : -2]
+        total, filled, non_finite, sampled, *below = measured[layers + components : -2]
         mean, squares = total / self.numel, sum(measured[:layers])
         found: Gradients = {
             "global_norm": global_norm,
@@ -146,20 +175,36 @@ class GradientMonitor:
             "grad_std": math.sqrt(max(squares / self.numel - mean * mean, 0.0)),
             "grad_min": -measured[-2],
             "grad_max": measured[-1],
-            "zero_share": zeros / self.numel,
+            "zero_share": (self.numel - filled) / self.numel,
             "non_finite": round(non_finite),
             "layer_norms": dict(zip(self.layers, norms[:layers], strict=True)),
             "component_norms": dict(zip(self.components, norms[layers:], strict=True)),
-            "histogram": self._histogram(exponents, zeros / self.numel),
+            "histogram": self._histogram(sampled, below),
         }
         if updated is not None:
             found["update_ratios"] = dict(zip(self.components, updated, strict=True))
         return found
 
     @staticmethod
-    def _histogram(exponents: list[float], zero_share: float) -> Mapping[str, Any]:
-        """Shares of the magnitudes below 2^_LOW, in steps, and from 2^_HIGH on; finite ones that are not zero."""
-        edges = list(range(_LOW, _HIGH + 1, _WIDTH))
-        bounds = [0, *(edge + _BIAS for edge in edges), _EXPONENTS - 1]
-        shares = [sum(exponents[low:high]) / sum(exponents) for low, high in itertools.pairwise(bounds)]
-        return {"log2_edges": edges, "shares": [max(0.0, shares[0] - zero_share), *shares[1:]]}
+    def _histogram(sampled: float, below: list[float]) -> Mapping[str, Any]:
+        """Shares of the magnitudes below the first edge, in steps, and from the last one on; finite and not zero."""
+        shares = [(high - low) / sampled for low, high in itertools.pairwise(below)]
+        return {"log2_edges": list(_EDGES), "shares": shares}
+
+
+def _matrices(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """All elements in matrices with rows of `_ROW`, and the last ones in a shorter row.
+
+    A large piece is read where it lies. Small ones and remainders are copied together, which saves launches.
+    """
+    rest = []
+    for values in pieces:
+        whole = values.numel() // _ROW * _ROW if values.numel() >= _LARGE else 0
+        if whole:
+            yield values[:whole].view(-1, _ROW)
+        rest.append(values[whole:])
+    if rest:
+        joined = torch.cat(rest)
+        whole = joined.numel() // _ROW * _ROW
+        parts = joined[:whole].view(-1, _ROW), joined[whole:].view(1, -1)
+        yield from (part for part in parts if part.numel())
