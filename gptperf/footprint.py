@@ -13,7 +13,7 @@ from typing import Literal
 
 from gptperf import flops
 from gptperf.config import Config, ModelConfig
-from gptperf.kernels.chunking import chunk_rows
+from gptperf.kernels.chunking import chunk_rows, row_stride
 
 __all__ = [
     "STRATEGIES",
@@ -214,7 +214,7 @@ def _loss_bytes(config: Config, tokens: int) -> tuple[float, float]:
         # Of an element of the logits, as bench.ops measures: compiled the logits and their gradient, else also float32.
         return tokens * V * (2 * size if config.system.compile else 2 * size + 2 * _FP32) + dx, dx
     rows = min(tokens, chunk_rows(V, size))
-    return rows * V * size + dx + V * C * _FP32, dx
+    return rows * row_stride(V) * size + dx + V * C * _FP32, dx
 
 
 def _backward_bytes(config: Config, recompute: Recompute) -> float:

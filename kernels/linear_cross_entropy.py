@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gptperf.kernels.arguments import check_linear_cross_entropy, check_triton
-from gptperf.kernels.chunking import chunk_rows
+from gptperf.kernels.chunking import chunk_rows, row_stride
 from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
 
 __all__ = ["linear_cross_entropy"]
@@ -50,15 +50,15 @@ def _softmax_step(x, top, total):
 @triton.jit
 def _cross_entropy_kernel(
     LOGITS, TARGETS, LOSS, ignore_index, log2_scale,
-    V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    V: tl.constexpr, STRIDE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    LOGITS += row * V
+    LOGITS += row * STRIDE
     target = tl.load(TARGETS + row)
     counts = (target >= 0) & (target < V) & (target != ignore_index)
     target_logit = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
-    # Whole blocks as rows of 8 neighbours, which one thread holds where V is a multiple of 8: each thread keeps its own
-    # maximum and sum, and all meet once, after the last block.
+    # Whole blocks as rows of 8 neighbours, which one thread holds, as STRIDE is a multiple of 8: each thread keeps its
+    # own maximum and sum, and all meet once, after the last block.
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     lanes = tl.arange(0, BLOCK_V // 8).to(tl.int64)[:, None] * 8 + tl.arange(0, 8).to(tl.int64)[None, :]
     tail = WHOLE + tl.arange(0, max(BLOCK_TAIL, 1)).to(tl.int64)
@@ -106,13 +106,14 @@ def _forward(
     M, V = x.shape[0], weight.shape[0]
     _, dx, dweight, _ = _forward_fake(x, weight, targets, ignore_index, needs_x, needs_weight)
     rows = chunk_rows(V, x.element_size())
-    buffer, losses = x.new_empty((min(rows, M), V)), x.new_empty(M, dtype=torch.float32)
+    stride = row_stride(V)
+    buffer, losses = x.new_empty((min(rows, M), stride))[:, :V], x.new_empty(M, dtype=torch.float32)
     log2_scale = 14.0 if x.dtype == torch.float16 else 0.0
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
             logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
-            constants = {"V": V, "GRADIENT": needs_x or needs_weight, **shape_of(V)}
+            constants = {"V": V, "STRIDE": stride, "GRADIENT": needs_x or needs_weight, **shape_of(V)}
             tensors = (logits, targets[part], losses[part])
             launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
             if needs_x:

@@ -101,6 +101,12 @@ def test_recomputation_changes_no_gradient(preset: str, recompute: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_rows_of_logits_are_padded() -> None:
+    odd, even = (config_of(f"--vocab_size={V}", "--kernels=triton") for V in (97, 104))
+    more = 7 * 48 * 4  # of the float32 gradient of lm_head
+    assert round(1e9 * (footprint.footprint(even).logits_gb - footprint.footprint(odd).logits_gb)) == more
+
+
 def test_sharding_leaves_its_share() -> None:
     config = config_of()
     alone = footprint.footprint(config)

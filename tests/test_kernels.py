@@ -107,6 +107,37 @@ def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.Mo
     verify(case_of("linear_cross_entropy", (rows, 34), classes=classes, scale=0.3))
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("classes", [1, 63, 65, 72])
+def test_rows_of_logits_begin_at_16_bytes(classes: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk lies in one buffer, which the products write where it is."""
+    module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
+    monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_ROWS", 4)
+    monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_BYTES", 1)
+    launch, mm, logits, products = module.launch, torch.mm, [], []
+
+    def launch_and_keep(kernel: Any, grid: Any, tensors: Any, *rest: Any) -> None:
+        logits.extend(tensors[:1] if kernel is module._cross_entropy_kernel else [])
+        launch(kernel, grid, tensors, *rest)
+
+    def mm_and_keep(*args: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        products.append((out.data_ptr(), out.stride()))
+        return mm(*args, out=out, **options)
+
+    case = case_of("linear_cross_entropy", (23, 34), precision, classes=classes)
+    incoming = gradients_for(case)
+    monkeypatch.setattr(module, "launch", launch_and_keep)
+    monkeypatch.setattr(module.torch, "mm", mm_and_keep)
+    found = run(kernel(case.op), case, incoming)
+    monkeypatch.undo()
+    stride = (classes + 7) // 8 * 8
+    assert [x.shape for x in logits] == [(8, classes), (8, classes), (7, classes)]
+    assert {(x.data_ptr(), x.stride()) for x in logits} == {(logits[0].data_ptr(), (stride, 1))}
+    assert logits[0].data_ptr() % 16 == stride * logits[0].element_size() % 16 == 0
+    assert products.count((logits[0].data_ptr(), (stride, 1))) == len(logits)
+    compare(case, incoming, found)
+
+
 @pytest.mark.parametrize("variant", ["rms_norm_add", "layer_norm_add"])
 def test_norm_programs_with_several_tiles_of_rows(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with more rows than all programs take at once."""

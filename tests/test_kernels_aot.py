@@ -122,6 +122,21 @@ def test_forward_accesses_are_wide(kernels: Reports) -> None:
     assert {report["kernel"] for report in forward} >= LOADS_WIDE
 
 
+def test_an_odd_vocabulary_is_accessed_as_wide_as_an_even_one(kernels: Reports) -> None:
+    name = "linear_cross_entropy._cross_entropy_kernel"
+    odd, even = (
+        sorted(
+            (case.replace(V, "V"), report["wide_loads"], report["wide_stores"])
+            for report in kernels
+            for case in report["cases"]
+            if report["kernel"] == name and f" {V} " in case
+        )
+        for V in ("50257", "50304")
+    )
+    assert odd
+    assert odd == even
+
+
 # Kernels that the checks have to find, and one that they have to leave alone
 
 
