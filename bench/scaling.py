@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,8 @@ def _batches(engine: Engine) -> Iterator[Tensor]:
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 
-def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
-    """Figures of this process."""
+def _measure(case: Case, process: Process, save: bool, start_together: Callable[[], object]) -> dict[str, Any]:
+    """Figures of this process; `start_together` is called before the steps that are timed."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -130,7 +130,7 @@ def _measure(case: Case, process: Process, save: bool) -> dict[str, Any]:
     window = profiling.cuda_window(run)
     warm_up = max(1, _WARM_UP // case.micro_batches)
     window(0, warm_up)
-    process.barrier()
+    start_together()
     times = window(warm_up, case.steps)
     torch.cuda.synchronize()
     figures: dict[str, Any] = {
@@ -187,12 +187,13 @@ def _worker(jobs: Path, out: Path) -> None:
         if case.strategy == "alone":
             for rank in range(process.world_size if entry["one_by_one"] else 1):
                 if rank == process.rank or not entry["one_by_one"]:
-                    mine = _measure(case, Process(0, 1, process.device), False)
+                    together = (lambda: None) if entry["one_by_one"] else process.barrier
+                    mine = _measure(case, Process(0, 1, process.device), False, together)
                     gc.collect()
                     torch.cuda.empty_cache()
                 dist.barrier(group=process.host_group)
         else:
-            mine = _measure(case, process, entry["save"])
+            mine = _measure(case, process, entry["save"], process.barrier)
         every: list[Any] = [None] * process.world_size
         dist.all_gather_object(every, mine, group=process.host_group)
         if process.is_main:

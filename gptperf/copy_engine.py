@@ -7,30 +7,24 @@ like everything else, nobody writes what another one reads.
 """
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from subprocess import CalledProcessError
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gptperf.collectives import Collectives, Pending
 from gptperf.errors import DeviceError
 from gptperf.parallel import Process
+from gptperf.peer_memory import CHANNELS, PeerMemory, SymmetricMemory
 
-__all__ = ["CopyEngine", "PeerMemory", "SymmetricMemory", "open_collectives"]
+__all__ = ["CopyEngine", "open_collectives"]
 
-_REDUCING, _GATHERING = 0, 1
-"""Channels of barriers."""
-_CHANNELS = 2
-_PORTABLE, _MAPPED = 1, 2  # of cudaHostRegister
+_REDUCING, _GATHERING = range(CHANNELS)
 _SLOTS = 3
 """Borrowed buffers: one is filled while two are read, so that no process waits for one that is a unit behind."""
 
@@ -49,27 +43,70 @@ def open_collectives(process: Process, communication: str, reduce_dtype: torch.d
     where = process.world_size, process.rank, process.device, reduce_dtype
     if process.world_size == 1 or communication == "process_group":
         return Collectives(*where)
-    memory: list[SymmetricMemory] = []
-    tries = (
-        lambda: _check(process),
-        lambda: memory.append(SymmetricMemory(process)),
-        lambda: memory[0].prove(),
-    )
-    for attempt in tries:  # together: where one process cannot, none of the others may wait for it
+    proven: list[CopyEngine] = []
+    trial = _Trial(process, reduce_dtype)
+    # Together: where one process cannot do one of them, none of the others begins the next and waits for it.
+    for attempt in (lambda: _check(process), trial.allocate, trial.share, lambda: proven.append(trial.run())):
         found = process.merged(_failure(attempt))
         if found and communication == "copy_engine":
             raise DeviceError(f"communication = 'copy_engine': {found['missing']}; nearest: 'auto'")
         if found:
             return Collectives(*where, reason=found["missing"])
-    return CopyEngine(*where, memory[0], importlib.import_module("gptperf.kernels.sum_shares").sum_shares)
+    return proven[0]
 
 
 def _failure(attempt: Callable[[], object]) -> dict[str, str]:
     try:
         attempt()
-    except (RuntimeError, ImportError, AttributeError) as error:  # PyTorch's interface may change
-        return {"missing": str(error).partition("\n")[0]}
+    # PyTorch's interface may change, a driver may lack functions, a machine what Triton compiles with.
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, OSError, CalledProcessError) as error:
+        return {"missing": f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("RuntimeError: ")}
     return {}
+
+
+class _Trial:
+    """The way to copy engines in steps that can each fail in one process alone."""
+
+    _NUMEL = 1 << 16
+
+    def __init__(self, process: Process, reduce_dtype: torch.dtype):
+        self.process, self.reduce_dtype = process, reduce_dtype
+        self.region = torch.empty(0)
+
+    def allocate(self) -> None:
+        """What can be had without the others."""
+        self.memory = SymmetricMemory(self.process)
+        self.sum_shares = importlib.import_module("gptperf.kernels.sum_shares").sum_shares
+        self.region = self.memory.allocate(self._NUMEL, torch.float32)
+        x = torch.zeros(64, device=self.process.device)
+        self.sum_shares(x, x, torch.zeros(1, 64, device=self.process.device), 0, True)  # it compiles
+
+    def share(self) -> None:
+        """Map the others' memory."""
+        self.memory.share(self.region)
+
+    def run(self) -> "CopyEngine":
+        """Sum and gather what is known.
+
+        Raises:
+            RuntimeError: the result is wrong.
+        """
+        n, rank, device = self.process.world_size, self.process.rank, self.process.device
+        engine = CopyEngine(n, rank, device, torch.float32, self.memory, self.sum_shares)
+        flat = self.region[: self._NUMEL // n * n]
+        flat.copy_(torch.arange(len(flat), device=device) % 1000 + rank)
+        wanted = torch.arange(len(flat), device=device) % 1000 * n + n * (n - 1) // 2
+        engine.all_reduce(flat).wait()
+        engine.finish()
+        own = engine.own(flat).clone()
+        engine.reduce_scatter(own, flat, add=True).wait()
+        right = [torch.equal(flat, wanted.float()), torch.equal(own, engine.own(wanted).float() * (n + 1))]
+        engine.finish()
+        if not all(right):
+            raise RuntimeError("sums over the GPUs' memories are wrong here")
+        self.memory.forget()
+        engine.reduce_dtype = self.reduce_dtype
+        return engine
 
 
 def _check(process: Process) -> None:
@@ -80,7 +117,7 @@ def _check(process: Process) -> None:
     """
     if process.device.type != "cuda":
         raise RuntimeError("there is no GPU")
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", "an unknown number")
     if here != str(process.world_size):
         raise RuntimeError(f"{here} of {process.world_size} processes are on this host")
     others = [i for i in range(process.world_size) if i != process.device.index]
@@ -88,165 +125,6 @@ def _check(process: Process) -> None:
         raise RuntimeError(f"GPU {process.device.index} cannot read the memory of every other one")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed")
-
-
-class PeerMemory(Protocol):
-    """Memory that every process can read."""
-
-    uncounted_bytes: int
-    """Of GPU memory, that PyTorch's account of allocated memory does not have."""
-
-    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A region; every process asks for the same one."""
-
-    def holds(self, flat: Tensor) -> bool:
-        """Whether a buffer lies in a region."""
-
-    def peer(self, flat: Tensor, rank: int) -> Tensor:
-        """What lies in the same place of another process's memory."""
-
-    def barrier(self, channel: int) -> None:
-        """Let the current stream wait for that of every process."""
-
-
-class SymmetricMemory:
-    """Of the GPUs of one host, through PyTorch (`torch.distributed._symmetric_memory`).
-
-    Args:
-        process: this one.
-
-    Raises:
-        RuntimeError: PyTorch or the driver cannot do what is needed.
-    """
-
-    def __init__(self, process: Process):
-        # Not used here, and a mapping that some hosts do not survive.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self.device, self.rank, self.world_size = process.device, process.rank, process.world_size
-        self.uncounted_bytes = 0
-        self._regions: list[tuple[Tensor, Any]] = []
-        self._flags = _Flags(process)
-
-    def prove(self) -> None:
-        """See that the others' memory reads what they wrote.
-
-        Raises:
-            RuntimeError: it does not.
-        """
-        self._flags.forget_path()
-        self.zeros(1 << 20, torch.float32)
-        self._regions.pop()
-
-    def _open(self, numel: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        before = torch.cuda.memory_allocated(self.device)
-        region = symmetric.empty(numel, dtype=dtype, device=self.device)
-        region.zero_()
-        torch.cuda.synchronize()
-        handle = symmetric.rendezvous(region, dist.group.WORLD)  # type: ignore[arg-type]
-        self.uncounted_bytes += max(0, region.nbytes - (torch.cuda.memory_allocated(self.device) - before))
-        return region, handle
-
-    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        region, handle = self._open(numel, dtype)
-        self._regions.append((region, handle))
-        marked = region.view(torch.int32) if region.nbytes % 4 == 0 else region
-        marked[0], marked[-1] = self.rank + 1, -self.rank - 1
-        self.barrier(_REDUCING)
-        for rank in range(self.world_size):
-            seen = self.peer(region, rank).view(marked.dtype)
-            if [seen[0].item(), seen[-1].item()] != [rank + 1, -rank - 1]:
-                raise RuntimeError(f"the memory of process {rank} reads {seen[0].item()}, not {rank + 1}")
-        self.barrier(_REDUCING)
-        marked[0] = marked[-1] = 0
-        return region
-
-    def _find(self, flat: Tensor) -> tuple[int, Any] | None:
-        for region, handle in self._regions:
-            offset = flat.data_ptr() - region.data_ptr()
-            if 0 <= offset < region.nbytes:
-                return offset // flat.element_size(), handle
-        return None
-
-    def holds(self, flat: Tensor) -> bool:
-        return self._find(flat) is not None
-
-    def peer(self, flat: Tensor, rank: int) -> Tensor:
-        found = self._find(flat)
-        assert found is not None, "not in memory that the others can read"
-        offset, handle = found
-        return handle.get_buffer(rank, flat.shape, flat.dtype, offset)
-
-    def barrier(self, channel: int) -> None:
-        self._flags.arrive(channel)
-
-
-class _Flags:
-    """Counters by which streams of several GPUs wait for each other, without a kernel.
-
-    PyTorch's own barrier is a kernel that spins. It takes the place of a matrix product's program on a multiprocessor
-    until the last process comes; that product then takes another wave. The driver has the stream itself write to
-    memory, and wait until memory has a value: of the host, since another GPU's it refuses.
-
-    Args:
-        process: this one.
-
-    Raises:
-        RuntimeError: the driver refuses.
-    """
-
-    _SPACING = 32  # int32 between two counters: a cache line each
-
-    def __init__(self, process: Process):
-        self.process, self._counts = process, [0] * _CHANNELS
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-        numel = _CHANNELS * process.world_size * self._SPACING
-        path = ""  # which nobody can map, if there is no room
-        with contextlib.suppress(OSError):
-            if process.is_main:
-                handle, path = tempfile.mkstemp(prefix="gptperf-", dir=folder)
-                os.truncate(handle, 4 * numel)
-                os.close(handle)
-        self._path = process.from_main(path)
-        self._counters = torch.from_file(self._path, shared=True, size=numel, dtype=torch.int32)
-        self._at = self._counters.data_ptr()
-        if int(torch.cuda.cudart().cudaHostRegister(self._at, 4 * numel, _PORTABLE | _MAPPED)):
-            raise RuntimeError("the driver does not map memory of the host")
-        weakref.finalize(self, _unmap, self._counters)
-        try:
-            driver = ctypes.CDLL("libcuda.so.1")
-            self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
-        except (OSError, AttributeError) as error:
-            raise RuntimeError(f"the driver has no stream memory operations: {error}") from error
-        for function in (self._write, self._wait):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        self._enqueue(self._write, _CHANNELS - 1, process.rank, 0)
-        self._enqueue(self._wait, _CHANNELS - 1, process.rank, 0)
-        torch.cuda.synchronize()
-
-    def forget_path(self) -> None:
-        """Take the file's name away, once every process has mapped it."""
-        if self.process.is_main:
-            os.unlink(self._path)
-
-    def arrive(self, channel: int) -> None:
-        """Tell the others, and let the current stream wait for all of them."""
-        self._counts[channel] = count = (self._counts[channel] + 1) % (1 << 32)
-        self._enqueue(self._write, channel, self.process.rank, count)  # after all that the stream has done before
-        for rank in range(self.process.world_size):
-            if rank != self.process.rank:
-                self._enqueue(self._wait, channel, rank, count)  # for that or more, modulo 2^32
-
-    def _enqueue(self, function: Any, channel: int, rank: int, count: int) -> None:
-        at = self._at + 4 * self._SPACING * (channel * self.process.world_size + rank)
-        code = function(torch.cuda.current_stream().cuda_stream, at, count, 0)
-        if code:
-            raise RuntimeError(f"the driver's stream memory operations: error {code}")
-
-
-def _unmap(counters: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(counters.data_ptr())
 
 
 class _Lane:
@@ -261,10 +139,11 @@ class _Lane:
         """In the body this is the current stream, after what has been enqueued so far."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with _on(self.stream):
+        with torch.cuda.stream(self.stream):
             yield
 
-    def pull(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    @staticmethod
+    def pull(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy (target, source), one after the other: side by side takes 1.6 times as long on H200s."""
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
@@ -272,10 +151,6 @@ class _Lane:
     def mark(self) -> "_Mark":
         """What has been enqueued so far."""
         return _Mark(self.stream)
-
-
-def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.stream(stream)
 
 
 class _Mark:
@@ -299,7 +174,8 @@ class _Slot:
 
 
 class CopyEngine(Collectives):
-    """`Collectives` by pulling. What does not lie in `zeros` or `borrow` goes through the process group.
+    """`Collectives` by pulling. Through the process group goes what does not lie in `zeros` or `borrow`, and what is
+    float32 where gradients are to travel in 16 bits.
 
     Args:
         world_size, rank, device, reduce_dtype: as there; sums are taken in float32 whatever travels.
@@ -343,6 +219,7 @@ class CopyEngine(Collectives):
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         free = self._free[dtype]
+        assert numel <= len(free), "more than was reserved"
         self._free[dtype] = free[numel:]
         return free[:numel]
 

@@ -124,7 +124,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     master, gradients, moments = (float(_FP32 * n * count.total) for n in (1, 1, 2))
     others = (num_gpus - 1) / num_gpus if pulls(config, num_gpus) else 0.0  # of a bucket, pulled from them
     if strategy != "fsdp":
-        single = config.train.gradient_accumulation_steps == num_gpus
+        single = config.train.gradient_accumulation_steps == num_gpus and size < _FP32
         # With one micro-batch a step gradients travel as they came, and three of them may be on their way.
         pulled = (size * (3 + others) if single and others else others * _FP32) * max(count.embedding, _BUCKET_NUMEL)
         if strategy == "ddp":
@@ -132,7 +132,8 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
         return master / num_gpus + copy, gradients, moments / num_gpus, pulled
     block = (count.attention + count.ffn) / model.n_layer
     unit = max(block, count.embedding)  # two are gathered at a time, and the gradient of one is there, or of three
-    gathered = (2 * size + (size * (3 + others) if others else _FP32)) * unit
+    once = config.system.fsdp_reduce_once
+    gathered = (2 * size + (_FP32 * others if once else size * (3 + others) if others else _FP32)) * unit
     if not config.system.fsdp_reduce_once:
         gradients /= num_gpus
     return (master + copy) / num_gpus, gradients, moments / num_gpus, gathered

@@ -120,6 +120,8 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         DeviceError: "cuda" asked for by name on a machine without a usable GPU, fewer GPUs than processes on this host,
             or a WORLD_SIZE without the other variables that torchrun sets.
     """
+    # Of streams that share a connection one that waits for other GPUs holds up the rest; there are 8 by default.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -135,8 +137,6 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         )
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        # Of streams that share a connection one that waits for other GPUs holds up the rest; there are 8 by default.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(here)
     host_group = save_group = None
     if world_size > 1:

@@ -170,6 +170,7 @@ def versions(engine: Engine) -> dict[str, str]:
         "threads": "" if on_gpu else str(torch.get_num_threads()),
         "processes": str(process.world_size),
         "kernels": ",".join(f"{op}={chosen}" for op, chosen in engine.ops.chosen.items()),
+        "communication": engine.weights.collectives.name,
     }
 
 

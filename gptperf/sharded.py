@@ -29,6 +29,7 @@ class Sharded(Replicated):
 
     Args:
         model: as for `Replicated`, with `units` and `blocks`.
+        single: as for `Replicated`.
         announces: whether its forward runs `Units`; if not, the weights are gathered before it.
     """
 
@@ -185,7 +186,7 @@ class FullySharded(Sharded):
         reduce_once: bool = False,
     ):
         self.min_num_params, self.reduce_once = min_num_params, reduce_once
-        self._arriving: list[tuple[Tensor, Pending]] = []  # a whole gradient, its reduction
+        self._arriving: list[Pending] = []  # reductions on their way
         self._with_gradient: set[Bucket] = set()  # in this step
         super().__init__(model, compute_dtype, collectives)
         for bucket in self.buckets:
@@ -210,7 +211,7 @@ class FullySharded(Sharded):
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
         split = [layout for layout in layouts if layout.decayed and self.world_size > 1]
-        numel = self._shared_numel([layout for layout in layouts if layout not in split])
+        numel = self._shared_numel([layout for layout in layouts if not layout.decayed or self.world_size == 1])
         for layout in split:
             numel[self.compute_dtype] += layout.numel // self.world_size
             if self.reduce_once:
@@ -342,13 +343,13 @@ class FullySharded(Sharded):
         whole = self._fill(bucket)
         add = bucket in self._with_gradient
         self._with_gradient.add(bucket)
-        self._arriving.append((whole, self.collectives.reduce_scatter(bucket.grad, whole, add=add)))
+        self._arriving.append(self.collectives.reduce_scatter(bucket.grad, whole, add=add))
         self._settle(self.collectives.in_flight)
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many gradients are on their way."""
         while len(self._arriving) > most:
-            self._arriving.pop(0)[1].wait()
+            self._arriving.pop(0).wait()
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         if not self._travels(bucket):

@@ -237,13 +237,13 @@ class Judge:
             ended = [rank for rank in self.seen if rank not in active]
             if ended and len(waiting) == len(active):
                 return self._named(ended, f"has ended: {waits}", hang=True)
-        if (
-            len(active) > 1
-            and len(still) == len(active)
-            and all(b.places == lowest and (b.waiting or b.limited) for b in beats.values())
-        ):
-            where = next(iter(beats.values())).where
-            return Fault((), f"no rank has moved for {self.timeout_s:g} s: all are in {where}", hang=True)
+        if len(active) > 1 and len(still) == len(active) and all(b.waiting or b.limited for b in beats.values()):
+            # Also where nobody is seen waiting: a GPU's queue that is full holds its process up anywhere.
+            nobody = f"no rank has moved for {self.timeout_s:g} s"
+            behind = [rank for rank, beat in beats.items() if beat.places == lowest]
+            if len(behind) < len(beats):
+                return self._named(behind, f"did not arrive: {nobody}, {{process}} is in {{where}}", hang=True)
+            return Fault((), f"{nobody}: all are in {next(iter(beats.values())).where}", hang=True)
         return None
 
 

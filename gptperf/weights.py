@@ -90,6 +90,7 @@ class Replicated:
     weights, biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32
     bucket and dropped; in the last micro-batch a full bucket is summed over the processes while backward goes on
     (compiled as one graph, backward hands over all gradients at its end, and there is nothing left to overlap with).
+    With `single` the bucket's gradient travels as it came, and the float32 bucket takes the sum.
     A frozen parameter stays as it is.
 
     Args:
@@ -112,7 +113,8 @@ class Replicated:
         device = next(model.parameters()).device
         self.collectives = Collectives(1, 0, device) if collectives is None else collectives
         self.world_size, self.rank = self.collectives.world_size, self.collectives.rank
-        self.compute_dtype, self.single = compute_dtype, single and self.collectives.widens
+        self.compute_dtype = compute_dtype
+        self.single = single and self.collectives.widens and self.wire_dtype.itemsize < 4
         self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False

@@ -199,8 +199,16 @@ def test_the_rank_that_is_behind_is_accused() -> None:
 def test_work_is_no_hang() -> None:
     assert Clock().until_fault(beat(1, 9, "all_reduce"), beat(1, 0), moving=(1,)) is None
     assert Clock().until_fault(beat(1, 9, limited=False), beat(1, 9, limited=False)) is None  # both compile
-    assert Clock().until_fault(beat(1, 9), beat(1, 8)) is None  # nobody waits
     assert Clock().until_fault(beat(1, 9), beat(1, 12, done=True)) is None  # the last one writes its summary
+
+
+def test_the_last_one_is_named_where_nobody_is_seen_waiting() -> None:
+    fault = Clock().until_fault(beat(1, 9), beat(1, 8))
+    assert fault is not None
+    assert fault.hang
+    assert fault.text.startswith("rank 1 did not arrive: no rank has moved for 20 s, process ")
+    assert Clock().until_fault(beat(1, 9), beat(1, 8), moving=(0,)) is None
+    assert Clock().until_fault(beat(1, 9), beat(1, 8, limited=False)) is None
 
 
 def test_all_in_one_place_name_nobody() -> None:
@@ -223,7 +231,9 @@ def test_silence_is_death_on_another_host_only() -> None:
     assert fault is not None
     assert "rank 1 is gone: process 7 on host has said nothing for 5 s" in fault.text
     assert LOST_S <= clock.seconds <= LOST_S + 1
-    assert Clock().until_fault(beat(1, 9), beat(0, 8), states={1: "alive"}) is None
+    alive = Clock().until_fault(beat(1, 9), beat(0, 8), states={1: "alive"})
+    assert alive is not None
+    assert alive.text.startswith("rank 1 did not arrive: no rank has moved for 20 s")  # after the timeout
     assert Clock().until_fault(beat(1, 9), beat(0, 8, done=True)) is None
     dead = Clock().until_fault(beat(1, 9), beat(1, 8), states={1: "gone"})
     assert dead is not None

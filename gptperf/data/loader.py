@@ -251,9 +251,8 @@ def validation_batches(
     """Yield this rank's share of the fixed validation batches, (2, B, T) int64: inputs and targets.
 
     The batches are disjoint blocks, evenly spread over the split and the same in every run; batch i goes to
-    rank `i % world_size`, so a rank may have one batch fewer than another (or none): a sharded model, whose
-    forward is a collective, needs `world_size` = 1 here. Only a split of fewer than `batch_size` blocks gives
-    a smaller batch.
+    rank `i % world_size`, so a rank may have one batch fewer than another (or none). Only a split of fewer than
+    `batch_size` blocks gives a smaller batch.
 
     Raises:
         ValueError: A count is not positive, or the rank is out of range.
