@@ -102,8 +102,9 @@ def footprint(
     weights, gradients, optimizer, gathered = _states(config, num_gpus, strategy)
     tokens = config.train.batch_size * config.model.block_size
     saved = tokens * saved_bytes(config, recompute)
-    loss, kept = _loss_bytes(config, tokens)
-    backward = kept + tokens * _backward_bytes(config, recompute)
+    loss, kept = _loss_bytes(config, recompute, tokens)
+    # What the last norm has kept is gone when the blocks' backward begins.
+    backward = kept + tokens * (_backward_bytes(config, recompute) - _last_bytes(config))
     return Footprint(
         weights_gb=weights / 1e9,
         gradients_gb=gradients / 1e9,
@@ -167,9 +168,17 @@ def saved_bytes(config: Config, recompute: Recompute) -> float:
         if model.qk_norm and model.position_encoding != "rope":  # RoPE's op computes them again
             layer += _FP32 * (model.n_head + model.kv_heads)
         layer += 2 * model.n_embd if model.dropout else 0  # masks are booleans
-    # The norm before lm_head: its input; what it gives is kept where the loss has not left a gradient in its place.
-    last = (1 if _triton(config) else 2) * model.n_embd * size + statistics
-    return model.n_layer * layer + last + _INT64
+    missing = 0  # residual that comes into the first block
+    if recompute != "none" and model.norm_position == "pre":
+        missing = model.n_embd * size
+    return model.n_layer * layer - missing + _last_bytes(config) + _INT64
+
+
+def _last_bytes(config: Config) -> int:
+    """Bytes a token that the norm before lm_head keeps: its input, and what it gives where the loss keeps that."""
+    model, size = config.model, element_bytes(config.system.dtype)
+    kept = 1 if _triton(config) else 2  # the Triton op keeps a gradient instead, which `_loss_bytes` counts
+    return kept * model.n_embd * size + _FP32 * (1 if model.normalization == "rmsnorm" else 2)
 
 
 def _layer_elements(config: Config, recompute: Recompute) -> float:
@@ -177,10 +186,14 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     model = config.model
     C, F, packed = model.n_embd, model.ffn_width, model.n_embd + 2 * model.kv_heads * model.head_dim
     gates, product = (2 * F, F) if model.ffn_type == "swiglu" else (F, F)
+    inputs = C if model.norm_position == "post" else 2 * C  # branch and residual
     if recompute == "full":
-        return 2 * C  # branch and residual that come in
+        return inputs
     if recompute == "selective":
-        return 4 * C + packed + gates  # those, and what the matrix products and attention give
+        # Those, and what the matrix products and attention give; the last product only where the next op is in the
+        # block, or where no compiler sees that nothing needs it.
+        last = C if model.norm_position == "post" or not config.system.compile else 0
+        return inputs + 2 * C + last + packed + gates
     if model.ffn_type == "swiglu" and _triton(config):
         product = 0  # the op computes it again
     if not _triton(config) and model.ffn_type != "swiglu" and config.system.compile:
@@ -206,24 +219,31 @@ def _other_elements(config: Config) -> float:
     return 6.5 * C if rope else 2.0 * C
 
 
-def _loss_bytes(config: Config, tokens: int) -> tuple[float, float]:
-    """Of lm_head and the loss: bytes at their peak, and what of them is there when the blocks' backward begins."""
+def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[float, float]:
+    """Of lm_head and the loss: bytes at their peak, and what of them is there while the blocks' backward goes on."""
     model, size = config.model, element_bytes(config.system.dtype)
     V, C = model.padded_vocab_size, model.n_embd
+    kept = size * V * C if model.weight_tying else 0  # the gradient of lm_head waits for the embedding's
     dx = tokens * C * size
     if not _triton(config):
         # Of an element of the logits, as bench.ops measures: compiled the logits and their gradient, else also float32.
-        return tokens * V * (2 * size if config.system.compile else 2 * size + 2 * _FP32) + dx, dx
+        return tokens * V * (2 * size if config.system.compile else 2 * size + 2 * _FP32) + dx, kept
     rows = min(tokens, chunk_rows(V, size))
-    return rows * row_stride(V) * size + dx + V * C * _FP32, dx
+    # What comes in, and the last block's residual, which a recomputed block has not kept.
+    alive = 2 if recompute != "none" and model.norm_position == "pre" else 1
+    return rows * row_stride(V) * size + (1 + alive) * dx + V * C * _FP32, kept
 
 
 def _backward_bytes(config: Config, recompute: Recompute) -> float:
     """Bytes a token of the gradients, and of what is computed again, inside one block's backward."""
     model, size = config.model, element_bytes(config.system.dtype)
     C, F, packed = model.n_embd, model.ffn_width, model.n_embd + 2 * model.kv_heads * model.head_dim
-    # SwiGLU: gradients of product, gate and up, and the product again; else of the activation's output and input.
-    ffn = (4 if model.ffn_type == "swiglu" else 2) * F
-    attention = C + 2 * packed
+    # SwiGLU: gradients of product, gate and up, and the product again. Else the gradient of the activation's output,
+    # then that of its input, when the output itself is gone.
+    ffn = (4 if model.ffn_type == "swiglu" else 1) * F
+    # Gradients of attention's output, of q, k, v and of their projection, when what the FFN and its norm kept is gone.
+    attention = C + 2 * packed - 2 * F - 2 * C
     again = _layer_elements(config, "none") - _layer_elements(config, recompute)
+    if recompute == "full" and not config.system.compile:
+        again += _layer_elements(config, "full")  # what came in stays until a block that is not compiled is done
     return size * (C + max(ffn, attention) + again)
