@@ -117,6 +117,11 @@ def pulled(folder: Path, processes: int) -> dict[str, dict[str, Any]]:
                 case = {"flags": [*SMALL, "--device=cpu", *MODELS[model], *flags]}
                 case["flags"].append(f"--gradient_accumulation_steps={micro}")
                 cases |= {name: case, f"{name}-pulled": {**case, "shared": str(folder / name)}}
+    for strategy in ("ddp", "zero1", "fsdp"):  # one micro-batch a step: its gradients travel in 16 bits
+        name = f"biases-{strategy}-bfloat16"
+        case = {"flags": [*SMALL, "--device=cpu", *MODELS["biases"], *STRATEGIES[strategy], "--dtype=bfloat16"]}
+        case["flags"].append(f"--gradient_accumulation_steps={processes}")
+        cases |= {name: case, f"{name}-pulled": {**case, "shared": str(folder / name)}}
     return cases
 
 
