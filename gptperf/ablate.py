@@ -1,16 +1,22 @@
 """`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: what each change is worth.
 
-The baseline and every change are trained with every seed, one run after another, each at the tokens or FLOPs of the
-baseline. Runs that are finished are not run again, interrupted ones go on: the same command continues.
+The baseline and every change are trained with every seed, each at the tokens or FLOPs of the baseline: one run after
+another, or with --parallel N so many at a time, each with a GPU of its own. Runs that are finished are not run again,
+interrupted ones go on: the same command continues.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
+import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -26,12 +32,12 @@ DIR/ablation.json have the table. Exit codes: 0 all runs finished, 1 some failed
 
 
 class Runner:
-    """Runs one command at a time, and passes on the signals that ask it to stop."""
+    """Runs commands, and passes on the signals that ask them to stop."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._child: subprocess.Popen[bytes] | None = None
-        self._passed_on = 0
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.RLock()  # a signal may come to the thread that has it
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Runner"]:
@@ -52,20 +58,34 @@ class Runner:
         self._asked = True
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if self._child is not None:
-            self._passed_on += 1
-            self._child.send_signal(number)
+        with self._lock:
+            self._asked = True
+            for child in self._children:
+                child.send_signal(number)
 
-    def run(self, command: Sequence[str]) -> int:
-        """Run it to its end, and return its exit code."""
-        # In a group of its own a child hears of Ctrl-C once, from here: a second one would end it unsaved.
-        self._child = subprocess.Popen(command, process_group=0)
-        if self._asked and not self._passed_on:
-            self._child.send_signal(signal.SIGTERM)
-        code = self._child.wait()
-        self._child = None
-        return code
+    def run(self, command: Sequence[str], gpu: str | None = None, log: Path | None = None) -> int:
+        """Run it to its end, and return its exit code.
+
+        Args:
+            command: program and arguments.
+            gpu: the only one that it sees; default: all that there are.
+            log: file for what it prints; default: the console.
+        """
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        with contextlib.ExitStack() as stack:
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+            output = None if log is None else stack.enter_context(log.open("ab"))
+            with self._lock:
+                # In a group of its own a child hears of Ctrl-C once, from here: a second one would end it unsaved.
+                child = subprocess.Popen(command, process_group=0, env=environment, stdout=output, stderr=output)
+                if self._asked:  # before the child was there to hear of it
+                    child.send_signal(signal.SIGTERM)
+                self._children.add(child)
+            code = child.wait()
+            with self._lock:
+                self._children.remove(child)
+            return code
 
 
 def _listed(found: Sequence[Variant]) -> str:
@@ -83,33 +103,77 @@ def _listed(found: Sequence[Variant]) -> str:
     return page.aligned(page.Table(columns, rows, frozenset({0, 5})))
 
 
-def _run_all(found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object]) -> dict[Path, str]:
+def _run_all(
+    found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object], gpus: Sequence[str]
+) -> dict[Path, str]:
     """Run what is not finished; `after` is called with the failures so far when a run has ended.
+
+    Args:
+        found: variants with their runs.
+        runner: of the runs.
+        after: takes folder -> how its run failed.
+        gpus: on each of which a run is trained at a time; empty: one run after another on what there is.
 
     Returns:
         Folder -> how its run failed.
     """
     jobs: list[tuple[Variant, Job]] = [(v, v.jobs[i]) for i in range(len(found[0].jobs)) for v in found]
     failed: dict[Path, str] = {}
-    for number, (variant, job) in enumerate(jobs, 1):
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    ending = threading.Lock()
+
+    def run(number: int, variant: Variant, job: Job) -> None:
         what = f"run {number} of {len(jobs)}: {variant.name}, seed {job.seed}"
         if job.finished():
             print(f"ablate: {what}: finished already", flush=True)
-            continue
+            return
         if runner.asked():
-            break
-        print(f"ablate: {what} -> {job.out_dir}", flush=True)
-        code = runner.run([sys.executable, "-m", "gptperf.train", *job.argv])
-        if code == PREEMPTED:  # whoever asked the run, not us, to stop meant all of it
-            runner.stop()
-        elif runner.asked():
-            if not job.finished():
-                print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr, flush=True)
-        elif code or not job.finished():
-            failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
-            print(f"ablate: {what} failed: {failed[job.out_dir]}; the others go on", file=sys.stderr, flush=True)
-        after(failed)
+            return
+        command = [sys.executable, "-m", "gptperf.train", *job.argv]
+        if gpus:
+            gpu, log = free.get(), job.out_dir.with_name(f"{job.out_dir.name}.txt")
+            print(f"ablate: {what} -> {log}, on {f'GPU {gpu}' if gpu else 'the CPU'}", flush=True)
+            code = runner.run(command, gpu, log)
+            free.put(gpu)
+        else:
+            print(f"ablate: {what} -> {job.out_dir}", flush=True)
+            code = runner.run(command)
+        with ending:
+            if code == PREEMPTED:  # whoever asked the run, not us, to stop meant all of it
+                runner.stop()
+            elif runner.asked():
+                if not job.finished():
+                    print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr)
+            elif code or not job.finished():
+                failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
+                print(f"ablate: {what} failed: {failed[job.out_dir]}; the others go on", file=sys.stderr, flush=True)
+            after(failed)
+
+    if not gpus:  # in this thread, to which the signals come
+        for number, (variant, job) in enumerate(jobs, 1):
+            run(number, variant, job)
+        return failed
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        for future in [pool.submit(run, number, *pair) for number, pair in enumerate(jobs, 1)]:
+            future.result()
     return failed
+
+
+def _gpus(parallel: int) -> list[str]:
+    """Values of `CUDA_VISIBLE_DEVICES` for as many runs at a time; none where they come one after another.
+
+    Raises:
+        ConfigError: there are fewer GPUs; without any, the runs share the CPU.
+    """
+    if parallel == 1:
+        return []
+    count = importlib.import_module("torch").cuda.device_count()
+    if parallel < 1 or 0 < count < parallel:
+        raise ConfigError(f"command line: parallel: found {parallel}, wanted 1 to {max(count, 1)}, the GPUs here")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return visible[:parallel] if count else [""] * parallel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time, a GPU each (default 1)")
     parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write a page with the curves")
@@ -136,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line: found no --vary, wanted one or more, such as --vary position_encoding=rope")
     if args.seeds < 1:
         raise ConfigError(f"command line: seeds: found {args.seeds}, wanted 1 or more")
+    gpus = _gpus(args.parallel)
     found = variants(rest, args.vary, args.seeds, args.equal, args.out)
     changed = changed_runs(found)
     if changed:
@@ -155,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ablation_report.text(reached, args.equal, failed)
 
     with Runner().listening() as runner:
-        failed = _run_all(found, runner, write)
+        failed = _run_all(found, runner, write, gpus)
     print("\n" + write(failed))
     print(f"report: {args.out / 'ablation.md'}, {args.out / 'ablation.json'}")
     if args.html is not None:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,38 @@ def test_a_signal_before_the_command_starts_still_reaches_it() -> None:
     start = time.monotonic()
     assert runner.run([sys.executable, "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
     assert time.monotonic() - start < 30
+
+
+def test_runs_at_a_time_have_a_gpu_each(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met, seen = threading.Barrier(2, timeout=30), []
+
+    def run(self: ablate.Runner, line: list[str], gpu: str, log: Path) -> int:
+        met.wait()  # that two are here at once
+        seen.append((gpu, log))
+        met.wait()
+        return 3
+
+    monkeypatch.setattr(ablate.Runner, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", "--parallel=2")) == 1
+    assert [sorted(gpu for gpu, _ in seen[i : i + 2]) for i in (0, 2)] == [["5", "7"], ["5", "7"]]
+    names = {str(log.relative_to(tmp_path)) for _, log in seen}
+    assert names == {f"{variant}/seed{seed}.txt" for variant in ("baseline", "n_layer=1") for seed in (1337, 1338)}
+    assert "4 of 4 runs are not finished" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match="parallel: found 3, wanted 1 to 2, the GPUs here"):
+        ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=3"))
+
+
+def test_all_that_run_hear_of_a_signal(tmp_path: Path) -> None:
+    runner, sleep = ablate.Runner(), [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"]
+    logs = [tmp_path / name for name in ("a.txt", "b.txt")]
+    with ThreadPoolExecutor(2) as pool:
+        codes = [pool.submit(runner.run, sleep, "", log) for log in logs]
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.05)
+        runner._ask(signal.SIGTERM, None)
+        assert [code.result(timeout=30) for code in codes] == [-signal.SIGTERM] * 2
+    assert runner.asked()
