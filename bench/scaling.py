@@ -50,7 +50,7 @@ STRATEGIES: dict[str, list[str]] = {
     "zero1": ["--use_zero1=True"],
     "fsdp": ["--use_fsdp=True"],
     "fsdp_once": ["--use_fsdp=True", "--fsdp_reduce_once=True"],
-    "ddp_bf16": ["--reduce_dtype=bfloat16"],
+    "ddp_nccl_bf16": ["--communication=process_group", "--reduce_dtype=bfloat16"],
     "ddp_nccl": ["--communication=process_group"],
     "zero1_nccl": ["--use_zero1=True", "--communication=process_group"],
     "fsdp_nccl": ["--use_fsdp=True", "--communication=process_group"],

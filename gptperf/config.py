@@ -256,7 +256,7 @@ class SystemConfig:
     fsdp_reduce_once: bool = False
     """FSDP: keep whole gradients between micro-batches and reduce them once: less communication, more memory."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients are summed over the GPUs."""
+    """In which NCCL sums gradients over the GPUs; copy engines do so in float32."""
     communication: Literal["auto", "copy_engine", "process_group"] = "auto"
     """What moves data between the GPUs: their copy engines where one host has them all, or NCCL."""
     peak_tflops: Annotated[float, Range(0, open=True)] | None = None

@@ -92,7 +92,7 @@ class _Trial:
             RuntimeError: the result is wrong.
         """
         n, rank, device = self.process.world_size, self.process.rank, self.process.device
-        engine = CopyEngine(n, rank, device, torch.float32, self.memory, self.sum_shares)
+        engine = CopyEngine(n, rank, device, self.reduce_dtype, self.memory, self.sum_shares)
         flat = self.region[: self._NUMEL // n * n]
         flat.copy_(torch.arange(len(flat), device=device) % 1000 + rank)
         wanted = torch.arange(len(flat), device=device) % 1000 * n + n * (n - 1) // 2
@@ -105,7 +105,6 @@ class _Trial:
         if not all(right):
             raise RuntimeError("sums over the GPUs' memories are wrong here")
         self.memory.forget()
-        engine.reduce_dtype = self.reduce_dtype
         return engine
 
 
@@ -174,11 +173,12 @@ class _Slot:
 
 
 class CopyEngine(Collectives):
-    """`Collectives` by pulling. Through the process group goes what does not lie in `zeros` or `borrow`, and what is
-    float32 where gradients are to travel in 16 bits.
+    """`Collectives` by pulling. What does not lie in `zeros` or `borrow` goes through the process group.
+
+    Gradients travel in their own dtype and are added up in float32, whatever `reduce_dtype` is.
 
     Args:
-        world_size, rank, device, reduce_dtype: as there; sums are taken in float32 whatever travels.
+        world_size, rank, device, reduce_dtype: as there.
         memory: that the processes share.
         sum_shares: `gptperf.kernels.sum_shares.sum_shares` or its reference.
     """
@@ -232,11 +232,10 @@ class CopyEngine(Collectives):
         return slot.memory[:numel]
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The gradients' own, if it is not wider: it is added up in float32 either way."""
-        return dtype if dtype.itemsize <= self.reduce_dtype.itemsize else self.reduce_dtype
+        return dtype
 
     def all_reduce(self, flat: Tensor, source: Tensor | None = None) -> Pending:
-        if source is None and (flat.dtype != self.reduce_dtype or not self.memory.holds(flat)):
+        if source is None and not self.memory.holds(flat):
             return super().all_reduce(flat)
         own = self.own(flat)
         with self._reducing.after_current():
@@ -247,7 +246,7 @@ class CopyEngine(Collectives):
         return self._reducing.mark()
 
     def reduce_scatter(self, own: Tensor, whole: Tensor, *, add: bool = False) -> Pending:
-        if whole.dtype != self.wire_dtype(whole.dtype) or not self.memory.holds(whole):
+        if not self.memory.holds(whole):
             return super().reduce_scatter(own, whole, add=add)
         with self._reducing.after_current():
             self._sum(own, whole, add=add)

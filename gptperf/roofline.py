@@ -138,16 +138,21 @@ def _communication_s(
 ) -> float:
     """Seconds an iteration that the GPUs' talk costs.
 
-    Gradients are reduced in `reduce_dtype` during the last micro-batch's backward, two thirds of its time, where the
-    blocks are compiled apart or not at all; as one graph, backward hands them over at its end: nothing covers them.
+    Gradients are reduced during the last micro-batch's backward, two thirds of its time, where the blocks are compiled
+    apart or not at all; as one graph, backward hands them over at its end: nothing covers them. NCCL moves them in
+    `reduce_dtype`; copy engines as they came, or in float32 where they were added up over micro-batches, and sums.
     """
     if num_gpus == 1:
         return 0.0
     count, size = flops.parameters(config.model).total, element_bytes(config.system.dtype)
     share, reduced = (num_gpus - 1) / num_gpus / rates.bus_byte_s, element_bytes(config.system.reduce_dtype)
     window = 2 / 3 * compute_s / micro_batches
+    summed = reduced
+    if pulls(config, num_gpus):
+        added_up = config.system.fsdp_reduce_once if strategy == "fsdp" else micro_batches > 1
+        reduced, summed = 4 if added_up else size, 4
     if strategy == "ddp":
-        reduce = 2 * reduced * count * share
+        reduce = (reduced + summed) * count * share
         covered = not config.system.compile or config.system.compile_scope != "model"
         return max(reduce - window, _BESIDE_COMPUTE * reduce) if covered else reduce
     gather = size * count * share
@@ -155,7 +160,5 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
-    if pulls(config, num_gpus) and not config.system.fsdp_reduce_once:
-        reduce = min(size, reduced) * count * share  # gradients travel as they came
     total = micro_batches * 2 * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
     return max(total - compute_s, _BESIDE_COMPUTE * total)

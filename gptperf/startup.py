@@ -170,7 +170,8 @@ def _parallelism(config: Config, collectives: Collectives) -> str:
     world_size = collectives.world_size
     if world_size == 1:
         return "single process"
-    reduced = "" if config.system.reduce_dtype == "float32" else f", gradients reduced in {config.system.reduce_dtype}"
+    dtype = "float32" if collectives.widens else config.system.reduce_dtype
+    reduced = "" if dtype == "float32" else f", gradients reduced in {dtype}"
     return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}{_moved_by(collectives)}"
 
 
