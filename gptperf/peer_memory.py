@@ -110,9 +110,8 @@ class SymmetricMemory:
 class _Flags:
     """Counters by which streams of several GPUs wait for each other, without a kernel.
 
-    PyTorch's own barrier is a kernel that spins. It takes the place of a matrix product's program on a multiprocessor
-    until the last process comes; that product then takes another wave. The driver has the stream itself write to
-    memory, and wait until memory has a value: of the host, since another GPU's it refuses.
+    PyTorch's own barrier is a kernel that spins, on a multiprocessor, until the last process comes. The driver has the
+    stream itself write to memory, and wait until memory has a value: of the host, since another GPU's it refuses.
 
     Args:
         process: this one.

@@ -9,8 +9,8 @@ CHUNK_ROWS = 2816
 H200 with C = 768. There chunks of 8448 rows take 1.163 times the three products, 8192 rows 1.23."""
 ROW_MULTIPLE = 8
 """Elements from a row to the next are a multiple of these: rows of 16-bit elements then begin at multiples of 16 bytes,
-as cuBLAS's fast products want them. Before, a step of gpt2_openai_124m, V = 50257, took 112 ms on an H200 where 57 were
-planned."""
+which cuBLAS's fast products likely need: with rows of V elements a step of gpt2_openai_124m, V = 50257, took 112 ms on
+an H200 where 57 were planned. Not timed since."""
 
 
 def row_stride(V: int) -> int:
