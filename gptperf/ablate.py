@@ -1,8 +1,8 @@
 """`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: what each change is worth.
 
 The baseline and every change are trained with every seed, each at the tokens or FLOPs of the baseline: one run after
-another, or with --parallel N so many at a time, each with a GPU of its own. Runs that are finished are not run again,
-interrupted ones go on: the same command continues.
+another, or with --parallel N so many at a time, each on one GPU, which more runs than GPUs share. Runs that are finished
+are not run again, interrupted ones go on: the same command continues.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def _run_all(
         found: variants with their runs.
         runner: of the runs.
         after: takes folder -> how its run failed.
-        gpus: on each of which a run is trained at a time; empty: one run after another on what there is.
+        gpus: of the runs that are trained at a time; empty: one run after another on what there is.
 
     Returns:
         Folder -> how its run failed.
@@ -162,18 +162,17 @@ def _run_all(
 
 
 def _gpus(parallel: int) -> list[str]:
-    """Values of `CUDA_VISIBLE_DEVICES` for as many runs at a time; none where they come one after another.
-
-    Raises:
-        ConfigError: there are fewer GPUs; without any, the runs share the CPU.
-    """
+    """Values of `CUDA_VISIBLE_DEVICES` for as many runs at a time; none where they come one after another."""
     if parallel == 1:
         return []
     count = importlib.import_module("torch").cuda.device_count()
-    if parallel < 1 or 0 < count < parallel:
-        raise ConfigError(f"command line: parallel: found {parallel}, wanted 1 to {max(count, 1)}, the GPUs here")
+    if not count:
+        return [""] * parallel
+    if parallel > count:
+        gpus = "a GPU" if count == 1 else f"{count} GPUs"
+        print(f"ablate: {parallel} runs share {gpus}: the tokens/s and MFU of each are less than it reaches alone")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return visible[:parallel] if count else [""] * parallel
+    return [visible[i % count] for i in range(parallel)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time, a GPU each (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write a page with the curves")
@@ -201,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line: found no --vary, wanted one or more, such as --vary position_encoding=rope")
     if args.seeds < 1:
         raise ConfigError(f"command line: seeds: found {args.seeds}, wanted 1 or more")
+    if args.parallel < 1:
+        raise ConfigError(f"command line: parallel: found {args.parallel}, wanted 1 or more")
     gpus = _gpus(args.parallel)
     found = variants(rest, args.vary, args.seeds, args.equal, args.out)
     changed = changed_runs(found)

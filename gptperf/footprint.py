@@ -13,7 +13,7 @@ from typing import Literal
 
 from gptperf import flops
 from gptperf.config import Config, ModelConfig
-from gptperf.kernels.chunking import chunk_rows, row_stride
+from gptperf.kernels.chunking import chunk_rows, padded
 
 __all__ = [
     "STRATEGIES",
@@ -231,7 +231,8 @@ def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[floa
     rows = min(tokens, chunk_rows(V, size))
     # What comes in, and the last block's residual, which a recomputed block has not kept.
     alive = 2 if recompute != "none" and model.norm_position == "pre" else 1
-    return rows * row_stride(V) * size + (1 + alive) * dx + V * C * _FP32, kept
+    copy = size * padded(V) * C if padded(V) > V else 0  # of W, with rows of zeros
+    return rows * padded(V) * size + (1 + alive) * dx + copy + padded(V) * C * _FP32, kept
 
 
 def _backward_bytes(config: Config, recompute: Recompute) -> float:

@@ -2,7 +2,8 @@
 
 Rows are taken in chunks. For each: logits = x W^T; one kernel turns them into the loss of each row and, in place, into
 d = softmax(logits) - onehot(target); then dx = d W and dW += d^T x. Backward scales dx and dW by the incoming gradient
-over the number of targets that count.
+over the number of targets that count. Where V is no multiple of 8, a copy of W has rows of zeros up to the next one, as
+cuBLAS's fast products want it; the logits have columns of zeros then, which the kernel leaves alone.
 
 Log-sum-exp, losses and dW in float32; logits, d and dx are in x's dtype (float16: d is kept times 2^14, so that small
 probabilities do not vanish, and dx in float32). FLOPs: three GEMMs of 2 M C V where gradients are wanted, one where
@@ -15,13 +16,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gptperf.kernels.arguments import check_linear_cross_entropy, check_triton
-from gptperf.kernels.chunking import chunk_rows, row_stride
+from gptperf.kernels.chunking import chunk_rows, padded
 from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
 
 __all__ = ["linear_cross_entropy"]
@@ -102,18 +104,19 @@ def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, unscaled dx `(M, C)` and dW `(V, C)` (empty where not needed), and what they have to be multiplied by."""
-    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
     M, V = x.shape[0], weight.shape[0]
+    x, targets = x.contiguous(), targets.contiguous()
+    weight = F.pad(weight, (0, 0, 0, padded(V) - V)) if padded(V) > V else weight.contiguous()
     _, dx, dweight, _ = _forward_fake(x, weight, targets, ignore_index, needs_x, needs_weight)
     rows = chunk_rows(V, x.element_size())
-    stride = row_stride(V)
-    buffer, losses = x.new_empty((min(rows, M), stride))[:, :V], x.new_empty(M, dtype=torch.float32)
+    buffer, losses = x.new_empty((min(rows, M), padded(V))), x.new_empty(M, dtype=torch.float32)
     log2_scale = 14.0 if x.dtype == torch.float16 else 0.0
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
             logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
-            constants = {"V": V, "STRIDE": stride, "GRADIENT": needs_x or needs_weight, **shape_of(V)}
+            logits[:, V:] = 0  # as they are already, but where x is not finite
+            constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **shape_of(V)}
             tensors = (logits, targets[part], losses[part])
             launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
             if needs_x:
@@ -124,7 +127,7 @@ def _forward(
         dweight.zero_()
     count = (targets != ignore_index).sum().clamp(min=1)
     loss = losses.sum() / count
-    return loss, dx, dweight, torch.full_like(loss, 2.0**-log2_scale) / count
+    return loss, dx, dweight[:V], torch.full_like(loss, 2.0**-log2_scale) / count
 
 
 def _gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

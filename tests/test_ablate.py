@@ -282,8 +282,26 @@ def test_runs_at_a_time_have_a_gpu_each(
     names = {str(log.relative_to(tmp_path)) for _, log in seen}
     assert names == {f"{variant}/seed{seed}.txt" for variant in ("baseline", "n_layer=1") for seed in (1337, 1338)}
     assert "4 of 4 runs are not finished" in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="parallel: found 3, wanted 1 to 2, the GPUs here"):
-        ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=3"))
+    with pytest.raises(ConfigError, match="parallel: found 0, wanted 1 or more"):
+        ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=0"))
+
+
+def test_more_runs_at_a_time_than_gpus_share_them(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met, seen = threading.Barrier(4, timeout=30), []
+
+    def run(self: ablate.Runner, line: list[str], gpu: str, log: Path) -> int:
+        seen.append(gpu)
+        met.wait()
+        return 3
+
+    monkeypatch.setattr(ablate.Runner, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", "--parallel=4")) == 1
+    assert sorted(seen) == ["5", "5", "7", "7"]
+    assert "4 runs share 2 GPUs" in capfd.readouterr().out
 
 
 def test_all_that_run_hear_of_a_signal(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("classes", [1, 63, 65, 72])
-def test_rows_of_logits_begin_at_16_bytes(classes: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every chunk lies in one buffer, which the products write where it is."""
+def test_sizes_of_the_losss_products(classes: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiples of 8, padded with zeros; every chunk lies in one buffer, which the products write where it is."""
     module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
     monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_ROWS", 4)
     monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_BYTES", 1)
@@ -120,9 +120,9 @@ def test_rows_of_logits_begin_at_16_bytes(classes: int, precision: str, monkeypa
         logits.extend(tensors[:1] if kernel is module._cross_entropy_kernel else [])
         launch(kernel, grid, tensors, *rest)
 
-    def mm_and_keep(*args: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
-        products.append((out.data_ptr(), out.stride()))
-        return mm(*args, out=out, **options)
+    def mm_and_keep(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        products.append((out.data_ptr(), *a.shape, b.shape[1]))
+        return mm(a, b, out=out, **options)
 
     case = case_of("linear_cross_entropy", (23, 34), precision, classes=classes)
     incoming = gradients_for(case)
@@ -130,11 +130,14 @@ def test_rows_of_logits_begin_at_16_bytes(classes: int, precision: str, monkeypa
     monkeypatch.setattr(module.torch, "mm", mm_and_keep)
     found = run(kernel(case.op), case, incoming)
     monkeypatch.undo()
-    stride = (classes + 7) // 8 * 8
-    assert [x.shape for x in logits] == [(8, classes), (8, classes), (7, classes)]
-    assert {(x.data_ptr(), x.stride()) for x in logits} == {(logits[0].data_ptr(), (stride, 1))}
-    assert logits[0].data_ptr() % 16 == stride * logits[0].element_size() % 16 == 0
-    assert products.count((logits[0].data_ptr(), (stride, 1))) == len(logits)
+    columns = (classes + 7) // 8 * 8
+    assert [x.shape for x in logits] == [(8, columns), (8, columns), (7, columns)]
+    assert {(x.data_ptr(), x.stride()) for x in logits} == {(logits[0].data_ptr(), (columns, 1))}
+    assert classes == 1 or (logits[0][:, :classes] != 0).any()
+    assert (logits[0][:, classes:] == 0).all()
+    at = logits[0].data_ptr()
+    assert [sizes for where, *sizes in products if where == at] == [[rows, 34, columns] for rows in (8, 8, 7)]
+    assert [sizes for where, *sizes in products if where != at and columns not in sizes] == []
     compare(case, incoming, found)
 
 
@@ -352,6 +355,17 @@ def test_targets(values: str, precision: str) -> None:
     if ignored.all():
         assert found.outputs[0] == 0
         assert (found.gradients["weight"] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_the_row_of_an_ignored_target_may_hold_anything(bad: float) -> None:
+    case = case_of("linear_cross_entropy", (7, 34), classes=65)
+    x, targets = case.tensors["x"].clone(), case.others["targets"].clone()
+    x[3, 5], targets[3] = bad, IGNORE
+    case = case.having(x=x, targets=targets)
+    found = run(kernel(case.op), case, gradients_for(case))  # eager has NaN there
+    assert found.outputs[0].isfinite()
+    assert (found.gradients["x"][3] == 0).all()
 
 
 def test_small_probabilities_with_a_loss_scale() -> None:

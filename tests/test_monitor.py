@@ -300,7 +300,8 @@ def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(False)
     on_cpu = GradientMonitor(sizes, sum(sizes.values()), torch.device("cpu"))
-    wanted = on_cpu.measure([(name, shape, start, values.cpu()) for name, shape, start, values in gradients])
+    exact = [(name, shape, start, values.cpu().double()) for name, shape, start, values in gradients]
+    wanted = on_cpu.measure(exact)
     assert figures[: len(wanted)].tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-2)
 
 
