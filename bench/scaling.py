@@ -50,6 +50,8 @@ STRATEGIES: dict[str, list[str]] = {
     "zero1": ["--use_zero1=True"],
     "fsdp": ["--use_fsdp=True"],
     "fsdp_once": ["--use_fsdp=True", "--fsdp_reduce_once=True"],
+    "fsdp_gathered": ["--use_fsdp=True", "--fsdp_gather_once=True"],
+    "fsdp_both": ["--use_fsdp=True", "--fsdp_gather_once=True", "--fsdp_reduce_once=True"],
     "ddp_nccl_bf16": ["--communication=process_group", "--reduce_dtype=bfloat16"],
     "ddp_nccl": ["--communication=process_group"],
     "zero1_nccl": ["--use_zero1=True", "--communication=process_group"],

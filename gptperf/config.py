@@ -255,6 +255,8 @@ class SystemConfig:
     """FSDP: parameters of a unit; smaller blocks share one with the next."""
     fsdp_reduce_once: bool = False
     """FSDP: keep whole gradients between micro-batches and reduce them once: less communication, more memory."""
+    fsdp_gather_once: bool = False
+    """FSDP: keep gathered weights until the last backward of the iteration: less communication, more memory."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which NCCL sums gradients over the GPUs; copy engines do so in float32."""
     communication: Literal["auto", "copy_engine", "process_group"] = "auto"

@@ -132,10 +132,11 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
             return master + copy, gradients, moments, pulled
         return master / num_gpus + copy, gradients, moments / num_gpus, pulled
     block = (count.attention + count.ffn) / model.n_layer
-    unit = max(block, count.embedding)  # two are gathered at a time, and the gradient of one is there, or of three
+    unit = max(block, count.embedding)  # two are gathered at a time, or all; one's gradient is there, or three's
     once = config.system.fsdp_reduce_once
-    gathered = (2 * size + (_FP32 * others if once else size * (3 + others) if others else _FP32)) * unit
-    if not config.system.fsdp_reduce_once:
+    gathered = (_FP32 * others if once else size * (3 + others) if others else _FP32) * unit
+    gathered += size * (matrices if config.system.fsdp_gather_once else 2 * unit)
+    if not once:
         gradients /= num_gpus
     return (master + copy) / num_gpus, gradients, moments / num_gpus, gathered
 

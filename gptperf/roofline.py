@@ -160,5 +160,6 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
-    total = micro_batches * 2 * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
+    gathers = 1 if config.system.fsdp_gather_once else 2 * micro_batches
+    total = gathers * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
     return max(total - compute_s, _BESIDE_COMPUTE * total)

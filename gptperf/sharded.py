@@ -167,13 +167,15 @@ class FullySharded(Sharded):
     """FSDP: a process has its share of everything, and a unit's weights while they are read.
 
     The weights of a unit are gathered while the unit before it computes, in forward and again in backward, and dropped
-    after it. Vectors (norm weights, biases) are a thousandth of a model and stay whole in every process.
+    after it; with `gather_once` they are gathered in an iteration's first forward and dropped in its last backward.
+    Vectors (norm weights, biases) are a thousandth of a model and stay whole in every process.
 
     Args:
         model, compute_dtype, collectives: as for `Sharded`.
         min_num_params: blocks smaller than this share a unit with the next.
         reduce_once: keep whole gradients between micro-batches and reduce them in the last one: 4 bytes a parameter
             for less communication.
+        gather_once: keep gathered weights: those of the whole model, in the compute dtype, for less communication.
     """
 
     def __init__(
@@ -184,8 +186,9 @@ class FullySharded(Sharded):
         *,
         min_num_params: int = 0,
         reduce_once: bool = False,
+        gather_once: bool = False,
     ):
-        self.min_num_params, self.reduce_once = min_num_params, reduce_once
+        self.min_num_params, self.reduce_once, self.gather_once = min_num_params, reduce_once, gather_once
         self._arriving: list[Pending] = []  # reductions on their way
         self._with_gradient: set[Bucket] = set()  # in this step
         super().__init__(model, compute_dtype, collectives)
@@ -269,10 +272,12 @@ class FullySharded(Sharded):
 
     def enter(self, unit: int) -> None:
         self._need(unit)
-        kept = [unit, unit + 1]
-        if unit == self.last_unit and torch.is_grad_enabled():
-            kept.append(unit - 1)  # backward comes to it next
-        self._keep_only(kept)
+        training = torch.is_grad_enabled()
+        if not (training and self.gather_once):
+            kept = [unit, unit + 1]
+            if training and unit == self.last_unit:
+                kept.append(unit - 1)  # backward comes to it next
+            self._keep_only(kept)
         self._prefetch(unit + 1)
 
     def _keep_only(self, units: list[int]) -> None:
@@ -320,20 +325,19 @@ class FullySharded(Sharded):
         for bucket in self.buckets[self._reduced :]:
             if self._travels(bucket):
                 self._reduce(bucket)
-            if bucket not in self._next:
+            if not self._waits_for_next(bucket):
                 self._drop(bucket)
         super().start_micro_batch(last)
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
         super()._arrive(name, parameter)
         bucket = self.places[name].bucket
-        if bucket.full and (self._last_micro_batch or bucket not in self._next):
+        if bucket.full and (self._last_micro_batch or not self._waits_for_next(bucket)):
             self._drop(bucket)
 
-    @property
-    def _next(self) -> list[Bucket]:
-        """Those with which a forward begins: between micro-batches they stay."""
-        return [*self._needs[0], *self._needs[1]]
+    def _waits_for_next(self, bucket: Bucket) -> bool:
+        """Whether a bucket is there from one micro-batch to the next, as those with which a forward begins are."""
+        return self.gather_once or bucket in (*self._needs[0], *self._needs[1])
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self._travels(bucket):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peer_files import collectives_of
@@ -65,8 +66,11 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     engine.weights.share()
     compile_engine(engine)
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
+    collectives, gathers = engine.weights.collectives, []
     for step in range(first, last):
-        result = train_step(engine, data, step, watched=True)
+        with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather:
+            result = train_step(engine, data, step, watched=True)
+        gathers.append(gather.call_count)
         losses.append(process.mean(result.loss.clone()).item())
         norms.append(result.gradient_norm.item())
         assert result.gradients is not None
@@ -88,6 +92,8 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "norms": norms,
         "watched": watched,
         "evaluated": evaluated,
+        "gathers": gathers,
+        "buckets": len(buckets),
         "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
         "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
         "gradient_bytes": sum(b.grad.nbytes for b in buckets),

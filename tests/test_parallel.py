@@ -20,6 +20,7 @@ STRATEGIES = {
     "zero1": ["--use_zero1=True"],
     "fsdp": ["--use_fsdp=True"],
     "fsdp_once": ["--use_fsdp=True", "--fsdp_reduce_once=True"],
+    "fsdp_gathered": ["--use_fsdp=True", "--fsdp_gather_once=True"],
     "fsdp_joined": ["--use_fsdp=True", "--fsdp_min_num_params=20000"],
 }
 MODELS = {
@@ -145,10 +146,21 @@ def test_who_holds_what(results: Callable[[int], Results], strategy: str, proces
     whole = results(1)["llama-ddp-4"][0]
     for found in results(processes)[f"llama-{strategy}-4"]:
         states = 1 if strategy == "ddp" else processes
-        gradients = processes if strategy in ("fsdp", "fsdp_joined") else 1
+        gradients = processes if strategy in ("fsdp", "fsdp_gathered", "fsdp_joined") else 1
         assert found["state_bytes"] == pytest.approx(whole["state_bytes"] / states, rel=0.01)
         # The gradients of vectors stay whole: half a per cent of this model.
         assert found["gradient_bytes"] == pytest.approx(whole["gradient_bytes"] / gradients, rel=0.02)
+
+
+@pytest.mark.parametrize("processes", PROCESSES[1:])
+def test_how_often_weights_are_gathered(results: Callable[[int], Results], processes: int) -> None:
+    """Once an iteration, or for each forward and backward; and two units again after an evaluation."""
+    for model in ("llama", "gpt2"):
+        for micro in (4, 16):
+            for found in results(processes)[f"{model}-fsdp_gathered-{micro}"]:
+                assert all(found["buckets"] <= gathers <= found["buckets"] + 2 for gathers in found["gathers"])
+        (more, _, *_) = results(processes)[f"{model}-fsdp-16"]
+        assert min(more["gathers"]) > (more["buckets"] - 1) * 16 // processes
 
 
 LAYOUTS = ("ddp", "zero1", "fsdp")
