@@ -1,11 +1,12 @@
 """Training over several GPUs of this host: `python -m bench.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
 
 For every model and number of micro-batches, each card first trains for itself, all at the same time (`--one_by_one`:
-the others idle), then together under each strategy, in the same processes: fresh random tokens, at least 3
-micro-batches of warm-up, then the mean of the timed steps, between CUDA events, of the slowest process (no median: at
-its power cap a card is slower and faster by turns). Weak scaling: micro-batches of each GPU stay. Strong (`--strong`):
-those of the job stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the
-sum of the cards.
+the others idle), then together under each strategy, then for itself again, in the same processes: fresh random tokens,
+at least 3 micro-batches of warm-up, then the mean of the timed steps, between CUDA events, of the slowest process (no
+median: at its power cap a card is slower and faster by turns). What a card takes alone is the mean of before and after,
+since cards slow down as they warm up. Weak scaling: micro-batches of each GPU stay. Strong (`--strong`): those of the
+job stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the sum of the
+cards.
 
 State is the memory allocated between two steps, without buffers that only communication needs, peak the most during
 them, with these, of the largest process; beside them the plan. Exposed communication is the time in which a card does
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +59,8 @@ STRATEGIES: dict[str, list[str]] = {
     "zero1_nccl": ["--use_zero1=True", "--communication=process_group"],
     "fsdp_nccl": ["--use_fsdp=True", "--communication=process_group"],
 }
+ALONE = ("alone", "alone_after")
+"""Each card for itself, before and after the strategies."""
 _WARM_UP, _PROFILED = 3, 2
 
 
@@ -66,7 +70,7 @@ class Case:
 
     model: str
     strategy: str
-    """Of `STRATEGIES`, or "alone": each card for itself."""
+    """Of `STRATEGIES`, or of `ALONE`."""
     gpus: int
     micro_batches: int
     """Of a step on one GPU."""
@@ -79,7 +83,7 @@ class Case:
 
     def config(self) -> Config:
         """Of a run; alone, of the run on one card."""
-        world_size = 1 if self.strategy == "alone" else self.gpus
+        world_size = 1 if self.strategy in ALONE else self.gpus
         flags = [f"--gradient_accumulation_steps={self.micro_batches * world_size}", *STRATEGIES.get(self.strategy, [])]
         return cli.resolve([*MODELS[self.model], *flags], world_size=world_size).config
 
@@ -92,7 +96,7 @@ def cases(
     strong: bool = False,
     most_steps: int = 21,
 ) -> list[Case]:
-    """What is measured on a number of GPUs: the cards alone, then the strategies."""
+    """What is measured on a number of GPUs: the strategies between the cards alone."""
     found = []
     for model in models:
         for count in micro_batches:
@@ -100,7 +104,7 @@ def cases(
                 continue
             mine = count // gpus if strong else count
             steps = max(3, most_steps // mine)
-            names = ["alone", *(strategies if gpus > 1 else [])]
+            names = [ALONE[0], *strategies, ALONE[1]] if gpus > 1 else [ALONE[0]]
             found += [Case(model, name, gpus, mine, steps) for name in names]
     return found
 
@@ -186,7 +190,7 @@ def _worker(jobs: Path, out: Path) -> None:
     for entry in json.loads(jobs.read_text()):
         case = Case(**entry["case"])
         mine: dict[str, Any] = {}
-        if case.strategy == "alone":
+        if case.strategy in ALONE:
             for rank in range(process.world_size if entry["one_by_one"] else 1):
                 if rank == process.rank or not entry["one_by_one"]:
                     together = (lambda: None) if entry["one_by_one"] else process.barrier
@@ -208,22 +212,23 @@ def _worker(jobs: Path, out: Path) -> None:
 
 def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table."""
-    alone = {}
+    alone = defaultdict(list)  # milliseconds of each card, for every time
     for record in records:
         case = Case(**record["case"])
-        if case.strategy == "alone":
-            alone[case.model, case.gpus, case.micro_batches] = [rank["ms"] for rank in record["ranks"]]
+        if case.strategy in ALONE:
+            alone[case.model, case.gpus, case.micro_batches].append([rank["ms"] for rank in record["ranks"]])
     head = f"{'model':<14}{'GPUs':>5}{'strategy':>11}{'micro':>6}{'ms/step':>10}{'tokens/s':>12}{'of slowest':>11}"
     head += f"{'of sum':>8}{'exposed ms':>11}{'hidden':>8}{'state GB':>9}{'plan':>7}{'peak GB':>9}{'plan':>7}"
     lines = [head + f"{'stall ms':>9}"]
     for record in records:
         case, ranks = Case(**record["case"]), record["ranks"]
         config, ms = case.config(), max(rank["ms"] for rank in ranks)
-        tokens = config.tokens_per_iter * (case.gpus if case.strategy == "alone" else 1)
+        tokens = config.tokens_per_iter * (case.gpus if case.strategy in ALONE else 1)
         line = f"{case.model:<14}{case.gpus:>5}{case.strategy:>11}{case.micro_batches:>6}{ms:>10.1f}"
         line += f"{tokens / ms * 1e3:>12,.0f}"
-        cards = alone.get((case.model, case.gpus, case.micro_batches))
-        if cards is None:
+        times = alone[case.model, case.gpus, case.micro_batches]
+        cards = [statistics.mean(card) for card in zip(*times, strict=True)]
+        if not cards:
             line += f"{'-':>11}{'-':>8}"
         else:
             of_sum = len(cards) / ms / sum(1 / card for card in cards)
@@ -246,7 +251,7 @@ def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tupl
     gpu = match_gpu(environment["device"], environment.get("memory_gb"))
     if gpu is None:
         return float("nan"), float("nan")
-    count = 1 if case.strategy == "alone" else case.gpus
+    count = 1 if case.strategy in ALONE else case.gpus
     given = plan.plan(config, gpu, num_gpus=count, strategy=strategy_of(config))
     memory = given.memory
     return memory.weights_gb + memory.gradients_gb + memory.optimizer_gb, memory.total_gb

@@ -1,8 +1,8 @@
 """`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: what each change is worth.
 
 The baseline and every change are trained with every seed, each at the tokens or FLOPs of the baseline: one run after
-another, or with --parallel N so many at a time, each on one GPU, which more runs than GPUs share. Runs that are finished
-are not run again, interrupted ones go on: the same command continues.
+another, or with --parallel N so many at a time, each on one GPU, which more runs than GPUs share. Runs that are
+finished are not run again, interrupted ones go on: the same command continues.
 """
 
 import argparse

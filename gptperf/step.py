@@ -81,8 +81,12 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
     collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
     where = model, build.DTYPES[system.dtype], collectives
     if system.use_fsdp:
-        once = {"reduce_once": system.fsdp_reduce_once, "gather_once": system.fsdp_gather_once}
-        return FullySharded(*where, min_num_params=system.fsdp_min_num_params, **once)
+        return FullySharded(
+            *where,
+            min_num_params=system.fsdp_min_num_params,
+            reduce_once=system.fsdp_reduce_once,
+            gather_once=system.fsdp_gather_once,
+        )
     if system.use_zero1:
         announces = not (system.compile and system.compile_scope == "model")
         return Sharded(*where, single=single, announces=announces)

@@ -7,9 +7,11 @@ CHUNK_BYTES = 1_100_000_000
 32768 rows of 32000 are two chunks."""
 CHUNK_ROWS = 2816
 """A chunk is a multiple of these, two at least: 22 tiles of 128 rows, so that dx fills the 132 multiprocessors of an
-H200 with C = 768. There chunks of 8448 rows take 1.163 times the three products, 8192 rows 1.23."""
+H200 with C = 768. There chunks of 8448 rows take 1.16 to 1.20 times the three products, by card, 8192 rows 1.23."""
 MULTIPLE = 8
-"""Columns of logits are padded to a multiple of these: 16 bytes of 16-bit elements, which cuBLAS's fast products want."""
+"""Columns of logits are padded to a multiple of these, as cuBLAS's fast products want it: with V = 50257 a step of
+gpt2_openai_124m took 112 ms on an H200 without padding, 99 with padded rows and products of V columns, and 62 on an
+H100 with products of padded size."""
 
 
 def padded(V: int) -> int:

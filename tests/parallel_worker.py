@@ -93,6 +93,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "watched": watched,
         "evaluated": evaluated,
         "gathers": gathers,
+        "moved_by": collectives.name,
         "buckets": len(buckets),
         "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
         "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
