@@ -30,7 +30,7 @@ PLANNED = {
     "gpt2_openai_124m/batch_32": ["configs/gpt2_openai_124m.toml", "--batch_size=32"],
     "gpt2_774m/batch_12": [*_GPT2, "--n_layer=36", "--n_embd=1280", "--n_head=20", "--batch_size=12"],
 }
-"""Runs whose plan is compared with what they take. The last three gave no rate of the plan's, the last no formula."""
+"""Runs whose plan is compared with what they take. The first and the sixth gave the rates, the last no formula."""
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
     "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],

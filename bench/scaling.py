@@ -13,7 +13,8 @@ them, with these, of the largest process; beside them the plan. Exposed communic
 nothing but communicate, from a profile of two steps of the first process. With `--save`, the time for which training
 waits in the second of two saves.
 
-Every case writes its own file under --out; what is there is not measured again (`--fresh`: again).
+Every case writes its own file under --out; what is there is not measured again (`--fresh`: again), but for the cards
+alone, which surround whatever is measured.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from gptperf.resume import TrainState, snapshot
 from gptperf.saving import Saver
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
 
-__all__ = ["Case", "cases", "main", "report"]
+__all__ = ["Case", "cases", "main", "report", "to_measure"]
 
 STRATEGIES: dict[str, list[str]] = {
     "ddp": [],
@@ -107,6 +108,16 @@ def cases(
             names = [ALONE[0], *strategies, ALONE[1]] if gpus > 1 else [ALONE[0]]
             found += [Case(model, name, gpus, mine, steps) for name in names]
     return found
+
+
+def to_measure(wanted: Sequence[Case], there: Collection[str]) -> list[Case]:
+    """What is not there, and the cards alone around it."""
+    missing = {(case.model, case.gpus, case.micro_batches) for case in wanted if case.name not in there}
+    return [
+        case
+        for case in wanted
+        if case.name not in there or (case.strategy in ALONE and (case.model, case.gpus, case.micro_batches) in missing)
+    ]
 
 
 def _batches(engine: Engine) -> Iterator[Tensor]:
@@ -217,18 +228,18 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
         case = Case(**record["case"])
         if case.strategy in ALONE:
             alone[case.model, case.gpus, case.micro_batches].append([rank["ms"] for rank in record["ranks"]])
-    head = f"{'model':<14}{'GPUs':>5}{'strategy':>11}{'micro':>6}{'ms/step':>10}{'tokens/s':>12}{'of slowest':>11}"
+    head = f"{'model':<14}{'GPUs':>5}{'strategy':>15}{'micro':>6}{'ms/step':>10}{'tokens/s':>12}{'of slowest':>11}"
     head += f"{'of sum':>8}{'exposed ms':>11}{'hidden':>8}{'state GB':>9}{'plan':>7}{'peak GB':>9}{'plan':>7}"
     lines = [head + f"{'stall ms':>9}"]
     for record in records:
         case, ranks = Case(**record["case"]), record["ranks"]
         config, ms = case.config(), max(rank["ms"] for rank in ranks)
         tokens = config.tokens_per_iter * (case.gpus if case.strategy in ALONE else 1)
-        line = f"{case.model:<14}{case.gpus:>5}{case.strategy:>11}{case.micro_batches:>6}{ms:>10.1f}"
+        line = f"{case.model:<14}{case.gpus:>5}{case.strategy:>15}{case.micro_batches:>6}{ms:>10.1f}"
         line += f"{tokens / ms * 1e3:>12,.0f}"
         times = alone[case.model, case.gpus, case.micro_batches]
         cards = [statistics.mean(card) for card in zip(*times, strict=True)]
-        if not cards:
+        if not cards or case.strategy in ALONE:
             line += f"{'-':>11}{'-':>8}"
         else:
             of_sum = len(cards) / ms / sum(1 / card for card in cards)
@@ -287,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for gpus in wanted:
         mine = cases(args.models, gpus, args.strategies, args.micro_batches, args.strong, args.steps)
         chosen += mine
-        missing = [c for c in mine if args.fresh or not (args.out / f"{c.name}.json").exists()]
+        missing = to_measure(mine, () if args.fresh else {path.stem for path in args.out.glob("*.json")})
         if not missing:
             continue
         jobs = args.out / f"jobs-{gpus}.json"

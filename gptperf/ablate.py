@@ -168,9 +168,6 @@ def _gpus(parallel: int) -> list[str]:
     count = importlib.import_module("torch").cuda.device_count()
     if not count:
         return [""] * parallel
-    if parallel > count:
-        gpus = "a GPU" if count == 1 else f"{count} GPUs"
-        print(f"ablate: {parallel} runs share {gpus}: the tokens/s and MFU of each are less than it reaches alone")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return [visible[i % count] for i in range(parallel)]
 
@@ -202,14 +199,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"command line: seeds: found {args.seeds}, wanted 1 or more")
     if args.parallel < 1:
         raise ConfigError(f"command line: parallel: found {args.parallel}, wanted 1 or more")
-    gpus = _gpus(args.parallel)
     found = variants(rest, args.vary, args.seeds, args.equal, args.out)
+    gpus = _gpus(min(args.parallel, sum(len(variant.jobs) for variant in found)))
     changed = changed_runs(found)
     if changed:
         raise ConfigError("; ".join([*changed, "wanted another --out, or those folders away"]))
     if args.list:
         print(_listed(found))
         return 0
+    if len(set(gpus)) < len(gpus) and "" not in gpus:
+        print(
+            f"ablate: {len(gpus)} runs at a time share {len(set(gpus))} GPU(s): the tokens/s and MFU of each are less "
+            "than alone, and its plan counts on the whole memory"
+        )
     if args.html is not None:
         page.check_packages()
 

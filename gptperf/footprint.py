@@ -124,11 +124,11 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     copy = 0 if size == _FP32 else size * matrices
     master, gradients, moments = (float(_FP32 * n * count.total) for n in (1, 1, 2))
     others = (num_gpus - 1) / num_gpus if pulls(config, num_gpus) else 0.0  # of a bucket, pulled from them
-    if strategy != "fsdp":
+    if strategy != "fsdp" or num_gpus == 1:  # one GPU has nothing to gather
         single = config.train.gradient_accumulation_steps == num_gpus and size < _FP32
         # With one micro-batch a step gradients travel as they came, and three of them may be on their way.
         pulled = (size * (3 + others) if single and others else others * _FP32) * max(count.embedding, _BUCKET_NUMEL)
-        if strategy == "ddp":
+        if strategy != "zero1":
             return master + copy, gradients, moments, pulled
         return master / num_gpus + copy, gradients, moments / num_gpus, pulled
     block = (count.attention + count.ffn) / model.n_layer

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptperf import cli, flops, hardware
-from gptperf.config import Config
+from gptperf.config import Config, SystemConfig
 from gptperf.errors import ConfigError, main_guard
 from gptperf.footprint import (
     STRATEGIES,
@@ -239,20 +239,30 @@ def _changes(
     for batch in batches:
         steps = train.gradient_accumulation_steps * (train.batch_size // batch)
         changed = _with(config, batch_size=batch, gradient_accumulation_steps=steps)
-        for kernels in {config.system.kernels, "auto"}:
-            system = dataclasses.replace(config.system, kernels=kernels)
+        for system, flags_of_system in _systems(config.system, given.strategy):
             for strategy in (x for x in more if x == given.strategy or x in strategies):
                 for recompute in RECOMPUTE[RECOMPUTE.index(given.recompute) :]:
                     flags = []
                     if batch != train.batch_size:
                         flags += [f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
-                    if kernels != config.system.kernels:
-                        flags.append(f"--kernels={kernels}")
+                    flags += flags_of_system
                     if strategy != given.strategy:
                         flags.append(f"--use_{strategy}=True")
                     if recompute != given.recompute:
                         flags.append(f"--recompute={recompute}")
                     yield dataclasses.replace(changed, system=system), strategy, recompute, flags
+
+
+def _systems(system: SystemConfig, strategy: Strategy) -> list[tuple[SystemConfig, list[str]]]:
+    """This one and what takes less memory in it, with the flags that make them."""
+    found: list[tuple[SystemConfig, list[str]]] = [(system, [])]
+    if system.kernels != "auto":
+        found.append((dataclasses.replace(system, kernels="auto"), ["--kernels=auto"]))
+    if strategy == "fsdp" and system.fsdp_gather_once:
+        found += [(dataclasses.replace(x, fsdp_gather_once=False), [*f, "--fsdp_gather_once=False"]) for x, f in found]
+    if strategy == "fsdp" and system.fsdp_reduce_once:
+        found += [(dataclasses.replace(x, fsdp_reduce_once=False), [*f, "--fsdp_reduce_once=False"]) for x, f in found]
+    return found
 
 
 def refusal(

@@ -160,6 +160,10 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
-    gathers = 1 if config.system.fsdp_gather_once else 2 * micro_batches
-    total = gathers * gather + (1 if config.system.fsdp_reduce_once else micro_batches) * reduce
-    return max(total - compute_s, _BESIDE_COMPUTE * total)
+    # What is done once is covered by the first forward or by the last backward, the rest by everything.
+    forward, backward = compute_s / micro_batches / 3, 2 / 3 * compute_s / micro_batches
+    once = [(gather, forward)] * config.system.fsdp_gather_once + [(reduce, backward)] * config.system.fsdp_reduce_once
+    often = 0.0 if config.system.fsdp_gather_once else 2 * micro_batches * gather
+    often += 0.0 if config.system.fsdp_reduce_once else micro_batches * reduce
+    exposed = sum(max(seconds - covered, 0.0) for seconds, covered in [*once, (often, compute_s)])
+    return max(exposed, _BESIDE_COMPUTE * (often + sum(seconds for seconds, _ in once)))

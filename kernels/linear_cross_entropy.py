@@ -115,7 +115,6 @@ def _forward(
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
             logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
-            logits[:, V:] = 0  # as they are already, but where x is not finite
             constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **shape_of(V)}
             tensors = (logits, targets[part], losses[part])
             launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)

@@ -7,7 +7,7 @@ order, whatever the number of processes.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from gptperf.parallel import Process, start_process
 from gptperf.resume import TrainState, restore, snapshot
 from gptperf.saving import Saver
 from gptperf.step import Engine, build_engine, compile_engine, train_step
+from gptperf.weights import Replicated
 
 
 def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
@@ -50,6 +51,23 @@ def evaluate(engine: Engine) -> float:
     return loss
 
 
+def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
+    """Filled with how many buckets of matrices are whole here, before each micro-batch and before the update."""
+    held: list[tuple[str, int]] = []
+
+    def looking(moment: str, then: Callable[..., None]) -> Callable[..., None]:
+        def look(*args: Any, **options: Any) -> None:
+            whole = [b for b in weights.buckets if b.decayed and b.compute.untyped_storage().size() > 0]
+            held.append((moment, len(whole)))
+            then(*args, **options)
+
+        return look
+
+    weights.start_micro_batch = looking("micro-batch", weights.start_micro_batch)  # type: ignore[method-assign]
+    weights.finish_gradients = looking("update", weights.finish_gradients)  # type: ignore[method-assign]
+    return held
+
+
 def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """Losses, gradient norms, moments and weights."""
     torch._dynamo.reset()
@@ -67,6 +85,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     compile_engine(engine)
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     collectives, gathers = engine.weights.collectives, []
+    held = _watch_what_is_held(engine.weights)
     for step in range(first, last):
         with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather:
             result = train_step(engine, data, step, watched=True)
@@ -93,7 +112,9 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "watched": watched,
         "evaluated": evaluated,
         "gathers": gathers,
+        "held": held,
         "moved_by": collectives.name,
+        "reason": collectives.reason,
         "buckets": len(buckets),
         "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
         "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),

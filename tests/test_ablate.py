@@ -301,7 +301,13 @@ def test_more_runs_at_a_time_than_gpus_share_them(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", "--parallel=4")) == 1
     assert sorted(seen) == ["5", "5", "7", "7"]
-    assert "4 runs share 2 GPUs" in capfd.readouterr().out
+    assert "4 runs at a time share 2 GPU(s)" in capfd.readouterr().out
+    arguments = command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")
+    monkeypatch.setattr(ablate.Runner, "run", lambda self, line, gpu, log: seen.append(gpu) or 3)
+    seen.clear()
+    assert ablate.main(arguments) == 1  # two runs in all
+    assert sorted(seen) == ["5", "7"]
+    assert "share" not in capfd.readouterr().out
 
 
 def test_all_that_run_hear_of_a_signal(tmp_path: Path) -> None:

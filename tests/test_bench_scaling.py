@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.scaling import Case, cases, report
+from bench.scaling import ALONE, STRATEGIES, Case, cases, report, to_measure
 
 
 def record(case: Case, *ms: float) -> dict[str, Any]:
@@ -32,6 +32,23 @@ def test_efficiency_is_against_the_mean_of_both(after: tuple[float, ...], slowes
     cards = [100.0, 80.0] if not after else [105.0, 85.0]
     assert line[6] == slowest == f"{cards[0] / 125:.1%}"
     assert float(line[7].rstrip("%")) == pytest.approx(2 / 125 / (1 / cards[0] + 1 / cards[1]) * 100, abs=0.06)
+
+
+def test_what_is_measured_stands_between_the_cards_alone() -> None:
+    wanted = cases(["gpt2_124m"], 2, ["ddp", "fsdp"], [1, 8])
+    names = [case.name for case in wanted]
+    assert to_measure(wanted, names) == []
+    assert to_measure(wanted, ()) == wanted
+    for missing in (1, 3):  # a strategy, the cards alone afterwards
+        found = [case.name for case in to_measure(wanted, {*names} - {names[missing]})]
+        assert found == sorted({names[0], names[missing], names[3]}, key=names.index)
+
+
+def test_every_name_has_its_column() -> None:
+    records = [record(Case("llama_1.36b", name, 8, 8, 3), 1000.0) for name in (*ALONE, *STRATEGIES)]
+    head, *lines = report(records)
+    assert {len(line) for line in (head, *lines)} == {len(head)}
+    assert {len(line.split()) for line in lines} == {15}
 
 
 def test_without_the_cards_alone_there_is_no_efficiency() -> None:

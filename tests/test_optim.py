@@ -203,7 +203,6 @@ weights = {
     "zero1": lambda: Sharded(model, *where, bucket_numel=200),
     "fsdp": lambda: FullySharded(model, *where),
     "fsdp_once": lambda: FullySharded(model, *where, reduce_once=True),
-    "fsdp_gathered": lambda: FullySharded(model, *where, gather_once=True),
 }[sys.argv[1]]()
 assert len(weights.buckets) == (6 if "fsdp" in sys.argv[1] else 3)
 weights.share()
@@ -240,7 +239,7 @@ process.close()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", ["by the process group", "by copies"])
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp", "fsdp_once", "fsdp_gathered"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp", "fsdp_once"])
 def test_two_processes_reduce_the_same_buckets(strategy: str, moved: str, tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO_RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

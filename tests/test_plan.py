@@ -94,6 +94,30 @@ def test_remedies_fit_and_their_flags_make_them() -> None:
         assert remedy.flags in plan.refusal(config, gpu, given)
 
 
+def test_what_fsdp_keeps_can_be_given_back() -> None:
+    flags = [
+        "--use_fsdp=True",
+        "--fsdp_gather_once=True",
+        "--fsdp_reduce_once=True",
+        "--gradient_accumulation_steps=16",
+    ]
+    config = cli.resolve([*LLAMA[:2], *flags], world_size=2).config
+    gpu = plan.find_gpu("H100")
+    given = plan.plan(config, gpu, num_gpus=2, strategy="fsdp", reported_gb=64.5)
+    assert not given.fits
+    found = {x.flags: x.plan for x in plan.remedies(config, gpu, given, 64.5, most=9)}
+    for remedy in ("--fsdp_gather_once=False", "--fsdp_reduce_once=False"):
+        assert found[remedy].fits
+        assert given.step_ms < found[remedy].step_ms
+
+
+def test_fsdp_on_one_gpu_takes_what_one_gpu_takes() -> None:
+    alone = plan.plan(config_of(*LLAMA), plan.find_gpu("H200"))
+    for flags in ([], ["--fsdp_gather_once=True"], ["--fsdp_reduce_once=True"]):
+        config = config_of(*LLAMA, "--use_fsdp=True", *flags)
+        assert plan.plan(config, plan.find_gpu("H200"), strategy="fsdp").memory == alone.memory
+
+
 def test_sharding_is_a_remedy_where_there_are_gpus() -> None:
     config, gpu = config_of("configs/llama_1.36b.toml"), plan.find_gpu("A100 SXM 40")
     given = plan.plan(config, gpu, num_gpus=4)

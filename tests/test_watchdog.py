@@ -62,7 +62,7 @@ class Job:
             port = found.getsockname()[1]
         env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         path = os.pathsep.join(filter(None, (str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH"))))
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "LOCAL_WORLD_SIZE": "2"}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         env |= {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_FILE": str(tmp_path / "when")}
         flags = ("--plugins=faulty", "--normalization=faulty", "--log_interval=5", "--sample_tokens=0", *flags)
         command = run_command(corpus, tmp_path / "out", *flags)
