@@ -263,13 +263,19 @@ def test_a_signal_before_the_command_starts_still_reaches_it() -> None:
     assert time.monotonic() - start < 30
 
 
-def test_runs_at_a_time_have_a_gpu_each(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("parallel", "gpus"), [(2, ["5", "7"]), (4, ["5", "5", "7", "7"])])
+def test_runs_at_a_time_share_the_gpus_out(
+    parallel: int,
+    gpus: list[str],
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    met, seen = threading.Barrier(2, timeout=30), []
+    met, seen = threading.Barrier(parallel, timeout=30), []
 
     def run(self: ablate.Runner, line: list[str], gpu: str, log: Path) -> int:
-        met.wait()  # that two are here at once
+        met.wait()  # that so many are here at once
         seen.append((gpu, log))
         met.wait()
         return 3
@@ -277,37 +283,28 @@ def test_runs_at_a_time_have_a_gpu_each(
     monkeypatch.setattr(ablate.Runner, "run", run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", "--parallel=2")) == 1
-    assert [sorted(gpu for gpu, _ in seen[i : i + 2]) for i in (0, 2)] == [["5", "7"], ["5", "7"]]
+    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", f"--parallel={parallel}")) == 1
+    times = [sorted(gpu for gpu, _ in seen[i : i + parallel]) for i in range(0, 4, parallel)]
+    assert times == [gpus] * (4 // parallel)
     names = {str(log.relative_to(tmp_path)) for _, log in seen}
     assert names == {f"{variant}/seed{seed}.txt" for variant in ("baseline", "n_layer=1") for seed in (1337, 1338)}
-    assert "4 of 4 runs are not finished" in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="parallel: found 0, wanted 1 or more"):
-        ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=0"))
+    said = capfd.readouterr().out
+    assert "4 of 4 runs are not finished" in said
+    assert ("4 runs at a time share 2 GPU(s)" in said) == (parallel == 4)
 
 
-def test_more_runs_at_a_time_than_gpus_share_them(
+def test_no_more_at_a_time_than_there_are_runs(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    met, seen = threading.Barrier(4, timeout=30), []
-
-    def run(self: ablate.Runner, line: list[str], gpu: str, log: Path) -> int:
-        seen.append(gpu)
-        met.wait()
-        return 3
-
-    monkeypatch.setattr(ablate.Runner, "run", run)
+    seen: list[str] = []
+    monkeypatch.setattr(ablate.Runner, "run", lambda self, line, gpu, log: seen.append(gpu) or 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", "--parallel=4")) == 1
-    assert sorted(seen) == ["5", "5", "7", "7"]
-    assert "4 runs at a time share 2 GPU(s)" in capfd.readouterr().out
-    arguments = command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")
-    monkeypatch.setattr(ablate.Runner, "run", lambda self, line, gpu, log: seen.append(gpu) or 3)
-    seen.clear()
-    assert ablate.main(arguments) == 1  # two runs in all
+    assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")) == 1
     assert sorted(seen) == ["5", "7"]
     assert "share" not in capfd.readouterr().out
+    with pytest.raises(ConfigError, match="parallel: found 0, wanted 1 or more"):
+        ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=0"))
 
 
 def test_all_that_run_hear_of_a_signal(tmp_path: Path) -> None:
