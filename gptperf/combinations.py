@@ -80,6 +80,12 @@ def _fsdp_as_one_graph(c: Mapping[str, Any]) -> str | None:
     return "FSDP gathers weights block by block, which one graph leaves no room for; nearest compile_scope: 'block'"
 
 
+def _only_fsdp(c: Mapping[str, Any], key: str) -> str | None:
+    if not c[key] or c["use_fsdp"]:
+        return None
+    return f"{key} = true is a choice within FSDP, and use_fsdp = false; nearest: {key} = false"
+
+
 def _full_as_one_graph(c: Mapping[str, Any]) -> str | None:
     if not (c["recompute"] == "full" and c["compile"] and c["compile_scope"] == "model"):
         return None
@@ -122,6 +128,8 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("kernels", "device"), _triton_on_cpu),
     (("use_zero1", "use_fsdp"), _both_shardings),
     (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
+    (("fsdp_reduce_once", "use_fsdp"), lambda c: _only_fsdp(c, "fsdp_reduce_once")),
+    (("fsdp_gather_once", "use_fsdp"), lambda c: _only_fsdp(c, "fsdp_gather_once")),
     (("recompute", "compile", "compile_scope"), _full_as_one_graph),
     (("profile", "max_iters"), _profile),
     (("wandb_log",), lambda c: _needs(c, "wandb_log", "wandb")),

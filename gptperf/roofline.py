@@ -162,8 +162,10 @@ def _communication_s(
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
     # What is done once is covered by the first forward or by the last backward, the rest by everything.
     forward, backward = compute_s / micro_batches / 3, 2 / 3 * compute_s / micro_batches
-    once = [(gather, forward)] * config.system.fsdp_gather_once + [(reduce, backward)] * config.system.fsdp_reduce_once
-    often = 0.0 if config.system.fsdp_gather_once else 2 * micro_batches * gather
-    often += 0.0 if config.system.fsdp_reduce_once else micro_batches * reduce
-    exposed = sum(max(seconds - covered, 0.0) for seconds, covered in [*once, (often, compute_s)])
-    return max(exposed, _BESIDE_COMPUTE * (often + sum(seconds for seconds, _ in once)))
+    gather_once, reduce_once = config.system.fsdp_gather_once, config.system.fsdp_reduce_once
+    gather *= 1 if gather_once else 2 * micro_batches
+    reduce *= 1 if reduce_once else micro_batches
+    exposed = max(gather - forward, 0.0) if gather_once else 0.0
+    exposed += max(reduce - backward, 0.0) if reduce_once else 0.0
+    often = (0.0 if gather_once else gather) + (0.0 if reduce_once else reduce)
+    return max(exposed + max(often - compute_s, 0.0), _BESIDE_COMPUTE * (gather + reduce))

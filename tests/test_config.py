@@ -211,6 +211,8 @@ def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto or the path"),
         (["--kernels=triton", "--device=cpu"], "needs a GPU"),
         (["--use_fsdp=True", "--use_zero1=True"], "exclude each other"),
+        (["--fsdp_reduce_once=True"], "nearest: fsdp_reduce_once = false"),
+        (["--use_zero1=True", "--fsdp_gather_once=True"], "nearest: fsdp_gather_once = false"),
         (["--use_fsdp=True", "--compile_scope=model"], "nearest compile_scope: 'block'"),
         (["--recompute=full", "--compile_scope=model"], "nearest compile_scope: 'block'"),
         (["--overwrite=True", "--init_from=resume"], "move aside"),

@@ -17,6 +17,7 @@ from gptperf.hardware import GPUS
 LLAMA = ["configs/llama_1.36b.toml", "--batch_size=16", "--gradient_accumulation_steps=1"]
 GPT2 = ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64", "--gradient_accumulation_steps=1"]
 # One GPU, milliseconds a step and peak GB: PyTorch 2.11.0, Triton 3.6.0, 2026-11-26, `python -m bench --only plan`.
+# LLaMA of 1.36 B with chunks of 11,264 rows in the loss, .1 to .4 GB less than today's take.
 MEASURED = {
     "llama_1.36b/batch_16": ("H200", 498.4, 69.78),
     "llama_1.36b/batch_8": ("H200", 257.2, 47.58),
@@ -30,7 +31,7 @@ MEASURED = {
     "gpt2_openai_124m/batch_32": ("H100", 61.7, 13.24),
     "gpt2_774m/batch_12": ("H200", 129.3, 33.38),
 }
-MEASURED_EAGER = [(LLAMA, 503.3, 86.0), (GPT2, 115.9, 28.7)]  # `python -m bench --only step`, compiled as one graph
+MEASURED_EAGER = [(LLAMA, 507.6, 86.0), (GPT2, 117.8, 28.7)]  # `python -m bench --only step`, compiled as one graph
 
 
 def config_of(*argv: str) -> Config:
@@ -224,6 +225,6 @@ def test_several_gpus_against_measured_runs(gpus: str, flags: list[str], micro_b
         assert less.memory.total_gb > planned.memory.total_gb
     if NCCL not in flags:
         return
-    once = dataclasses.replace(config.system, fsdp_reduce_once=True, reduce_dtype="bfloat16")
+    once = dataclasses.replace(config.system, fsdp_reduce_once=config.system.use_fsdp, reduce_dtype="bfloat16")
     less = plan.plan(dataclasses.replace(config, system=once), gpu, num_gpus=count, strategy=strategy)
     assert less.parts_ms["communication"] < planned.parts_ms["communication"]
