@@ -401,7 +401,7 @@ def cases(capability: int) -> Iterator[Case]:
 
 
 def every_case() -> Iterator[Case]:
-    for N in (64, 123, 768, 2048, 4096, 8192, 16384):
+    for N in (123, 512, 768, 1024, 2048, 4096, 8192, 16384):
         for add in (False, True):
             yield norm_case("rms_norm", N, BRAIN, BRAIN, add)
             yield norm_case("layer_norm", N, BRAIN, BRAIN, add, bias=True)
@@ -427,7 +427,7 @@ def every_case() -> Iterator[Case]:
 
 
 def representative_cases(half: torch.dtype) -> Iterator[Case]:
-    for N in (123, 768, 2048, 4096, 8192, 16384):
+    for N in (123, 512, 768, 1024, 2048, 4096, 8192, 16384):
         yield norm_case("layer_norm", N, half, half, add=True, bias=True)
     for N in (123, 2048, 8192):
         yield norm_case("rms_norm", N, half, half, add=True)
