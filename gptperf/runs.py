@@ -232,7 +232,7 @@ def read_run(path: Path, name: str) -> Run:
         summary=summary,
         steps=steps,
         evals=evals,
-        state="finished" if summary else _unfinished(path, entries),
+        state=("stopped" if summary.get("stopped") else "finished") if summary else _unfinished(path, entries),
         tokens_per_sec=speed,
         mfu_percent=mfu,
         mfu_convention=convention,

@@ -15,9 +15,11 @@ from gptperf.errors import CheckpointError, ConfigError, main_guard
 if TYPE_CHECKING:
     import torch
 
+    from gptperf.data.tokenizer import Tokenizer
     from gptperf.model import GPT
+    from gptperf.step import Engine
 
-__all__ = ["generate", "main"]
+__all__ = ["generate", "main", "sample_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,25 @@ def generate(
         if caches[0].length == block:
             feed, caches = ids[-(block // 2 or 1) :], [KVCache() for _ in model.blocks]
     return ids[-tokens:]
+
+
+def sample_of(engine: "Engine", tokenizer: "Tokenizer", tokens: int) -> str:
+    """Text that a model in training writes after the end of a document."""
+    import torch
+
+    device = engine.process.device
+    engine.model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), engine.autocast():
+        ids = generate(
+            engine.model,
+            torch.tensor([tokenizer.eot], device=device),
+            tokens,
+            vocab_size=tokenizer.vocab_size,
+            temperature=0.8,
+            top_k=50,
+            generator=torch.Generator(device).manual_seed(engine.config.train.seed),
+        )
+    return tokenizer.decode(ids.tolist())
 
 
 def main() -> int:

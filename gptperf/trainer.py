@@ -6,7 +6,7 @@ The GPU is synchronised at log lines, evaluations and saves, and nowhere between
 import contextlib
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from gptperf.data.loader import Loader, validation_batches
 from gptperf.data.ngram import trigram_loss
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizer import Tokenizer, load_tokenizer
-from gptperf.errors import PREEMPTED, DataError, DiskError, NonFiniteError, OutOfMemoryError
+from gptperf.errors import PREEMPTED, DataError, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
 from gptperf.evaluation import evaluate, validation_keys
 from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Gradients, Iteration
@@ -35,7 +35,7 @@ from gptperf.parallel import Process, start_process
 from gptperf.plan import Plan
 from gptperf.resume import TrainState, find_checkpoint, snapshot, take_up
 from gptperf.runtime import StepClock, StopRequest, process_age_s
-from gptperf.sample import generate
+from gptperf.sample import sample_of
 from gptperf.saving import Saved, Saver
 from gptperf.startup import against_plan, check_plan, find_peak, startup_info, throughput_of
 from gptperf.step import Engine, StepResult, build_engine, compile_engine, train_step
@@ -112,15 +112,8 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
             prefetch=config.data.prefetch,
             timeout_s=config.data.loader_timeout_s,
         )
-        try:
+        with _told(run):
             finished = _loop(run, stack.enter_context(loader), stop)
-        except torch.OutOfMemoryError as error:
-            snapshot_path = run.snapshots.write("oom")
-            raise OutOfMemoryError(
-                f"the GPU's memory does not hold iteration {run.state.step + 1}: {str(error).splitlines()[0]} Lower "
-                f"batch_size = {config.train.batch_size} and raise gradient_accumulation_steps, or lower block_size. "
-                f"Who held it: {snapshot_path}"
-            ) from error
         if finished:
             with run.engine.weights.gathered():
                 _finish(run)
@@ -193,6 +186,24 @@ def _start(
     )
 
 
+@contextlib.contextmanager
+def _told(run: Run) -> Iterator[None]:
+    """Leave an error in the run's log too; that of PyTorch's allocator with what helps."""
+    try:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            snapshot_path, batch_size = run.snapshots.write("oom"), run.config.train.batch_size
+            raise OutOfMemoryError(
+                f"the GPU's memory does not hold iteration {run.state.step + 1}: {str(error).splitlines()[0]} Lower "
+                f"batch_size = {batch_size} and raise gradient_accumulation_steps, or lower block_size. "
+                f"Who held it: {snapshot_path}"
+            ) from error
+    except GptperfError as error:
+        _end_log(run, _summary(run) | {"stopped": f"E{error.exit_code}: {error}"})
+        raise
+
+
 def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
     """Train until `max_iters` (true) or until asked to stop (false); a checkpoint is committed either way."""
     train, state, process = run.config.train, run.state, run.engine.process
@@ -231,8 +242,11 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
                 _check_finite(run)
                 _save(run, val_loss, must=last or asked)
         if asked and not last:
-            process.barrier()  # torchrun ends all processes of a host when the first one leaves
             run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume goes on")
+            summary = _summary(run) | {"stopped": "asked to"}
+            _end_log(run, summary)
+            run.console.finish(summary)
+            process.barrier()  # torchrun ends all processes of a host when the first one leaves
             return False
     return True
 
@@ -379,21 +393,18 @@ def _saved(run: Run, ended: Saved | None, *, must: bool) -> None:
     run.console.checkpoint(record)
 
 
-def _finish(run: Run) -> None:
-    """Say how the run ended, with a sample of what the model writes."""
-    if run.journal is None:
-        return
-    state, log = run.state, run.config.log
-    last = checkpoint.latest(run.checkpoints)
+def _summary(run: Run) -> Summary:
+    """Of what was done, whether or not that is all."""
+    state = run.state
     summary: Summary = {
         "iterations": state.step,
-        "val_loss": last.metric if last is not None else None,
         "best_val_loss": state.best_val_loss,
         "best_iter": state.best_step,
         "wall_time_s": process_age_s(),
         "checkpoint_dir": str(run.checkpoints),
-        "log_path": str(run.journal.path.with_suffix(".json")),
     }
+    if run.journal is not None:
+        summary["log_path"] = str(run.journal.path.with_suffix(".json"))
     if state.timed_tokens > 0:
         speed = run.throughput.record(1e3 * state.train_s * run.config.tokens_per_iter / state.timed_tokens)
         summary["tokens_per_sec"] = speed["tokens_per_sec"]
@@ -402,29 +413,26 @@ def _finish(run: Run) -> None:
         uncounted_bytes = run.engine.weights.collectives.uncounted_bytes
         peak_gb = memory_record(run.engine.process.device, uncounted_bytes)["peak_gb"]
         summary["plan"] = against_plan(run.plan, summary.get("tokens_per_sec"), peak_gb)
+    return summary
+
+
+def _end_log(run: Run, summary: Summary) -> None:
+    """Write how the run ended, and the log in one file; only the main process has one."""
+    if run.journal is not None:
+        run.journal.write("summary", summary)
+        run.journal.write_json()
+
+
+def _finish(run: Run) -> None:
+    """Say how the run ended, with a sample of what the model writes."""
+    if run.journal is None:
+        return
+    log, last, summary = run.config.log, checkpoint.latest(run.checkpoints), _summary(run)
+    summary["val_loss"] = last.metric if last is not None else None
     if log.trigram_baseline:
         summary["trigram_loss"] = trigram_loss(run.train_tokens, run.val_tokens)
     if log.sample_tokens:
-        summary["sample"] = _sample(run, log.sample_tokens)
-    run.journal.write("summary", summary)
+        summary["sample"] = sample_of(run.engine, run.tokenizer, log.sample_tokens)
     run.trackers.finish(summary)
-    run.journal.write_json()
+    _end_log(run, summary)
     run.console.finish(summary)
-
-
-@torch.no_grad()
-def _sample(run: Run, tokens: int) -> str:
-    """Text that the model writes after the end of a document."""
-    engine, device = run.engine, run.engine.process.device
-    engine.model.eval()
-    with torch.compiler.set_stance("force_eager"), engine.autocast():
-        ids = generate(
-            engine.model,
-            torch.tensor([run.tokenizer.eot], device=device),
-            tokens,
-            vocab_size=run.tokenizer.vocab_size,
-            temperature=0.8,
-            top_k=50,
-            generator=torch.Generator(device).manual_seed(run.config.train.seed),
-        )
-    return run.tokenizer.decode(ids.tolist())

@@ -16,6 +16,7 @@ from gptperf import registry, trainer
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError
+from gptperf.runs import read_runs
 from gptperf.train import main
 
 
@@ -134,6 +135,7 @@ def test_a_lost_run_stops_before_its_weights_are(corpus: Path, tmp_path: Path, m
     with pytest.raises(NonFiniteError, match="iteration 8: 1 iterations had gradients that are not finite"):
         run(corpus, tmp_path, "--log_interval=10", "--save_interval=4")
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert run_log(tmp_path)["summary"]["stopped"].startswith("E5: iteration 8: 1 iterations")
 
 
 def test_a_component_cannot_take_a_name_of_gptperfs_own() -> None:
@@ -172,6 +174,13 @@ def test_a_request_to_stop_commits_a_checkpoint(number: signal.Signals, corpus: 
     assert process.returncode == PREEMPTED
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert f"asked to stop: iteration {int(saved.name[5:])} is saved" in rest
+    assert "TRAINING STOPPED" in rest
+    summary = run_log(tmp_path)["summary"]
+    assert (summary["stopped"], summary["iterations"]) == ("asked to", int(saved.name[5:]))
+    assert [found.state for found in read_runs([tmp_path])[0]] == ["stopped"]
+    run(corpus, tmp_path, "--init_from=resume", f"--max_iters={int(saved.name[5:]) + 1}")
+    assert "stopped" not in run_log(tmp_path)["summary"]
+    assert [found.state for found in read_runs([tmp_path])[0]] == ["finished"]
 
 
 def test_data_faults_come_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
