@@ -44,6 +44,8 @@ def _flash_attn(c: Mapping[str, Any]) -> str | None:
         return "attention_backend = 'flash_attn' needs the package flash-attn, which is not installed; nearest: 'sdpa'"
     if c["dtype"] == "float32" or c["device"] == "cpu":
         return "attention_backend = 'flash_attn' runs in bfloat16 or float16 on a GPU; nearest: 'sdpa'"
+    if c["dropout"] == 1:
+        return "attention_backend = 'flash_attn' takes dropout below 1; nearest: attention_backend = 'sdpa'"
     return None
 
 
@@ -123,7 +125,7 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("n_embd", "n_head"), lambda c: _divisible(c, "n_embd", "n_head")),
     (("n_kv_head", "n_head"), _kv_heads),
     (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
-    (("attention_backend", "dtype", "device"), _flash_attn),
+    (("attention_backend", "dtype", "device", "dropout"), _flash_attn),
     (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
     (("kernels", "device"), _triton_on_cpu),
     (("use_zero1", "use_fsdp"), _both_shardings),

@@ -165,13 +165,19 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         capability = report["gpus"][0]["capability"]
         backends = "cuDNN first" if prefers_cudnn(tuple(capability)) else "PyTorch's order of flash, cuDNN and others"
         compiles = _choice(
-            report["triton"]["works"], "model: torch.compile through Triton", "off: Triton does not work"
+            report["triton"]["works"],
+            f"{system.compile_scope}: torch.compile through Triton",
+            "off: Triton does not work",
         )
     else:
         seen = " (a driver is installed, but this torch sees no GPU)" if report["driver"] else ""
         device = f"cpu: torch sees no CUDA GPU{seen}"
         backends = "PyTorch's attention for CPUs"
-        compiles = _choice(report["compiler"], "model: torch.compile through C++", "off: no C++ compiler (g++ or CXX)")
+        compiles = _choice(
+            report["compiler"],
+            f"{system.compile_scope}: torch.compile through C++",
+            "off: no C++ compiler (g++ or CXX)",
+        )
     choices: dict[str, Any] = {
         "device": device,
         "dtype": f"{system.dtype}: the default",

@@ -153,6 +153,8 @@ class SDPA(nn.Module):
         return y.transpose(1, 2)
 
     def _backends(self, q: Tensor) -> contextlib.AbstractContextManager[None]:
+        if self.training and self.dropout == 1:  # the fused kernels divide by what is left
+            return sdpa_kernel(SDPBackend.MATH)
         if q.is_cuda and prefers_cudnn(torch.cuda.get_device_capability(q.device)):
             return sdpa_kernel(self.PREFER_CUDNN, set_priority=True)
         return contextlib.nullcontext()

@@ -64,7 +64,9 @@ class Plan:
     band: float
     tokens_per_iter: int
     mfu: float | None
-    """Strict, 0..1, against the dense peak; None for a dtype that the table has no peak for."""
+    """Strict, 0..1; None where the peak that it is against is not known."""
+    peak_basis: str
+    """dense, sparse or given."""
 
     @property
     def fits(self) -> bool:
@@ -102,7 +104,8 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
     if gpu is None:
         return "this GPU is not in the table"
     if config.system.dtype not in gpu.dense_tflops:
-        return f"the table has no {config.system.dtype} peak of {gpu.name}"
+        nearest = "; nearest: --dtype=float16" if "float16" in gpu.dense_tflops else ""
+        return f"the table has no {config.system.dtype} peak of {gpu.name}{nearest}"
     return None
 
 
@@ -165,7 +168,8 @@ def plan(
         raise ValueError(f"no plan: {reason}")
     parts = parts_ms(config, gpu, num_gpus, strategy, recompute)
     per_token = float(flops.flops_per_token(config.model).training_per_token)
-    peak = hardware.peak_flop_s(gpu, config.system.dtype)
+    system = config.system
+    peak = hardware.peak_flop_s(gpu, system.dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
     achieved = per_token * config.tokens_per_iter / num_gpus / (sum(parts.values()) / 1e3)
     return Plan(
         gpu=gpu.name,
@@ -178,6 +182,7 @@ def plan(
         band=rates_of(gpu).band,
         tokens_per_iter=config.tokens_per_iter,
         mfu=None if peak is None else achieved / peak.flop_s,
+        peak_basis=system.peak_basis if peak is None else peak.basis,
     )
 
 
@@ -313,6 +318,7 @@ def plan_record(given: Plan) -> dict[str, Any]:
         "band": given.band,
         "tokens_per_sec": given.tokens_per_sec,
         "mfu_percent": None if given.mfu is None else 100 * given.mfu,
+        "peak_basis": given.peak_basis,
     }
 
 
@@ -325,10 +331,11 @@ def plan_lines(given: Plan) -> list[str]:
     fit = "fits" if given.fits else "does NOT fit"
     low, high = given.tokens_per_sec / (1 + given.band), given.tokens_per_sec / (1 - given.band)
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in given.parts_ms.items())
+    basis = "" if given.peak_basis == "dense" else f" of the {given.peak_basis} peak"
     return [
         f"{given.memory.total_gb:.1f} GB of {given.limit_gb:.1f} a GPU, {fit}: {memory_text(given.memory)}",
         f"{given.step_ms:.1f} ms an iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
-        f"MFU {_percent(given.mfu)}: {parts} ms",
+        f"MFU {_percent(given.mfu)}{basis}: {parts} ms",
     ]
 
 

@@ -13,7 +13,7 @@ WHAT is one of
   shakespeare               tiny Shakespeare, 1 MB, downloaded
   openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
                             streamed from Hugging Face; needs pip install gptperf[hf]
-  PATH                      a text file (split at its tail), a .jsonl file with a "text" a line,
+  PATH                      a text file (split at its tail), a .jsonl file with a document a line,
                             or a folder whose text files are the documents
 
 validation: by document hash, 5% of documents (Hugging Face: 0.05%); the last 10% of a single text file
@@ -22,6 +22,7 @@ examples
   python -m gptperf.prepare python_stdlib
   python -m gptperf.prepare my_notes/ --name=notes --val_fraction=0.1
   python -m gptperf.prepare openwebtext --tokenizer=gpt2
+  python -m gptperf.prepare hf:codeparrot/codeparrot-clean --text_field=content
   python -m gptperf.prepare python_stdlib --verify
 """
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer=args.tokenizer,
             val_fraction=args.val_fraction,
             overwrite=args.overwrite,
+            split=args.split,
+            text_field=args.text_field,
             **optional,
         )
 
@@ -69,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
     )
     parser.add_argument("--val_fraction", type=float, help="share of validation, 0 to below 1 (default: see below)")
+    parser.add_argument("--split", help="split of a Hugging Face data set (default: train)")
+    parser.add_argument("--text_field", help="field with the text, of Hugging Face or .jsonl (default: text)")
     parser.add_argument("--shard_tokens", type=int, help="tokens a shard (default: 100000000)")
     for flag, text in (
         ("overwrite", "replace a data set that exists"),

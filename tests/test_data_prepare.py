@@ -328,10 +328,38 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"cannot be read \(ConnectionError: no route\)"):
         prepare("hf:me/my-set", quiet=True)
     fake_datasets(monkeypatch, lambda *args, **kwargs: iter([{"text": "a"}, {"content": "b"}]))
-    with pytest.raises(DataError, match='hf:me/my-set record 1: found no string "text"'):
+    with pytest.raises(DataError, match=r'my-set record 1: found no string "text".*nearest: --text_field=content'):
         prepare("hf:me/my-set", quiet=True)
     with pytest.raises(DataError, match="wanted hf:REPO"):
         prepare("hf:", quiet=True)
+
+    def compressed(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("Compression type zstd not supported")
+
+    fake_datasets(monkeypatch, compressed)
+    with pytest.raises(DeviceError, match=r"zstd not supported: pip install gptperf\[hf\]"):
+        prepare("slimpajama_627b", quiet=True)
+
+
+def test_another_split_and_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(*args: Any, **kwargs: Any) -> Iterator[dict[str, str]]:
+        calls.append(kwargs["split"])
+        return ({"content": text, "text": "not this"} for text in TEXTS)
+
+    fake_datasets(monkeypatch, load)
+    path = prepare("hf:me/my-set:en", split="dev", text_field="content", val_fraction=0.1, quiet=True)
+    assert calls == ["dev"]
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(text.encode() for text in TEXTS)
+    assert read_manifest(path).source == "Hugging Face me/my-set, en, dev"
+    Path("lines.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS))
+    path = prepare("lines.jsonl", text_field="content", val_fraction=0.1, quiet=True)
+    assert sorted(documents(path, "train") + documents(path, "val")) == sorted(text.encode() for text in TEXTS)
+    with pytest.raises(DataError, match=r"--split: found 'dev', wanted none: lines\.jsonl"):
+        prepare("lines.jsonl", split="dev", name="other", quiet=True)
+    with pytest.raises(DataError, match="--text_field: found 'content', wanted none: python_stdlib"):
+        prepare("python_stdlib", text_field="content", quiet=True)
 
 
 def test_hub_with_the_real_package(tmp_path: Path) -> None:

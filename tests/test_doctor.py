@@ -74,7 +74,7 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "dense peak in TFLOPS: bfloat16 989.4, float16 989.4, float32 66.9 (H200: NVIDIA H200 data sheet" in text
     assert "nccl                   2.27.3" in text
     assert "device                 cuda: NVIDIA H200" in text
-    assert "compile                model: torch.compile through Triton" in text
+    assert "compile                block: torch.compile through Triton" in text
 
 
 def test_an_unknown_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

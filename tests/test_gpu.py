@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_a_step_never_waits_for_the_gpu(dtype: str, corpus: Path) -> None:
                 train_step(engine, loader, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_may_be_dropped(compiled: bool) -> None:
+    torch._dynamo.reset()
+    engine = _engine("--dropout=1.0", f"--compile={compiled}")
+    compile_engine(engine)
+    rows = engine.config.model.padded_vocab_size
+    assert _losses(engine, 2) == pytest.approx([math.log(rows)] * 2, rel=1e-3)  # logits of nothing
 
 
 def test_attention_is_cudnns_where_it_wins() -> None:

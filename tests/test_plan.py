@@ -140,6 +140,19 @@ def test_no_gpu_or_several(name: str) -> None:
         plan.find_gpu(name)
 
 
+@pytest.mark.parametrize(
+    ("flag", "basis", "factor"), [("--peak_basis=sparse", "sparse", 2), ("--peak_tflops=500", "given", 500 / 989.4)]
+)
+def test_the_peak_is_that_of_the_run(flag: str, basis: str, factor: float) -> None:
+    gpu = plan.find_gpu("H200")
+    dense, other = (plan.plan(config_of(*LLAMA, *flags), gpu) for flags in ([], [flag]))
+    assert dense.mfu is not None
+    assert other.mfu == pytest.approx(dense.mfu / factor, rel=1e-3)
+    assert (dense.peak_basis, other.peak_basis) == ("dense", basis)
+    assert f"% of the {basis} peak: gemm" in plan.plan_lines(other)[1]
+    assert other.step_ms == dense.step_ms
+
+
 def test_more_gpus_train_faster_and_not_more_than_in_proportion() -> None:
     config, gpu = config_of(*LLAMA, "--gradient_accumulation_steps=8"), plan.find_gpu("H200")
     for strategy in ("ddp", "zero1", "fsdp"):
@@ -156,7 +169,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(record["memory_parts_gb"].values()) == pytest.approx(record["memory_gb"])
     assert plan.main(["configs/llama_1.36b.toml", "--gpu=RTX 4090"]) == OutOfMemoryError.exit_code
     assert "does NOT fit" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="bfloat16 peak of V100"):
+    with pytest.raises(ConfigError, match="bfloat16 peak of V100 SXM2 16 GB; nearest: --dtype=float16"):
         plan.main(["--gpu=V100 SXM2 16"])
     with pytest.raises(ConfigError, match="num_gpus"):
         plan.main(["--num_gpus=0"])

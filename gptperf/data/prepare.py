@@ -48,6 +48,7 @@ class _Plan:
     documents: Callable[[sources.Skipped], Iterator[bytes]] | None = None
     text_file: Callable[[], Path] | None = None
     kind: str = "documents"
+    has_fields: bool = False
 
 
 def prepare(
@@ -61,6 +62,8 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     quiet: bool = False,
     shakespeare_url: str = sources.SHAKESPEARE_URL,
+    split: str | None = None,
+    text_field: str | None = None,
 ) -> Path:
     """Prepare the data set `what` and return its folder, `data_dir`/`name`.
 
@@ -74,14 +77,21 @@ def prepare(
         shard_tokens: Tokens a shard.
         quiet: Print nothing.
         shakespeare_url: Where "shakespeare" is downloaded from.
+        split: That of a Hugging Face data set; by default "train".
+        text_field: Field of a Hugging Face data set or .jsonl file that has the text; by default "text".
 
     Raises:
-        DataError: `what` is unknown, unreadable or too small to split; the data set exists; offline.
+        DataError: `what` is unknown, unreadable or too small to split, or has no split or field; the data set
+            exists; offline.
         DeviceError: A Hugging Face data set without the package `datasets`.
         DiskError: The disk is full or cannot be written.
     """
     begin = time.perf_counter()
-    plan = _plan(what, data_dir, shakespeare_url)
+    plan = _plan(what, data_dir, shakespeare_url, split or "train", text_field or "text")
+    if split is not None and plan.kind != "hub":
+        raise DataError(f"--split: found {split!r}, wanted none: {what} is no Hugging Face data set")
+    if text_field is not None and not plan.has_fields:
+        raise DataError(f"--text_field: found {text_field!r}, wanted none: {what} has no fields")
     name = plan.name if name is None else name
     if not _NAME.fullmatch(name):
         raise DataError(
@@ -131,7 +141,7 @@ def summary(path: str | os.PathLike[str], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str) -> _Plan:
+def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, split: str, field: str) -> _Plan:
     if what == "python_stdlib":
         return _Plan(
             name=what,
@@ -150,9 +160,10 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str) -> 
         name = what if what in sources.HUGGING_FACE else repo.rpartition("/")[2]
         return _Plan(
             name=name,
-            source=f"Hugging Face {repo}" + (f", {config}" if config else ""),
-            documents=lambda skipped: sources.hub_documents(repo, config),
+            source=", ".join(filter(None, (f"Hugging Face {repo}", config, "" if split == "train" else split))),
+            documents=lambda skipped: sources.hub_documents(repo, config, split, field),
             kind="hub",
+            has_fields=True,
         )
     path = Path(what)
     if path.is_dir():
@@ -167,7 +178,8 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str) -> 
         return _Plan(
             name=path.stem,
             source=f"file {path.name}",
-            documents=lambda skipped: sources.jsonl_documents(path),
+            documents=lambda skipped: sources.jsonl_documents(path, field),
+            has_fields=True,
         )
     if path.is_file():
         return _Plan(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")

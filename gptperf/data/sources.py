@@ -71,11 +71,11 @@ def folder_documents(root: Path, skipped: Skipped, without: Path) -> Iterator[by
         yield from _text_document(path, skipped)
 
 
-def jsonl_documents(path: Path) -> Iterator[bytes]:
-    """Yield the field "text" of each line of a JSON lines file.
+def jsonl_documents(path: Path, field: str = "text") -> Iterator[bytes]:
+    """Yield a field of each line of a JSON lines file.
 
     Raises:
-        DataError: A line is not a JSON object with a string "text".
+        DataError: A line is not a JSON object with a string there.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -85,7 +85,7 @@ def jsonl_documents(path: Path) -> Iterator[bytes]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
-            yield _text_field(record, f"{path}:{number}")
+            yield _text_field(record, field, f"{path}:{number}")
 
 
 def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
@@ -176,12 +176,12 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
     return repo, config or None
 
 
-def hub_documents(repo: str, config: str | None) -> Iterator[bytes]:
-    """Stream the field "text" of the split "train" of a Hugging Face data set.
+def hub_documents(repo: str, config: str | None, split: str = "train", field: str = "text") -> Iterator[bytes]:
+    """Stream a field of a split of a Hugging Face data set.
 
     Raises:
-        DeviceError: The package `datasets` is not installed.
-        DataError: The data set cannot be reached, does not exist, or has no "text".
+        DeviceError: A package that it takes is not installed.
+        DataError: The data set cannot be reached, does not exist, or has no such split or field.
     """
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -190,13 +190,15 @@ def hub_documents(repo: str, config: str | None) -> Iterator[bytes]:
             f"hf:{repo} needs the package datasets, which is not installed: pip install gptperf[hf]"
         ) from error
     try:
-        records = datasets.load_dataset(repo, config, split="train", streaming=True)
+        records = datasets.load_dataset(repo, config, split=split, streaming=True)
         for number, record in enumerate(records):
-            yield _text_field(record, f"hf:{repo} record {number}")
+            yield _text_field(record, field, f"hf:{repo} record {number}")
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
+        if "Compression type" in first_line:
+            raise DeviceError(f"hf:{repo}: {first_line}: pip install gptperf[hf]") from error
         raise DataError(
             f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); is there a network, and is "
             "the name "
@@ -204,10 +206,12 @@ def hub_documents(repo: str, config: str | None) -> Iterator[bytes]:
         ) from error
 
 
-def _text_field(record: object, where: str) -> bytes:
-    text = record.get("text") if isinstance(record, dict) else None
+def _text_field(record: object, field: str, where: str) -> bytes:
+    text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise DataError(f'{where}: found no string "text", wanted an object with one')
+        strings = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
+        hint = f"; nearest: --text_field={strings[0]}" if strings else ""
+        raise DataError(f'{where}: found no string "{field}", wanted an object with one{hint}')
     return text.encode("utf-8", errors="replace")
 
 

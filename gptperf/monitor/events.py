@@ -53,7 +53,7 @@ class Mfu(TypedDict, total=False):
 
 
 class Memory(TypedDict, total=False):
-    """GB of 1e9 bytes: the first three on a GPU, the others on a CPU."""
+    """GB of 1e9 bytes now, peaks since the process began: the first three on a GPU, the others on a CPU."""
 
     allocated_gb: float
     peak_gb: float
