@@ -5,6 +5,7 @@ import math
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from golden import PARAMETERS
 from torch import nn
 
-from gptperf import cli, flops, registry
+from gptperf import cli, flops, hugging_face, registry
 from gptperf.config import ModelConfig
 from gptperf.model import _BUILT_IN, GPT, KVCache
 from gptperf.presets import PRESETS
@@ -221,81 +222,49 @@ def test_plugin_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert type(GPT(config.model).norm).__name__ == "Doubled"
 
 
-def _copy_llama(ours: GPT, theirs: nn.Module) -> None:
-    weights = dict(theirs.state_dict())
-    state = {"wte.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"]}
-    state["lm_head.weight"] = weights["lm_head.weight"]
-    for i in range(ours.config.n_layer):
-        a, b = f"model.layers.{i}.", f"blocks.{i}."
-        state[b + "norm1.weight"] = weights[a + "input_layernorm.weight"]
-        state[b + "norm2.weight"] = weights[a + "post_attention_layernorm.weight"]
-        state[b + "attention.qkv.weight"] = torch.cat([weights[f"{a}self_attn.{x}_proj.weight"] for x in "qkv"])
-        state[b + "attention.out.weight"] = weights[a + "self_attn.o_proj.weight"]
-        state[b + "ffn.gate_up.weight"] = torch.cat([weights[f"{a}mlp.{x}_proj.weight"] for x in ("gate", "up")])
-        state[b + "ffn.out.weight"] = weights[a + "mlp.down_proj.weight"]
-    ours.load_state_dict(state)
+def _copied(theirs: Any) -> GPT:
+    """A model of ours with the weights of one of Hugging Face's, in float64."""
+    config = hugging_face.model_config(theirs.config.to_dict() | {"model_type": theirs.config.model_type})
+    ours = GPT(config).double()
+    stored = {k.removeprefix("transformer.").removeprefix("model."): v for k, v in theirs.state_dict().items()}
+    state = dict(hugging_face.weights(config, stored.__getitem__))
+    assert state.keys() == dict(ours.named_parameters()).keys()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(state[name])
+    return ours
 
 
-def test_llama_is_hugging_faces() -> None:
+def _hugging_face_llama(**changed: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    ours = GPT(_small(arch_preset="llama", n_kv_head=2, d_ff=48)).double()
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    ).double()
-    _copy_llama(ours, theirs)
+    keys = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    keys |= {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16,
+        "rms_norm_eps": 1e-6,
+        "attn_implementation": "eager",
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(keys | {"vocab_size": 50} | changed)))
+
+
+def _hugging_face_gpt2(**changed: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    keys = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(keys | changed)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_is_hugging_faces(tied: bool) -> None:
+    theirs = _hugging_face_llama(tie_word_embeddings=tied).double().eval()
     tokens = torch.randint(0, 50, (2, 16))
     with torch.no_grad():
-        logits = theirs(tokens).logits
-    # Hugging Face keeps norms' statistics and RoPE's tables in float32 even for a float64 model.
-    torch.testing.assert_close(ours(tokens), logits, rtol=1e-5, atol=1e-6)
+        # Hugging Face keeps norms' statistics and RoPE's tables in float32 even for a float64 model.
+        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_gpt2_openai_is_hugging_faces() -> None:
-    transformers = pytest.importorskip("transformers")
-    ours = GPT(_small(arch_preset="gpt2_openai")).double()
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=50,
-            n_positions=16,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
-        )
-    ).double()
-    weights = theirs.state_dict()
-    names = {
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.out",
-        "mlp.c_fc": "ffn.up",
-        "mlp.c_proj": "ffn.out",
-    }
-    state = {
-        "wte.weight": weights["transformer.wte.weight"],
-        "position.wpe.weight": weights["transformer.wpe.weight"],
-    }
-    state["lm_head.weight"] = state["wte.weight"]
-    for kind in ("weight", "bias"):
-        state[f"norm.{kind}"] = weights[f"transformer.ln_f.{kind}"]
-        for i in range(2):
-            for n in (1, 2):
-                state[f"blocks.{i}.norm{n}.{kind}"] = weights[f"transformer.h.{i}.ln_{n}.{kind}"]
-            for theirs_name, name in names.items():  # Hugging Face's Conv1D holds the transpose
-                state[f"blocks.{i}.{name}.{kind}"] = weights[f"transformer.h.{i}.{theirs_name}.{kind}"].t()
-    ours.load_state_dict(state)
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_gpt2_openai_is_hugging_faces(activation: str) -> None:
+    theirs = _hugging_face_gpt2(activation_function=activation).double().eval()
     tokens = torch.randint(0, 50, (2, 16))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,293 @@
+"""Start from a Hugging Face model: `python -m gptperf.hugging_face hf:openai-community/gpt2 --out_dir=out/gpt2`.
+
+Writes a checkpoint of the weights of a GPT-2 or LLaMA, and OUT_DIR/model.toml, its architecture. Then:
+
+    python -m gptperf.train OUT_DIR/model.toml --init_from=OUT_DIR --out_dir=OTHER --dataset=...
+    python -m gptperf.sample OUT_DIR --prompt="..."
+
+The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]').
+"""
+
+import importlib
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptperf import checkpoint
+from gptperf.checkpoint import RunLock
+from gptperf.config import Config, ModelConfig
+from gptperf.data.tokenizer import load_tokenizer
+from gptperf.disk import write_file
+from gptperf.errors import CheckpointError, DeviceError, DiskError, main_guard
+from gptperf.model import GPT
+
+__all__ = ["convert", "main", "model_config", "weights"]
+
+_FILES = ("config.json", "*.safetensors")
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+_NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Masks and tables that some files hold."""
+_GPT2 = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.out"}
+_GPT2 |= {"ln_1": "norm1", "ln_2": "norm2"}
+
+Described = Mapping[str, Any]
+Find = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder with config.json and *.safetensors, or hf:REPO."""
+    out_dir: Path
+    """Folder for the checkpoint."""
+    tokenizer: str = ""
+    """What the model reads; default: gpt2 for a vocabulary of 50257, else unknown."""
+    debug: bool = False
+    """Show the stack of an error."""
+
+
+def model_config(described: Described) -> ModelConfig:
+    """The architecture that a config.json describes.
+
+    Raises:
+        CheckpointError: it is neither GPT-2 nor LLaMA, or has a part that gptperf has not.
+    """
+    kind = described.get("model_type")
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(f"config.json: model_type: found {kind!r}, wanted gpt2 or llama")
+    try:
+        return ModelConfig(**(_gpt2_keys if kind == "gpt2" else _llama_keys)(described))
+    except KeyError as error:
+        raise CheckpointError(f"config.json: found no {error}, which a {kind} has") from error
+
+
+def _gpt2_keys(described: Described) -> dict[str, Any]:
+    for key, wanted in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        _want(described, key, wanted)
+    name = described.get("activation_function", "gelu_new")
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: activation_function: found {name!r}, wanted one of {', '.join(_ACTIVATIONS)}"
+        )
+    return {
+        "arch_preset": "gpt2_openai",
+        "n_layer": described["n_layer"],
+        "n_head": described["n_head"],
+        "n_embd": described["n_embd"],
+        "d_ff": described.get("n_inner"),
+        "block_size": described["n_positions"],
+        "vocab_size": described["vocab_size"],
+        "normalization": "layernorm",
+        "activation": _ACTIVATIONS[name],
+        "position_encoding": "learned_absolute",
+        "norm_position": "pre",
+        "ffn_type": "standard",
+        "bias": True,
+        "weight_tying": described.get("tie_word_embeddings", True),
+        "norm_eps": described.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def _llama_keys(described: Described) -> dict[str, Any]:
+    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        _want(described, key, wanted)
+    rope = described.get("rope_scaling") or described.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(f"config.json: RoPE: found {kind!r}, wanted no scaling of the positions")
+    width, heads = described["hidden_size"], described["num_attention_heads"]
+    head_dim = described.get("head_dim") or width // heads
+    if head_dim * heads != width:
+        raise CheckpointError(
+            f"config.json: head_dim: found {head_dim}, wanted hidden_size / heads = {width / heads:g}"
+        )
+    return {
+        "arch_preset": "llama",
+        "n_layer": described["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": described.get("num_key_value_heads"),
+        "n_embd": width,
+        "d_ff": described["intermediate_size"],
+        "block_size": described["max_position_embeddings"],
+        "vocab_size": described["vocab_size"],
+        "normalization": "rmsnorm",
+        "position_encoding": "rope",
+        "norm_position": "pre",
+        "ffn_type": "swiglu",
+        "bias": False,
+        "weight_tying": described.get("tie_word_embeddings", False),
+        "norm_eps": described["rms_norm_eps"],
+        "rope_theta": float(described.get("rope_theta") or rope.get("rope_theta", 1e4)),
+    }
+
+
+def _want(described: Described, key: str, wanted: object) -> None:
+    found = described.get(key, wanted)
+    if found != wanted:
+        raise CheckpointError(f"config.json: {key}: found {json.dumps(found)}, wanted {json.dumps(wanted)}")
+
+
+def weights(model: ModelConfig, find: Find) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of gptperf's model, by its name, out of Hugging Face's.
+
+    Args:
+        model: as `model_config` gives it.
+        find: a tensor by its name there, without "transformer." or "model." before it.
+    """
+    blocks = range(model.n_layer)
+    if model.ffn_type == "swiglu":
+        yield "wte.weight", find("embed_tokens.weight")
+        for i in blocks:
+            theirs, ours = f"layers.{i}.", f"blocks.{i}."
+            yield ours + "norm1.weight", find(theirs + "input_layernorm.weight")
+            yield ours + "norm2.weight", find(theirs + "post_attention_layernorm.weight")
+            yield ours + "attention.qkv.weight", torch.cat([find(f"{theirs}self_attn.{x}_proj.weight") for x in "qkv"])
+            yield ours + "attention.out.weight", find(theirs + "self_attn.o_proj.weight")
+            gate_up = [find(f"{theirs}mlp.{x}_proj.weight") for x in ("gate", "up")]
+            yield ours + "ffn.gate_up.weight", torch.cat(gate_up)
+            yield ours + "ffn.out.weight", find(theirs + "mlp.down_proj.weight")
+        yield "norm.weight", find("norm.weight")
+    else:
+        yield "wte.weight", find("wte.weight")
+        yield "position.wpe.weight", find("wpe.weight")
+        for kind in ("weight", "bias"):
+            for i in blocks:
+                for theirs, ours in _GPT2.items():  # its linear layers hold the transpose; .t() leaves vectors alone
+                    yield f"blocks.{i}.{ours}.{kind}", find(f"h.{i}.{theirs}.{kind}").t()
+            yield f"norm.{kind}", find(f"ln_f.{kind}")
+    if not model.weight_tying:
+        yield "lm_head.weight", find("lm_head.weight")
+
+
+class _Stored:
+    """Tensors of the *.safetensors files of a folder, by name, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.used = folder, set[str]()
+        self.places: dict[str, tuple[Any, str]] = {}
+        paths = sorted(folder.glob(_FILES[1]))
+        if not paths:
+            raise CheckpointError(f"{folder}: found no {_FILES[1]}, wanted the weights in this format")
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                self.places[name.removeprefix("transformer.").removeprefix("model.")] = (file, name)
+
+    def find(self, name: str) -> Tensor:
+        """A tensor, in float32."""
+        if name not in self.places:
+            raise CheckpointError(f"{self.folder}: found no tensor {name}")
+        self.used.add(name)
+        file, stored = self.places[name]
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor.float()
+
+    def unused(self) -> list[str]:
+        """What is stored and was not asked for; lm_head may be stored beside the embedding that it is."""
+        left = self.places.keys() - self.used - {"lm_head.weight"}
+        return sorted(name for name in left if not name.endswith(_NO_WEIGHTS))
+
+
+def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, ModelConfig]:
+    """Write the checkpoint and model.toml.
+
+    Returns:
+        Folder of the checkpoint, and the architecture.
+
+    Raises:
+        CheckpointError: the model is none that gptperf has, or its files are damaged; or out_dir has checkpoints.
+        DataError: the tokenizer is not known, or cannot be loaded.
+        DiskError: the checkpoint cannot be written.
+    """
+    try:
+        described = json.loads((folder / _FILES[0]).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / _FILES[0]}: cannot be read: {error}") from error
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{folder / _FILES[0]}: found no object, wanted a model's description")
+    model = model_config(described)
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
+    stored = _Stored(folder)
+    found = {name: tensor.contiguous() for name, tensor in weights(model, stored.find)}
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise CheckpointError(f"{folder}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")
+    if stored.unused():
+        raise CheckpointError(f"{folder}: found weights that this model has not: {', '.join(stored.unused()[:5])}")
+    tokenizer = tokenizer or ("gpt2" if model.vocab_size == 50257 else "unknown")
+    fingerprint = "" if tokenizer == "unknown" else load_tokenizer(tokenizer).fingerprint
+    config = Config(model=model)
+    state: dict[str, Any] = {
+        "config": config.sections(),
+        "model": {name: getattr(model, name) for name in ("kv_heads", "ffn_width", "padded_vocab_size")},
+        "tokenizer": {"name": tokenizer, "fingerprint": fingerprint},
+        "source": str(folder),
+    }
+    with RunLock(out_dir):
+        if checkpoint.checkpoints(out_dir / "checkpoints"):
+            raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
+        keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
+        _write_toml(out_dir / "model.toml", keys)
+        return checkpoint.save(out_dir / "checkpoints", step=0, tensors={"model": found}, state=state), model
+
+
+def _write_toml(path: Path, model: Mapping[str, Any]) -> None:
+    lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in model.items())]
+    data, temporary = ("\n".join(lines) + "\n").encode(), path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            write_file(temporary, [data], len(data))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error}") from error
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a model of the hub."""
+    repo = name.removeprefix("hf:")
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise DeviceError(f"{name} needs the package huggingface_hub: pip install 'gptperf[hf]'") from error
+    try:
+        return Path(hub.snapshot_download(repo, allow_patterns=list(_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{name}: cannot be downloaded ({type(error).__name__}: {line})") from error
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    with main_guard(debug="--debug" in sys.argv):
+        config = tyro.cli(ConvertConfig, prog="python -m gptperf.hugging_face", use_underscores=True)
+        folder = _downloaded(config.model) if config.model.startswith("hf:") else Path(config.model)
+        path, model = convert(folder, config.out_dir, config.tokenizer)
+        print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
+        out = config.out_dir
+        print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
