@@ -26,7 +26,7 @@ PLANNED = {
     "gpt2_124m/batch_64": _GPT2,
     "gpt2_124m/selective": [*_GPT2, "--recompute=selective"],
     "gpt2_124m/full": [*_GPT2, "--recompute=full"],
-    "llama_0.46b_grouped/batch_16": [*_GROUPED, "--block_size=2048", "--batch_size=16"],
+    "llama_0.48b_grouped/batch_16": [*_GROUPED, "--block_size=2048", "--batch_size=16"],
     "gpt2_openai_124m/batch_32": ["configs/gpt2_openai_124m.toml", "--batch_size=32"],
     "gpt2_774m/batch_12": [*_GPT2, "--n_layer=36", "--n_embd=1280", "--n_head=20", "--batch_size=12"],
 }

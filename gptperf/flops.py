@@ -162,12 +162,12 @@ CONVENTIONS: dict[str, Convention] = {
     "description": Convention(
         _description,
         "scores H/2 times palm's; no output projection, no head",
-        "description, code block",
+        "in circulation, with errors",
         uncountable_parameters,
     ),
-    "12sbh2": Convention(_12sbh2, "matrices half, scores H/2 times palm's; no head", "description, 12SBH^2 + 2aS^2BH"),
+    "12sbh2": Convention(_12sbh2, "matrices half, scores H/2 times palm's; no head", "in circulation, with errors"),
 }
-"""Name -> how it counts. The description is the first one of this system, whose formulas have errors."""
+"""Name -> how it counts. The last two are kept for comparison; configs/PARAMETER_FORMULAS.md has their errors."""
 
 RECOMPUTE: dict[str, dict[str, Fraction]] = {
     "none": {},

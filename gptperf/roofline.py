@@ -16,7 +16,7 @@ from gptperf.hardware import Gpu
 __all__ = ["parts_ms", "rates_of"]
 
 _GAPS_MS = 2.5
-"""Of a micro-batch, between kernels: 2.3 ms of llama_1.36b's step on an H200, 3.3 of gpt2_124m's."""
+"""Of a micro-batch, between kernels: 2.3 ms of llama_1.36b's step in the run on an H200 that gave the rates."""
 _LONG_SEQUENCE = 128
 """Attention of T tokens runs at T / (T + this) of the rate of a long sequence: its diagonal blocks are half empty."""
 

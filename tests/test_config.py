@@ -40,7 +40,7 @@ def _write(folder: Path, text: str, name: str = "c.toml") -> str:
     return str(folder / name)
 
 
-# Every flag of the system's description, as it is written there, with what it has to give.
+# Flags that have to be accepted as they are written here, with what each has to give.
 DESCRIBED = {
     "--max_iters=100": 100,
     "--position_encoding=rope": "rope",

@@ -27,7 +27,7 @@ MEASURED = {
     "gpt2_124m/batch_64": ("H200", 114.7, 23.00),
     "gpt2_124m/selective": ("H200", 117.0, 16.94),
     "gpt2_124m/full": ("H200", 141.1, 6.52),
-    "llama_0.46b_grouped/batch_16": ("H200", 192.7, 30.36),
+    "llama_0.48b_grouped/batch_16": ("H200", 192.7, 30.36),
     "gpt2_openai_124m/batch_32": ("H100", 61.7, 13.24),
     "gpt2_774m/batch_12": ("H200", 129.3, 33.38),
 }

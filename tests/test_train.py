@@ -50,7 +50,7 @@ def test_log_has_the_described_schema(corpus: Path, tmp_path: Path) -> None:
     assert log["summary"]["iterations"] == 4
 
 
-# The description's table of options: component, flag, and what the log calls it.
+# Every option of a component: flag, and what the log calls it.
 OPTIONS = [
     *(("normalization", n) for n in ("layernorm", "layernorm_nobias", "rmsnorm")),
     *(("activation", n) for n in ("gelu", "silu", "relu", "leaky_relu")),
