@@ -46,11 +46,11 @@ def open_dataset(data: DataConfig, model: ModelConfig, process: Process) -> tupl
         DataError: missing, damaged, or with a token id that the model's vocabulary does not hold.
     """
     built_in = Path(data.data_dir) / BUILT_IN_DATASET
-    if data.dataset == BUILT_IN_DATASET and process.is_main and not built_in.exists():
+    if data.dataset == BUILT_IN_DATASET and process.is_main and not os.path.exists(built_in):
         try:
             prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
         except DataError:
-            if not built_in.exists():  # another run was faster
+            if not os.path.exists(built_in):  # another run was faster
                 raise
     process.barrier()
     path = resolve_dataset(data.dataset, data.data_dir)

@@ -355,7 +355,11 @@ def load_latest(
     for path in sorted(directory.glob("step-*")):
         if path not in [info.path for info in found]:
             warn(f"{path} is not a checkpoint (no {MANIFEST} of its own) and is passed over")
-    failure = None
+    failure: CheckpointError | None = None
+    if not found and (others := sorted(path.name for path in directory.glob("step-*"))):
+        raise CheckpointError(
+            f"{directory}: found {', '.join(others[:5])} without {MANIFEST}; wanted checkpoints, or none"
+        )
     for info in reversed(found):
         try:
             loaded = load(info.path, device=device, later=later)

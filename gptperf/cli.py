@@ -167,7 +167,7 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
 
 def _nearest_file(path: str) -> str:
     folder = Path(path).parent
-    names = [str(p) for p in folder.glob("*.toml")] if folder.is_dir() else []
+    names = [str(p) for p in folder.glob("*.toml")] if os.path.isdir(folder) else []
     return _near(path, names)
 
 

@@ -2,9 +2,10 @@
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 __all__ = ["Problem", "combination_problems"]
@@ -114,11 +115,15 @@ def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
 
 def _init_from(c: Mapping[str, Any]) -> str | None:
     words = ("scratch", "resume", "auto")
-    if c["init_from"] in words or Path(c["init_from"]).exists():
+    if c["init_from"] in words or os.path.exists(c["init_from"]):
         return None
     near = difflib.get_close_matches(c["init_from"], words, 1, 0.4)
     hint = f"; nearest: {near[0]}" if near else ""
     return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{hint}"
+
+
+def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
+    return f"found '', wanted a name; {key} is an empty text" if c[key] == "" else None
 
 
 _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
@@ -138,6 +143,7 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("tensorboard",), lambda c: _needs(c, "tensorboard", "tensorboard")),
     (("overwrite", "init_from"), _overwrite_resume),
     (("init_from",), _init_from),
+    *(((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
 )
 
 

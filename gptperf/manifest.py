@@ -195,13 +195,28 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     for name in names:
         match = _STEP.fullmatch(name) or SET_ASIDE.fullmatch(name)
         path = directory / name
-        if match and int(match[1]) not in found and not path.is_symlink() and os.path.lexists(path / MANIFEST):
+        if match and int(match[1]) not in found and not path.is_symlink() and _is_there(path / MANIFEST):
             try:
                 metric = read_manifest(path).metric
             except CheckpointError:
                 metric = None  # listed all the same, so that a reader hears of the damage when it loads
             found[int(match[1])] = CheckpointInfo(path=path, step=int(match[1]), metric=metric)
     return [found[step] for step in sorted(found)]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something; that nobody may look is no answer.
+
+    Raises:
+        CheckpointError: It cannot be told.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error}") from error
+    return True
 
 
 def has_all_bytes(path: Path) -> bool:

@@ -54,12 +54,16 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes; every process has to ask."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, value: int) -> int:
+        """The largest value of all processes; every process has to ask."""
         if self.world_size == 1:
-            return flag
-        found = torch.tensor(int(flag))
+            return value
+        found = torch.tensor(value)
         with self.progress.collective("all_reduce"):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(found.item())
+        return int(found)
 
     def merged(self, found: dict[str, str]) -> dict[str, str]:
         """What any process found, the first one's word for each key; every process has to ask."""
@@ -126,10 +130,18 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if world_size > 1 and name not in os.environ]
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if world_size > 1 and name not in os.environ
+    ]
     if missing:
         raise DeviceError(f"WORLD_SIZE is {world_size}, and {', '.join(missing)} not set. Start the job with torchrun.")
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    given = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
+    wrong = [f"{name} = {text!r}" for name, text in given.items() if not text.isdecimal()]
+    if wrong:
+        raise DeviceError(f"found {', '.join(wrong)}, wanted whole numbers >= 0. Start the job with torchrun.")
+    rank, local_rank = int(given["RANK"]), int(given["LOCAL_RANK"])
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise DeviceError(
             f"process {local_rank} of this host has no GPU of its own: found {torch.cuda.device_count()}; wanted "

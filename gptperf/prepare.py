@@ -1,6 +1,8 @@
 """Command: turn text into a data set. `python -m gptperf.prepare --help` tells its use."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 
 from gptperf.errors import main_guard
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         from gptperf.data.prepare import prepare
 
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written stays
         optional = {} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}
         prepare(
             args.what,

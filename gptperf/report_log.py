@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +27,12 @@ def find_log(run: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    if run.is_dir():
+    if os.path.isdir(run):
         found = find_journal(run) or max(run.glob("run_*.json"), default=None)
         if found is None:
             raise DataError(f"{run}: found no run_*.jsonl or run_*.json, wanted the out_dir of a run")
         return found
-    if not run.is_file():
+    if not os.path.isfile(run):
         raise DataError(f"{run}: not there, wanted a run's folder, run_*.jsonl or run_*.json")
     if run.suffix not in (".jsonl", ".json"):
         raise DataError(f"{run}: wanted a run's folder, run_*.jsonl or run_*.json")

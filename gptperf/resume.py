@@ -22,7 +22,7 @@ from gptperf import checkpoint as checkpoints
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, Config
 from gptperf.data.tokenizer import Tokenizer
-from gptperf.errors import CheckpointError, DataError
+from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
 from gptperf.optim import AdamW
 from gptperf.parallel import Process
@@ -57,6 +57,8 @@ class TrainState:
     best_step: int | None = None
     run_name: str = ""
     """Stem of the run's journal."""
+    validation: str = ""
+    """Fingerprint of the data that `best_val_loss` is of."""
 
 
 def snapshot(
@@ -231,6 +233,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
         for piece in engine.weights.pieces(partial(_moment, optimizer, key), to_save=False):
             wanted[f"{key}.{piece.name}"] = piece
     _fill(checkpoint, "optimizer", wanted)
+    if not isinstance(saved["scaler"], dict):
+        raise TypeError(f"scaler: {saved['scaler']!r}")
     engine.scaler.load_state_dict(saved["scaler"])
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
@@ -240,7 +244,12 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     random.setstate((version, tuple(internal), gauss))
     kind, *position = saved["rng"]["numpy"]
     np.random.set_state((kind, rng["numpy"].numpy().astype(np.uint32), *position))
-    return TrainState(**saved["train_state"])
+    state = TrainState(**saved["train_state"])
+    if state.step != checkpoint.step:
+        raise CheckpointError(
+            f"{checkpoint.path}: found the state of step {state.step}, wanted that of {checkpoint.step}"
+        )
+    return state
 
 
 @torch.no_grad()
@@ -289,7 +298,9 @@ def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Toke
         for line in changed_versions(found.state, engine):
             console.warning(f"the same numbers, but not the same bits as without the break: {line}")
         state = restore(found, engine, fingerprint)
-    except (KeyError, TypeError) as error:
+    except GptperfError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
     console.message(f"resumed from {found.path} at iteration {state.step}")
     return state
@@ -314,7 +325,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                     f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
                 )
         else:
-            lies = bool(checkpoints.checkpoints(folder))
+            lies = bool(checkpoints.checkpoints(folder)) or any(folder.glob("step-*"))
             if lies and not config.train.overwrite:
                 raise CheckpointError(
                     f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
@@ -337,6 +348,6 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
 
 def _load_path(path: Path) -> Checkpoint:
     """The checkpoint at a path, or the newest one of the run there."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = checkpoints.latest(folder) if folder.is_dir() else None
+    folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
+    newest = checkpoints.latest(folder) if os.path.isdir(folder) else None
     return checkpoints.load(newest.path if newest is not None else folder, later=_LARGE)

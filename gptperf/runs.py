@@ -174,15 +174,15 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
 def _locate(path: Path) -> Path:
     """The file of a run."""
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             logs = sorted(path.glob("run_*.json"))
             found = find_journal(path) or (logs[-1] if logs else None)
             if found is None:
                 raise DataError("holds no run_*.jsonl and no run_*.json")
             return found
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError("no such file or folder")
-        if path.suffix not in (".jsonl", ".json") or not path.is_file():
+        if path.suffix not in (".jsonl", ".json") or not os.path.isfile(path):
             raise DataError("neither the folder of a run nor a run_*.jsonl or run_*.json")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from error

@@ -3,6 +3,7 @@
 RUN is the folder of a run, of its checkpoints, or of one checkpoint.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,8 @@ def sample(config: SampleConfig) -> list[str]:
     from gptperf.weights import Replicated
 
     registry.load_plugins(config.plugins)
-    folder = config.run / "checkpoints" if (config.run / "checkpoints").is_dir() else config.run
-    if not (folder / "MANIFEST.json").is_file():
+    folder = config.run / "checkpoints" if os.path.isdir(config.run / "checkpoints") else config.run
+    if not os.path.isfile(folder / "MANIFEST.json"):
         found = (latest if config.checkpoint == "latest" else best)(folder)
         if found is None:
             raise CheckpointError(f"{config.run}: found no checkpoint, wanted the folder of a run or of a checkpoint")

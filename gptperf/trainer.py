@@ -146,6 +146,9 @@ def _start(
     state = TrainState()
     if found is not None:
         state = take_up(found, engine, train_tokens.fingerprint, tokenizer, console)
+    if state.validation not in ("", val_tokens.fingerprint):
+        raise DataError(f"{out_dir}: its losses are of other validation data; wanted the same shards")
+    state.validation = val_tokens.fingerprint
     engine.weights.share()
     compiled = compile_engine(engine)
     peak = find_peak(config, process.device)
@@ -232,17 +235,19 @@ def _loop(run: Run, loader: Loader, stop: StopRequest) -> bool:
             _log(run, result, clock, loader.wait_s)
         if process.world_size == 1:  # several processes hear of a save together: before the next one, and at the end
             _saved(run, run.saver.poll(), must=False)
-        asked = process.any(stop.requested)
-        val_loss = None
+        wish, val_loss = process.highest(stop.take()), None
         if last or iteration % train.eval_interval == 0:
             with clock.paused(), process.progress.during("evaluation"):
                 val_loss = _evaluate(run)
-        if last or asked or iteration % save_interval == 0:
+            wish = max(wish, process.highest(stop.take()))
+        asked = wish == stop.STOP
+        if last or wish or iteration % save_interval == 0:
             with clock.paused(), process.progress.during("save"):
                 _check_finite(run)
                 _save(run, val_loss, must=last or asked)
         if asked and not last:
-            run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume goes on")
+            again = " --overwrite=False" if train.overwrite else ""
+            run.console.message(f"asked to stop: iteration {iteration} is saved, --init_from=resume{again} goes on")
             summary = _summary(run) | {"stopped": "asked to"}
             _end_log(run, summary)
             run.console.finish(summary)
@@ -323,9 +328,10 @@ def _check_finite(run: Run) -> None:
         return
     else:
         what = f"{skipped} iterations had gradients that are not finite, and were left out"
+    before = checkpoint.latest(run.checkpoints)
+    kept = "nothing was saved before" if before is None else f"{before.path} is the newest state before"
     raise NonFiniteError(
-        f"iteration {run.state.step}: {what}; {run.checkpoints} has the state before. Lower learning_rate, or look "
-        "at the data of these iterations."
+        f"iteration {run.state.step}: {what}; {kept}. Lower learning_rate, or look at the data of these iterations."
     )
 
 

@@ -8,12 +8,13 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -406,6 +407,8 @@ class Watchdog:
                 words = threading.Thread(target=self._say, args=(fault,), daemon=True)
                 words.start()
                 words.join(2 * _GRACE_S)  # a full pipe or a dead disk may block it
+                if fault.hang:
+                    self._kill(fault.ranks)
                 self.end(PeerError.exit_code)
                 return
 
@@ -421,6 +424,20 @@ class Watchdog:
                 time.sleep(1.5 * BEAT_S)  # so that the others' stacks show where they waited, not that this one left
             sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # a progress bar hides the cursor
             sys.stdout.flush()
+
+    def _kill(self, ranks: Sequence[int]) -> None:
+        """End processes of this host that hang and do not end by themselves: torchrun would wait 30 s for each."""
+        for rank in ranks:
+            beat = self.view.beats.get(rank)
+            if rank == self.rank or beat is None or beat.place != self.identity[-1]:
+                continue
+            for _ in range(30):  # one that runs hears of it and leaves its stacks first
+                if process_state(beat.pid, beat.started) != "alive":
+                    break
+                time.sleep(_GRACE_S / 10)
+            if process_state(beat.pid, beat.started) != "gone":
+                with contextlib.suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
 
     def _dump_stacks(self) -> None:
         """Where each Python thread of this process is: into a file, with `debug` on stderr too."""

@@ -120,7 +120,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(fault: str, corpus: Path, 
     with Job(corpus, tmp_path, fault, 1, "--collective_timeout_s=2") as job:
         ended, seconds = job.end_of(0)
         assert ended == PeerError.exit_code
-        assert 1 <= seconds < 2 + 2
+        assert 1 <= seconds < 2 + 4
         assert all(line.startswith("gptperf: E9: rank 1 did not arrive: ") for line in job.lines())
         (line,) = (line for line in job.lines() if "rank 0 was in all_reduce of the gradients (iteration 6)" in line)
         if fault == "loop":
@@ -128,6 +128,8 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(fault: str, corpus: Path, 
             assert "is in iteration 6;" in line
             assert job.ranks[1].wait(timeout=5) == PeerError.exit_code
             assert "in fail" in (tmp_path / "out" / "stacks_rank1.txt").read_text()
+        else:
+            assert job.ranks[1].wait(timeout=5) == -signal.SIGKILL  # torchrun would wait 30 s for it
         assert "finish_gradients" in (tmp_path / "out" / "stacks_rank0.txt").read_text()
 
 

@@ -166,22 +166,22 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, spl
             has_fields=True,
         )
     path = Path(what)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _Plan(
             name=path.resolve().name,
             source=f"folder {path.name}",
             documents=lambda skipped: sources.folder_documents(path, skipped, without=Path(data_dir)),
         )
-    if path.is_file() and not os.access(path, os.R_OK):
+    if os.path.isfile(path) and not os.access(path, os.R_OK):
         raise DataError(f"{path}: cannot be read: permission denied")
-    if path.is_file() and path.suffix == ".jsonl":
+    if os.path.isfile(path) and path.suffix == ".jsonl":
         return _Plan(
             name=path.stem,
             source=f"file {path.name}",
             documents=lambda skipped: sources.jsonl_documents(path, field),
             has_fields=True,
         )
-    if path.is_file():
+    if os.path.isfile(path):
         return _Plan(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")
     near = difflib.get_close_matches(what, KNOWN, n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""

@@ -324,9 +324,9 @@ def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
     Raises:
         DataError: Neither holds a data set; the message names the command that prepares it.
     """
-    if os.sep not in dataset and (Path(data_dir) / dataset / MANIFEST).is_file():
+    if os.sep not in dataset and os.path.isfile(Path(data_dir) / dataset / MANIFEST):
         return Path(data_dir) / dataset
-    if (Path(dataset) / MANIFEST).is_file():
+    if os.path.isfile(Path(dataset) / MANIFEST):
         return Path(dataset)
     where = Path(dataset) if os.sep in dataset else Path(data_dir) / dataset
     prepared = sorted(folder.parent.name for folder in Path(data_dir).glob(f"[!.]*/{MANIFEST}"))
