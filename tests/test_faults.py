@@ -190,7 +190,7 @@ def test_the_third_save_that_fails_ends_the_run(corpus: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(trainer.checkpoint, "save", full)
     with pytest.raises(DiskError, match="no room"):
-        run(corpus, tmp_path, "--save_interval=2", "--max_iters=100000", "--eval_interval=100000")
+        run(corpus, tmp_path, "--save_interval=2", "--max_iters=41", "--eval_interval=100")
     assert 5 <= run_log(tmp_path)["summary"]["iterations"] <= 10
 
 
