@@ -1,8 +1,8 @@
 """Trains small models as one of several processes: `python tests/parallel_worker.py CASES.json OUT [cuda]`.
 
-CASES holds, by name, flags and optionally where to load the state from, where to save it and between which steps to
-train; the figures of a process go to OUT/NAME-RANK.json. All cases of a batch size see the same tokens in the same
-order, whatever the number of processes.
+CASES holds, by name, flags and optionally where to load the state from, where to save it, between which steps to
+train and from which one on gradients overflow; the figures of a process go to OUT/NAME-RANK.json. All cases of a batch
+size see the same tokens in the same order, whatever the number of processes.
 """
 
 import json
@@ -86,7 +86,16 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     collectives, gathers = engine.weights.collectives, []
     held = _watch_what_is_held(engine.weights)
+    scales: list[float] = []
+
+    def overflowing(gradient: Tensor) -> Tensor:
+        """In one row, which under sharding belongs to one process."""
+        return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
+
     for step in range(first, last):
+        if step == case.get("overflow"):
+            engine.model.lm_head.weight.register_hook(overflowing)
+        scales.append(engine.scaler.get_scale())
         with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather:
             result = train_step(engine, data, step, watched=True)
         gathers.append(gather.call_count)
@@ -112,6 +121,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "watched": watched,
         "evaluated": evaluated,
         "gathers": gathers,
+        "scales": scales,
         "held": held,
         "moved_by": collectives.name,
         "reason": collectives.reason,

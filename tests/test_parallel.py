@@ -187,6 +187,18 @@ def test_how_often_weights_are_gathered(results: Callable[[int], Results], model
         assert held == step * 3, (strategy, micro)
 
 
+def test_an_overflow_in_one_share_is_one_for_all(tmp_path: Path) -> None:
+    """Of float16: no process updates, and the scale falls in all of them."""
+    flags = [*SMALL, "--device=cpu", "--dtype=float16", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
+    cases = {name: {"flags": [*flags, *STRATEGIES[name]], "overflow": 2} for name in ("ddp", "zero1", "fsdp")}
+    for name, ranks in spawn(2, cases, tmp_path).items():
+        for found in ranks:
+            assert found["scales"] == [65536, 65536, 65536, 32768], name
+            losses = found["evaluated"]
+            assert losses[2] == losses[1] == losses[3], name
+            assert losses[1] != losses[0], name
+
+
 LAYOUTS = ("ddp", "zero1", "fsdp")
 
 
