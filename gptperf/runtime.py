@@ -81,6 +81,8 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGUSR1: self._ask_to_save}
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # whoever started this process has another use for it
+            del handlers[signal.SIGUSR1]
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield self

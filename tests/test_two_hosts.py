@@ -190,7 +190,7 @@ def test_a_lost_host_ends_the_run_and_resume_goes_on(hosts: Hosts, corpus: Path,
     assert two["startup_info"]["parallelism"] == "DDP over 2 processes"
 
 
-SLURM = ROOT / "configs" / "slurm.sh"
+SLURM = ROOT / "configs" / "slurm" / "train.sh"
 
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then printf "localhost\\nlocalhost\\n"; else echo "$@" >> scontrol.txt; fi',

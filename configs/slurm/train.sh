@@ -1,5 +1,5 @@
 #!/bin/bash
-# One job over N nodes: sbatch [--nodes=N] configs/slurm.sh CONFIG.toml --out_dir=SHARED [--key=value ...]
+# One job over N nodes: sbatch [--nodes=N] configs/slurm/train.sh CONFIG.toml --out_dir=SHARED [--key=value ...]
 # Submit from the repository root, with .venv, data_dir and out_dir on a file system that all nodes share.
 # Two minutes before the limit, and when preempted with that signal, the run saves, ends with 75 and is queued again.
 #SBATCH --job-name=gptperf
