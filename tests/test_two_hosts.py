@@ -214,7 +214,7 @@ def test_slurm_script_is_one_that_bash_and_gptperf_read() -> None:
     text = SLURM.read_text()
     flags = re.findall(r"--init_from=\w+", text)
     assert cli.resolve(flags).config.train.init_from == "auto"
-    example = re.search(r"sbatch .*configs/slurm\.sh (.*)$", text, re.MULTILINE)
+    example = re.search(r"sbatch .*configs/slurm/train\.sh (.*)$", text, re.MULTILINE)
     assert example is not None
     shown = example[1].replace("CONFIG.toml", "configs/llama_1.36b.toml").replace("[--key=value ...]", "")
     assert cli.resolve(shown.split(), world_size=16).config.train.out_dir == "SHARED"
