@@ -269,9 +269,13 @@ def clean(directory: Path) -> list[str]:
     return gone
 
 
-def checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """All checkpoints of a run, oldest first, not yet verified; what has no manifest is none."""
-    return list_checkpoints(Path(directory))
+def checkpoints(directory: Path, *, strict: bool = False) -> list[CheckpointInfo]:
+    """All checkpoints of a run, oldest first, not yet verified; what has no manifest is none.
+
+    Raises:
+        CheckpointError: see `list_checkpoints`.
+    """
+    return list_checkpoints(Path(directory), strict=strict)
 
 
 def latest(directory: Path) -> CheckpointInfo | None:
@@ -351,7 +355,7 @@ def load_latest(
         CheckpointError: All that there are are damaged, or the newest undamaged one needs a newer gptperf.
     """
     directory = Path(directory)
-    found = checkpoints(directory)
+    found = checkpoints(directory, strict=True)
     for path in sorted(directory.glob("step-*")):
         if path not in [info.path for info in found]:
             warn(f"{path} is not a checkpoint (no {MANIFEST} of its own) and is passed over")

@@ -3,7 +3,7 @@
 Writes a checkpoint of the weights of a GPT-2 or LLaMA, and OUT_DIR/model.toml, its architecture. Then:
 
     python -m gptperf.train OUT_DIR/model.toml --init_from=OUT_DIR --out_dir=OTHER --dataset=...
-    python -m gptperf.sample OUT_DIR --prompt="..."
+    python -m gptperf.sample OUT_DIR --prompt="..."    # of a GPT-2: a LLaMA's tokenizer is none that gptperf knows
 
 The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]').
 """
@@ -27,12 +27,12 @@ from gptperf.checkpoint import RunLock
 from gptperf.config import Config, ModelConfig
 from gptperf.data.tokenizer import load_tokenizer
 from gptperf.disk import write_file
-from gptperf.errors import CheckpointError, DeviceError, DiskError, main_guard
+from gptperf.errors import CheckpointError, DeviceError, DiskError, GptperfError, main_guard
 from gptperf.model import GPT
 
 __all__ = ["convert", "main", "model_config", "weights"]
 
-_FILES = ("config.json", "*.safetensors")
+_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Masks and tables that some files hold."""
@@ -68,8 +68,12 @@ def model_config(described: Described) -> ModelConfig:
         raise CheckpointError(f"config.json: model_type: found {kind!r}, wanted gpt2 or llama")
     try:
         return ModelConfig(**(_gpt2_keys if kind == "gpt2" else _llama_keys)(described))
+    except GptperfError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"config.json: found no {error}, which a {kind} has") from error
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json: it describes no {kind}: {error}") from error
 
 
 def _gpt2_keys(described: Described) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def _llama_keys(described: Described) -> dict[str, Any]:
         _want(described, key, wanted)
     rope = described.get("rope_scaling") or described.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if kind != "default" or "factor" in rope:
         raise CheckpointError(f"config.json: RoPE: found {kind!r}, wanted no scaling of the positions")
     width, heads = described["hidden_size"], described["num_attention_heads"]
     head_dim = described.get("head_dim") or width // heads
@@ -180,16 +184,30 @@ class _Stored:
     def __init__(self, folder: Path):
         self.folder, self.used = folder, set[str]()
         self.places: dict[str, tuple[Any, str]] = {}
-        paths = sorted(folder.glob(_FILES[1]))
-        if not paths:
-            raise CheckpointError(f"{folder}: found no {_FILES[1]}, wanted the weights in this format")
-        for path in paths:
+        for path in self._paths():
             try:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 self.places[name.removeprefix("transformer.").removeprefix("model.")] = (file, name)
+
+    def _paths(self) -> list[Path]:
+        """The files of the index, or the one file: a folder may hold other variants of the weights too."""
+        index = self.folder / _FILES[2]
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_bytes())["weight_map"].values())
+                return [self.folder / name for name in sorted(names)]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: cannot be read: {error!r}") from error
+        one = self.folder / "model.safetensors"
+        paths = [one] if one.exists() else sorted(self.folder.glob(_FILES[1]))
+        if len(paths) != 1:
+            raise CheckpointError(
+                f"{self.folder}: found {len(paths)} {_FILES[1]}, wanted model.safetensors or an index"
+            )
+        return paths
 
     def find(self, name: str) -> Tensor:
         """A tensor, in float32."""
@@ -243,7 +261,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
         "source": str(folder),
     }
     with RunLock(out_dir):
-        if checkpoint.checkpoints(out_dir / "checkpoints"):
+        if any((out_dir / "checkpoints").glob("step-*")):
             raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
         keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
         _write_toml(out_dir / "model.toml", keys)

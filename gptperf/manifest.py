@@ -183,8 +183,12 @@ def parse_json(data: bytes, path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
-def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """Checkpoints that have a manifest, oldest first, with one that a save set aside until it is replaced."""
+def list_checkpoints(directory: Path, *, strict: bool = False) -> list[CheckpointInfo]:
+    """Checkpoints that have a manifest, oldest first, with one that a save set aside until it is replaced.
+
+    Raises:
+        CheckpointError: The directory cannot be read, or, if `strict`, it cannot be told whether there is a manifest.
+    """
     try:
         names = sorted(os.listdir(directory), reverse=True)  # "step-" before ".old-"
     except FileNotFoundError:
@@ -195,7 +199,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     for name in names:
         match = _STEP.fullmatch(name) or SET_ASIDE.fullmatch(name)
         path = directory / name
-        if match and int(match[1]) not in found and not path.is_symlink() and _is_there(path / MANIFEST):
+        if match and int(match[1]) not in found and not path.is_symlink() and _is_there(path / MANIFEST, strict):
             try:
                 metric = read_manifest(path).metric
             except CheckpointError:
@@ -204,18 +208,16 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     return [found[step] for step in sorted(found)]
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something; that nobody may look is no answer.
-
-    Raises:
-        CheckpointError: It cannot be told.
-    """
+def _is_there(path: Path, strict: bool) -> bool:
+    """Whether there is something; that nobody may look is no answer, if `strict`."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be looked at: {error}") from error
+        if strict:
+            raise CheckpointError(f"{path} cannot be looked at: {error}") from error
+        return False
     return True
 
 

@@ -5,12 +5,14 @@ iteration. The random states are saved besides, for components from outside that
 """
 
 import dataclasses
+import hashlib
 import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +174,18 @@ def versions(engine: Engine) -> dict[str, str]:
         "threads": "" if on_gpu else str(torch.get_num_threads()),
         "processes": str(process.world_size),
         "kernels": ",".join(f"{op}={chosen}" for op, chosen in engine.ops.chosen.items()),
+        "kernel_sources": _kernel_sources() if "triton" in engine.ops.chosen.values() else "",
         "communication": engine.weights.collectives.name,
     }
+
+
+def _kernel_sources() -> str:
+    """A digest: another shape of program adds up in another order."""
+    digest = hashlib.sha256()
+    for path in sorted(resources.files("gptperf.kernels").iterdir(), key=str):
+        if path.name.endswith(".py"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool = False) -> list[str]:
@@ -210,7 +222,7 @@ def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
     return [
         f"{name}: {saved['versions'].get(name)} -> {now[name]}"
         for name in now
-        if saved["versions"].get(name) != now[name]
+        if saved["versions"].get(name, "") != now[name]
     ]
 
 
@@ -245,6 +257,10 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     kind, *position = saved["rng"]["numpy"]
     np.random.set_state((kind, rng["numpy"].numpy().astype(np.uint32), *position))
     state = TrainState(**saved["train_state"])
+    for name, usual in dataclasses.asdict(TrainState()).items():
+        value, kind = getattr(state, name), str if isinstance(usual, str) else (int, float)
+        if not (isinstance(value, kind) or value is usual is None):
+            raise TypeError(f"train_state: {name}: {value!r}")
     if state.step != checkpoint.step:
         raise CheckpointError(
             f"{checkpoint.path}: found the state of step {state.step}, wanted that of {checkpoint.step}"
@@ -286,6 +302,8 @@ def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Toke
         DataError: it was made with another data set.
     """
     resuming = engine.config.train.init_from in ("resume", "auto")
+    if resuming and "train_state" not in found.state:
+        raise CheckpointError(f"{found.path} has weights alone; wanted --init_from=PATH and another --out_dir")
     try:
         for line in changed_keys(found.state, engine.config, weights_only=not resuming):
             console.warning(f"{found.path} was made with another value (saved -> now): {line}")
@@ -325,7 +343,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                     f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
                 )
         else:
-            lies = bool(checkpoints.checkpoints(folder)) or any(folder.glob("step-*"))
+            lies = bool(checkpoints.checkpoints(folder, strict=True)) or any(folder.glob("step-*"))
             if lies and not config.train.overwrite:
                 raise CheckpointError(
                     f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "

@@ -93,12 +93,13 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         process = start_process(config.system.device, config.system.collective_timeout_s)
         stack.callback(process.close)
         stop = stack.enter_context(StopRequest().listening())
-        stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
+        watchdog = stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
         check_device(config.system, process.device)
         console = stack.enter_context(
             Console(max_iters=config.train.max_iters, mode=config.log.console, enabled=process.is_main)
         )
         run = _start(config, origins, process, console, stack)
+        watchdog.last_words = lambda text: _end_log(run, {"iterations": run.state.step, "stopped": text}, alone=False)
         loader = Loader(
             run.train_tokens,
             block_size=config.model.block_size,
@@ -202,8 +203,10 @@ def _told(run: Run) -> Iterator[None]:
                 f"batch_size = {batch_size} and raise gradient_accumulation_steps, or lower block_size. "
                 f"Who held it: {snapshot_path}"
             ) from error
-    except GptperfError as error:
-        _end_log(run, _summary(run) | {"stopped": f"E{error.exit_code}: {error}"})
+    except (GptperfError, RuntimeError) as error:
+        code = error.exit_code if isinstance(error, GptperfError) else 1
+        with contextlib.suppress(GptperfError, RuntimeError, OSError):  # the first error is the one to tell
+            _end_log(run, _summary(run) | {"stopped": f"E{code}: {error}"}, alone=run.engine.process.world_size == 1)
         raise
 
 
@@ -328,10 +331,9 @@ def _check_finite(run: Run) -> None:
         return
     else:
         what = f"{skipped} iterations had gradients that are not finite, and were left out"
-    before = checkpoint.latest(run.checkpoints)
-    kept = "nothing was saved before" if before is None else f"{before.path} is the newest state before"
     raise NonFiniteError(
-        f"iteration {run.state.step}: {what}; {kept}. Lower learning_rate, or look at the data of these iterations."
+        f"iteration {run.state.step}: {what}; {run.checkpoints} has what was saved before. Lower learning_rate, or "
+        "look at the data of these iterations."
     )
 
 
@@ -422,11 +424,13 @@ def _summary(run: Run) -> Summary:
     return summary
 
 
-def _end_log(run: Run, summary: Summary) -> None:
-    """Write how the run ended, and the log in one file; only the main process has one."""
+def _end_log(run: Run, summary: Summary, *, alone: bool = True) -> None:
+    """Write how the run ended, and unless others wait the log in one file; only the main process has one."""
     if run.journal is not None:
+        run.journal.reopen()  # an error may have closed it
         run.journal.write("summary", summary)
-        run.journal.write_json()
+        if alone:
+            run.journal.write_json()
 
 
 def _finish(run: Run) -> None:

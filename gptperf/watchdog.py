@@ -282,6 +282,7 @@ class Watchdog:
         self.view = View()
         self.identity = _identity()
         self._store = store
+        self.last_words: Callable[[str], object] = len  # told of what ends this process
         self._closing, self._ending = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._keep_beating, self._keep_judging)]
 
@@ -419,6 +420,7 @@ class Watchdog:
         with contextlib.suppress(RuntimeError, OSError):
             if self.judge.store_silent_s <= 2 * BEAT_S:
                 self._publish(fault)
+            self.last_words(f"E{PeerError.exit_code}: {line}")
             if fault.hang:
                 self._dump_stacks()
                 time.sleep(1.5 * BEAT_S)  # so that the others' stacks show where they waited, not that this one left

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import run_argv, run_log
+from run_helpers import run, run_argv, run_log
 
 from gptperf import checkpoint, hugging_face, sample
 from gptperf.errors import CheckpointError, DataError, GptperfError
@@ -62,6 +62,10 @@ def test_a_run_takes_the_weights_up(
         ("gpt2", {"n_layer": None}, "n_layer"),
         ("llama", {"attention_bias": True}, "attention_bias: found true, wanted false"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE: found 'llama3'"),
+        ("llama", {"rope_scaling": {"factor": 8.0}}, "wanted no scaling"),
+        ("llama", {"rope_scaling": [1]}, "it describes no llama"),
+        ("llama", {"num_attention_heads": 0}, "it describes no llama"),
+        ("llama", {"hidden_size": "32"}, "it describes no llama"),
         ("llama", {"head_dim": 16}, "head_dim: found 16"),
         ("llama", {"num_hidden_layers": 3}, "found no tensor layers.2"),
         ("llama", {"num_hidden_layers": 1}, "weights that this model has not: layers.1"),
@@ -93,12 +97,18 @@ def test_files_that_are_missing_or_torn(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nonsense"):
         hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "nonsense")
     first, *others = sorted((tmp_path / "theirs").glob("*.safetensors"))
+    for path in (first, *others):  # another variant of the same weights, which the index does not name
+        path.with_name(path.name.replace("model-", "model.fp16-")).write_bytes(b"not read")
+    hugging_face.convert(tmp_path / "theirs", tmp_path / "whole", "byte")
     first.write_bytes(first.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=f"{first.name}: cannot be read"):
         hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
-    for path in (first, *others):
-        path.unlink()
-    with pytest.raises(CheckpointError, match=r"found no \*\.safetensors"):
+    index = tmp_path / "theirs" / "model.safetensors.index.json"
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index\.json: cannot be read"):
+        hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"found \d+ \*\.safetensors, wanted model\.safetensors or an index"):
         hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
 
 
@@ -107,3 +117,13 @@ def test_a_run_that_is_there_is_left_alone(tmp_path: Path) -> None:
     hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
     with pytest.raises(CheckpointError, match="found checkpoints, wanted another --out_dir"):
         hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
+    (tmp_path / "out" / "checkpoints" / "step-00000000" / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="found checkpoints, wanted another --out_dir"):
+        hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
+
+
+def test_weights_alone_are_not_resumed(corpus: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "theirs", "gpt2")
+    hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
+    with pytest.raises(CheckpointError, match="has weights alone; wanted --init_from=PATH"):
+        run(corpus, tmp_path / "out", "--init_from=resume")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from run_helpers import ROOT, run_argv, run_command
 
 from gptperf.errors import DataError, NonFiniteError, PeerError
+from gptperf.monitor.journal import assemble
 from gptperf.watchdog import LOST_S, Beat, Fault, Judge, Progress, View, Watchdog, process_state
 
 PLUGIN = """
@@ -102,6 +103,12 @@ def test_nobody_is_accused_where_nothing_is_wrong(corpus: Path, tmp_path: Path) 
         assert job.lines() == []
 
 
+def stopped(out: Path) -> str:
+    """Why a run ended, by its log."""
+    (journal,) = out.glob("run_*.jsonl")
+    return str(assemble(journal)["summary"]["stopped"])
+
+
 @pytest.mark.parametrize(("fault", "rank", "code"), [("SIGKILL", 1, -9), ("abort", 1, -6), ("SIGKILL", 0, -9)])
 def test_a_rank_that_dies_is_named(fault: str, rank: int, code: int, corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, fault, rank) as job:
@@ -113,6 +120,7 @@ def test_a_rank_that_dies_is_named(fault: str, rank: int, code: int, corpus: Pat
         assert said[0].startswith(f"gptperf: E9: rank {rank} is gone: process {job.ranks[rank].pid} on ")
         assert f"rank {1 - rank} was in all_reduce" in said[0]
         assert "frame #" not in job.stderr.read_text()
+        assert rank == 0 or stopped(tmp_path / "out").startswith("E9: rank 1 is gone: process ")
 
 
 @pytest.mark.parametrize("fault", ["SIGSTOP", "loop"])
@@ -143,6 +151,13 @@ def test_the_error_of_a_rank_comes_first(corpus: Path, tmp_path: Path) -> None:
             "gptperf: E9: rank 1 failed: E5: the rank fell ill; "
             "rank 0 was in all_reduce of the gradients (iteration 6)",
         ]
+        assert stopped(tmp_path / "out") == "E9: rank 1 failed: E5: the rank fell ill"
+
+
+def test_the_error_of_the_main_process_is_in_the_log(corpus: Path, tmp_path: Path) -> None:
+    with Job(corpus, tmp_path, "raise", 0) as job:
+        assert job.ranks[0].wait(timeout=60) == NonFiniteError.exit_code
+        assert stopped(tmp_path / "out") == "E5: the rank fell ill"
 
 
 def test_torchrun_shows_the_error_first(corpus: Path, tmp_path: Path) -> None:

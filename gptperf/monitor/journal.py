@@ -124,6 +124,11 @@ class Journal:
             os.close(self._fd)
             self._fd = None
 
+    def reopen(self) -> None:
+        """Go on after `close`, with what ends the process."""
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+
     def _append(self, event: str, fields: Mapping[str, Any]) -> None:
         assert self._fd is not None, "the journal is closed"
         line = _line(event, fields)
