@@ -23,6 +23,7 @@ from types import FrameType
 from gptperf import ablation_report
 from gptperf import comparison_page as page
 from gptperf.ablation import Job, Variant, changed_runs, results, variants
+from gptperf.disk import replace_text
 from gptperf.errors import PREEMPTED, ConfigError, main_guard
 
 __all__ = ["Runner", "main"]
@@ -218,9 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write(failed: dict[Path, str]) -> str:
         reached = results(found)
         text = ablation_report.markdown(reached, args.equal, failed)
-        page.write_text(args.out / "ablation.md", text)
+        replace_text(args.out / "ablation.md", text)
         record = ablation_report.record(reached, args.equal, failed)
-        page.write_text(args.out / "ablation.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        replace_text(args.out / "ablation.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
         return ablation_report.text(reached, args.equal, failed)
 
     with Runner().listening() as runner:
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + write(failed))
     print(f"report: {args.out / 'ablation.md'}, {args.out / 'ablation.json'}")
     if args.html is not None:
-        page.write_text(args.html, ablation_report.html(results(found), args.equal, failed))
+        replace_text(args.html, ablation_report.html(results(found), args.equal, failed))
         print(f"page: {args.html}")
     if runner.asked() and not all(job.finished() for variant in found for job in variant.jobs):
         print("ablate: asked to stop; the same command goes on", flush=True)

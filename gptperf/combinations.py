@@ -123,7 +123,7 @@ def _init_from(c: Mapping[str, Any]) -> str | None:
 
 
 def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
-    return f"found '', wanted a name; {key} is an empty text" if c[key] == "" else None
+    return "found '', wanted a name" if c[key] == "" else None
 
 
 _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (

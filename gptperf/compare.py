@@ -16,6 +16,7 @@ from typing import Any
 from gptperf import cli, flops, ranking
 from gptperf import comparison_page as page
 from gptperf.config import Config
+from gptperf.disk import replace_text
 from gptperf.errors import ConfigError, DataError, main_guard
 from gptperf.hardware import Gpu
 from gptperf.plan import find_gpu, own_gpu, plan, unplannable
@@ -125,7 +126,7 @@ def rank_runs(paths: Sequence[str], html: Path | None, as_json: bool) -> str:
         raise DataError(f"found no run, wanted folders of runs, run_*.jsonl or run_*.json: {reasons}")
     ranked = ranking.rank(runs, left_out)
     if html is not None:
-        page.write_text(html, ranking.ranking_html(ranked))
+        replace_text(html, ranking.ranking_html(ranked))
     if as_json:
         return json.dumps(ranking.record(ranked, left_out), indent=2, allow_nan=False)
     differing = ranking.differing_table(ranked)

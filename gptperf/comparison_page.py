@@ -4,7 +4,6 @@ matplotlib and jinja2 are loaded only where a page is made: `pip install 'gptper
 """
 
 import importlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf import page
-from gptperf.errors import DeviceError, DiskError
+from gptperf.errors import DeviceError
 
 __all__ = [
     "Line",
@@ -26,7 +25,6 @@ __all__ = [
     "markdown",
     "pyplot",
     "svg",
-    "write_text",
 ]
 
 _COLORS = ("#2a8fbd", "#d9822b", "#4c9f50", "#c2504f", "#8b6cc0", "#9a7b4f", "#d16ba5", "#7f8c8d", "#a9a32a", "#2fa8a0")
@@ -155,21 +153,3 @@ def html(title: str, sections: Sequence[Section]) -> str:
     template = environment.from_string((Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8"))
     found: str = template.render(title=title, sections=sections)
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole; a reader sees the old one or the new one.
-
-    Raises:
-        DiskError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error}") from error

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import socket
 import stat
 import time
@@ -26,6 +27,7 @@ __all__ = [
     "free_bytes",
     "make_directory",
     "open_regular",
+    "replace_text",
     "sync_directory",
     "write_all",
     "write_file",
@@ -88,6 +90,27 @@ def write_file(
         os.close(fd)
     assert done == total, f"{path.name}: {done} bytes written, {total} announced"
     return FileRecord(name=path.name, bytes=done, sha256=digest.hexdigest())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that others may read; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "x", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error}") from error
 
 
 def append_line(path: Path, line: bytes, *, half: Callable[[], None] = lambda: None) -> None:

@@ -10,7 +10,6 @@ The model is a folder with config.json and *.safetensors, or hf:REPO, which is d
 
 import importlib
 import json
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from gptperf import checkpoint
 from gptperf.checkpoint import RunLock
 from gptperf.config import Config, ModelConfig
 from gptperf.data.tokenizer import load_tokenizer
-from gptperf.disk import write_file
-from gptperf.errors import CheckpointError, DeviceError, DiskError, GptperfError, main_guard
+from gptperf.disk import replace_text
+from gptperf.errors import CheckpointError, DeviceError, GptperfError, main_guard
 from gptperf.model import GPT
 
 __all__ = ["convert", "main", "model_config", "weights"]
@@ -264,21 +263,9 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
         if any((out_dir / "checkpoints").glob("step-*")):
             raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
         keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
-        _write_toml(out_dir / "model.toml", keys)
+        lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+        replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
         return checkpoint.save(out_dir / "checkpoints", step=0, tensors={"model": found}, state=state), model
-
-
-def _write_toml(path: Path, model: Mapping[str, Any]) -> None:
-    lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in model.items())]
-    data, temporary = ("\n".join(lines) + "\n").encode(), path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            write_file(temporary, [data], len(data))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error}") from error
 
 
 def _downloaded(name: str) -> Path:

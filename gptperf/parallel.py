@@ -138,7 +138,7 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
     if missing:
         raise DeviceError(f"WORLD_SIZE is {world_size}, and {', '.join(missing)} not set. Start the job with torchrun.")
     given = {
-        name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")[: 3 if world_size > 1 else 2]
+        name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", *(["MASTER_PORT"] if world_size > 1 else []))
     }
     wrong = [f"{name} = {text!r}" for name, text in given.items() if not text.isdecimal()]
     if wrong:

@@ -5,13 +5,12 @@ asked for, and every text is escaped. No torch here.
 """
 
 import argparse
-import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptperf.errors import ConfigError, DiskError, main_guard
+from gptperf.disk import replace_text
+from gptperf.errors import ConfigError, main_guard
 from gptperf.monitor.events import RunLog
 from gptperf.page import clean, render
 from gptperf.report_charts import CAPTIONS, draw
@@ -50,19 +49,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         raise ConfigError(f"command line: out: found {str(out)!r}, wanted a name that ends in .html")
     path = find_log(run)
     out = path.parent / "report.html" if out is None else out
-    data = html(load(path)).encode()
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(f"{out} cannot be written: {error}") from error
+    replace_text(out, html(load(path)))
     return out
 
 

@@ -273,7 +273,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in tmp_path.iterdir()} == {journal.name, "report.html"}
     assert stat.S_ISREG(out.stat().st_mode)
     with pytest.raises(DiskError, match="cannot be written"):
-        report.write_report(journal, tmp_path / "no folder" / "a.html")
+        report.write_report(journal, journal / "a.html")  # under a file
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

@@ -2,9 +2,11 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 
-from gptperf import registry, trainer
+from gptperf import registry, resume, trainer
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
 
@@ -209,3 +211,22 @@ def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
     saved = [hashes(tmp_path / out / "checkpoints/step-00000020") for out in ("two", "again")]
     assert saved[0].keys() >= {f"{stem}-0000{rank}.safetensors" for stem in ("model", "optimizer") for rank in "01"}
     assert saved[0] == saved[1]
+
+
+def test_the_sources_of_kernels_count_where_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their bits depend on shapes of programs, which a version of gptperf may change."""
+
+    def sources(chosen: str) -> str:
+        engine: Any = SimpleNamespace(
+            process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
+            ops=SimpleNamespace(chosen={"rms_norm": chosen}),
+            weights=SimpleNamespace(collectives=SimpleNamespace(name="process_group")),
+        )
+        return resume.versions(engine)["kernel_sources"]
+
+    assert sources("eager") == ""
+    now = sources("triton")
+    assert re.fullmatch("[0-9a-f]{12}", now)
+    (tmp_path / "norm.py").write_text("programs = 396\n")
+    monkeypatch.setattr(resume.resources, "files", lambda package: tmp_path)
+    assert sources("triton") != now
