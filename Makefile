@@ -28,11 +28,11 @@ bench: $(READY)  ## measure kernels, steps, loader: ONLY="step/llama_1.36b ops" 
 	$(PY) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(ARGS)
 
 bench-scaling: $(READY)  ## one to eight GPUs, every strategy: ARGS="--gpus 4 --strong"
-	$(PY) -m bench.scaling $(ARGS)
+	$(PY) -m bench.measure.scaling $(ARGS)
 
 bench-compare: $(READY)  ## what got slower: A=FOLDER before, B=FOLDER after
 	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, results that make bench wrote))
-	$(PY) -m bench.compare $(A) $(B) $(ARGS)
+	$(PY) -m bench.report.compare $(A) $(B) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import results
 from bench.cells import Cell, select
-from bench.process import Worker, WorkerEnded
+from bench.measure.process import Worker, WorkerEnded
 from bench.results import Record
 from gptperf.errors import DeviceError, main_guard
 
@@ -97,7 +97,7 @@ def _run(cells: Sequence[Cell], folder: Path, shared: Record, worker: Worker, be
 
 def _report(folder: Path) -> None:
     """The report, or how to get it."""
-    from bench import report
+    from bench.report import __main__ as report
 
     try:
         paths = report.write_reports(folder)

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.cases import HOST_SHAPES, LOSS_OP, OPS
-from bench.models import MODELS, PLANNED, STEP_VARIANTS
+from bench.measure.cases import HOST_SHAPES, LOSS_OP, OPS
+from bench.measure.models import MODELS, PLANNED, STEP_VARIANTS
 from gptperf.errors import ConfigError
 
 __all__ = ["MICRO", "Cell", "all_cells", "select"]

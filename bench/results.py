@@ -19,9 +19,8 @@ __all__ += ["source_state", "write"]
 Record = dict[str, Any]
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
-_MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/*.py")
-_NOT_MEASURED = ("__main__", "charts", "compare", "crosscheck", "metrics", "process", "report", "results", "sections")
-"""Files of the bench that change no figure."""
+_MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/cells.py", "bench/measure/*.py")
+"""Files that can change a figure."""
 _NEEDED = ("cell", "status", "date", "environment", "results", "schema")
 
 
@@ -98,9 +97,7 @@ def identity(record: Record) -> tuple[Any, ...]:
 
 def _sources(root: Path) -> Iterator[Path]:
     for pattern in _MEASURED:
-        for path in sorted(root.glob(pattern)):
-            if path.parent.name != "bench" or path.stem not in _NOT_MEASURED:
-                yield path
+        yield from sorted(root.glob(pattern))
 
 
 def source_state(root: Path = ROOT) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import gptperf
-from gptperf import hardware, registry
+from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig
 from gptperf.errors import DeviceError, main_guard
+from gptperf.ops import resolve_ops
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
 
@@ -187,7 +188,7 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         "kernels_error": None,
     }
     try:
-        ops = registry.resolve_ops("auto", device_type)
+        ops = resolve_ops("auto", device_type)
     except ImportError as error:
         return choices | {"kernels_error": str(error)}
     for op, implementation in ops.chosen.items():

@@ -22,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptperf import checkpoint
-from gptperf.checkpoint import RunLock
 from gptperf.config import Config, ModelConfig
-from gptperf.data.tokenizer import load_tokenizer
-from gptperf.disk import replace_text
+from gptperf.data.tokenizers import load_tokenizer
 from gptperf.errors import CheckpointError, DeviceError, GptperfError, main_guard
+from gptperf.files import RunLock, replace_text
 from gptperf.model import GPT
 
 __all__ = ["convert", "main", "model_config", "weights"]

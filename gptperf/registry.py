@@ -1,21 +1,16 @@
-"""Two questions, one place: which class a component's name means, and with what code an op runs.
+"""Which class a component's name in the configuration means.
 
-Components say what is computed (`normalization = "rmsnorm"`), `kernels = auto|triton|eager` says with what. A component
-from outside is added by `register(kind, name, cls)` in a module named by `--plugins`. Importing this module imports
+A plugin, a module named by `--plugins`, adds a component with `register(kind, name, cls)`. Importing this module loads
 no torch, so that a configuration is checked before torch is loaded.
 """
 
 import difflib
 import importlib
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from gptperf.errors import ConfigError, DeviceError
+from gptperf.errors import ConfigError
 
-__all__ = ["KINDS", "OPS", "Ops", "component", "component_names", "load_plugins", "register", "register_built_in"]
-__all__ += ["resolve_ops", "without_triton"]
+__all__ = ["KINDS", "component", "component_names", "load_plugins", "register", "register_built_in"]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
@@ -26,18 +21,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "ffn_type": ("standard", "swiglu"),
 }
 """Component kind -> the names that `gptperf.model` registers for it."""
-
-OPS = {
-    "rms_norm": "gptperf.kernels.rms_norm",
-    "layer_norm": "gptperf.kernels.layer_norm",
-    "rope": "gptperf.kernels.rope",
-    "swiglu": "gptperf.kernels.swiglu",
-    "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
-    "adamw": "gptperf.kernels.adamw",
-}
-"""Op name -> module of its Triton implementation. Every op has an eager reference of that name."""
-
-_OLDEST_CAPABILITY = (7, 0)
 
 _components: dict[tuple[str, str], Any] = {}
 _T = TypeVar("_T")
@@ -80,12 +63,11 @@ def component_names(kind: str) -> tuple[str, ...]:
 
 
 def component(kind: str, name: str) -> Any:
-    """The class or function registered for a component.
+    """The class or function registered for a component; `gptperf.model` registers the built-in ones.
 
     Raises:
         ValueError: no such name; the nearest one is named.
     """
-    importlib.import_module("gptperf.model")  # registers the built-in ones
     if (kind, name) not in _components:
         near = difflib.get_close_matches(name, component_names(kind), 1)
         hint = f"; nearest: {near[0]}" if near else ""
@@ -104,79 +86,3 @@ def load_plugins(modules: str) -> None:
             importlib.import_module(module)
         except (ImportError, SyntaxError, ValueError, TypeError, NameError, AttributeError) as error:
             raise ConfigError(f"plugins: {module}: {type(error).__name__}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The implementation of every op that a model calls, chosen once. Signatures: `gptperf.kernels.reference`."""
-
-    rms_norm: Callable[..., Any]
-    layer_norm: Callable[..., Any]
-    rope: Callable[..., Any]
-    swiglu: Callable[..., Any]
-    linear_cross_entropy: Callable[..., Any]
-    adamw: Callable[..., None]
-    chosen: dict[str, str]
-    """Op name -> "eager" or "triton"."""
-    reasons: dict[str, str]
-    """Op name -> why `auto` left it to eager PyTorch."""
-
-
-def resolve_ops(kernels: str, device_type: str) -> Ops:
-    """Choose the implementation of every op.
-
-    Args:
-        kernels: "eager", "triton" (each op or an error) or "auto" (Triton where it can run, eager elsewhere).
-        device_type: "cuda" or "cpu".
-
-    Raises:
-        DeviceError: `kernels = "triton"` and an op cannot run with Triton; the causes are named.
-    """
-    reference = importlib.import_module("gptperf.kernels.reference")
-    functions = {op: getattr(reference, op) for op in OPS}
-    chosen = dict.fromkeys(OPS, "eager")
-    reasons: dict[str, str] = {}
-    for op, module in OPS.items():
-        if kernels == "eager":
-            continue
-        reason = _why_not_triton(device_type)
-        if reason is None:
-            chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
-        else:
-            reasons[op] = reason
-    _refuse(kernels, reasons)
-    return Ops(**functions, chosen=chosen, reasons=reasons)
-
-
-def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
-    """The same ops, but those in `reasons` (op name -> why) in eager PyTorch.
-
-    Raises:
-        DeviceError: there is one, and `kernels = "triton"`.
-    """
-    _refuse(kernels, reasons)
-    reference = importlib.import_module("gptperf.kernels.reference")
-    functions = {op: getattr(reference, op) for op in reasons}
-    chosen = ops.chosen | dict.fromkeys(reasons, "eager")
-    return replace(ops, **functions, chosen=chosen, reasons=ops.reasons | reasons)
-
-
-def _refuse(kernels: str, reasons: dict[str, str]) -> None:
-    if kernels == "triton" and reasons:
-        causes = "; ".join(f"{op}: {reason}" for op, reason in reasons.items())
-        raise DeviceError(f"kernels = 'triton' cannot be had: {causes}. Use kernels = 'auto' or 'eager'.")
-
-
-def _why_not_triton(device_type: str) -> str | None:
-    """The reason that Triton cannot run on this device, or None."""
-    if device_type != "cuda":
-        return f"Triton runs on a CUDA GPU, and the device is {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    torch = importlib.import_module("torch")
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST_CAPABILITY:
-        return f"Triton needs compute capability 7.0 or higher, and this GPU has {capability[0]}.{capability[1]}"
-    return None

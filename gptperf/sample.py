@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptperf.errors import CheckpointError, ConfigError, main_guard
+from gptperf.ops import resolve_ops, without_triton
 
 if TYPE_CHECKING:
     import torch
 
-    from gptperf.data.tokenizer import Tokenizer
+    from gptperf.data.tokenizers import Tokenizer
     from gptperf.model import GPT
-    from gptperf.step import Engine
+    from gptperf.training.step import Engine
 
 __all__ = ["generate", "main", "sample_of"]
 
@@ -138,15 +139,16 @@ def sample(config: SampleConfig) -> list[str]:
     """
     import torch
 
-    from gptperf import registry, selftest
-    from gptperf.build import DTYPES
+    from gptperf import registry
     from gptperf.checkpoint import best, latest, load
     from gptperf.config import ModelConfig
-    from gptperf.data.tokenizer import load_tokenizer
+    from gptperf.data.tokenizers import load_tokenizer
+    from gptperf.distributed.process import start_process
+    from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
-    from gptperf.parallel import start_process
-    from gptperf.resume import restore_weights
-    from gptperf.weights import Replicated
+    from gptperf.training import selftest
+    from gptperf.training.build import DTYPES
+    from gptperf.training.resume import restore_weights
 
     registry.load_plugins(config.plugins)
     folder = config.run / "checkpoints" if os.path.isdir(config.run / "checkpoints") else config.run
@@ -160,8 +162,8 @@ def sample(config: SampleConfig) -> list[str]:
     device = start_process(config.device).device
     dtype = DTYPES[saved["system"]["dtype"]] if device.type == "cuda" else torch.float32
     config_of_model = ModelConfig(**saved["model"])
-    ops = registry.resolve_ops("auto", device.type)
-    ops = registry.without_triton(ops, "auto", selftest.broken_ops(ops, config_of_model, device, dtype))
+    ops = resolve_ops("auto", device.type)
+    ops = without_triton(ops, "auto", selftest.broken_ops(ops, config_of_model, device, dtype))
     with device:
         model = GPT(config_of_model, ops).eval()
     restore_weights(checkpoint, model, Replicated(model, dtype))

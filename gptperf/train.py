@@ -1,13 +1,13 @@
 """Train a GPT: `python -m gptperf.train [CONFIG.toml ...] [--key=value ...]`, also under torchrun.
 
-The command is read and checked here, before torch is loaded; the run itself is `gptperf.trainer`.
+The command is read and checked here, before torch is loaded; the run itself is `gptperf.training.trainer`.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 
-from gptperf import cli
+from gptperf.config import command_line
 from gptperf.errors import main_guard
 
 __all__ = ["main"]
@@ -18,14 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = any(text.lower() in ("--debug", "--debug=true") for text in argv)
     with main_guard(debug):
-        world_size = cli.world_size()
+        world_size = command_line.world_size()
         if world_size > 1 and not debug:  # a broken connection is one line of ours, not the stack of PyTorch's warning
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        resolved = cli.resolve(argv, world_size=world_size)
+        resolved = command_line.resolve(argv, world_size=world_size)
         if resolved.show_config:
-            print(cli.show_config(resolved))
+            print(command_line.show_config(resolved))
             return 0
-        from gptperf.trainer import train
+        from gptperf.training.trainer import train
 
         return train(resolved.config, resolved.origins)
 

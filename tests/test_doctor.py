@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gptperf import doctor, registry
+from gptperf import doctor
 
 OPS = {"rms_norm": "triton", "rope": "eager"}
 REASONS = {"rope": "it has no Triton kernel yet"}
@@ -28,7 +28,7 @@ class Usage(NamedTuple):
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU and with everything else."""
-    monkeypatch.setattr(registry, "resolve_ops", lambda *_: SimpleNamespace(chosen=OPS, reasons=REASONS))
+    monkeypatch.setattr(doctor, "resolve_ops", lambda *_: SimpleNamespace(chosen=OPS, reasons=REASONS))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
@@ -132,7 +132,7 @@ def test_ops_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def missing(*_: str) -> Any:
         raise ModuleNotFoundError("No module named 'gptperf.kernels.reference'")
 
-    monkeypatch.setattr(registry, "resolve_ops", missing)
+    monkeypatch.setattr(doctor, "resolve_ops", missing)
     code, text = run(capsys)
     assert code == 6
     assert "PROBLEM: the ops cannot be loaded: No module named 'gptperf.kernels.reference'" in text

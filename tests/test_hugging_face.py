@@ -9,11 +9,11 @@ import torch
 from run_helpers import run, run_argv, run_log
 
 from gptperf import checkpoint, hugging_face, sample
+from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.model import GPT
-from gptperf.resume import restore_weights
 from gptperf.train import main
-from gptperf.weights import Replicated
+from gptperf.training.resume import restore_weights
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,191 +1,110 @@
 """Who may import whom, and what no module does."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted([*ROOT.glob("gptperf/**/*.py"), *ROOT.glob("bench/*.py")])
-FILES = [f for f in FILES if "kernels" not in f.relative_to(ROOT).parts]
+FILES = [path for path in sorted((ROOT / "gptperf").rglob("*.py")) if "kernels" not in path.relative_to(ROOT).parts]
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
 
-# Modules whose import must not load torch: they run before a configuration is known to be good.
+LAYERS = """
+errors
+files registry kernels
+config ops
+flops data model distributed
+hardware checkpoint
+plan monitor
+report
+compare
+ablate
+training
+sample prepare hugging_face doctor
+train
+"""
+"""From the ground up: a module imports its own package and the packages on lines above its own, nothing else."""
+
 WITHOUT_TORCH = [
-    "cli",
-    "config",
-    "presets",
-    "registry",
-    "flops",
-    "hardware",
-    "profiling",
-    "sizes",
-    "vector",
-    "flops_report",
-    "gpus",
-    "ceilings",
-    "footprint",
-    "roofline",
-    "plan",
-    "compare",
-    "ranking",
-    "runs",
-    "overlay",
-    "comparison_page",
-    "ablate",
-    "ablation",
-    "ablation_report",
-    "errors",
-    "train",
-    "sample",
-    "prepare",
-    "doctor",
-    "monitor.schema",
-    "monitor.trackers",
-    "page",
-    "report",
-    "report_charts",
-    "report_log",
-    "report_sections",
+    "errors files registry ops config config.command_line train sample prepare doctor",
+    "flops flops.__main__ hardware hardware.__main__ hardware.ceilings plan plan.__main__",
+    "monitor.waterfall monitor.schema monitor.trackers monitor.runs monitor.run_log",
+    "report.__main__ compare.__main__ ablate.__main__",
 ]
-# Module -> the gptperf modules that it may import, at any depth of the file.
-ALLOWED = {
-    "errors": set(),
-    "presets": set(),
-    "registry": {"errors"},
-    "combinations": set(),
-    "config": {"combinations", "errors", "presets", "registry"},
-    "cli": {"combinations", "config", "errors", "presets", "registry"},
-    "profiling": {"config", "flops"},
-    "sizes": {"config"},
-    "vector": {"config", "sizes"},
-    "flops": {"config", "flops_report", "sizes", "vector"},
-    "flops_report": {"cli", "config", "errors", "flops", "vector"},
-    "gpus": set(),
-    "hardware": {"ceilings", "errors", "gpus"},
-    "ceilings": {"ceilings_cuda", "cli", "config", "disk", "errors", "flops", "hardware"},
-    "ceilings_cuda": {"ceilings", "config", "errors", "hardware", "registry"},
-    "footprint": {"config", "flops", "kernels.chunking"},
-    "roofline": {"config", "flops", "footprint", "hardware"},
-    "plan": {"cli", "config", "errors", "flops", "footprint", "hardware", "roofline"},
-    "page": {"errors"},
-    "report_log": {"errors", "monitor.events", "monitor.journal"},
-    "report_charts": {"monitor.events", "page", "profiling", "report_log"},
-    "report_sections": {"monitor.events", "page", "report_log"},
-    "report": {"disk", "errors", "monitor.events", "page", "report_charts", "report_log", "report_sections"},
-    "compare": {
-        "cli",
-        "config",
-        "disk",
-        "errors",
-        "flops",
-        "hardware",
-        "comparison_page",
-        "plan",
-        "ranking",
-        "registry",
-        "runs",
-    },
-    "runs": {"errors", "monitor.journal"},
-    "comparison_page": {"errors", "page"},
-    "overlay": {"comparison_page", "page", "runs"},
-    "ranking": {"overlay", "comparison_page", "runs"},
-    "ablation": {"cli", "config", "errors", "flops", "monitor.journal", "runs"},
-    "ablation_report": {"ablation", "overlay", "comparison_page", "page", "runs"},
-    "ablate": {"ablation", "ablation_report", "comparison_page", "disk", "errors"},
-    "model": {"config", "registry"},
-    "parallel": {"errors", "watchdog"},
-    "watchdog": {"errors"},
-    "collectives": set(),
-    "copy_engine": {"collectives", "errors", "parallel", "peer_memory"},
-    "peer_memory": {"parallel"},
-    "weights": {"collectives"},
-    "sharded": {"collectives", "weights"},
-    "peers": {"errors"},
-    "saving": {"checkpoint", "errors", "peers"},
-    "optim": {"config", "weights"},
-    "build": {"config", "data", "errors", "model", "parallel", "registry"},
-    "step": {
-        "build",
-        "config",
-        "copy_engine",
-        "model",
-        "monitor.gradients",
-        "optim",
-        "parallel",
-        "registry",
-        "selftest",
-        "sharded",
-        "weights",
-    },
-    "selftest": {"config", "kernels", "registry"},
-    "resume": {
-        "checkpoint",
-        "config",
-        "data",
-        "errors",
-        "monitor.console",
-        "optim",
-        "parallel",
-        "step",
-        "tensorfile",
-        "weights",
-    },
-    "checkpoint": {"disk", "errors", "manifest", "peers", "tensorfile"},
-    "runtime": set(),
-    "monitor.gradients": {"monitor.events"},
-    "monitor.stability": {"monitor.events"},
-    "monitor.blocks": set(),
-    "monitor.console": {"monitor.blocks", "monitor.live"},
-    "monitor.live": {"monitor.blocks"},
-    "monitor.memory": set(),
-    "monitor.events": set(),
-    "monitor.trackers": {"config"},
-    "monitor.schema": {"errors", "monitor.events"},
-    "data.loader": {"data", "errors"},
-}
+"""Modules whose import loads no torch: they run before a configuration is known to be good, or without a GPU."""
 
 
-def _imports(path: Path) -> set[str]:
-    """gptperf modules that a file imports, without the leading name."""
-    found = set()
+def _module(path: Path) -> str:
+    """The dotted name under which a file is imported; `kernels/` is `gptperf.kernels`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("gptperf", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {_module(path): path for path in (*FILES, *KERNELS, *BENCH)}
+
+
+def _named(path: Path) -> Iterator[str]:
+    """Every module that a file imports at any depth, by a statement or by `import_module` with a literal name."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path}: a relative import"
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "gptperf" else [f"gptperf.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.removeprefix("gptperf.") for name in names if name.startswith(("gptperf.", "bench"))}
-    return found
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            for text in node.args[:1]:
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    yield text.value
 
 
-def _name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("gptperf.")
+def _ours(path: Path) -> set[str]:
+    return {name for name in _named(path) if name in MODULES and name != _module(path)}
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_imports_are_those_of_the_table(module: str) -> None:
-    extra = {
-        name
-        for name in _imports(ROOT / "gptperf" / (module.replace(".", "/") + ".py"))
-        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in ALLOWED[module])
-    }
-    assert not extra
+def _package(module: str) -> str:
+    return module.removeprefix("gptperf").removeprefix(".").partition(".")[0]
 
 
-def test_nobody_imports_the_commands_or_the_bench() -> None:
+def test_imports_go_down_the_layers() -> None:
+    lines = LAYERS.split("\n")[1:-1]
+    floor = {package: number for number, line in enumerate(lines) for package in line.split()}
     for path in FILES:
-        importers = _imports(path)
-        assert not {name for name in importers if name.startswith("bench")} or path.parent.name == "bench"
-        if path.name not in ("train.py",):
-            assert "trainer" not in importers
-        assert "train" not in importers
+        own = _package(_module(path))
+        if not own:
+            continue
+        for name in _ours(path) - {"gptperf"}:
+            other = _package(name)
+            assert other == own or floor[other] < floor[own], f"{_module(path)} imports {name}"
+    assert {_package(_module(path)) for path in (*FILES, *KERNELS)} - {""} == set(floor)
+
+
+KNOWN_CYCLES = {("gptperf.hardware.ceilings", "gptperf.hardware.ceilings_cuda")}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    graph = {_module(path): _ours(path) for path in (*FILES, *KERNELS, *BENCH)}
+    for source, target in KNOWN_CYCLES:
+        graph[source] -= {target}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_nobody_imports_the_bench() -> None:
+    for path in FILES:
+        assert not [name for name in _named(path) if name.partition(".")[0] == "bench"], path
 
 
 def test_modules_before_the_configuration_load_no_torch() -> None:
-    code = f"import sys\nfor m in {WITHOUT_TORCH}: __import__('gptperf.' + m)\nprint('torch' in sys.modules)"
+    modules = [f"gptperf.{name}" for line in WITHOUT_TORCH for name in line.split()]
+    code = f"import sys\nfor m in {modules}: __import__(m)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
 
@@ -193,7 +112,7 @@ def test_modules_before_the_configuration_load_no_torch() -> None:
 def test_kernels_import_torch_and_triton_only() -> None:
     """And one another; the reference and the checks of arguments do without Triton, which is not everywhere."""
     standard = {"math", "collections", "functools", "typing", "warnings"}
-    for path in ROOT.glob("kernels/*.py"):
+    for path in KERNELS:
         everywhere = path.name in ("reference.py", "arguments.py")
         tree = ast.parse(path.read_text())
         for node in tree.body if everywhere else ast.walk(tree):
@@ -216,7 +135,7 @@ def test_kernels_have_one_import_name() -> None:
 
 def test_nothing_looks_at_the_machine_at_import() -> None:
     """No module reads the environment or touches CUDA outside a function."""
-    for path in FILES:
+    for path in (*FILES, *BENCH):
         tree = ast.parse(path.read_text())
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
         inside = {id(n) for f in functions for n in ast.walk(f)}
@@ -228,7 +147,7 @@ def test_nothing_looks_at_the_machine_at_import() -> None:
 
 
 def test_files_and_functions_stay_short() -> None:
-    for path in FILES:
+    for path in (*FILES, *BENCH):
         text = path.read_text()
         assert len(text.splitlines()) <= 450, path.name
         for node in ast.walk(ast.parse(text)):
@@ -236,6 +155,15 @@ def test_files_and_functions_stay_short() -> None:
                 assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name}"
 
 
-def test_source_is_ascii() -> None:
-    for path in [*FILES, *ROOT.glob("kernels/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("configs/*.toml")]:
+def test_every_package_is_installed() -> None:
+    """`pyproject.toml` lists every folder with Python files."""
+    listed = set(re.findall(r'^    "(gptperf[.\w]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    assert listed == {_module(path.parent / "x.py").removesuffix(".x") for path in (*FILES, *KERNELS)}
+
+
+@pytest.mark.parametrize(
+    "pattern", ["gptperf/**/*.py", "kernels/*.py", "bench/**/*.py", "tests/**/*.py", "configs/*.toml"]
+)
+def test_source_is_ascii(pattern: str) -> None:
+    for path in ROOT.glob(pattern):
         assert path.read_bytes().isascii(), path.name

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gptperf.data import sources
 from gptperf.data.shards import SPLITS, read_manifest
-from gptperf.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gptperf.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from gptperf.data.writer import SHARD_TOKENS, ShardWriter
 from gptperf.errors import DataError
 

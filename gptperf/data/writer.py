@@ -13,18 +13,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from gptperf.data.format import (
-    DTYPES,
-    HEADER_BYTES,
-    MANIFEST,
-    SPLITS,
-    Header,
-    Manifest,
-    Shard,
-    Split,
-    TokenizerInfo,
-)
-from gptperf.data.tokenizer import Tokenizer, token_dtype
+from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, Header, Manifest, Shard, Split, TokenizerInfo
+from gptperf.data.tokenizers import Tokenizer, token_dtype
 from gptperf.errors import DataError, DiskError
 
 __all__ = ["SHARD_TOKENS", "ShardWriter"]

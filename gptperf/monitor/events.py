@@ -151,7 +151,7 @@ class Profile(TypedDict, total=False):
     steps: int
     step_ms: float
     parts_ms: Mapping[str, float]
-    """Of a step, by the parts of `gptperf.profiling`."""
+    """Of a step, by the parts of `gptperf.monitor.waterfall`."""
     waterfall: Mapping[str, float] | None
     """Points of MFU that each part costs; None without a peak."""
     mfu_percent: float | None

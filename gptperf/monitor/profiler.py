@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from gptperf import flops, profiling
+from gptperf import flops
 from gptperf.config import Config
 from gptperf.hardware import Peak
+from gptperf.monitor import waterfall
+from gptperf.monitor.clock import StepClock
 from gptperf.monitor.events import Profile
-from gptperf.runtime import StepClock
 
 __all__ = ["StepProfiler", "lines_of"]
 
@@ -65,14 +66,14 @@ class StepProfiler:
         steps = iteration - self._first + 1
         found: Profile = {"iter": iteration, "trace": str(path), "steps": steps, "waterfall": None, "mfu_percent": None}
         self._pause.close()
-        kernels = profiling.kernels_of(trace)
+        kernels = waterfall.kernels_of(trace)
         if not kernels:
             return found
-        parts = profiling.breakdown(kernels, steps, profiling.waits_of(trace))
+        parts = waterfall.breakdown(kernels, steps, waterfall.waits_of(trace))
         found |= {"step_ms": parts.step_ms, "parts_ms": parts.parts_ms, "kernels": _longest(kernels, steps)}
         if self.peak is not None and flops.uncountable_flops(self.config.model) is None:
-            work = profiling.step_flops(self.config, self.num_gpus)
-            fall = profiling.waterfall(parts, work, self.peak.flop_s, parts.step_ms)
+            work = waterfall.step_flops(self.config, self.num_gpus)
+            fall = waterfall.waterfall(parts, work, self.peak.flop_s, parts.step_ms)
             found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent}
         return found
 
@@ -90,13 +91,13 @@ def _export(profile: Any, path: Path) -> dict[str, Any]:
     return trace
 
 
-def _longest(kernels: list[profiling.Kernel], steps: int) -> list[dict[str, Any]]:
+def _longest(kernels: list[waterfall.Kernel], steps: int) -> list[dict[str, Any]]:
     totals: dict[str, list[float]] = {}
     for kernel in kernels:
         totals.setdefault(kernel.name, []).append(kernel.duration_us / 1e3)
     ranked = sorted(totals.items(), key=lambda item: -sum(item[1]))[:_LONGEST]
     return [
-        {"name": name, "part": profiling.classify(name), "ms": sum(ms) / steps, "calls": len(ms) / steps}
+        {"name": name, "part": waterfall.classify(name), "ms": sum(ms) / steps, "calls": len(ms) / steps}
         for name, ms in ranked
     ]
 
@@ -104,12 +105,12 @@ def _longest(kernels: list[profiling.Kernel], steps: int) -> list[dict[str, Any]
 def lines_of(found: Profile) -> list[str]:
     """A profile for the console."""
     lines = [f"profile of {found['steps']} iterations: {found['trace']} (open it at ui.perfetto.dev)"]
-    waterfall = found.get("waterfall")
+    points_lost = found.get("waterfall")
     if "parts_ms" in found:
         parts = [f"{name} {ms:.2f} ms" for name, ms in found["parts_ms"].items() if ms > 0]
         lines.append(f"  {found['step_ms']:.2f} ms an iteration: {', '.join(parts)}")
-    if waterfall is not None:
-        points = [f"{name} {value:.2f}" for name, value in waterfall.items() if value]
+    if points_lost is not None:
+        points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
         lines.append(f"  100 points of MFU: {', '.join(points)}, left {found['mfu_percent']:.2f}")
     for kernel in found.get("kernels", [])[:_SHOWN]:
         lines.append(f"  {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")

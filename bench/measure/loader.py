@@ -1,0 +1,180 @@
+"""Measure the training loader: tokens a second and resident memory. `python -m bench.measure.loader [--json=PATH]`
+
+Protocol. Each case is one process-wide `Loader` of rank 0 of 1 with 8 micro-batches a step and a batch of
+about 16,384 tokens, consumed as fast as it delivers, in the page-locked setting of a machine without a GPU
+(off). After 0.5 s of warm-up come 5 windows of 1 s; the figure is the median window and the spread is (max -
+min) / median. The data is a temporary set of 64 million random tokens, in the page cache: this measures
+gptperf, not a disk.
+
+One case reads a data set of 100 GB whose shards are sparse files (headers and manifest are valid, the tokens are
+holes that read as zeros), to see that resident memory does not grow with the data: RSS is read before the loader
+starts and after the last window. The kernel fills fresh pages for the holes, so this rate is lower.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, Header, Manifest, Shard, Split, TokenizerInfo
+from gptperf.data.loader import Loader
+from gptperf.data.shards import TokenSource
+
+__all__ = ["main", "measure", "measure_all", "rss_bytes", "write_random_dataset", "write_sparse_dataset"]
+
+BLOCK_SIZES = (128, 256, 1024, 2048)
+BATCH_TOKENS = 16_384
+RANDOM_TOKENS = 64_000_000
+SPARSE_BYTES = 100_000_000_000
+SHARD_TOKENS = 100_000_000
+
+
+def write_sparse_dataset(path: Path, *, size_bytes: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
+    """Write a data set of about `size_bytes` whose tokens are holes: zeros that take no disk."""
+    itemsize = DTYPES[dtype].itemsize
+    count = max(1, size_bytes // (itemsize * shard_tokens))
+    return _write_dataset(path, dtype=dtype, sizes=[shard_tokens] * count, fill=None)
+
+
+def write_random_dataset(path: Path, *, tokens: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
+    """Write a data set of uniformly random ids below 50,257 (uint16) or 200,019 (uint32)."""
+    sizes = [min(shard_tokens, tokens - begin) for begin in range(0, tokens, shard_tokens)]
+    return _write_dataset(path, dtype=dtype, sizes=sizes, fill=np.random.default_rng(0))
+
+
+def _write_dataset(path: Path, *, dtype: str, sizes: list[int], fill: np.random.Generator | None) -> Path:
+    """Write shards without their true checksums; validation is one more shard."""
+    path.mkdir(parents=True)
+    itemsize = DTYPES[dtype].itemsize
+    vocab_size = 50_257 if dtype == "uint16" else 200_019
+    splits = {}
+    for split, split_sizes in (("train", sizes), ("val", sizes[:1])):
+        shards = []
+        for index, tokens in enumerate(split_sizes):
+            file = path / f"{split}_{index:05d}.bin"
+            header = Header(itemsize=itemsize, tokens=tokens, documents=1, max_id=vocab_size - 1)
+            with file.open("wb") as out:
+                out.write(header.pack())
+                if fill is None:
+                    out.truncate(HEADER_BYTES + tokens * itemsize)
+                else:
+                    fill.integers(0, vocab_size, tokens, dtype=DTYPES[dtype]).tofile(out)
+            size = HEADER_BYTES + tokens * itemsize
+            shards.append(
+                Shard(
+                    file=file.name,
+                    tokens=tokens,
+                    documents=1,
+                    max_id=vocab_size - 1,
+                    bytes=size,
+                    sha256="0" * 64,
+                )
+            )
+        splits[split] = Split(tokens=sum(split_sizes), documents=len(shards), shards=tuple(shards))
+    manifest = Manifest(
+        name=path.name,
+        tokenizer=TokenizerInfo(name="bench", vocab_size=vocab_size, fingerprint="0" * 64, eot=0),
+        dtype=dtype,
+        source="synthetic",
+        val_fraction=0.0,
+        split_method="none",
+        splits=splits,
+    )
+    (path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return path
+
+
+def rss_bytes() -> int:
+    """Return this process's resident memory in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 1.0) -> dict[str, Any]:
+    """Measure one case by the protocol above."""
+    batch_size = max(1, BATCH_TOKENS // block_size)
+    with TokenSource.open(path, "train") as source:
+        before = rss_bytes()
+        with Loader(source, block_size=block_size, batch_size=batch_size, micro_batches=8, seed=1) as loader:
+            _consume(loader, window_s / 2)
+            rates = [_consume(loader, window_s) * batch_size * block_size for _ in range(windows)]
+            after = rss_bytes()
+        median = statistics.median(rates)
+        return {
+            "dataset": path.name,
+            "dataset_gb": len(source) * source.dtype.itemsize / 1e9,
+            "dtype": source.manifest.dtype,
+            "block_size": block_size,
+            "batch_size": batch_size,
+            "tokens_s": median,
+            "windows_tokens_s": rates,
+            "spread": (max(rates) - min(rates)) / median,
+            "rss_before_mb": before / 1e6,
+            "rss_after_mb": after / 1e6,
+        }
+
+
+def _consume(loader: Loader, seconds: float) -> float:
+    """Return micro-batches a second over at least `seconds`."""
+    count, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < seconds:
+        next(loader)
+        count += 1
+    return count / passed
+
+
+def measure_all(
+    folder: Path, *, tokens: int = RANDOM_TOKENS, windows: int = 5, window_s: float = 1.0, few: bool = False
+) -> list[dict[str, Any]]:
+    """Measure every case, or one with `few`, and print the table.
+
+    Args:
+        folder: where the data sets go.
+        tokens: of a random data set.
+        windows: of a case.
+        window_s: of a window.
+        few: one data type, one block size.
+    """
+    columns = f"{'data set':14s} {'GB':>6s} {'dtype':7s} {'T':>5s} {'B':>4s} {'Mtok/s':>8s} {'spread':>7s}"
+    print(f"{columns} {'RSS MB':>15s}")
+    rows = []
+    for dtype in ("uint16",) if few else ("uint16", "uint32"):
+        random = write_random_dataset(folder / f"random_{dtype}", tokens=tokens, dtype=dtype)
+        cases = [(random, block_size) for block_size in ((1024,) if few else BLOCK_SIZES)]
+        if dtype == "uint16" and not few:
+            sparse = write_sparse_dataset(folder / "sparse_uint16", size_bytes=SPARSE_BYTES, dtype=dtype)
+            cases.append((sparse, 1024))
+        for path, block_size in cases:
+            row = measure(path, block_size, windows=windows, window_s=window_s)
+            rows.append(row)
+            print(
+                f"{row['dataset']:14s} {row['dataset_gb']:6.1f} {dtype:7s} {block_size:5d} "
+                f"{row['batch_size']:4d} {row['tokens_s'] / 1e6:8.1f} {row['spread']:6.1%} "
+                f"{row['rss_before_mb']:6.0f} -> {row['rss_after_mb']:5.0f}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    """Run all cases, print the table and write the JSON that was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.measure.loader", description="Measure the training loader.")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        rows = measure_all(Path(folder))
+    if args.json:
+        host = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        record = {"protocol": __doc__, "host": host, "results": rows}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The models and variants whose training step is measured. No torch here."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from gptperf.config import Config, command_line
+
+__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "STEP_VARIANTS", "VARIANTS", "config_of", "planned", "resolve"]
+
+MODELS = {
+    "llama_1.36b": ["configs/llama_1.36b.toml", "--batch_size=16"],
+    "gpt2_124m": ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64"],
+    "llama_124m": ["configs/llama_124m.toml", "--batch_size=64"],
+}
+_LLAMA, _GPT2 = MODELS["llama_1.36b"], MODELS["gpt2_124m"]
+_GROUPED = ["configs/llama_124m.toml", "--n_layer=20", "--n_embd=1280", "--n_head=20", "--n_kv_head=4"]
+PLANNED = {
+    "llama_1.36b/batch_16": _LLAMA,
+    "llama_1.36b/batch_8": [*_LLAMA, "--batch_size=8"],
+    "llama_1.36b/selective": [*_LLAMA, "--recompute=selective"],
+    "llama_1.36b/full": [*_LLAMA, "--recompute=full"],
+    "llama_1.36b/accumulated": [*_LLAMA, "--batch_size=8", "--gradient_accumulation_steps=4"],
+    "gpt2_124m/batch_64": _GPT2,
+    "gpt2_124m/selective": [*_GPT2, "--recompute=selective"],
+    "gpt2_124m/full": [*_GPT2, "--recompute=full"],
+    "llama_0.48b_grouped/batch_16": [*_GROUPED, "--block_size=2048", "--batch_size=16"],
+    "gpt2_openai_124m/batch_32": ["configs/gpt2_openai_124m.toml", "--batch_size=32"],
+    "gpt2_774m/batch_12": [*_GPT2, "--n_layer=36", "--n_embd=1280", "--n_head=20", "--batch_size=12"],
+}
+"""Runs whose plan is compared with what they take. The first and the sixth gave the rates, the last no formula."""
+VARIANTS = {
+    "eager": ["--compile=False", "--kernels=eager"],
+    "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
+    "triton": ["--compile=False", "--kernels=triton"],
+    "triton+compiled": ["--compile=True", "--kernels=triton"],
+    "auto+compiled": ["--compile=True", "--kernels=auto"],
+}
+STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled")
+"""Those with a cell of `python -m bench`."""
+DEFAULT_VARIANT = "triton+compiled"
+"""What a run does on a GPU unless told otherwise."""
+
+
+def resolve(model: str, variant: str) -> Config:
+    """The configuration of a cell, one optimizer step a micro-batch; from the repository root.
+
+    Raises:
+        ConfigError: the file is not there.
+    """
+    return command_line.resolve([*MODELS[model], "--gradient_accumulation_steps=1", *VARIANTS[variant]]).config
+
+
+def planned(name: str) -> Config:
+    """The configuration of one of `PLANNED`, as a run on a GPU has it; one micro-batch a step unless it says more.
+
+    Raises:
+        ConfigError: the file is not there.
+    """
+    path, *flags = PLANNED[name]
+    return command_line.resolve([path, "--gradient_accumulation_steps=1", *VARIANTS[DEFAULT_VARIANT], *flags]).config
+
+
+def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A configuration from its stored sections; keys that this version does not know are left out.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        cls = typing.cast(type, field.type)
+        known = {key.name for key in dataclasses.fields(cls)}
+        given = sections.get(field.name, {})
+        parts[field.name] = cls(**{key: value for key, value in given.items() if key in known})
+    return Config(**parts)

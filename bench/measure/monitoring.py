@@ -1,0 +1,85 @@
+"""What monitoring costs: steps whose gradients and update are looked at now and then, beside steps without.
+
+Watched is what a run does at a log line: the figures of `gptperf.monitor.gradients` are taken on the device, and the
+host reads them before it enqueues the next step. Writing the line, to console and journal, is not part of it.
+"""
+
+import statistics
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from bench.measure.models import DEFAULT_VARIANT, resolve
+from bench.measure.step import random_batches
+from gptperf.distributed.process import start_process
+from gptperf.monitor import waterfall
+from gptperf.monitor.waterfall import Spread
+from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+
+__all__ = ["INTERVAL", "PROTOCOL", "measure"]
+
+INTERVAL, STEPS, WINDOWS = 10, 20, 6
+PROTOCOL = f"""One engine, fresh random tokens a step, one optimizer step a micro-batch. Warm-up: a watched window.
+Then {WINDOWS} windows of {STEPS} steps between CUDA events, unwatched and watched ones, a b b a a b, with one
+synchronisation at the end of each; in a watched one every {INTERVAL}th step is watched. Figures are the median, the
+10th and the 90th percentile of the windows. What a watched step takes more is the median of it and the step after it,
+which waits for the host, over two others of the same window."""
+
+
+def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
+    """Milliseconds of a step both ways.
+
+    Args:
+        model: of `bench.measure.models.MODELS`.
+        windows: of both kinds together.
+
+    Returns:
+        config, ops and the figures.
+    """
+    config = resolve(model, DEFAULT_VARIANT)
+    engine = build_engine(config, start_process("cuda"))
+    scope = compile_engine(engine)
+    batches = random_batches(engine)
+
+    def run(watching: bool, step: int) -> None:
+        result = train_step(engine, batches, step, watched=watching and _is_watched(step))
+        if result.gradients is not None:
+            _read(engine, result.gradient_norm.item(), result.gradients.tolist())
+
+    timed = {kind: waterfall.cuda_window(partial(run, kind)) for kind in (False, True)}
+    timed[True](0, STEPS)
+    means: dict[bool, list[float]] = {False: [], True: []}
+    more: list[float] = []
+    for number in range(windows):
+        kind, first = number % 4 in (1, 2), (number + 1) * STEPS
+        times = timed[kind](first, STEPS)
+        means[kind].append(statistics.mean(times))
+        if kind:
+            looked = [place for place in range(STEPS) if _is_watched(first + place)]
+            touched = {place + after for place in looked for after in (0, 1)}
+            usual = statistics.median(ms for place, ms in enumerate(times) if place not in touched)
+            more += [times[place] + times[place + 1] - 2 * usual for place in looked]
+    spreads = {kind: Spread.of(found) for kind, found in means.items()}
+    figures = {
+        "model": model,
+        "compile": scope,
+        "interval": INTERVAL,
+        "steps": STEPS,
+        "windows": windows,
+        "unwatched": asdict(spreads[False]),
+        "watched": asdict(spreads[True]),
+        "cost_percent": 100 * (spreads[True].ms / spreads[False].ms - 1),
+        "watched_step_ms": asdict(Spread.of(more)),
+    }
+    return {"config": config.sections(), "ops": dict(engine.ops.chosen), "results": figures}
+
+
+def _is_watched(step: int) -> bool:
+    """In the middle of an interval, so that what it delays is within the window."""
+    return step % INTERVAL == INTERVAL // 2
+
+
+def _read(engine: Engine, norm: float, figures: list[float]) -> None:
+    """What the host makes of them."""
+    ratios = len(engine.monitor.components)
+    engine.monitor.record(norm, figures[:-ratios], figures[-ratios:])

@@ -1,0 +1,397 @@
+"""Time of every op beside its rivals: `python -m bench.measure.ops [--ops ...] [--shapes N ...] [--impls ...] [--rounds
+R]`.
+
+bfloat16 on one GPU in one process, by the protocol of `bench.measure.timing`; ops, shapes and rivals are in
+`bench.measure.cases`. Forward is that of training: it keeps what backward needs. Backward is `torch.autograd.grad` on a
+graph that is kept, with a gradient for every input that has one. Where an implementation cannot keep its graph, its
+backward is forward and backward together less the forward, and the note says so. `compiled` is torch.compile of the
+reference (fullgraph, static shapes); it may not reuse saved buffers, since they are read again.
+
+`of copy` is the time of a copy that reads and writes as many bytes as the op has to, timed in the same rounds, over
+the time of the op; `GB/s` are those bytes over that time. linear_cross_entropy is timed forward and backward together,
+in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra memory is
+the peak of a call less what was allocated before it and the two gradients.
+
+The first output of every implementation, and the gradients of the loss, are compared with eager's before it is timed.
+An implementation that fails is a cell with the reason; the exit code is 1 if it is ours.
+
+With `--host`: host time a call at small shapes. With `--errors`: errors of eager and of ours against float64, on a CPU
+in Triton's interpreter too (TRITON_INTERPRET=1), which truncates to bfloat16 rather than round. With `--json PATH` the
+rows are written to a file after every shape.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from bench.measure import timing
+from bench.measure.cases import (
+    HOST_ROWS,
+    HOST_SHAPES,
+    IMPLS,
+    LOSS_OP,
+    OPS,
+    OURS,
+    Implementation,
+    Inputs,
+    Shape,
+    call,
+    eager,
+    implementation,
+    kernel,
+    least_bytes,
+    leaves,
+    make_inputs,
+    share,
+)
+from bench.measure.timing import Spread, Work
+from bench.report.tables import error_table, host_table, table
+
+__all__ = [
+    "HOST_IMPLS",
+    "OURS",
+    "PROTOCOL",
+    "RIVALS",
+    "dtypes_of",
+    "error_rows",
+    "guarded",
+    "main",
+    "measure",
+    "measure_host",
+    "measure_loss",
+]
+__all__ += ["setting"]
+
+Row = dict[str, Any]
+LOSS_WINDOW_MS = 300.0
+TOLERANCE = 0.02  # bfloat16 rounds to 0.004; a wrong op is off by about 1
+RIVALS = ("liger_kernel", "nvidia-cudnn-frontend")
+PROTOCOL = f"{__doc__}\n{timing.__doc__}"
+HOST_IMPLS = ("eager", "triton", "torch_native")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def setting() -> Iterator[None]:
+    """Saved buffers stay as they are; on a GPU, a stream that can be captured."""
+    with functorch_config.patch(donated_buffer=False):
+        if torch.cuda.is_available():
+            with timing.side_stream():
+                yield
+        else:
+            yield
+
+
+def guarded(row: Row, work: Callable[[], Any]) -> Any:
+    """Do a piece of work; where it fails, the reason goes into the row and None comes back."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - other people's code raises what it likes, and that is a result
+        text = " ".join(str(error).split())
+        row["error"] = f"{type(error).__name__}: {text[:300]}"
+        return None
+
+
+def compare(outputs: Sequence[Tensor], expected: Tensor) -> None:
+    """Look at the first output before its time is taken."""
+    off = (outputs[0].detach().float() - expected.float()).norm() / expected.float().norm()
+    if not off <= TOLERANCE:  # NaN too
+        raise ValueError(f"the output is off eager's by {off:.2g} of its norm, wanted at most {TOLERANCE}")
+
+
+def works(way: Implementation, op: str, shape: Shape, sets: int, expected: Tensor | None) -> dict[str, Work]:
+    """Forward and backward of one implementation over its own input sets, captured.
+
+    Returns:
+        By direction; "both" instead of "backward" where the graph cannot be kept.
+    """
+    inputs = [way.own(make_inputs(op, shape, seed)) for seed in range(sets)]
+    forward = [partial(way.run, one) for one in inputs]
+    if expected is None:  # a backward that is an op of its own
+        return {"backward": timing.capture(forward)}
+    wanted = [tuple(leaves(one).values()) for one in inputs]
+    outputs = [run() for run in forward]
+    compare(outputs[0], expected)
+    gradients = [[torch.randn_like(y) for y in ys] for ys in outputs]
+    prepare = partial(renew, [*chain(*wanted, *gradients)]) if way.overwrites else None
+    backward = [
+        partial(torch.autograd.grad, ys, xs, dys, retain_graph=True)
+        for ys, xs, dys in zip(outputs, wanted, gradients, strict=True)
+    ]
+    found = {"forward": timing.capture(forward, prepare)}
+    try:
+        return found | {"backward": timing.capture(backward, prepare)}
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # "Trying to backward through the graph a second time"
+        both = [partial(forward_backward, *each) for each in zip(forward, wanted, gradients, strict=True)]
+        return found | {"both": timing.capture(both, prepare)}
+
+
+def forward_backward(run: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], dys: Sequence[Tensor] | None) -> Any:
+    """Gradients of xs."""
+    return torch.autograd.grad(run(), xs, dys)
+
+
+def renew(tensors: Sequence[Tensor]) -> None:
+    """New random numbers for the matrices, past autograd's version counter: it saw no write of a kernel either."""
+    for x in tensors:
+        if x.dim() > 1:
+            x.data.normal_()
+
+
+def measure(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
+    """Rows of one op at one shape, the copy's first."""
+    least = least_bytes(op, shape)
+    reference_inputs = make_inputs(op, shape)
+    sets = timing.input_sets(sum(x.nbytes for x in reference_inputs.values()))
+    expected = call(eager(op), op, shape, reference_inputs)[0].contiguous() if "forward" in least else None
+    rows: list[Row] = [{"op": op, "shape": list(shape), "impl": impl} for impl in ("copy", *impls)]
+    prepared = {("copy", direction): timing.copies(moved) for direction, moved in least.items()}
+    for row in rows[1:]:
+
+        def prepare(impl: str = row["impl"]) -> dict[tuple[str, str], Work]:
+            found = works(implementation(impl, op, shape), op, shape, sets, expected)
+            return {(impl, direction): work for direction, work in found.items()}
+
+        prepared |= guarded(row, prepare) or {}
+    times = timing.alternate(prepared, rounds)
+    for row in rows:
+        impl = row["impl"]
+        part = share(impl, op, shape)
+        for direction, moved in () if "error" in row else least.items():
+            if (impl, direction) in times:
+                taken, method = times[impl, direction], prepared[impl, direction].method
+            else:
+                taken = [
+                    both - forward for both, forward in zip(times[impl, "both"], times[impl, "forward"], strict=True)
+                ]
+                method = "forward and backward less forward"
+            spread = Spread.of(taken)
+            of_copy = part * Spread.of(times["copy", direction]).ms / spread.ms
+            row[direction] = {**asdict(spread), "of_copy": of_copy, "gb_s": part * moved / spread.ms / 1e6}
+            row[direction]["method"] = method
+    return rows
+
+
+def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
+    """Rows of the loss at one shape, those of its matrix products first."""
+    inputs = make_inputs(op, shape)  # nobody writes into them
+    expected = call(eager(op), op, shape, inputs)[0]
+    x, weight = inputs["x"].detach(), inputs["weight"].detach()
+    dlogits = torch.mm(x, weight.T)
+
+    def products() -> None:
+        torch.mm(x, weight.T)
+        torch.mm(dlogits, weight)
+        torch.mm(dlogits.T, x)
+
+    wanted = tuple(leaves(inputs).values())
+    gradients = forward_backward(partial(call, eager(op), op, shape, inputs), wanted, None)
+    rows: list[Row] = [{"op": op, "shape": list(shape), "impl": impl} for impl in ("gemm", *impls)]
+    prepared = {"gemm": Work(products)}
+    for row in rows[1:]:
+
+        def prepare(impl: str = row["impl"]) -> tuple[Work, float]:
+            run = partial(implementation(impl, op, shape).run, inputs)
+            compare(run(), expected)
+            step = partial(forward_backward, run, wanted, None)
+            for found, gradient in zip(step(), gradients, strict=True):  # the loss alone hides what a gradient shows
+                compare([found], gradient)
+            return Work(step), timing.extra_bytes(step) / 1e9
+
+        if (found := guarded(row, prepare)) is not None:
+            prepared[row["impl"]], row["extra_gb"] = found
+    times = timing.alternate(prepared, rounds, LOSS_WINDOW_MS)
+    for row in rows:
+        if row["impl"] in times:
+            spread = Spread.of(times[row["impl"]])
+            row["both"] = {**asdict(spread), "of_gemm": Spread.of(times["gemm"]).ms / spread.ms, "method": "loop"}
+    return rows
+
+
+def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
+    """Host time of one op on a few rows."""
+    shape = HOST_SHAPES[op](rows)
+    found: list[Row] = [{"op": op, "rows": rows, "shape": list(shape), "impl": impl} for impl in impls]
+    for row in found:
+
+        def prepare(impl: str = row["impl"]) -> tuple[dict[str, float], dict[str, float]]:
+            way = implementation(impl, op, shape)
+            inputs = way.own(make_inputs(op, shape))
+            wanted = tuple(leaves(inputs).values())
+            run = partial(way.run, inputs)
+            gradients = [torch.randn_like(y) for y in run()]
+            return timing.host_us(run), timing.host_us(partial(forward_backward, run, wanted, gradients))
+
+        if (times := guarded(row, prepare)) is not None:
+            row["forward"], row["forward_backward"] = times
+    return found
+
+
+def results(
+    function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of the inputs that have one, by name; gradients come in rounded to dtype."""
+    wanted = leaves(inputs)
+    outputs = call(function, op, shape, inputs)
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    normal = partial(torch.randn, generator=generator, device=outputs[0].device)
+    dys = [normal(y.shape).to(dtype).to(y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, tuple(wanted.values()), dys)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"d{name}": dx for name, dx in zip(wanted, gradients, strict=True)}
+
+
+def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The results in float64. A sum with the residual is rounded, as it is an output of the op and stored."""
+    doubles = {k: x.double() if x.is_floating_point() and k not in ("cos", "sin") else x for k, x in inputs.items()}
+    function = eager(op)
+    if "residual" in inputs:
+        stored = (inputs["x"] + inputs["residual"]).double()
+
+        def function(x: Tensor, *parameters: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            total = total + (stored - total).detach()
+            return eager(op)(total, *parameters), total
+
+    return results(function, op, shape, doubles, dtype)
+
+
+def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
+    """Errors of eager and of ours, each output and gradient of one op.
+
+    Args:
+        op: of `OPS`.
+        shape: of that op.
+        dtype: of `DTYPES`; "mixed" is bfloat16 with float32 parameters of a norm.
+        device: of the tensors.
+
+    Returns:
+        Errors over the root mean square of the exact result, and ours over eager's (None where eager has none).
+    """
+    low, parameters = DTYPES.get(dtype, torch.bfloat16), DTYPES.get(dtype, torch.float32)
+    inputs = partial(make_inputs, op, shape, 0, device, low, parameters)
+    head: Row = {"op": op, "shape": list(shape), "dtype": dtype}
+    found = guarded(head, lambda: results(kernel(op), op, shape, inputs(), low))
+    if found is None:
+        return [head]
+    truth, plain = exact(op, shape, inputs(), low), results(eager(op), op, shape, inputs(), low)
+    rows = []
+    for name, wanted in truth.items():
+        scale = wanted.square().mean().sqrt()
+        row = {**head, "tensor": name}
+        for impl, value in (("eager", plain[name]), (OURS, found[name])):
+            error = (value.double() - wanted) / scale
+            row[f"{impl}_rms"], row[f"{impl}_max"] = error.square().mean().sqrt().item(), error.abs().max().item()
+        for measure_of in ("rms", "max"):
+            ours, eagers = row[f"{OURS}_{measure_of}"], row[f"eager_{measure_of}"]
+            row[f"ratio_{measure_of}"] = ours / eagers if eagers else None
+        rows.append(row)
+    return rows
+
+
+def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+    """Every op at every shape that was asked for."""
+    for op in args.ops:
+        for shape in [OPS[op].shapes[i] for i in args.shapes if i < len(OPS[op].shapes)]:
+            impls = [impl for impl in OPS[op].impls if impl in args.impls]
+            if impls:
+                rows = (measure_loss if op == LOSS_OP else measure)(op, shape, impls, args.rounds)
+                add(rows, table(rows) + "\n")
+            gc.collect()
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+
+
+def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+    """Host time of every op that has a small shape."""
+    print(f"{'op':<16}{'rows':>6}  {'':<13}{'forward us':>12}{'forward+backward us':>20}")
+    for op in (op for op in args.ops if op in HOST_SHAPES):
+        impls = [impl for impl in HOST_IMPLS if impl in args.impls and impl in OPS[op].impls]
+        for count in HOST_ROWS if impls else ():
+            rows = measure_host(op, count, impls)
+            add(rows, host_table(rows))
+
+
+def dtypes_of(op: str) -> tuple[str, ...]:
+    """In which the errors of an op are looked at."""
+    return (*DTYPES, "mixed") if "norm" in op else tuple(DTYPES)
+
+
+def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+    """Errors of every op; on a CPU at the small shape alone."""
+    on_gpu = torch.cuda.is_available()
+    columns = f"{'eager':>11}{'triton':>11}{'ratio':>9}"
+    print(f"{'':<61}{'root mean square':>31}{'largest':>31}\n{'':<61}{columns}{columns}")
+    for op in (op for op in args.ops if not op.endswith("_recompute")):
+        for shape in (OPS[op].small, OPS[op].real) if on_gpu else (OPS[op].small,):
+            for dtype in dtypes_of(op):
+                rows = error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
+                add(rows, error_table(rows))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.measure.ops", description=__doc__.split("\n\n")[0])
+    most = max(len(op.shapes) for op in OPS.values())
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
+    shapes = parser.add_argument("--shapes", nargs="+", type=int, choices=range(most), default=list(range(most)))
+    shapes.metavar, shapes.help = "N", "positions in an op's list of shapes"
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), metavar="IMPL", help=", ".join(IMPLS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--host", action="store_true", help="host time a call instead")
+    kind.add_argument("--errors", action="store_true", help="errors against float64 instead")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: found {args.rounds}, wanted at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables that were asked for.
+
+    Returns:
+        1 if an op of ours failed, else 0.
+    """
+    args = parse(argv)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not (args.errors and os.environ.get("TRITON_INTERPRET") == "1"):
+        print(
+            "bench.measure.ops: no GPU here; only --errors runs on a CPU, in Triton's interpreter (TRITON_INTERPRET=1)"
+        )
+        return 0
+    made_by = timing.environment(RIVALS)
+    print(f"{made_by['device']}, {', '.join(f'{k} {v}' for k, v in made_by['versions'].items())}\n", flush=True)
+    kind = "errors" if args.errors else "host" if args.host else "times"
+    record: Row = {"protocol": PROTOCOL, "environment": made_by, kind: []}
+
+    def add(rows: list[Row], text: str) -> None:
+        print(text, flush=True)
+        record[kind] += rows
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+    run = {"errors": run_errors, "host": run_host, "times": run_times}[kind]
+    with setting():
+        run(args, add)
+    return int(any("error" in row and row.get("impl", OURS) == OURS for row in record[kind]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

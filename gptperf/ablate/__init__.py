@@ -1,0 +1,1 @@
+"""What a change of the configuration is worth, over seeds."""

@@ -1,0 +1,175 @@
+"""The report of an ablation: text, Markdown, JSON, a page. No torch here."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptperf.ablate.runs import Result
+from gptperf.compare import curves
+from gptperf.monitor.runs import Run
+from gptperf.report import tables as page
+from gptperf.report.page import TEXT as TEXT_COLOR
+from gptperf.report.tables import Section, Table
+
+__all__ = ["html", "markdown", "record", "table", "text"]
+
+
+def table(found: Sequence[Result]) -> Table:
+    """A row a variant."""
+    columns = ("variant", "seeds", "val loss", "sd", "difference", "95%", "min", "max", "verdict")
+    rows = []
+    for result in found:
+        variant, paired = result.variant, result.difference
+        error = None if paired is None else paired.standard_error
+        per_token = variant.flops_per_token
+        difference = _number(paired and paired.mean, "+.4f") + ("" if error is None else f" +- {error:.4f}")
+        interval = None if paired is None else paired.interval
+        rows.append(
+            (
+                variant.name,
+                f"{len(result.losses)} of {len(variant.jobs)}",
+                _number(result.mean, ".4f"),
+                _number(result.deviation, ".4f"),
+                difference,
+                "-" if interval is None else f"+- {interval:.4f}",
+                _number(paired and paired.low, "+.4f"),
+                _number(paired and paired.high, "+.4f"),
+                "-" if paired is None else paired.verdict,
+                f"{variant.config.train.max_iters:,}",
+                _number(variant.parameters, ","),
+                _number(per_token and per_token / 1e9, ".4g"),
+                _number(result.tokens_per_sec, ",.0f"),
+                "-" if result.mfu_percent is None else f"{result.mfu_percent:.1f}%",
+            )
+        )
+    conventions = dict.fromkeys(result.mfu_convention for result in found if result.mfu_convention)
+    more = ("iterations", "parameters", "GFLOP a token", "tokens/s", f"MFU {' / '.join(conventions)}".rstrip())
+    keys = page.lines_for([result.variant.name for result in found])
+    return Table((*columns, *more), rows, frozenset({0, 8}), keys)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _title(found: Sequence[Result], equal: str) -> str:
+    tokens = found[0].variant.tokens
+    if equal == "tokens":
+        return f"Ablation at equal tokens ({tokens:,} a run)"
+    total = (found[0].variant.flops_per_token or 0.0) * tokens
+    return f"Ablation at equal FLOPs ({total:.3e} a run, strict)"
+
+
+def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
+    """How to read the table, and what it lacks."""
+    lines = [
+        "Differences of the final validation loss to the baseline's, paired by seed: mean +- standard error, the 95% "
+        "interval of the mean (Student's t), least and greatest. Within the spread: the interval holds 0.",
+    ]
+    for result in found:
+        paired = result.difference
+        if paired is not None and paired.interval is None:
+            lines.append(f"{result.variant.name}: one seed has no spread, {paired.mean:+.4f} may be chance.")
+        elif paired is not None and paired.verdict == "within the spread":
+            lines.append(f"{result.variant.name}: {paired.mean:+.4f} is within the spread.")
+    lines += [f"failed: {folder}: {how}" for folder, how in failed.items()]
+    missing = sum(len(r.variant.jobs) - len(r.losses) for r in found)
+    return lines + (
+        [f"{missing} of {sum(len(r.variant.jobs) for r in found)} runs are not finished."] if missing else []
+    )
+
+
+def text(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
+    """For a terminal."""
+    return "\n".join([_title(found, equal), "", page.aligned(table(found)), "", *_lines(found, failed)])
+
+
+def markdown(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
+    """For a file."""
+    lines = "\n\n".join(map(page.escaped, _lines(found, failed)))
+    return f"# {_title(found, equal)}\n\n{page.markdown(table(found))}\n\n{lines}\n"
+
+
+def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> dict[str, Any]:
+    """For other programs."""
+    rows = []
+    for result in found:
+        variant, paired = result.variant, result.difference
+        rows.append(
+            {
+                "name": variant.name,
+                "changes": variant.changes,
+                "max_iters": variant.config.train.max_iters,
+                "tokens": variant.tokens,
+                "parameters": variant.parameters,
+                "flops_per_token": variant.flops_per_token,
+                "runs": [
+                    {
+                        "seed": job.seed,
+                        "out_dir": str(job.out_dir),
+                        "val_loss": result.losses.get(job.seed),
+                        "failed": failed.get(job.out_dir),
+                    }
+                    for job in variant.jobs
+                ],
+                "mean_val_loss": result.mean,
+                "sd_val_loss": result.deviation,
+                "difference": None if paired is None else paired._asdict() | {"verdict": paired.verdict},
+                "tokens_per_sec": result.tokens_per_sec,
+                "mfu_percent": result.mfu_percent,
+                "mfu_convention": result.mfu_convention,
+            }
+        )
+    return {"equal": equal, "flops_convention": "strict", "variants": rows}
+
+
+def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
+    """The page: table, differences, curves of all runs in the colours of their variants.
+
+    Raises:
+        DeviceError: jinja2 or matplotlib is not installed.
+    """
+    keys = page.lines_for([result.variant.name for result in found])
+    runs: list[Run] = []
+    lines = []
+    for result, key in zip(found, keys, strict=True):
+        for job in result.variant.jobs:
+            log = job.log()
+            if log is not None:
+                runs.append(dataclasses.replace(log, name=f"{key.name}, seed {job.seed}"))
+                lines.append(key)
+    drawn = _forest(found, keys)
+    sections = [
+        Section("", (), [table(found)], _lines(found, failed)),
+        Section("Differences to the baseline", ["Small dots: seeds. Bar: the 95% interval."], charts=[drawn])
+        if drawn is not None
+        else Section(),
+        Section(
+            "Curves",
+            ["One curve a seed. Time is that of training, without compilation, evaluation and saving."],
+            legend=keys,
+            charts=curves.charts(runs, lines),
+        ),
+    ]
+    return page.html(_title(found, equal), sections)
+
+
+def _forest(found: Sequence[Result], keys: Sequence[page.Line]) -> str | None:
+    """Differences as points with their intervals."""
+    shown = [(r.difference, key) for r, key in zip(found, keys, strict=True) if r.difference is not None]
+    if not shown:
+        return None
+    plot = page.pyplot()
+    figure, axes = plot.subplots(figsize=(6.4, 0.9 + 0.42 * len(shown)))
+    for place, (paired, key) in enumerate(shown):
+        if paired.interval is not None:
+            ends = [paired.mean - paired.interval, paired.mean + paired.interval]
+            axes.plot(ends, [place, place], color=key.color, linewidth=2, alpha=0.6, solid_capstyle="butt")
+        axes.scatter(list(paired.by_seed.values()), [place] * len(paired.by_seed), s=9, color=key.color, zorder=3)
+        axes.scatter([paired.mean], [place], s=46, color=key.color, marker="D", zorder=4)
+    axes.axvline(0, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(shown)), [key.name for _, key in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel("difference of the final validation loss; left is better")
+    return page.svg(figure, "differences")

@@ -1,0 +1,317 @@
+"""What an ablation is made of: variants at equal tokens or FLOPs, and paired differences over seeds. No torch here."""
+
+import hashlib
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptperf import flops
+from gptperf.config import KEYS, Config, command_line
+from gptperf.errors import ConfigError, DataError
+from gptperf.monitor.journal import find_journal
+from gptperf.monitor.runs import Run, read_run
+
+__all__ = ["BASELINE", "Difference", "Job", "Result", "Variant", "changed_runs", "difference", "results", "variants"]
+
+BASELINE = "baseline"
+_SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
+_LENGTHS = ("warmup_iters", "lr_decay_iters")
+_OF_NO_EFFECT = frozenset(
+    {
+        *("out_dir", "init_from", "overwrite", "data_dir", "plugins", "debug", "collective_timeout_s", "ignore_plan"),
+        *("prefetch", "loader_timeout_s", "async_save", "keep_checkpoints", "save_interval", "peak_tflops"),
+        "peak_basis",
+        *(name for name, key in KEYS.items() if key.section == "log"),
+    }
+)
+"""Keys that may differ between an interrupted run and the rest of it."""
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Job(NamedTuple):
+    """One run: a variant with a seed."""
+
+    seed: int
+    out_dir: Path
+    argv: tuple[str, ...]
+    """For `gptperf.train`."""
+    config: Config
+
+    def log(self) -> Run | None:
+        """What this run has logged; None before it has."""
+        path = find_journal(self.out_dir)
+        try:
+            return None if path is None else read_run(path, f"{self.out_dir.parent.name}, seed {self.seed}")
+        except DataError:
+            return None
+
+    def val_loss(self) -> float | None:
+        """Validation loss at the end; None while the run is not finished."""
+        run = self.log()
+        if run is None or not self.finished():
+            return None
+        last = run.evals[-1] if run.evals else None
+        return last.loss if last is not None and last.iter == run.iterations else None
+
+    def finished(self) -> bool:
+        """Whether it has trained to its end and said so."""
+        run = self.log()
+        return run is not None and run.state == "finished" and run.iterations == self.config.train.max_iters
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration of the ablation."""
+
+    name: str
+    changes: dict[str, str]
+    config: Config
+    """With the first seed."""
+    jobs: tuple[Job, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """That each of its runs trains on."""
+        return self.config.train.max_iters * self.config.tokens_per_iter
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Strict training FLOPs; None where a plugin's component has matmuls nobody knows here."""
+        model = self.config.model
+        if flops.uncountable_flops(model) is not None:
+            return None
+        return float(flops.flops_per_token(model).training_per_token)
+
+    @property
+    def parameters(self) -> int | None:
+        """All of them."""
+        model = self.config.model
+        return None if flops.uncountable_parameters(model) else flops.parameters(model).total
+
+
+class Difference(NamedTuple):
+    """Of a variant's final validation losses to the baseline's, paired by seed."""
+
+    by_seed: dict[int, float]
+    mean: float
+    standard_error: float | None
+    """None with one seed."""
+    interval: float | None
+    """Half of the 95% interval of the mean, by Student's t."""
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What follows."""
+        if self.interval is None:
+            return "one seed, no spread"
+        if abs(self.mean) <= self.interval:
+            return "within the spread"
+        return "better" if self.mean < 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the runs of a variant came to."""
+
+    variant: Variant
+    losses: dict[int, float]
+    """Seed -> final validation loss, of the finished runs."""
+    difference: Difference | None
+    tokens_per_sec: float | None
+    mfu_percent: float | None
+    mfu_convention: str | None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean final validation loss."""
+        return statistics.fmean(self.losses.values()) if self.losses else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the final validation loss over the seeds."""
+        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
+
+
+def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path) -> list[Variant]:
+    """Resolve the baseline and every change with all their seeds.
+
+    Args:
+        argv: `[CONFIG.toml ...] [--key=value ...]` of the baseline.
+        vary: changes, `key=value[,key2=value2 ...]` each.
+        seeds: runs a variant; the first has the configuration's seed, the others the numbers after it.
+        equal: "tokens" or "flops", what every run gets as much of as the baseline.
+        out: folder of all runs.
+
+    Raises:
+        ConfigError: whatever is wrong with any of them.
+    """
+    given = _keys_of(argv)
+    wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
+    changes, problems = _parse(vary)
+    if wrong or problems:
+        raise ConfigError("; ".join([*wrong, *problems]))
+    baseline = _resolve(argv, {}, out / BASELINE)
+    found, problems = [Variant(BASELINE, {}, baseline)], []
+    for change in changes:
+        name = _name(change)
+        try:
+            config = _resolve(argv, change, out / name)
+        except ConfigError as error:
+            problems.append(f"--vary {_text(change)}: {error}")
+            continue
+        same = next((v for v in found if _same(v.config, config)), None)
+        if same is not None:
+            problems.append(f"--vary {_text(change)}: the same configuration as {same.name}")
+        else:
+            found.append(Variant(name, change, config))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return [_with_jobs(_scaled(v, found[0], equal), argv, seeds, out) for v in found]
+
+
+def _keys_of(argv: Sequence[str]) -> set[str]:
+    return {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+
+
+def _parse(vary: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    changes, problems = [], []
+    for text in vary:
+        change: dict[str, str] = {}
+        for part in text.split(","):
+            key, equals, value = part.partition("=")
+            key = key.strip().removeprefix("--").replace("-", "_")
+            if not (key and equals):
+                problems.append(f"--vary {text}: found {part!r}, wanted key=value")
+            elif key in _SET_HERE:
+                problems.append(f"--vary {text}: {key} is set by the ablation")
+            elif key in change:
+                problems.append(f"--vary {text}: {key} stands twice")
+            else:
+                change[key] = value.strip()
+        changes.append(change)
+    return changes, problems
+
+
+def _text(change: dict[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in change.items())
+
+
+def _name(change: dict[str, str]) -> str:
+    """A folder's name; a change that has no such name, or a long one, is told apart by its hash."""
+    text = _text(change)
+    name = re.sub(r"[^A-Za-z0-9._=,-]", "_", text)[:100]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _flags(change: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in change.items()]
+
+
+def _argv(argv: Sequence[str], change: dict[str, Any], folder: Path) -> list[str]:
+    return [*argv, *_flags(change), "--overwrite=False", "--init_from=auto", f"--out_dir={folder}"]
+
+
+def _resolve(argv: Sequence[str], change: dict[str, Any], folder: Path) -> Config:
+    return command_line.resolve(_argv(argv, change, folder)).config
+
+
+def _same(a: Config, b: Config) -> bool:
+    return not _differing(a.flat(), b)
+
+
+def _differing(values: dict[str, Any], config: Config) -> list[str]:
+    """Keys that give other numbers; one that `values` lacks has its default there."""
+    now = config.flat()
+    return [key for key in now if key not in _OF_NO_EFFECT and values.get(key, KEYS[key].default) != now[key]]
+
+
+def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
+    """As many tokens or FLOPs as the baseline, and the lengths of the schedule with them.
+
+    Raises:
+        ConfigError: FLOPs cannot be counted.
+    """
+    ratio = baseline.config.tokens_per_iter / variant.config.tokens_per_iter
+    if equal == "flops":
+        counts = [v.flops_per_token for v in (baseline, variant)]
+        if counts[0] is None or counts[1] is None:
+            raise ConfigError(f"{variant.name}: the FLOPs of a plugin's component are not known; wanted --equal tokens")
+        ratio *= counts[0] / counts[1]
+    before = variant.config
+    iters = max(1, round(ratio * baseline.config.train.max_iters))
+    lengths = {}
+    for key in _LENGTHS:
+        value = getattr(before.optimizer, key)
+        if value is not None and key not in variant.changes:
+            lengths[key] = max(min(value, 1), round(ratio * value))
+    optimizer = replace(before.optimizer, **lengths)
+    config = replace(before, train=replace(before.train, max_iters=iters), optimizer=optimizer)
+    return replace(variant, config=config)
+
+
+def _with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path) -> Variant:
+    lengths = {"max_iters": variant.config.train.max_iters}
+    lengths |= {key: value for key in _LENGTHS if (value := getattr(variant.config.optimizer, key)) is not None}
+    jobs = []
+    for seed in range(variant.config.train.seed, variant.config.train.seed + seeds):
+        folder = out / variant.name / f"seed{seed}"
+        flags = _argv(argv, {**variant.changes, **lengths, "seed": seed}, folder)
+        jobs.append(Job(seed, folder, tuple(flags), command_line.resolve(flags).config))
+    return replace(variant, jobs=tuple(jobs), config=jobs[0].config)
+
+
+def changed_runs(found: Sequence[Variant]) -> list[str]:
+    """A line for each folder that holds a run of another configuration."""
+    lines = []
+    for job in (job for variant in found for job in variant.jobs):
+        run = job.log()
+        keys = [] if run is None or not run.config else _differing(dict(run.config), job.config)
+        if run is not None and keys:
+            told = [f"{key}: {run.config.get(key)} there, {job.config.flat()[key]} here" for key in keys]
+            lines.append(f"{job.out_dir}: holds a run of another configuration ({'; '.join(told)})")
+    return lines
+
+
+def difference(losses: dict[int, float], baseline: dict[int, float]) -> Difference | None:
+    """Losses by seed against those of the baseline; None where no seed is in both."""
+    by_seed = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
+    if not by_seed:
+        return None
+    values, count = list(by_seed.values()), len(by_seed)
+    error = interval = None
+    if count > 1:
+        error = statistics.stdev(values) / math.sqrt(count)
+        interval = error * _t95(count - 1)
+    return Difference(by_seed, statistics.fmean(values), error, interval, min(values), max(values))
+
+
+def _t95(freedom: int) -> float:
+    """Student's t of a two-sided 95% interval; beyond the table by its expansion, to 0.1%."""
+    return _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
+
+
+def results(found: Sequence[Variant]) -> list[Result]:
+    """What the finished runs of every variant came to."""
+    made: list[Result] = []
+    for variant in found:
+        losses = {job.seed: loss for job in variant.jobs if (loss := job.val_loss()) is not None}
+        logs = [log for job in variant.jobs if job.seed in losses and (log := job.log()) is not None]
+        speeds = [log.tokens_per_sec for log in logs if log.tokens_per_sec is not None]
+        mfus = [log.mfu_percent for log in logs if log.mfu_percent is not None]
+        made.append(
+            Result(
+                variant,
+                losses,
+                difference(losses, made[0].losses) if made else None,
+                statistics.fmean(speeds) if speeds else None,
+                statistics.fmean(mfus) if mfus else None,
+                next((log.mfu_convention for log in logs if log.mfu_convention), None),
+            )
+        )
+    return made

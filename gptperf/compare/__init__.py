@@ -1,0 +1,1 @@
+"""Runs or architectures side by side."""

@@ -1,0 +1,252 @@
+"""Runs ranked at equal tokens, and the configuration keys in which they differ. No torch here."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptperf.compare import curves
+from gptperf.monitor.runs import LeftOut, Run, printable
+from gptperf.report import tables as page
+from gptperf.report.tables import Section, Table
+
+__all__ = ["Ranking", "differing_keys", "differing_table", "duration", "rank", "ranking_html", "ranking_table"]
+
+_OF_THE_PLACE = ("out_dir", "init_from", "overwrite", "wandb_run_name")
+_RAN_ON = {
+    "device": "ran on",
+    "num_gpus": "GPUs",
+    "parallelism": "parallelism",
+    "total_parameters": "parameters",
+    "versions": "versions",
+}
+_SAME_VALIDATION = ("dataset", "block_size", "batch_size", "eval_iters")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Runs from the least loss to the greatest; those without a loss last."""
+
+    runs: tuple[Run, ...]
+    losses: tuple[float | None, ...]
+    measure: str
+    """validation or training loss; or none, with nothing logged."""
+    tokens: float | None
+    """At which the losses are taken."""
+    how: str
+    differing: dict[str, list[Any]]
+    """Key -> value in each run, None where it is not known."""
+    remarks: tuple[str, ...]
+
+
+def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
+    """Rank runs by one measure at the largest number of tokens that all of them have reached with it.
+
+    Args:
+        runs: one or more; those that have logged no loss take no part, and stand at the end.
+        left_out: what could not be read, for the remarks.
+    """
+    taking_part = [run for run in runs if run.evals or any(s.loss is not None for s in run.steps)]
+    measure, tokens, how = _measure(taking_part)
+    losses: dict[str, float | None] = {run.name: None for run in runs}
+    if tokens is not None:
+        validation = measure == "validation loss"
+        for run in taking_part:
+            losses[run.name] = run.val_loss_at(tokens) if validation else run.train_loss_at(tokens)
+
+    def order(run: Run) -> float:
+        loss = losses[run.name]
+        return math.inf if loss is None else loss
+
+    ranked = sorted(runs, key=order)
+    remarks = [line for run in ranked for line in run.remarks()]
+    remarks += [f"{run.name}: no loss logged yet, not ranked" for run in ranked if run not in taking_part]
+    remarks += [f"{run.name}: resumed, so its wall time is not known" for run in ranked if run.resumes]
+    remarks += [f"left out: {path}: {reason}" for path, reason in left_out]
+    differing = differing_keys(ranked)
+    other = [key for key in _SAME_VALIDATION if key in differing]
+    if measure == "validation loss" and other:
+        remarks.append(f"not all validate on the same batches: {', '.join(other)} differ; the losses may not compare")
+    elif "dataset" in other:
+        remarks.append("not all train on the same data: dataset differs; the losses may not compare")
+    return Ranking(
+        tuple(ranked), tuple(losses[run.name] for run in ranked), measure, tokens, how, differing, tuple(remarks)
+    )
+
+
+def _measure(runs: Sequence[Run]) -> tuple[str, float | None, str]:
+    """What all runs can be ranked by, where, and that in words."""
+    if not runs:
+        return "none", None, "no run has logged a loss"
+    if all(run.evals for run in runs):
+        shortest = min(runs, key=lambda run: run.evals[-1].tokens)
+        tokens = shortest.evals[-1].tokens
+        if all(run.evals[0].tokens <= tokens for run in runs):
+            how = f"validation loss at {tokens:,.0f} tokens, linear between the evaluations around"
+            return "validation loss", tokens, how + _limit(runs, shortest, tokens)
+        why = "the evaluations of these runs do not overlap"
+    else:
+        missing = [run.name for run in runs if not run.evals]
+        why = f"no evaluation in {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    trained = {run.name: [s.tokens for s in run.steps if s.loss is not None] for run in runs}
+    if not all(trained.values()):
+        return "none", None, f"{why}, and not all have a training loss: not ranked"
+    shortest = min(runs, key=lambda run: trained[run.name][-1])
+    tokens = trained[shortest.name][-1]
+    how = f"training loss at {tokens:,.0f} tokens, mean of the entries of the last tenth before it ({why})"
+    return "training loss", tokens, how + _limit(runs, shortest, tokens)
+
+
+def _limit(runs: Sequence[Run], shortest: Run, tokens: float) -> str:
+    longest = max(
+        [run.steps[-1].tokens for run in runs if run.steps] + [run.evals[-1].tokens for run in runs if run.evals]
+    )
+    return "" if longest <= 1.05 * tokens else f"; {shortest.name} goes no further"
+
+
+def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Configuration keys, and facts of the machine, that are not the same in all runs."""
+    found: dict[str, list[Any]] = {}
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_THE_PLACE)
+    for key in keys:
+        found[key] = [run.config.get(key) for run in runs]
+    for key, name in _RAN_ON.items():
+        found[name] = [run.info.get(key) for run in runs]
+    return {printable(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1}
+
+
+def ranking_table(ranking: Ranking) -> Table:
+    """One row a run."""
+    columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
+    rows = []
+    for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
+        last = run.evals[-1] if run.evals else None
+        mfu = None if run.mfu_percent is None else f"{run.mfu_percent:.1f}% {run.mfu_convention or ''}".rstrip()
+        damage = f", {run.damaged_lines} damaged" if run.damaged_lines else ""
+        rows.append(
+            (
+                "-" if loss is None else str(number),
+                run.name,
+                _number(loss, ".4f"),
+                _number(last and last.loss, ".4f"),
+                mfu or "-",
+                _number(run.tokens_per_sec, ",.0f"),
+                _number(run.peak_gb, ".1f" if (run.peak_gb or 0) >= 10 else ".2f"),
+                f"{run.iterations:,}" + (f" of {run.max_iters:,}" if run.max_iters is not None else ""),
+                duration(run.train_s),
+                duration(run.wall_s),
+                run.state + damage,
+            )
+        )
+    return Table(
+        (*columns, "training", "wall time", "state"),
+        rows,
+        frozenset({1, 10}),
+        page.lines_for([run.name for run in ranking.runs]),
+        key_column=1,
+    )
+
+
+def differing_table(ranking: Ranking) -> Table | None:
+    """Keys that differ, with the runs across or the keys across, whichever is narrower."""
+    if not ranking.differing:
+        return None
+    cells = {key: [_value(value) for value in values] for key, values in ranking.differing.items()}
+    names = [run.name for run in ranking.runs]
+    by_key = Table(("", *names), [(key, *values) for key, values in cells.items()])
+    by_run = Table(("", *cells), [(name, *(of[i] for of in cells.values())) for i, name in enumerate(names)])
+    return min(by_key, by_run, key=lambda table: len(page.aligned(table).partition("\n")[0]))
+
+
+def ranking_html(ranking: Ranking) -> str:
+    """The page: table, differing keys, curves.
+
+    Raises:
+        DeviceError: jinja2 or matplotlib is not installed.
+    """
+    lines = page.lines_for([run.name for run in ranking.runs])
+    differing = differing_table(ranking)
+    sections = [
+        Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], ranking.remarks),
+        Section("What differs", (), [differing])
+        if differing is not None
+        else Section("", ["All runs have the same configuration."] if len(ranking.runs) > 1 else []),
+        Section(
+            "Curves", _on_the_curves(ranking), legend=lines, charts=curves.charts(ranking.runs, lines, ranking.tokens)
+        ),
+    ]
+    count = "1 run" if len(ranking.runs) == 1 else f"{len(ranking.runs)} runs"
+    return page.html(f"gptperf: {count} compared", sections)
+
+
+def _on_the_curves(ranking: Ranking) -> list[str]:
+    lines = ["Dotted: where the runs are ranked."] if ranking.tokens is not None else []
+    lines.append("Many points are drawn as means, with the least and greatest as a shade.")
+    return [" ".join([*lines, "Time is that of training, without compilation, evaluation and saving."])]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _value(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return f"{value:g}"
+        case int() if abs(value) >= 10_000:
+            return f"{value:,}"
+        case dict():
+            return printable(", ".join(f"{k} {v}" for k, v in value.items()))
+    return printable(str(value))
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as text: `12.3 s`, `4:05`, `13:04:05`."""
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """The ranking as JSON has it."""
+    rows = []
+    for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
+        rows.append(
+            {
+                "rank": None if loss is None else number,
+                "name": run.name,
+                "path": printable(str(run.path), 4096),
+                "loss": loss,
+                "last_val_loss": run.evals[-1].loss if run.evals else None,
+                "best_val_loss": min((e.loss for e in run.evals), default=None),
+                "tokens": run.steps[-1].tokens if run.steps else None,
+                "mfu_percent": run.mfu_percent,
+                "mfu_convention": run.mfu_convention,
+                "tokens_per_sec": run.tokens_per_sec,
+                "peak_gb": run.peak_gb,
+                "iterations": run.iterations,
+                "max_iters": run.max_iters,
+                "train_s": run.train_s,
+                "wall_s": run.wall_s,
+                "state": run.state,
+                "damaged_lines": run.damaged_lines,
+                "resumes": run.resumes,
+                "differing": {key: values[number - 1] for key, values in ranking.differing.items()},
+            }
+        )
+    return {
+        "measure": ranking.measure,
+        "tokens": ranking.tokens,
+        "how": ranking.how,
+        "runs": rows,
+        "remarks": list(ranking.remarks),
+        "left_out": [{"path": path, "reason": reason} for path, reason in left_out],
+    }

@@ -1,0 +1,273 @@
+"""From TOML files and flags to one checked `Config` that knows where each value came from.
+
+A TOML file is a saved command line: its tables are flattened into flags that stand before the real ones, and the last
+one wins. Every value is checked where it was written, so that all mistakes are reported at once, each with its file and
+key; tyro then parses the flags and prints the help. No torch here.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from gptperf import registry
+from gptperf.config.presets import PRESETS
+from gptperf.config.rules import combination_problems
+from gptperf.config.sections import KEYS, Config, Key, value_problem
+from gptperf.errors import ConfigError, DeviceError
+
+__all__ = ["Resolved", "resolve", "show_config", "world_size"]
+
+_COMMAND_LINE = "command line"
+_MAX_FILE_BYTES = 1_000_000
+_SECTIONS = tuple(dict.fromkeys(key.section for key in KEYS.values()))
+_DESCRIPTION = """Train a GPT.
+
+python -m gptperf.train [CONFIG.toml ...] [--key=value ...]
+
+Files are read from left to right, then the flags; the last value of a key wins. --show_config prints every value with
+its origin, as a TOML file, and ends."""
+
+
+class _Given(NamedTuple):
+    """A value as it was written."""
+
+    name: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration and the origin of each value: default, preset, a file or "command line"."""
+
+    config: Config
+    origins: dict[str, str]
+    show_config: bool
+
+
+def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
+    """Read the files and flags of a command line.
+
+    Args:
+        argv: `[CONFIG.toml ...] [--key=value ...]`, without the program's name.
+        world_size: processes of the job, which gradient_accumulation_steps has to be a multiple of.
+
+    Raises:
+        ConfigError: every mistake in them, a line each.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        _print_help()
+    problems: list[str] = []
+    files: list[str] = []
+    flags = list(_parse(argv, files, problems))
+    _load_plugins(flags, problems)
+    show = [given for given in flags if given.name == "show_config"]
+    sources = [list(_read_file(path, problems)) for path in files]
+    sources.append([given for given in flags if given.name != "show_config"])
+    typed = [[checked for given in source if (checked := _check(given, problems))] for source in sources]
+    values, origins = _overlay(typed)
+    bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
+    for keys, text in combination_problems(values, frozenset(bad)):
+        problems.append(f"{_places(keys, origins)}: {text}")
+    if "gradient_accumulation_steps" not in bad:
+        problems += _shares(values["gradient_accumulation_steps"], world_size, origins)
+    if problems:
+        count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
+        raise ConfigError(count + "\n  ".join(problems))
+    tokens = [f"--{name}={value}" for name, value in values.items()]
+    config = tyro.cli(Config, args=tokens, config=_TYRO, use_underscores=True)
+    return Resolved(config, origins, bool(show) and show[-1].value.lower() not in ("false", "0"))
+
+
+def _print_help() -> None:
+    tyro.cli(
+        Config,
+        prog="python -m gptperf.train",
+        description=_DESCRIPTION,
+        args=["--help"],
+        config=_TYRO,
+        use_underscores=True,
+    )
+
+
+_TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+
+
+def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterator[_Given]:
+    """`CONFIG.toml`, `--key=value`, `--key value` and, for a boolean, `--key`; a dash in a key is an underscore."""
+    rest = list(argv)
+    while rest:
+        text = rest.pop(0)
+        if not text.startswith("--"):
+            if text.endswith(".toml") and not text.startswith("-"):
+                files.append(text)
+            else:
+                problems.append(f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml or --key=value")
+            continue
+        name, equals, value = text[2:].partition("=")
+        name = name.replace("-", "_")
+        is_bool = name == "show_config" or (name in KEYS and KEYS[name].type is bool)
+        if not equals and is_bool and (not rest or rest[0].lower() not in ("true", "false")):
+            value = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                near = "" if name in KEYS else f", and is no key{_near(name, KEYS)}"
+                problems.append(f"{_COMMAND_LINE}: --{name} has no value{near}")
+                continue
+            value = rest.pop(0)
+        yield _Given(name, value, _COMMAND_LINE)
+
+
+def _load_plugins(flags: Iterable[_Given], problems: list[str]) -> None:
+    """Import the modules of `--plugins` before any component name is checked."""
+    for given in flags:
+        if given.name == "plugins":
+            try:
+                registry.load_plugins(given.value)
+            except ConfigError as error:
+                problems.append(f"{_COMMAND_LINE}: {error}")
+
+
+def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
+    """The keys of a TOML file, in their order."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}{_nearest_file(path)}")
+        return
+    if len(raw) > _MAX_FILE_BYTES:
+        problems.append(f"{path}: found {len(raw):,} bytes, wanted a configuration of at most {_MAX_FILE_BYTES:,}")
+        return
+    try:
+        page = tomllib.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+        problems.append(f"{path}: not a TOML file: {error}")
+        return
+    for name, value in page.items():
+        if not isinstance(value, dict):
+            yield _Given(name, value, path)
+        elif name not in _SECTIONS:
+            problems.append(
+                f"{path}: unknown table [{name}]; wanted one of {', '.join(_SECTIONS)}{_near(name, _SECTIONS)}"
+            )
+        else:
+            for key, inner in value.items():
+                if key in KEYS and KEYS[key].section != name:
+                    problems.append(f"{path}: {key}: found in [{name}], wanted in [{KEYS[key].section}]")
+                else:
+                    yield _Given(key, inner, path)
+
+
+def _nearest_file(path: str) -> str:
+    folder = Path(path).parent
+    names = [str(p) for p in folder.glob("*.toml")] if os.path.isdir(folder) else []
+    return _near(path, names)
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f"; nearest: {match[0]}" if match else ""
+
+
+def _check(given: _Given, problems: list[str]) -> _Given | None:
+    """The value with its type, or None after noting what is wrong with it."""
+    key = KEYS.get(given.name)
+    if key is None:
+        problems.append(f"{given.where}: unknown key {given.name!r}{_near(given.name, KEYS)}")
+        return None
+    if given.name == "plugins" and given.where != _COMMAND_LINE:
+        problems.append(f"{given.where}: plugins: a module with code is named on the command line only")
+        return None
+    value = _from_text(key, given.value) if given.where == _COMMAND_LINE else given.value
+    wrong = value_problem(key, value)
+    if wrong is not None:
+        near = _near(str(value), key.choices) if key.choices is not None else ""
+        problems.append(f"{given.where}: {given.name}: {wrong}{near}")
+        return None
+    return _Given(given.name, float(value) if key.type is float and value is not None else value, given.where)
+
+
+def _from_text(key: Key, text: str) -> Any:
+    """A flag's value in the key's type, or the text itself where it has none of it."""
+    if key.optional and text.lower() == "none":
+        return None
+    if key.type is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if key.type in (int, float):
+        try:
+            return key.type(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _overlay(sources: Sequence[Sequence[_Given]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Lay the sources over the defaults, each source's preset under its own keys."""
+    values = {name: key.default for name, key in KEYS.items()}
+    origins = dict.fromkeys(KEYS, "default")
+    for source in sources:
+        presets = [given for given in source if given.name == "arch_preset"]
+        if presets:
+            preset = presets[-1]
+            for name, value in PRESETS[preset.value].items():
+                values[name], origins[name] = value, f"preset {preset.value} ({preset.where})"
+        for given in source:
+            values[given.name], origins[given.name] = given.value, given.where
+    return values, origins
+
+
+def _shares(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:
+    """What is wrong with sharing an iteration's micro-batches out over the processes."""
+    if micro_batches % world_size == 0:
+        return []
+    below, above = micro_batches // world_size * world_size, -(-micro_batches // world_size) * world_size
+    return [
+        f"{_places(('gradient_accumulation_steps',), origins)}: found {micro_batches} micro-batches an iteration for "
+        f"{world_size} processes, wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
+    ]
+
+
+def _places(keys: Sequence[str], origins: dict[str, str]) -> str:
+    """`FILE: key` of each key that was set, the others by name alone."""
+    return ", ".join(key if origins[key] == "default" else f"{origins[key]}: {key}" for key in keys)
+
+
+def show_config(resolved: Resolved) -> str:
+    """Every value with its origin, as a TOML file that gives the same configuration."""
+    lines: list[str] = []
+    for section, keys in resolved.config.sections().items():
+        lines += ["", f"[{section}]"]
+        for name, value in keys.items():
+            shown = f"# {name} = (none)" if value is None else f"{name} = {_toml(value)}"
+            if name == "plugins":
+                shown = "# " + shown
+            lines.append(f"{shown:<44}  # {resolved.origins[name]}")
+    return "\n".join(lines[1:])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04X}" for c in escaped) + '"'
+    return repr(value)
+
+
+def world_size() -> int:
+    """Processes of this job, as torchrun sets them; 1 without torchrun.
+
+    Raises:
+        DeviceError: the variable holds no number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise DeviceError(f"WORLD_SIZE: found {text!r}, wanted the number of processes. Start the job with torchrun.")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Several processes: who holds which weights, how they exchange them, who watches whom."""

@@ -1,0 +1,165 @@
+"""The processes of a job: how they find each other, and what they decide together."""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptperf.distributed.watchdog import Progress, Watchdog
+from gptperf.errors import DeviceError, PeerError
+
+__all__ = ["Process", "start_process"]
+
+_MARGIN_S = 30.0  # that the backend's own limit of a collective comes after the watchdog's
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None
+    """Of several processes: for decisions, on the CPU, so that they do not wait for the GPU."""
+    save_group: dist.ProcessGroup | None = None
+    """The same for a thread that saves while others decide."""
+    progress: Progress = field(default_factory=Progress, compare=False)
+    """Where the main thread is, for the watchdog."""
+    timeout_s: float = 600.0
+    """Limit of one collective."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and the console."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            with self.progress.collective("barrier"):
+                dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes; of several, on the CPU, so that what waits for it waits here."""
+        if self.world_size == 1:
+            return value
+        with self.progress.collective("all_reduce"):
+            dist.all_reduce(value)
+            return (value / self.world_size).cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes; every process has to ask."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, value: int) -> int:
+        """The largest value of all processes; every process has to ask."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value)
+        with self.progress.collective("all_reduce"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(found)
+
+    def merged(self, found: dict[str, str]) -> dict[str, str]:
+        """What any process found, the first one's word for each key; every process has to ask."""
+        if self.world_size == 1:
+            return found
+        every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        with self.progress.collective("all_gather"):
+            dist.all_gather_object(every, found, group=self.host_group)
+        return {key: text for one in reversed(every) for key, text in one.items()}
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank; every process has to ask."""
+        if self.world_size == 1:
+            return [value]
+        every: list[Any] = [None] * self.world_size
+        with self.progress.collective("all_gather"):
+            dist.all_gather_object(every, value, group=self.host_group)
+        return every
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The value of every process, by rank; each has to ask, and only those that save together do."""
+        if self.world_size == 1:
+            return [value]
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value, group=self.save_group)
+        return every
+
+    def from_main(self, text: str) -> str:
+        """The text that the main process has; every process has to ask."""
+        if self.world_size == 1:
+            return text
+        box = [text]
+        with self.progress.collective("broadcast"):
+            dist.broadcast_object_list(box, 0, group=self.host_group)
+        return box[0]
+
+    def watchdog(self, out_dir: str, *, debug: bool = False) -> Watchdog:
+        """What ends this process when another one of the job is gone."""
+        return Watchdog(
+            self.rank, self.world_size, self.progress, timeout_s=self.timeout_s, out_dir=out_dir, debug=debug
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start_process(device: str, timeout_s: float = 600.0) -> Process:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        timeout_s: limit of one collective.
+
+    Raises:
+        PeerError: the other processes did not come.
+        DeviceError: "cuda" asked for by name on a machine without a usable GPU, fewer GPUs than processes on this host,
+            or a WORLD_SIZE without the other variables that torchrun sets.
+    """
+    # Of streams that share a connection one that waits for other GPUs holds up the rest; there are 8 by default.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if world_size > 1 and name not in os.environ
+    ]
+    if missing:
+        raise DeviceError(f"WORLD_SIZE is {world_size}, and {', '.join(missing)} not set. Start the job with torchrun.")
+    given = {
+        name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", *(["MASTER_PORT"] if world_size > 1 else []))
+    }
+    wrong = [f"{name} = {text!r}" for name, text in given.items() if not text.isdecimal()]
+    if wrong:
+        raise DeviceError(f"found {', '.join(wrong)}, wanted whole numbers >= 0. Start the job with torchrun.")
+    rank, local_rank = int(given["RANK"]), int(given["LOCAL_RANK"])
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"process {local_rank} of this host has no GPU of its own: found {torch.cuda.device_count()}; wanted "
+            f"--nproc_per_node={torch.cuda.device_count()} or less"
+        )
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    host_group = save_group = None
+    if world_size > 1:
+        backend = "nccl" if kind == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout_s + _MARGIN_S)
+        try:
+            dist.init_process_group(backend, timeout=limit, device_id=here if kind == "cuda" else None)
+            host_group, save_group = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+        except dist.DistError as error:
+            line = str(error).partition("\n")[0]
+            raise PeerError(f"rank {rank} could not join the {world_size} processes of the job: {line}") from error
+    return Process(rank, world_size, here, host_group, save_group, timeout_s=timeout_s)

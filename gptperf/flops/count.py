@@ -1,0 +1,217 @@
+"""Parameters and FLOPs of a model, exact, under every convention in use. No tensor is seen here.
+
+FLOPs are counted over one sequence of `block_size` tokens, where every count of a matmul is a whole number, and divided
+by the tokens only at the end. A multiply-add is two FLOPs; the backward pass of a matmul is two matmuls of its size, so
+training is three times forward. Norms, activations and position encodings are no matmuls and do not count in MFU (PaLM,
+https://arxiv.org/abs/2204.02311, appendix B); `gptperf.flops.elementwise` counts them apart.
+
+`python -m gptperf.flops CONFIG.toml` prints all of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from gptperf.config import ModelConfig
+from gptperf.flops.elementwise import BytesMoved, VectorCount, bytes_moved, uncountable_vector_flops, vector_flops
+from gptperf.flops.parameter_count import (
+    ParameterCount,
+    causal_pairs,
+    exact,
+    parameters,
+    uncountable_flops,
+    uncountable_parameters,
+    weights,
+)
+
+__all__ = ["CONVENTIONS", "RECOMPUTE", "BytesMoved", "Convention", "FlopCount", "ParameterCount", "VectorCount"]
+__all__ += ["attention_ffn_ratio", "bytes_moved", "flops_per_token", "parameters", "vector_flops"]
+__all__ += ["uncountable_flops", "uncountable_parameters", "uncountable_vector_flops"]
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one sequence by part, over all layers; forward, but for what is recomputed.
+
+    A convention that is one formula for the whole is laid out over the same parts.
+    """
+
+    convention: str
+    tokens: int
+    """Tokens of the sequence."""
+    qkv: int
+    scores: int
+    """Q K^T and the product of the attention weights with V."""
+    output: int
+    ffn: int
+    lm_head: int
+    other: int | Fraction = 0
+    """What a convention counts that is no matmul."""
+    recomputed: int = 0
+    """Forward matmuls that backward does once more."""
+
+    @property
+    def parts(self) -> dict[str, int | Fraction]:
+        """The forward parts by name."""
+        names = ("qkv", "scores", "output", "ffn", "lm_head", "other")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def forward(self) -> int | Fraction:
+        """Forward FLOPs of the sequence."""
+        return sum(self.parts.values())
+
+    @property
+    def training(self) -> int | Fraction:
+        """Forward and backward FLOPs of the sequence, with recomputed ones where the convention counts them."""
+        return 3 * self.forward + self.recomputed
+
+    @property
+    def forward_per_token(self) -> int | Fraction:
+        """Forward FLOPs of one token, exact."""
+        return exact(self.forward, self.tokens)
+
+    @property
+    def training_per_token(self) -> int | Fraction:
+        """Forward and backward FLOPs of one token, exact."""
+        return exact(self.training, self.tokens)
+
+
+def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
+    """FLOPs of every matmul as it is built, with `pairs` (query, key) pairs a head and sequence."""
+    t, matrices = model.block_size, weights(model)
+    return FlopCount(
+        convention=convention,
+        tokens=t,
+        qkv=2 * t * matrices.qkv,
+        # Query heads: grouped keys and values save no scores.
+        scores=model.n_layer * 2 * 2 * pairs * model.n_head * model.head_dim,
+        output=2 * t * matrices.output,
+        ffn=2 * t * matrices.ffn,
+        lm_head=2 * t * matrices.lm_head,
+    )
+
+
+def _strict(model: ModelConfig) -> FlopCount:
+    return _count("strict", model, causal_pairs(model))
+
+
+def _palm(model: ModelConfig) -> FlopCount:
+    return _count("palm", model, model.block_size**2)
+
+
+def _nanogpt(model: ModelConfig) -> FlopCount:
+    """6 N + 12 L H Q T a token, N = `non_embedding`; Q is the head's width, so that the second term is palm's."""
+    other = parameters(model).non_embedding - sum(weights(model))
+    return replace(_palm(model), convention="nanogpt", other=2 * model.block_size * other)
+
+
+def _six_n(model: ModelConfig) -> FlopCount:
+    """6 N a token, N all parameters, both embeddings too; Kaplan et al. leave those out, and with them the head."""
+    other = parameters(model).total - sum(weights(model))
+    return replace(_palm(model), convention="6n", scores=0, other=2 * model.block_size * other)
+
+
+def _hfu(model: ModelConfig) -> FlopCount:
+    return replace(_strict(model), convention="hfu")
+
+
+def _description(model: ModelConfig) -> FlopCount:
+    """L (6 S H^2 + 2 a S^2 H + 2 m S H F + rope + norm) a sequence: heads a, width H, matrices m, one norm a layer."""
+    n, t, c = model.n_layer, model.block_size, model.n_embd
+    rope = 4 * t * c if model.position_encoding == "rope" else 0
+    norm = (Fraction(3, 2) if model.normalization == "rmsnorm" else 2) * t * c
+    return FlopCount(
+        convention="description",
+        tokens=t,
+        qkv=n * 6 * t * c * c,
+        scores=n * 2 * model.n_head * t * t * c,
+        output=0,
+        ffn=2 * t * weights(model).ffn,
+        lm_head=0,
+        other=exact(n * (rope + norm)),
+    )
+
+
+def _12sbh2(model: ModelConfig) -> FlopCount:
+    """L (12 S B H^2 + 2 a S^2 B H), B = 1: one FLOP a multiply-add with 3, 1 and 8 H^2 of weights, whatever the FFN."""
+    n, t, c = model.n_layer, model.block_size, model.n_embd
+    square, scores = n * t * c * c, n * 2 * model.n_head * t * t * c
+    return FlopCount("12sbh2", t, qkv=3 * square, scores=scores, output=square, ffn=8 * square, lm_head=0)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A way to count the FLOPs of a trained token."""
+
+    count: Callable[[ModelConfig], FlopCount]
+    summary: str
+    source: str
+    uncountable: Callable[[ModelConfig], str | None] = uncountable_flops
+    """Why it cannot count a model, or None."""
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "strict": Convention(_strict, "matmuls, causal scores: what every MFU is taken with", "PaLM's rule, exact"),
+    "palm": Convention(_palm, "matmuls, all T x T scores: 12LCT", "Chowdhery et al. 2022, app. B"),
+    "nanogpt": Convention(
+        _nanogpt, "6N + 12LCT, N all but the position table", "nanoGPT, estimate_mfu", uncountable_parameters
+    ),
+    "6n": Convention(_six_n, "6N, N all parameters; no scores", "Hoffmann et al. 2022", uncountable_parameters),
+    "hfu": Convention(_hfu, "strict, and matmuls that backward does again", "Korthikanti et al. 2022"),
+    "description": Convention(
+        _description,
+        "scores H/2 times palm's; no output projection, no head",
+        "in circulation, with errors",
+        uncountable_parameters,
+    ),
+    "12sbh2": Convention(_12sbh2, "matrices half, scores H/2 times palm's; no head", "in circulation, with errors"),
+}
+"""Name -> how it counts. The last two are kept for comparison; configs/PARAMETER_FORMULAS.md has their errors."""
+
+RECOMPUTE: dict[str, dict[str, Fraction]] = {
+    "none": {},
+    "selective": {},
+    "flash": {"scores": Fraction(1, 2)},
+    "attention": {"scores": Fraction(1)},
+    "full": dict.fromkeys(("qkv", "scores", "output", "ffn"), Fraction(1)),
+}
+"""What backward computes again -> the share of each part's forward matmuls that it repeats.
+
+selective is the configuration's: norms and activations, no matmul. flash is Q K^T, which a flash attention's backward
+repeats to do without the score matrix; no other value counts that. attention is what Korthikanti et al. (2022, section
+5) call selective. full is every block, not the head.
+"""
+
+
+def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute: str = "none") -> FlopCount:
+    """Count the FLOPs of one sequence; the result's `training_per_token` is the numerator of MFU, or of HFU.
+
+    Args:
+        convention: one of `CONVENTIONS`.
+        recompute: one of `RECOMPUTE`; only "hfu" counts it.
+
+    Raises:
+        ValueError: unknown convention or recompute, recompute with a convention that does not count it, or a component
+            comes from a plugin (see `uncountable_flops`, and `uncountable_parameters` for what counts those).
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"FLOP convention: found {convention!r}, wanted one of {', '.join(CONVENTIONS)}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: found {recompute!r}, wanted one of {', '.join(RECOMPUTE)}")
+    if recompute != "none" and convention != "hfu":
+        wanted = "wanted 'none', or the convention 'hfu', which counts what is computed again"
+        raise ValueError(f"recompute: found {recompute!r} with the convention {convention!r}, {wanted}")
+    reason = CONVENTIONS[convention].uncountable(model)
+    if reason is not None:
+        raise ValueError(f"the FLOPs cannot be counted from the configuration: {reason}")
+    count = CONVENTIONS[convention].count(model)
+    return replace(
+        count, recomputed=int(sum(share * count.parts[part] for part, share in RECOMPUTE[recompute].items()))
+    )
+
+
+def attention_ffn_ratio(model: ModelConfig) -> float:
+    """FLOPs of attention (projections and causal scores) over FLOPs of the FFN."""
+    count = flops_per_token(model, "strict")
+    return (count.qkv + count.scores + count.output) / count.ffn

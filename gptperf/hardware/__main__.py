@@ -1,0 +1,77 @@
+"""`python -m gptperf.hardware`: the table of GPUs, those of this machine marked, and what this card reaches.
+
+With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.ceilings`).
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gptperf.errors import ConfigError, main_guard
+from gptperf.hardware.gpu_table import DOCUMENTS, GPUS
+from gptperf.hardware.peaks import match_gpu, no_peak_hint
+from gptperf.hardware.state import GpuState, gpu_states
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or measure this card's ceilings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptperf.hardware",
+        description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",
+        epilog="With --measure: [CONFIG.toml ...] [--key=value ...] name the model, batch_size and dtype.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--measure", action="store_true", help="copy, GEMM and attention ceilings, kept in a cache")
+    parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.measure:
+        from gptperf.hardware import ceilings
+
+        return ceilings.command(rest, as_json=arguments.json, again=arguments.again)
+    if rest or arguments.again:
+        found = " ".join(rest) or "--again"
+        raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")
+    states, reason = gpu_states()
+    report = _report(states, reason)
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report, states)), flush=True)
+    return 0
+
+
+def _report(states: Sequence[GpuState], reason: str | None) -> dict[str, Any]:
+    rows = [match_gpu(state.name or "", state.memory_gb) for state in states]
+    here = [state.as_dict() | {"row": row and row.name} for state, row in zip(states, rows, strict=True)]
+    table = [dataclasses.asdict(gpu) | {"here": gpu in rows} for gpu in GPUS]
+    return {"table": table, "documents": DOCUMENTS, "this_machine": here, "reason": reason}
+
+
+def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
+    yield f"{'':<19}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
+    dtypes = "".join(f"{dtype:>8}" for dtype in ("bf16", "fp16", "tf32", "fp32", "fp8", "bf16"))
+    yield f"  {'GPU':<17}{dtypes}{'GB':>8}{'TB/s':>11}  source"
+    for gpu, row in zip(GPUS, report["table"], strict=True):
+        rates = [gpu.dense_tflops.get(dtype) for dtype in ("bfloat16", "float16", "tf32", "float32", "fp8")]
+        rates.append(gpu.sparse_tflops.get("bfloat16"))
+        figures = "".join(f"{'-' if rate is None else f'{rate:g}':>8}" for rate in rates)
+        mark = "*" if row["here"] else " "
+        yield f"{mark} {gpu.name:<17}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
+    yield ""
+    for index, (state, here) in enumerate(zip(states, report["this_machine"], strict=True)):
+        yield f"{'*' if here['row'] else ' '} GPU {index}: {state.name}; {state}"
+        if here["row"] is None:
+            yield f"    {no_peak_hint(state.name or 'this GPU', 'bfloat16')}"
+        note = state.note()
+        if note is not None:
+            yield f"    {note}"
+    if not states:
+        yield f"No GPU is seen here: {report['reason']}."
+
+
+if __name__ == "__main__":
+    with main_guard():
+        sys.exit(main())

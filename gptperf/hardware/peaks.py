@@ -1,0 +1,89 @@
+"""Which GPU this is and what it can do at most. An unknown GPU has no peak and no MFU, never those of another one."""
+
+import re
+from typing import Literal, NamedTuple
+
+from gptperf.errors import DeviceError
+from gptperf.hardware.gpu_table import GPUS, Gpu
+
+__all__ = ["BASES", "GPUS", "Gpu", "Peak", "has_bfloat16", "match_gpu", "no_peak_hint", "peak_flop_s"]
+
+Basis = Literal["dense", "sparse"]
+BASES: tuple[Basis, ...] = ("dense", "sparse")
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "fp8": "fp8"}
+_BRANDS = {"NVIDIA", "TESLA", "GEFORCE"}
+# CUDA reports up to 7% more than the name says (its GB are GiB less the driver's share); ECC takes up to 6%.
+_MEMORY_TOLERANCE = 0.15
+_BFLOAT16_CAPABILITY = (8, 0)
+
+
+class Peak(NamedTuple):
+    """What MFU is taken against."""
+
+    flop_s: float
+    basis: str
+    """dense, sparse, or given (by the user)."""
+    source: str
+
+
+def _words(name: str) -> tuple[str, ...]:
+    words = re.split(r"[^0-9A-Z]+", name.upper())
+    return tuple(word for word in words if word and word not in _BRANDS)
+
+
+_ROWS = {_words(cuda_name): gpu for gpu in GPUS for cuda_name in gpu.cuda_names}
+
+
+def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
+    """The row of a device, or None: a card that is only named alike (RTX A1000, H20, a MIG slice) has no row.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` or nvidia-smi gives it, "NVIDIA H100 80GB HBM3".
+        memory_gb: memory that CUDA reports (1e9 bytes); where it is not the row's, the device is a slice
+            of that card or another one.
+    """
+    gpu = _ROWS.get(_words(device_name))
+    if gpu is not None and memory_gb is not None and abs(memory_gb / gpu.memory_gb - 1) > _MEMORY_TOLERANCE:
+        return None
+    return gpu
+
+
+def has_bfloat16(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability have bfloat16 units (Ampere and later)."""
+    return capability >= _BFLOAT16_CAPABILITY
+
+
+def peak_flop_s(
+    gpu: Gpu | None, dtype: str, *, basis: Basis = "dense", peak_tflops: float | None = None
+) -> Peak | None:
+    """Peak of one GPU in a compute dtype, or None when it is not known (`no_peak_hint` says what to do then).
+
+    Args:
+        gpu: from `match_gpu`.
+        dtype: bfloat16, float16, float32, tf32 or fp8.
+        basis: column of the table.
+        peak_tflops: the user's own figure, which goes before the table's.
+
+    Raises:
+        DeviceError: bfloat16 on a GPU without it.
+        ValueError: unknown dtype or basis.
+    """
+    if dtype not in _SHORT:
+        raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(_SHORT)}")
+    if basis not in BASES:
+        raise ValueError(f"peak_basis: found {basis!r}, wanted one of {', '.join(BASES)}")
+    if gpu is not None and dtype == "bfloat16" and not has_bfloat16(gpu.capability):
+        raise DeviceError(f"dtype = 'bfloat16': {gpu.name} has no bfloat16 units; nearest: --dtype=float16")
+    if peak_tflops is not None:
+        return Peak(peak_tflops * 1e12, "given", f"{peak_tflops:,.1f} TFLOPS (given by --peak_tflops)")
+    rates = {} if gpu is None else gpu.dense_tflops if basis == "dense" else gpu.sparse_tflops
+    if gpu is None or dtype not in rates:
+        return None
+    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {_SHORT[dtype]}, {basis})")
+
+
+def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
+    """One line for a device whose peak is not known."""
+    known = f"no {basis} {_SHORT[dtype]} peak is known for {device_name}, so no MFU"
+    return f"{known}; give it in TFLOP/s with --peak_tflops=X"

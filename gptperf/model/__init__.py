@@ -1,0 +1,41 @@
+"""The model: norm, position encoding, attention, FFN, block, GPT, generation."""
+
+from gptperf.model.gpt import (
+    GPT,
+    SDPA,
+    Attention,
+    FlashAttention,
+    KVCache,
+    LayerNorm,
+    LayerNormNoBias,
+    LearnedAbsolute,
+    ManualAttention,
+    NoPosition,
+    PostNormBlock,
+    PreNormBlock,
+    RMSNorm,
+    RoPE,
+    StandardFFN,
+    SwiGLU,
+    prefers_cudnn,
+)
+
+__all__ = [
+    "Attention",
+    "FlashAttention",
+    "GPT",
+    "KVCache",
+    "LayerNorm",
+    "LayerNormNoBias",
+    "LearnedAbsolute",
+    "ManualAttention",
+    "NoPosition",
+    "PostNormBlock",
+    "PreNormBlock",
+    "RMSNorm",
+    "RoPE",
+    "SDPA",
+    "StandardFFN",
+    "SwiGLU",
+    "prefers_cudnn",
+]

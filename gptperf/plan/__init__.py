@@ -1,0 +1,31 @@
+"""Memory, time and fit of a run, predicted from its configuration."""
+
+from gptperf.plan.predict import (
+    STRATEGY_NAMES,
+    Plan,
+    Remedy,
+    find_gpu,
+    largest_batch,
+    own_gpu,
+    plan,
+    plan_lines,
+    plan_record,
+    refusal,
+    remedies,
+    unplannable,
+)
+
+__all__ = [
+    "Plan",
+    "Remedy",
+    "STRATEGY_NAMES",
+    "find_gpu",
+    "largest_batch",
+    "own_gpu",
+    "plan",
+    "plan_lines",
+    "plan_record",
+    "refusal",
+    "remedies",
+    "unplannable",
+]

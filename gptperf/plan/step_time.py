@@ -1,0 +1,171 @@
+"""The time of a training step on a GPU, from its data sheet: a serial roofline. No torch here.
+
+Matrix products run at a sustained share of the dense peak, attention at its own, the memory-bound ops and the optimizer
+at a share of the memory bandwidth; communication counts where no compute covers it. The shares were measured on an
+H200, those of other GPUs are assumed and have a wider band.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from gptperf import flops
+from gptperf.config import Config
+from gptperf.hardware import Gpu
+from gptperf.plan.memory import Recompute, Strategy, element_bytes, pulls
+
+__all__ = ["parts_ms", "rates_of"]
+
+_GAPS_MS = 2.5
+"""Of a micro-batch, between kernels: 2.3 ms of llama_1.36b's step in the run on an H200 that gave the rates."""
+_LONG_SEQUENCE = 128
+"""Attention of T tokens runs at T / (T + this) of the rate of a long sequence: its diagonal blocks are half empty."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What training reaches of a data sheet."""
+
+    gemm: float
+    """Matrix products, of the dense peak."""
+    attention: float
+    """Causal attention forward and backward at head_dim 128, of the dense peak; at 64 and less `_NARROW` of it."""
+    copy: float
+    """A copy, of the memory bandwidth."""
+    bus_byte_s: float
+    """Of an all-reduce, bytes a second and GPU in the sense of nccl-tests."""
+    band: float
+    """The step time may be off by this share."""
+
+
+_NARROW = 0.68
+_MEASURED = 0.10
+_ASSUMED = 0.25
+# H200, PyTorch 2.11: products of llama_1.36b 692 TFLOP/s and of gpt2_124m 706 of 989.4; attention 319 at (16, 16, 2048,
+# 128) and 205 at (64, 12, 1024, 64), helper kernels included; copy 4.25 of 4.8 TB/s; all-reduce over four 355 GB/s. The
+# rest is assumed by analogy: the same share of the peak, FlashAttention-2 where cuDNN is not first, NVLink by its age.
+_BY_CAPABILITY = {
+    (7, 0): Rates(0.70, 0.12, 0.88, 130e9, _ASSUMED),
+    (8, 0): Rates(0.80, 0.45, 0.88, 230e9, _ASSUMED),
+    (8, 9): Rates(0.75, 0.42, 0.88, 20e9, _ASSUMED),
+    (9, 0): Rates(0.705, 0.342, 0.885, 355e9, _ASSUMED),
+    (10, 0): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
+    (10, 3): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
+    (12, 0): Rates(0.80, 0.42, 0.88, 20e9, _ASSUMED),
+}
+_PCIE_BUS_BYTE_S = 20e9
+_BESIDE_COMPUTE = 0.75
+"""Of the time of a collective, what the step loses where compute covers it: bandwidth and power, with NCCL also
+multiprocessors, and cards wait for each other. Four H200s: 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and 0.9 under FSDP;
+with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
+_MEASURED_ON = ("H200",)
+# Memory-bound ops, of a copy: single kernels reach .92 to 1.03 (bench.measure.ops); a step has what PyTorch adds, too.
+_OPS_OF_COPY = {"triton": 0.95, "compiled": 0.70, "eager": 0.18}
+_OPTIMIZER_OF_COPY = 0.98
+
+
+def rates_of(gpu: Gpu) -> Rates:
+    """What training reaches on this GPU."""
+    rates = _BY_CAPABILITY[gpu.capability]
+    changes: dict[str, float] = {}
+    if "PCIe" in gpu.name:
+        changes["bus_byte_s"] = _PCIE_BUS_BYTE_S
+    if gpu.name in _MEASURED_ON:
+        changes["band"] = _MEASURED
+    return dataclasses.replace(rates, **changes)
+
+
+def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recompute: Recompute) -> dict[str, float]:
+    """Milliseconds of an iteration on one GPU, by part."""
+    model, rates = config.model, rates_of(gpu)
+    peak = gpu.dense_tflops[config.system.dtype] * 1e12
+    micro_batches = config.train.gradient_accumulation_steps / num_gpus
+    tokens = micro_batches * config.train.batch_size * model.block_size
+    count = flops.flops_per_token(model, "strict")
+    scores, forward = count.scores / count.tokens, count.forward / count.tokens
+    blocks = forward - scores - count.lm_head / count.tokens
+    again = 1 if recompute == "full" else 0
+    gemm = (3 * (forward - scores) + again * blocks) * tokens / (rates.gemm * peak)
+    attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
+    copy = rates.copy * gpu.hbm_byte_s
+    memory_bound = _memory_bound_bytes(config, recompute) * tokens / (copy * _OPS_OF_COPY[_implementation(config)])
+    optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
+    compute = gemm + attention + memory_bound
+    exposed = _communication_s(config, rates, num_gpus, strategy, micro_batches, compute)
+    parts = {
+        "gemm": gemm,
+        "attention": attention,
+        "memory_bound": memory_bound,
+        "optimizer": optimizer,
+        "communication": exposed,
+        "other": micro_batches * _GAPS_MS / 1e3,
+    }
+    return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def _attention_share(config: Config, rates: Rates) -> float:
+    model = config.model
+    share = rates.attention * model.block_size / (model.block_size + _LONG_SEQUENCE)
+    return share * (1.0 if model.head_dim > 64 else _NARROW)
+
+
+def _implementation(config: Config) -> str:
+    if config.system.kernels != "eager":
+        return "triton"
+    return "compiled" if config.system.compile else "eager"
+
+
+def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
+    """Bytes a token of the memory-bound ops, forward and backward."""
+    kept = _implementation(config) != "triton"
+    moved = flops.bytes_moved(config.model, element_bytes(config.system.dtype), logits_kept=kept)
+    again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
+    return float(moved.total + again)
+
+
+def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
+    """Bytes an iteration of gradients into float32, their norm, and AdamW with the copy in the compute dtype."""
+    size = element_bytes(config.system.dtype)
+    first, more, norm = size + 4, size + 8, 4
+    update = (
+        4 * 4 + 3 * 4 + (size if size < 4 else 0)
+    )  # gradient, two moments, weight; the last three written, the copy
+    shared = 1 if strategy == "ddp" else num_gpus
+    return flops.parameters(config.model).total * (first + more * (micro_batches - 1) + (norm + update) / shared)
+
+
+def _communication_s(
+    config: Config, rates: Rates, num_gpus: int, strategy: Strategy, micro_batches: float, compute_s: float
+) -> float:
+    """Seconds an iteration that the GPUs' talk costs.
+
+    Gradients are reduced during the last micro-batch's backward, two thirds of its time, where the blocks are compiled
+    apart or not at all; as one graph, backward hands them over at its end: nothing covers them. NCCL moves them in
+    `reduce_dtype`; copy engines as they came, or in float32 where they were added up over micro-batches, and sums.
+    """
+    if num_gpus == 1:
+        return 0.0
+    count, size = flops.parameters(config.model).total, element_bytes(config.system.dtype)
+    share, reduced = (num_gpus - 1) / num_gpus / rates.bus_byte_s, element_bytes(config.system.reduce_dtype)
+    window = 2 / 3 * compute_s / micro_batches
+    summed = reduced
+    if pulls(config, num_gpus):
+        added_up = config.system.fsdp_reduce_once if strategy == "fsdp" else micro_batches > 1
+        reduced, summed = 4 if added_up else size, 4
+    if strategy == "ddp":
+        reduce = (reduced + summed) * count * share
+        covered = not config.system.compile or config.system.compile_scope != "model"
+        return max(reduce - window, _BESIDE_COMPUTE * reduce) if covered else reduce
+    gather = size * count * share
+    reduce = reduced * count * share
+    if strategy == "zero1":
+        total = gather + reduce
+        return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
+    # What is done once is covered by the first forward or by the last backward, the rest by everything.
+    forward, backward = compute_s / micro_batches / 3, 2 / 3 * compute_s / micro_batches
+    gather_once, reduce_once = config.system.fsdp_gather_once, config.system.fsdp_reduce_once
+    gather *= 1 if gather_once else 2 * micro_batches
+    reduce *= 1 if reduce_once else micro_batches
+    exposed = max(gather - forward, 0.0) if gather_once else 0.0
+    exposed += max(reduce - backward, 0.0) if reduce_once else 0.0
+    often = (0.0 if gather_once else gather) + (0.0 if reduce_once else reduce)
+    return max(exposed + max(often - compute_s, 0.0), _BESIDE_COMPUTE * (gather + reduce))

@@ -1,0 +1,1 @@
+"""Pages and tables: one run as HTML, and the page engine that every command shares."""

@@ -1,0 +1,368 @@
+"""From a run's log to the sections of its report; what the log lacks has none."""
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gptperf.monitor.events import RunLog
+from gptperf.monitor.run_log import gaps, mapping, number, series, value_at
+from gptperf.report.page import Section, Table, Tile, clean
+
+__all__ = ["duration", "sections", "state"]
+
+_CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
+_SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
+
+
+def text(value: Any) -> str:
+    """A value of a log as a cell shows it."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int() if abs(value) < 10**18:
+            return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        case float():
+            return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
+        case list() | tuple():
+            return clean(", ".join(map(text, value[:50])), _CELL)
+        case Mapping():
+            return clean(", ".join(f"{key} {text(item)}" for key, item in list(value.items())[:50]), _CELL)
+    return clean(str(value) if isinstance(value, str) else "a number of too many digits", _CELL)
+
+
+def _figure(value: Any, digits: int = 2, unit: str = "") -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:,.{digits}f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "2 h 03 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def state(log: RunLog) -> tuple[str, bool]:
+    """In words, and whether that is how a run should end."""
+    stopped = log["summary"].get("stopped")
+    if not log["summary"]:
+        return "running or killed", False
+    return (clean(f"stopped: {stopped}", 80), False) if stopped else ("finished", True)
+
+
+def sections(log: RunLog) -> list[Section]:
+    """All that there is to say; a section may still have nothing but charts that cannot be drawn."""
+    found = [_verdict(log)]
+    makers = (_loss, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
+    for make in (*makers, _built, _configuration, _environment, _messages, _checkpoints, _sample):
+        found += make(log)
+    return found
+
+
+def _last(entries: Iterable[Mapping[str, Any]], *path: str) -> float | None:
+    ys = series(entries, *path)[1]
+    return ys[-1] if ys else None
+
+
+def _typical(log: RunLog, *path: str) -> float | None:
+    """The median over the entries."""
+    ys = series(log["training_iterations"], *path)[1]
+    return statistics.median(ys) if ys else None
+
+
+def _of_run(log: RunLog, key: str) -> tuple[float | None, str]:
+    """A figure of the speed, and how it was taken."""
+    whole = number(log["summary"].get(key))
+    return (whole, "mean of the run") if whole is not None else (_typical(log, "mfu", key), "median")
+
+
+def _training_s(log: RunLog) -> float | None:
+    """Without evaluation and saving: every entry has the mean since the one before."""
+    xs, ys = series(log["training_iterations"], "time_ms")
+    return sum(y * (x - before) for x, y, before in zip(xs, ys, [0, *xs[:-1]], strict=True)) / 1e3 if xs else None
+
+
+def _verdict(log: RunLog) -> Section:
+    info, summary, entries = log["startup_info"], log["summary"], log["training_iterations"]
+    words, good = state(log)
+    started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
+    tiles = [Tile("State", words, f"started {started}", good)]
+    last, most = (entries[-1]["iter"] if entries else 0), number(info.get("max_iters"))
+    tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
+    tokens = _last(entries, "tokens")
+    if tokens is not None:
+        tiles.append(Tile("Tokens", _compact(tokens), f"{tokens:,.0f}"))
+    loss = _last(entries, "loss")
+    if loss is not None:
+        tiles.append(Tile("Training loss", f"{loss:.4f}", "last entry"))
+    val, best = _last(log["eval_steps"], "val_loss"), _best(log)
+    if val is not None:
+        tiles.append(Tile("Validation loss", f"{val:.4f}", "last evaluation"))
+    if best is not None:
+        tiles.append(Tile("Best validation loss", f"{best[1]:.4f}", f"iteration {best[0]:,}"))
+    mfu, how = _of_run(log, "mfu_percent")
+    if mfu is not None:
+        convention, basis, peak = (info.get(key) for key in ("convention", "peak_basis", "hardware_peak_tflops"))
+        note = f"{how}; {text(convention)}, of {_figure(peak, 1)} TFLOP/s {text(basis)}"
+        tiles.append(Tile("MFU", f"{mfu:.2f}%", clean(note, 120)))
+    speed, how = _of_run(log, "tokens_per_sec")
+    if speed is not None:
+        tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
+    wall, training = number(summary.get("wall_time_s")), _training_s(log)
+    if wall is not None:
+        tiles.append(Tile("Wall time", duration(wall), "of the last process" if log["resumes"] else ""))
+    elif training is not None:
+        tiles.append(Tile("Training time", duration(training), "without evaluation and saving"))
+    peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
+    if peaks:
+        tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
+    return Section("Verdict", _remarks(log), tiles=tiles)
+
+
+def _remarks(log: RunLog) -> list[str]:
+    lines = []
+    if not log["training_iterations"]:
+        lines.append("No iteration was logged.")
+    if log["damaged_lines"]:
+        lines.append(f"{log['damaged_lines']:,} lines of the journal could not be read.")
+    if log["ignored_events"]:
+        lines.append(f"{log['ignored_events']:,} events are of types that this version does not know.")
+    if log["resumes"]:
+        lines.append("Resumed after iteration " + _listed([entry["iter"] for entry in log["resumes"]]) + ".")
+    if "mfu_percent" not in mapping(value_at((log["training_iterations"] or [{}])[-1], "mfu")):
+        hint = log["startup_info"].get("peak_hint")
+        lines += [clean(text(hint), _CELL)] if hint else []
+    return lines
+
+
+def _compact(value: float) -> str:
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if value >= scale:
+            return f"{value / scale:.2f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else ""
+    return ", ".join(f"{n:,}" for n in numbers[:20]) + more
+
+
+def _best(log: RunLog) -> tuple[int, float] | None:
+    xs, ys = series(log["eval_steps"], "val_loss")
+    return min(zip(xs, ys, strict=True), key=lambda pair: pair[1]) if xs else None
+
+
+def _loss(log: RunLog) -> Iterator[Section]:
+    lost, best = gaps(log), _best(log)
+    lines = [f"Not a number at iteration {_listed(lost)}."] if lost else []
+    if best is not None and "trigram_loss" in log["summary"]:
+        lines.append(f"A trigram model of the same data has {_figure(log['summary']['trigram_loss'], 4)}.")
+    yield Section("Loss", lines, charts=["loss", "loss_tail"])
+    rows = [
+        (text(e["iter"]), _figure(e.get("val_loss"), 4), _figure(e.get("best_val_loss"), 4), _figure(e.get("time_ms")))
+        for e in log["eval_steps"][-_TEXT_ROWS:]
+    ]
+    if rows:
+        columns = ("iteration", "validation loss", "best so far", "ms")
+        yield Section("Evaluations", tables=[Table(columns, rows)], folded=True)
+
+
+def _learning_rate(log: RunLog) -> Iterator[Section]:
+    yield Section("Learning rate", charts=["learning_rate"])
+
+
+def _gradients(log: RunLog) -> Iterator[Section]:
+    yield Section("Gradient norms", charts=["gradient_norm", "layers", "components"])
+
+
+def _distribution(log: RunLog) -> Iterator[Section]:
+    entries = [entry for entry in log["training_iterations"] if mapping(entry.get("gradients"))]
+    if not entries:
+        return
+    last = mapping(entries[-1]["gradients"])
+    names = {"global_norm": "global norm", "grad_mean": "mean", "grad_std": "standard deviation"}
+    names |= {"grad_min": "smallest", "grad_max": "largest", "zero_share": "share of zeros", "non_finite": "not finite"}
+    rows = [(label, text(last[key])) for key, label in names.items() if key in last]
+    tables = [Table((f"iteration {entries[-1]['iter']:,}", "value"), rows)] if rows else []
+    ratios = mapping(last.get("update_ratios"))
+    if ratios:
+        shown = [(text(str(name)), text(value)) for name, value in list(ratios.items())[:20]]
+        tables.append(Table(("component", "update / weights"), shown))
+    yield Section("Gradient distribution", tables=tables, charts=["histogram", "zero_share", "update_ratios"])
+
+
+def _speed(log: RunLog) -> Iterator[Section]:
+    rows = []
+    labels = ("MFU %", "HFU %", "% of the measured ceiling", "TFLOP/s, of one GPU if any", "tokens/s")
+    paths = [(label, ("mfu", key)) for label, key in zip(labels, _SPEED, strict=True)]
+    for label, path in [*paths, ("ms an iteration", ("time_ms",)), ("ms waiting for data", ("data_wait_ms",))]:
+        ys = sorted(series(log["training_iterations"][1:], *path)[1])
+        if ys:
+            spread = (ys[len(ys) // 10], statistics.median(ys), ys[-1 - len(ys) // 10], ys[0], ys[-1])
+            rows.append((label, *map(text, spread)))
+    columns = ("without the first entry", "p10", "median", "p90", "smallest", "largest")
+    yield Section("Speed", tables=[Table(columns, rows)] if rows else [], charts=["speed"])
+
+
+def _memory(log: RunLog) -> Iterator[Section]:
+    parts = mapping(value_at(log["startup_info"], "plan", "memory_parts_gb"))
+    rows = [(text(str(name)), _figure(gb)) for name, gb in list(parts.items())[:30]]
+    tables = [Table(("planned part", "GB"), rows)] if rows else []
+    yield Section("Memory", tables=tables, charts=["memory"])
+
+
+def _stability(log: RunLog) -> Iterator[Section]:
+    entries = [entry for entry in log["training_iterations"] if mapping(entry.get("stability"))]
+    if not entries:
+        return
+    last = mapping(entries[-1]["stability"])
+    spikes = [e["iter"] for e in entries if value_at(e, "stability", "spike") is True]
+    flat = sum(value_at(e, "stability", "plateau") is True for e in entries)
+    lines = [f"Spikes at iteration {_listed(spikes)}." if spikes else "No spike."]
+    lines.append(f"{flat:,} of {len(entries):,} entries see no progress within their window.")
+    names = {"window": "entries in the window", "loss_mean": "mean loss", "loss_variance": "variance of the loss"}
+    names |= {"non_finite": "steps left out: gradient not finite"}
+    rows = [(label, text(last[key])) for key, label in names.items() if key in last]
+    yield Section("Stability", lines, [Table((f"iteration {entries[-1]['iter']:,}", "value"), rows)])
+
+
+def _waterfall(log: RunLog) -> Iterator[Section]:
+    if not log["profiles"]:
+        return
+    last = log["profiles"][-1]
+    parts, points = mapping(last.get("parts_ms")), mapping(last.get("waterfall"))
+    rows = [(text(str(name)), _figure(ms, 3), _figure(points.get(name))) for name, ms in list(parts.items())[:20]]
+    rows.append(("step, and MFU that is left", _figure(last.get("step_ms"), 3), _figure(last.get("mfu_percent"))))
+    tables = [Table(("part", "ms a step", "points of MFU"), rows)]
+    given = last.get("kernels")
+    kernels = [mapping(kernel) for kernel in given[:20]] if isinstance(given, list) else []
+    if kernels:
+        listed = [
+            (text(k.get("name"))[:90], text(k.get("part")), _figure(k.get("ms"), 3), text(k.get("calls")))
+            for k in kernels
+        ]
+        tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed))
+    lines = [f"{text(last.get('steps'))} steps to iteration {last['iter']:,}; trace: {text(last.get('trace'))}"]
+    yield Section("Where the time goes", lines, tables, ["waterfall"])
+
+
+def _plan(log: RunLog) -> Iterator[Section]:
+    plan, actual = mapping(log["startup_info"].get("plan")), mapping(log["summary"].get("plan"))
+    if not plan and not actual:
+        return
+    peaks = series(log["training_iterations"], "memory", "peak_gb")[1]
+    pairs = [
+        ("memory GB", actual.get("planned_memory_gb", plan.get("memory_gb")), actual.get("peak_gb"), max(peaks or [0])),
+        (
+            "tokens/s",
+            actual.get("planned_tokens_per_sec", plan.get("tokens_per_sec")),
+            actual.get("tokens_per_sec"),
+            _typical(log, "mfu", "tokens_per_sec"),
+        ),
+        ("MFU %", plan.get("mfu_percent"), None, _of_run(log, "mfu_percent")[0]),
+        ("ms an iteration", plan.get("step_ms"), None, _typical(log, "time_ms")),
+    ]
+    rows = []
+    for label, planned, told, seen in pairs:
+        wanted, got = number(planned), number(told) or number(seen)
+        if wanted and got:
+            rows.append((label, text(wanted), text(got), f"{got / wanted - 1:+.1%}"))
+    tables = [Table(("", "planned", "measured", "off"), rows)] if rows else []
+    parts = [(text(str(name)), _figure(ms)) for name, ms in list(mapping(plan.get("parts_ms")).items())[:30]]
+    tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
+    band = number(plan.get("band"))
+    lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
+    if tables:
+        yield Section("Plan against actual", lines, tables)
+
+
+def _flat(given: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Rows of a mapping, those of mappings in it too."""
+    rows = []
+    for key, value in given.items():
+        name = clean(str(key), 80).replace("_", " ")
+        if isinstance(value, Mapping) and key not in skip:
+            rows += [(f"{name}: {clean(str(inner), 80)}", text(item)) for inner, item in value.items()]
+        elif key not in skip:
+            rows.append((name, text(value)))
+    return rows[:_CONFIG_ROWS]
+
+
+_ABOUT_HARDWARE = ("device", "num_gpus", "memory_gb", "hardware_peak_tflops", "peak_basis", "peak_source", "peak_hint")
+_APART = ("components", "kernels", "kernel_reasons", "versions", "plan", "notes", *_ABOUT_HARDWARE)
+
+
+def _built(log: RunLog) -> Iterator[Section]:
+    info = log["startup_info"]
+    tables = []
+    components, kernels = mapping(info.get("components")), mapping(info.get("kernels"))
+    if components:
+        tables.append(Table(("component", "what was built"), _flat(components), words=True))
+    rows = _flat(info, _APART)
+    if rows:
+        tables.append(Table(("size", "value"), rows, words=True))
+    if kernels:
+        reasons = mapping(info.get("kernel_reasons"))
+        chosen = [(text(str(op)), text(impl), text(reasons.get(op, ""))) for op, impl in list(kernels.items())[:50]]
+        tables.append(Table(("op", "implementation", "why"), chosen, words=True))
+    if tables:
+        yield Section("What was built", tables=tables)
+
+
+def _configuration(log: RunLog) -> Iterator[Section]:
+    origins = mapping(log["config"].get("origins"))
+    rows: list[tuple[str, str, str, str]] = []
+    for section, values in log["config"].items():
+        if section != "origins":
+            for key, value in mapping(values).items() if isinstance(values, Mapping) else [("", values)]:
+                where = text(origins.get(key))
+                rows.append((clean(str(section), 80), clean(str(key), 80), text(value), where))
+    columns = ("section", "key", "value", "from")
+    chosen = [row for row in rows if row[3] != "default"][:_CONFIG_ROWS]
+    rest = [row for row in rows if row[3] == "default"][:_CONFIG_ROWS]
+    if chosen:
+        yield Section("Configuration", tables=[Table(columns, chosen, words=True)])
+    if rest:
+        yield Section("Configuration: defaults", tables=[Table(columns, rest, words=True)], folded=True)
+
+
+def _environment(log: RunLog) -> Iterator[Section]:
+    info = log["startup_info"]
+    rows = _flat({key: info[key] for key in _ABOUT_HARDWARE if key in info})
+    rows += _flat(mapping(info.get("versions")))
+    if rows:
+        yield Section("Environment", tables=[Table(("what", "value"), rows, words=True)])
+
+
+def _messages(log: RunLog) -> Iterator[Section]:
+    notes = log["startup_info"].get("notes")
+    lines = [text(note) for note in notes[:50]] if isinstance(notes, list) else []
+    entries = log["messages"]
+    if len(entries) > _TEXT_ROWS:
+        lines.append(f"The last {_TEXT_ROWS} of {len(entries):,} messages.")
+    rows = [
+        (text(entry.get("level")), text(entry.get("iter")), text(entry.get("time")), text(entry.get("text")))
+        for entry in entries[-_TEXT_ROWS:]
+    ]
+    tables = [Table(("level", "iteration", "time", "message"), rows, words=True)] if rows else []
+    if lines or tables:
+        yield Section("Messages", lines, tables)
+
+
+def _checkpoints(log: RunLog) -> Iterator[Section]:
+    rows = [
+        (text(e["iter"]), _figure(e.get("val_loss"), 4), _figure(e.get("time_ms"), 0), text(e.get("path")))
+        for e in log["checkpoints"][-_TEXT_ROWS:]
+    ]
+    if rows:
+        columns = ("iteration", "validation loss", "ms", "path")
+        yield Section("Checkpoints", tables=[Table(columns, rows)], folded=len(rows) > 12)
+
+
+def _sample(log: RunLog) -> Iterator[Section]:
+    sample = log["summary"].get("sample")
+    if isinstance(sample, str) and sample.strip():
+        yield Section("Sample", code=clean(sample, 5000).splitlines())

@@ -1,0 +1,1 @@
+"""The training run: engine, step, loop, evaluation, resume, reporting."""

@@ -1,0 +1,1 @@
+"""Optimizers over flat buckets, and the learning-rate schedule."""

@@ -1,0 +1,466 @@
+"""Compile every launch of the kernels for GPUs that are not there, and say what came out: one JSON object a line.
+
+    PYTHONPATH=. python tests/helpers/aot.py sm_80 sm_90
+
+The registered ops run on CPU tensors whose memory nothing touches. Triton's driver is replaced by one that names the
+GPU asked for, and a launch compiles and goes no further; so the launch configurations and the specialisations of the
+arguments are those of real launches. Needs neither a GPU nor a CUDA driver; TRITON_INTERPRET must not be set.
+
+To save time only sm_90 gets every dtype, variant and shape; the others get the variants that take most registers and
+shared memory, in bfloat16 (sm_70, which has none: float16), and layer_norm in float32 too.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.errors import TritonError
+from triton.runtime.jit import JITFunction
+
+__all__ = ["Case", "cases", "compile_cases", "jit_functions", "lint"]
+
+NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
+LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
+LEAST_BYTES = {"norm._norm_forward_kernel": 8}
+"""A thread's access counts as wide from here on; 16 where nothing is said. The norm takes 4 elements."""
+
+
+class Span(NamedTuple):
+    """What an integer may be, and the 32-bit product on its way that may have wrapped round."""
+
+    low: int = -(2**63)
+    high: int = 2**63 - 1
+    wrapped: str = ""
+
+
+class Region(NamedTuple):
+    """The inside of a loop or a branch: its line, what its results are called, and what it has yielded so far."""
+
+    line: int
+    results: list[str]
+    yielded: list[list[Span]]
+    loop: bool
+
+
+def lint(ttir: str) -> list[str]:
+    """What is wrong with the addresses in a kernel's TTIR.
+
+    Follows the range of every integer from where it is made to the pointers: an offset of 32 bits has to lie between
+    constants, and no 32-bit product that may pass 2^31 may reach an offset. Atomics are wrong, and so are loads with a
+    mask but without a value for what is masked.
+    """
+    lines = [LOCATION.sub("", line).strip() for line in ttir.splitlines() if not line.startswith("#")]
+    carried: dict[tuple[int, int], str] = {}
+    while True:  # until no more products are known to go round a loop
+        known = len(carried)
+        findings = _walk(lines, carried)
+        if len(carried) == known:
+            return findings
+
+
+def _walk(lines: list[str], carried: dict[tuple[int, int], str]) -> list[str]:
+    spans: dict[str, Span] = {}
+    regions: list[Region] = []
+    findings = []
+    for number, line in enumerate(lines):
+        target, _, text = line.partition(" = ") if line.startswith("%") else ("", "", line)
+        name, _, count = target.partition(":")
+        results = [f"{name}#{i}" for i in range(int(count))] if count else [name] if name else []
+        operation = re.match(r'"?([\w.]+)', text)
+        op = operation[1] if operation else ""
+        operands = [spans.get(x, Span()) for x in NAME.findall(text)]
+        if line.startswith("}") and regions:
+            region = regions.pop()
+            for result, values in zip(region.results, zip(*region.yielded, strict=True), strict=False):
+                spans[result] = _union(values)
+            if line.startswith("} else"):
+                regions.append(region)
+        elif op == "scf.for":
+            names = NAME.findall(text)
+            low, high = spans.get(names[1], Span()), spans.get(names[2], Span())
+            spans[names[0]] = Span(low.low, max(high.high - 1, low.low), low.wrapped)
+            first = [spans.get(x, Span()) for x in names[5::2]]
+            for i, inside in enumerate(names[4::2]):
+                spans[inside] = Span(wrapped=first[i].wrapped or carried.get((number, i), ""))
+            regions.append(Region(number, results, [first], True))
+        elif op == "scf.yield" and regions:
+            regions[-1].yielded.append(operands)
+            if regions[-1].loop:
+                carried |= {(regions[-1].line, i): x.wrapped for i, x in enumerate(operands) if x.wrapped}
+        else:
+            findings += _faults(op, text, operands)
+            for result in results:
+                spans[result] = _span(op, text, operands)
+            if text.endswith(("{", "({")):
+                regions.append(Region(number, results if op == "scf.if" else [], [], False))
+    return findings
+
+
+def _faults(op: str, text: str, operands: list[Span]) -> list[str]:
+    if op.startswith("tt.atomic"):
+        return [f"atomic: {text}"]
+    if op in ("scf.while", "tt.call"):
+        return [f"not followed here: {text}"]
+    if op == "tt.load" and len(operands) == 2:
+        return [f"masked load without other: {text}"]
+    if op == "tt.addptr":
+        offset = operands[1]
+        if offset.wrapped:
+            return [f"32-bit product in an address: {offset.wrapped}"]
+        if text.endswith(("i32", "i32>")) and not -(2**31) < offset.low <= offset.high < 2**31 - 1:
+            return [f"32-bit offset: {text}"]
+    return []
+
+
+def _span(op: str, text: str, operands: list[Span]) -> Span:
+    """Of the result of one operation; anything not known here may be any number."""
+    wrapped = next((x.wrapped for x in operands if x.wrapped), "")
+    width = re.search(r"i(\d+)>?(?: to .*)?$", text)
+    bits = int(width[1]) if width else 64
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    a, b = ([Span(max(x.low, least), min(x.high, most)) for x in operands] + [Span(), Span()])[:2]
+    match op:
+        case "arith.constant":
+            found = re.match(r"arith\.constant (?:dense<\[?)?(-?\d[-\d, ]*)(?:\]?>)? : .*i\d+>?$", text)
+            values = [int(x) for x in found[1].split(",")] if found else []
+            return Span(min(values), max(values)) if values else Span()
+        case "tt.make_range":
+            start, end = (int(re.search(rf"{key} = (\d+)", text)[1]) for key in ("start", "end"))
+            return Span(start, end - 1)
+        case "tt.get_program_id" | "tt.get_num_programs":
+            return Span(0, 2**31 - 1)
+        case "tt.load" | "arith.cmpi" | "arith.cmpf":
+            return Span()
+        case "arith.select":
+            return _union(operands[1:])
+        case "tt.splat" | "tt.broadcast" | "tt.expand_dims" | "tt.reshape" | "tt.trans" | "arith.extsi":
+            return Span(a.low, a.high, wrapped)
+        case "arith.minsi":
+            return Span(min(a.low, b.low), min(a.high, b.high), wrapped)
+        case "arith.maxsi":
+            return Span(max(a.low, b.low), max(a.high, b.high), wrapped)
+        case "arith.divsi" if b.low > 0:
+            ends = [abs(x) // y * (1 if x >= 0 else -1) for x in (a.low, a.high) for y in (b.low, b.high)]
+            return Span(min(ends), max(ends), wrapped)
+        case "arith.remsi" if b.low > 0:
+            return Span(max(a.low, 1 - b.high) if a.low < 0 else 0, max(0, min(a.high, b.high - 1)), wrapped)
+        case "arith.addi":
+            ends = [a.low + b.low, a.high + b.high]
+        case "arith.subi":
+            ends = [a.low - b.high, a.high - b.low]
+        case "arith.muli":
+            ends = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
+        case "arith.shli" if b.low >= 0 and b.high < 64:
+            ends = [x << y for x in (a.low, a.high) for y in (b.low, b.high)]
+        case "arith.trunci":
+            ends = [a.low, a.high]
+            bits, least, most = 32, -(2**31), 2**31 - 1
+        case _:
+            return Span(wrapped=wrapped)
+    if least <= min(ends) and max(ends) <= most:
+        return Span(min(ends), max(ends), wrapped)
+    product = op in ("arith.muli", "arith.shli", "arith.trunci") and bits == 32
+    return Span(least, most, wrapped or (text if product else ""))
+
+
+def _union(spans: Iterable[Span]) -> Span:
+    spans = list(spans)
+    wrapped = next((x.wrapped for x in spans if x.wrapped), "")
+    return Span(min(x.low for x in spans), max(x.high for x in spans), wrapped) if spans else Span()
+
+
+def wide_share(ptx: str, access: str, least: int) -> float:
+    """Of the bytes of loads ("ld") or stores ("st") of global memory, the share that goes by `least` or more."""
+    sizes = []
+    for modifiers in re.findall(rf"\b{access}\.global([\w.:]*)", ptx):
+        vector = re.search(r"\.v(\d)", modifiers)
+        sizes.append(int(vector[1] if vector else 1) * int(re.search(r"\.[bfsu](\d+)$", modifiers)[1]) // 8)
+    if access == "ld":
+        sizes += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\S+ \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
+    return sum(size for size in sizes if size >= least) / max(sum(sizes), 1)
+
+
+class Chip:
+    """In place of Triton's driver: a GPU of that compute capability is there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op, in a shape and dtype."""
+
+    label: str
+    call: Callable[[], object]
+    forward_2048: bool = False
+    """A forward pass in 16 bits whose rows divide into whole wide accesses."""
+    widest: bool = False
+    """Rows as wide as the kernel takes any, wider than a model's."""
+
+
+@dataclass
+class Compiled:
+    """A kernel as Triton compiled it, ptxas's words on it, and the cases that launch it."""
+
+    function: JITFunction
+    kernel: Any
+    log: str
+    cases: list[Case] = field(default_factory=list)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """A launch of what an earlier one compiled; it has to be what Triton finds for these arguments."""
+
+        def launch(*args: Any) -> None:
+            metadata = self.kernel.metadata
+            options = {"num_warps": metadata.num_warps}
+            if metadata.maxnreg is not None:  # None that was passed is other than None that was not
+                options["maxnreg"] = metadata.maxnreg
+            found = self.function.run(*args, grid=grid, warmup=True, **options)
+            if found is not self:
+                raise RuntimeError(f"{function_name(self.function)} is launched as compiled for other arguments")
+
+        return launch
+
+    def report(self) -> dict[str, Any]:
+        registers = re.findall(r"Used (\d+) registers", self.log)
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", self.log)
+        name = function_name(self.function)
+        if not registers or not spills:
+            raise RuntimeError(f"{name}: ptxas has said nothing of registers: {self.log!r}")
+        asm, metadata = self.kernel.asm, self.kernel.metadata
+        least = LEAST_BYTES.get(name, 16)
+        return {
+            "kernel": name,
+            "cases": [case.label for case in self.cases],
+            "forward_2048": any(case.forward_2048 for case in self.cases),
+            "widest": all(case.widest for case in self.cases),
+            "num_warps": metadata.num_warps,
+            "registers": max(map(int, registers)),
+            "spill_bytes": sum(int(stores) + int(loads) for stores, loads in spills),
+            "shared_bytes": metadata.shared,
+            "wide_loads": round(wide_share(asm["ptx"], "ld", least), 3),
+            "wide_stores": round(wide_share(asm["ptx"], "st", least), 3),
+            "f64": re.findall(r"^.*\.f64\b.*$", asm["ptx"], re.MULTILINE)[:3],
+            "lint": lint(asm["ttir"]),
+        }
+
+
+def function_name(function: JITFunction) -> str:
+    return f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}"
+
+
+def compile_cases(capability: int, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
+    """Run the cases with launches that only compile: a report of each kernel, and of each case that did not compile."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
+    run = JITFunction.run
+    compiled: dict[int, Compiled] = {}
+    launched: list[Compiled] = []
+
+    def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(function, *args, grid=grid, warmup=True, **options)
+        launched.append(compiled.setdefault(id(kernel), Compiled(function, kernel, log.getvalue())))
+        return launched[-1]
+
+    driver.set_active(Chip(capability))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # ptxas has to run
+    triton.knobs.compilation.disable_line_info = True  # a fifth of the time, and not a line of the code
+    JITFunction.run = compile_only
+    try:
+        for case in cases:
+            launched.clear()
+            try:
+                case.call()
+            except (TritonError, RuntimeError) as error:
+                yield {"kernel": "", "cases": [case.label], "error": f"{type(error).__name__}: {error}"[:2000]}
+            for kernel in launched:
+                if case not in kernel.cases:
+                    kernel.cases.append(case)
+    finally:
+        JITFunction.run = run
+    yield from (kernel.report() for kernel in compiled.values())
+
+
+HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
+SHORT = {HALF: "fp16", FULL: "fp32", BRAIN: "bf16"}
+ROWS = 4096
+EPS = 1e-5
+
+
+def norm_case(
+    op: str, N: int, x_dtype: torch.dtype, w_dtype: torch.dtype, add: bool = False, bias: bool = False, rows: int = ROWS
+) -> Case:
+    """Forward and backward; `add`: with the residual, whose gradient then comes in too."""
+
+    def call() -> None:
+        ops = torch.ops.gptperf
+        x, weight = torch.empty(rows, N, dtype=x_dtype), torch.empty(N, dtype=w_dtype)
+        other = torch.empty_like(x) if add else None
+        if op == "rms_norm":
+            y, _, rstd = ops.rms_norm(x, other, weight, EPS)
+            ops.rms_norm_backward(y, other, x, weight, rstd)
+        else:
+            y, _, mean, rstd = ops.layer_norm(x, other, weight, torch.empty_like(weight) if bias else None, EPS)
+            ops.layer_norm_backward(y, other, x, weight, mean, rstd, w_dtype if bias else None)
+
+    words = [op, f"{rows} x {N}", SHORT[x_dtype], f"weight {SHORT[w_dtype]}", "add" * add, "bias" * bias]
+    return Case(" ".join(filter(None, words)), call, N == 2048 and x_dtype != FULL, N == 16384)
+
+
+def rope_case(
+    heads: tuple[int, int, int], dtype: torch.dtype, w_dtype: torch.dtype | None, interleaved: bool, T: int = ROWS
+) -> Case:
+    """Without w_dtype without QK-norm; the gradients come with the strides that attention gives them."""
+    H, K, D = heads
+
+    def call() -> None:
+        qkv, cos = torch.empty(2, T, (H + 2 * K) * D, dtype=dtype), torch.empty(T, D // 2)
+        weight = None if w_dtype is None else torch.empty(D, dtype=w_dtype)
+        outs = torch.ops.gptperf.rope(qkv, cos, cos, H, K, weight, weight, EPS, interleaved)
+        grads = [x.view(2, x.shape[2], T, D).transpose(1, 2) for x in outs]
+        torch.ops.gptperf.rope_backward(*grads, qkv if w_dtype else None, cos, cos, weight, weight, EPS, interleaved)
+
+    norm = f"norm {SHORT[w_dtype]}" if w_dtype else ""
+    words = ["rope", "/".join(map(str, heads)), f"T {T}", SHORT[dtype], norm, "interleaved" * interleaved]
+    return Case(" ".join(filter(None, words)), call, D == 128 and dtype != FULL)
+
+
+def swiglu_case(F: int, dtype: torch.dtype) -> Case:
+    def call() -> None:
+        gate_up = torch.empty(ROWS, 2 * F, dtype=dtype)
+        dy = torch.ops.gptperf.swiglu(gate_up)
+        for product in (False, True):
+            torch.ops.gptperf.swiglu_backward(dy, gate_up, product)
+
+    return Case(f"swiglu {F} {SHORT[dtype]}", call, F == 2048 and dtype != FULL)
+
+
+def cross_entropy_case(V: int, dtype: torch.dtype) -> Case:
+    """16 rows of 16: the products really run, and the kernels do not see these sizes."""
+
+    def call() -> None:
+        x, weight, targets = torch.zeros(16, 16, dtype=dtype), torch.zeros(V, 16, dtype=dtype), torch.zeros(16).long()
+        ops = torch.ops.gptperf
+        ops.linear_cross_entropy(x, weight, targets, -100, False, False)
+        loss, dx, dweight, scale = ops.linear_cross_entropy(x, weight, targets, -100, True, True)
+        ops.linear_cross_entropy_backward(loss, scale, dx, dweight, dtype)
+
+    return Case(f"linear_cross_entropy {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
+
+
+def adamw_case(n: int, dtype: torch.dtype | None) -> Case:
+    def call() -> None:
+        master = torch.empty(n)
+        compute = None if dtype is None else torch.empty(n, dtype=dtype)
+        torch.ops.gptperf.adamw(master, master, master, master, compute, torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
+
+    return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'}", call)
+
+
+def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
+    def call() -> None:
+        out, own = torch.empty(n), torch.empty(n, dtype=dtype)
+        torch.ops.gptperf.sum_shares(out, own, torch.empty(3, n, dtype=dtype), rank, add)
+
+    return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Of that GPU; see the module's docstring."""
+    half = HALF if capability < 80 else BRAIN
+    yield from every_case() if capability == 90 else representative_cases(half)
+    for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
+        for n in (1 << 20, 12345):
+            yield adamw_case(n, dtype)
+    for dtype in (half, FULL):
+        yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
+
+
+def every_case() -> Iterator[Case]:
+    for N in (123, 512, 768, 1024, 2048, 4096, 8192, 16384):
+        for add in (False, True):
+            yield norm_case("rms_norm", N, BRAIN, BRAIN, add)
+            yield norm_case("layer_norm", N, BRAIN, BRAIN, add, bias=True)
+        yield norm_case("rms_norm", N, FULL, FULL, add=True)
+        yield norm_case("layer_norm", N, FULL, FULL, add=True, bias=True)
+    for N in (123, 768, 2048, 8192):
+        yield norm_case("layer_norm", N, HALF, HALF, add=True, bias=True)
+        yield norm_case("rms_norm", N, BRAIN, FULL, add=True)
+        yield norm_case("layer_norm", N, BRAIN, FULL, add=True, bias=True)
+    yield norm_case("layer_norm", 2048, BRAIN, BRAIN)
+    yield norm_case("layer_norm", 2048, BRAIN, BRAIN, add=True, bias=True, rows=1)
+    for interleaved in (False, True):
+        for heads in ((16, 16, 128), (32, 8, 128), (12, 12, 64), (7, 1, 72)):
+            yield rope_case(heads, BRAIN, BRAIN, interleaved)
+            yield rope_case(heads, BRAIN, None, interleaved)
+        for x, w in ((HALF, HALF), (FULL, FULL), (BRAIN, FULL)):
+            yield rope_case((32, 8, 128), x, w, interleaved)
+        yield rope_case((7, 1, 72), FULL, FULL, interleaved)
+    yield rope_case((16, 16, 128), BRAIN, BRAIN, False, T=1)
+    for dtype in (BRAIN, HALF, FULL):
+        yield from (swiglu_case(F, dtype) for F in (2048, 5632, 14336))
+        yield from (cross_entropy_case(V, dtype) for V in (257, 32000, 50257, 50304, 128256))
+
+
+def representative_cases(half: torch.dtype) -> Iterator[Case]:
+    for N in (123, 512, 768, 1024, 2048, 4096, 8192, 16384):
+        yield norm_case("layer_norm", N, half, half, add=True, bias=True)
+    for N in (123, 2048, 8192):
+        yield norm_case("rms_norm", N, half, half, add=True)
+        yield norm_case("layer_norm", N, FULL, FULL, add=True, bias=True)
+    for heads in ((16, 16, 128), (7, 1, 72)):
+        for interleaved in (False, True):
+            yield rope_case(heads, half, half, interleaved)
+    yield rope_case((12, 12, 64), half, half, False)
+    yield rope_case((16, 16, 128), half, None, False)
+    yield from (swiglu_case(F, half) for F in (2048, 14336))
+    yield from (cross_entropy_case(V, half) for V in (257, 32000, 50257, 50304, 128256))
+
+
+def jit_functions() -> list[str]:
+    """Every Triton function of gptperf.kernels; imports all of its modules."""
+    package = importlib.import_module("gptperf.kernels")
+    found = set()
+    for module in pkgutil.iter_modules(package.__path__, "gptperf.kernels."):
+        values = vars(importlib.import_module(module.name)).values()
+        found |= {function_name(value) for value in values if isinstance(value, JITFunction)}
+    return sorted(found)
+
+
+def main(targets: list[str]) -> None:
+    if len(targets) != 1:  # a process each: what has been launched is remembered
+        for target in targets:
+            subprocess.run([sys.executable, __file__, target], check=True)
+        return
+    print(json.dumps({"arch": targets[0], "functions": jit_functions()}), flush=True)
+    capability = int(targets[0].removeprefix("sm_"))
+    for line in compile_cases(capability, cases(capability)):
+        print(json.dumps({"arch": targets[0], **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

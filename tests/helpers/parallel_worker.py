@@ -1,0 +1,147 @@
+"""Trains small models as one of several processes: `python tests/helpers/parallel_worker.py CASES.json OUT [cuda]`.
+
+CASES holds, by name, flags and optionally where to load the state from, where to save it, between which steps to
+train and from which one on gradients overflow; the figures of a process go to OUT/NAME-RANK.json. All cases of a batch
+size see the same tokens in the same order, whatever the number of processes.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from peer_files import collectives_of
+from torch import Tensor
+
+from gptperf import checkpoint
+from gptperf.checkpoint.background import Saver
+from gptperf.config import Config, command_line
+from gptperf.distributed.copy_engine import open_collectives
+from gptperf.distributed.process import Process, start_process
+from gptperf.distributed.replicated import Replicated
+from gptperf.training import build
+from gptperf.training import step as training
+from gptperf.training.resume import TrainState, restore, snapshot
+from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+
+
+def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
+    """This process's micro-batches of the job's, from a step on."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (2, config.train.batch_size, config.model.block_size)
+    count = config.train.gradient_accumulation_steps
+    number = 0
+    while True:
+        tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        if number >= first * count and number % count % process.world_size == process.rank:
+            yield tokens
+        number += 1
+
+
+def evaluate(engine: Engine) -> float:
+    """Loss of fixed tokens: reads the weights as they are, and leaves no trace."""
+    size, vocabulary = engine.config.model.block_size, engine.config.model.vocab_size
+    tokens = (torch.arange(2 * size, device=engine.process.device) % vocabulary).view(2, size)
+    engine.model.eval()
+    with torch.no_grad(), engine.autocast():
+        loss = engine.model(tokens, tokens).item()
+    engine.model.train()
+    return loss
+
+
+def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
+    """Filled with how many buckets of matrices are whole here, before each micro-batch and before the update."""
+    held: list[tuple[str, int]] = []
+
+    def looking(moment: str, then: Callable[..., None]) -> Callable[..., None]:
+        def look(*args: Any, **options: Any) -> None:
+            whole = [b for b in weights.buckets if b.decayed and b.compute.untyped_storage().size() > 0]
+            held.append((moment, len(whole)))
+            then(*args, **options)
+
+        return look
+
+    weights.start_micro_batch = looking("micro-batch", weights.start_micro_batch)  # type: ignore[method-assign]
+    weights.finish_gradients = looking("update", weights.finish_gradients)  # type: ignore[method-assign]
+    return held
+
+
+def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
+    """Losses, gradient norms, moments and weights."""
+    torch._dynamo.reset()
+    config = command_line.resolve(case["flags"], world_size=process.world_size).config
+    first, last = case.get("steps", (0, 4))
+    if "shared" in case:
+        reduce_dtype = build.DTYPES[config.system.reduce_dtype]
+        training.open_collectives = lambda *_: collectives_of(process, case["shared"], reduce_dtype)
+    else:
+        training.open_collectives = open_collectives
+    engine = build_engine(config, process)
+    if "load" in case:
+        restore(checkpoint.load(Path(case["load"]) / f"step-{first:08d}"), engine, "")
+    engine.weights.share()
+    compile_engine(engine)
+    data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
+    collectives, gathers = engine.weights.collectives, []
+    held = _watch_what_is_held(engine.weights)
+    scales: list[float] = []
+
+    def overflowing(gradient: Tensor) -> Tensor:
+        """In one row, which under sharding belongs to one process."""
+        return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
+
+    for step in range(first, last):
+        if step == case.get("overflow"):
+            engine.model.lm_head.weight.register_hook(overflowing)
+        scales.append(engine.scaler.get_scale())
+        with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather:
+            result = train_step(engine, data, step, watched=True)
+        gathers.append(gather.call_count)
+        losses.append(process.mean(result.loss.clone()).item())
+        norms.append(result.gradient_norm.item())
+        assert result.gradients is not None
+        figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
+        watched.append(engine.monitor.record(norms[-1], figures[:-ratios], figures[-ratios:]))
+        evaluated.append(evaluate(engine))
+    if "save" in case:
+        saver = Saver(Path(case["save"]), 3, process)
+        saver.save(last, *snapshot(engine, TrainState(step=last), "", {}), None)
+        for bucket in engine.weights.buckets:
+            bucket.master.data.zero_()  # what training does next is none of the save's business
+        ended = saver.wait()
+        assert ended is not None
+        if ended.error is not None:
+            raise ended.error
+    buckets = engine.weights.buckets
+    return {
+        "losses": losses,
+        "norms": norms,
+        "watched": watched,
+        "evaluated": evaluated,
+        "gathers": gathers,
+        "scales": scales,
+        "held": held,
+        "moved_by": collectives.name,
+        "reason": collectives.reason,
+        "buckets": len(buckets),
+        "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
+        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
+        "gradient_bytes": sum(b.grad.nbytes for b in buckets),
+    }
+
+
+def main() -> None:
+    """Run all cases."""
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    process = start_process(sys.argv[3] if len(sys.argv) > 3 else "cpu")
+    for name, case in cases.items():
+        (out / f"{name}-{process.rank}.json").write_text(json.dumps(run(case, process)))
+    process.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What a run prints: its blocks, on a pipe, and when the reader has gone."""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from console_helpers import RECORD, info, play
+
+from gptperf.config import ModelConfig
+from gptperf.monitor.blocks import duration, evaluation_lines, iteration_lines, startup_lines
+from gptperf.monitor.console import Console
+from gptperf.monitor.throughput import Throughput
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_startup_blocks_and_fields() -> None:
+    lines = startup_lines(info())
+    for expected in (
+        "  Total parameters:      124,439,808 (124.44M)",
+        "  Key/value heads:       4",
+        "  Sequence length:       1024",
+        "  FFN type:              swiglu",
+        "  Kernels:               eager: rms_norm, rope (no kernel yet)",
+        "  Kernels:               triton: swiglu",
+        "  Tokens per iteration:  491,520",
+        "  Learning rate:         6.00e-04 -> 6.00e-05 (cosine, warm-up 2,000)",
+        "  Memory per GPU:        150.1 GB",
+        "  Hardware peak:         989.4 TFLOPS (H200 bf16, dense)",
+        "  FLOPs per token:       0.7981 GFLOPs",
+        "  Attention/FFN ratio:   0.67",
+        "  Expected tokens/s @50% MFU: 619,857",
+        " Note: the warm-up is long",
+    ):
+        assert expected in lines
+    blocks = [line for line in lines if line.strip().rstrip(":").isupper() and ":" in line and line[1] != " "]
+    assert blocks == [
+        " MODEL ARCHITECTURE:",
+        " TRAINING CONFIGURATION:",
+        " HARDWARE:",
+        " THEORETICAL PERFORMANCE:",
+    ]
+
+
+def test_startup_of_an_unknown_gpu_says_how_to_give_a_peak() -> None:
+    text = "\n".join(startup_lines(info(None)))
+    assert "--peak_tflops=X" in text
+    assert "@50% MFU" not in text
+
+
+def test_iteration_block() -> None:
+    assert iteration_lines(RECORD, 600, 2559.0) == [
+        "-" * 80,
+        " Iter      5  Loss: 10.6456  Time: 4298ms  LR: 1.50e-06",
+        "-" * 80,
+        " Progress: 5/600 | Time left: 42:39",
+        " MFU: 9.22% | Achieved: 91.26 TF | Peak: 989.4 TF",
+        " Tokens/s: 114,350 | FLOPs/token: 0.7981 GF",
+        " Memory: 12.34 GB alloc  15.67 GB peak  16.00 GB reserved",
+        " Gradients: norm=2.3456  mean=-1.23e-05  std=3.45e-04",
+    ]
+
+
+def test_iteration_without_peak_has_no_mfu() -> None:
+    mfu = Throughput(ModelConfig(), 491_520, 1, None).record(4298.4)
+    text = "\n".join(iteration_lines(RECORD | {"mfu": mfu}, 600, None))
+    assert "MFU" not in text
+    assert "Peak" not in text
+    assert "Achieved: 91.26 TF" in text
+    assert "Time left" not in text
+
+
+def test_iteration_with_the_least() -> None:
+    record = {"iter": 1, "loss": float("nan"), "time_ms": 1.0, "lr": 0.0, "gradients": {"grad_mean": None}}
+    assert iteration_lines(record, 10, 1.0)[1:] == [
+        " Iter      1  Loss: nan  Time: 1ms  LR: 0.00e+00",
+        "-" * 80,
+        " Progress: 1/10 | Time left: 0:01",
+    ]
+
+
+def test_evaluation_line() -> None:
+    record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "time_ms": 1250.0}
+    assert evaluation_lines(record) == [" Evaluation at 2,000: loss 3.5000  best 3.2500  1.2 s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (42, "0:42"), (59.6, "1:00"), (3600, "1:00:00"), (93784, "1d 02:03:04"), (-1, "0:00")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_pipe_gets_plain_ascii_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich would colour
+    monkeypatch.setenv("COLUMNS", "20")  # rich would wrap
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    play(Console(max_iters=600, stream=stream))
+    raw = stream.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"\x1b" not in raw
+    assert b"  a\\x1b[31mb\n  c\n" in raw
+    assert b"  Hardware peak:         989.4 TFLOPS (H200 bf16, dense)\n" in raw
+    assert b" WARNING: disk nearly full\n" in raw
+    assert b" Checkpoint at 5: out/checkpoints/step_5\n" in raw
+
+
+def test_other_ranks_print_nothing() -> None:
+    stream = io.StringIO()
+    play(Console(max_iters=600, enabled=False, stream=stream))
+    assert stream.getvalue() == ""
+
+
+def test_warnings_of_other_ranks_are_said_once() -> None:
+    other = Console(max_iters=9, enabled=False, stream=io.StringIO())
+    for text in ("disk full", "loader is slow"):
+        other.warning(text)
+    texts = other.pending()
+    assert texts == ["disk full", "loader is slow"]
+    assert other.pending() == []
+    for i in range(1000):
+        other.warning(str(i))
+    assert len(other.pending()) == 100
+    stream = io.StringIO()
+    main = Console(max_iters=9, stream=stream)
+    main.warning("disk full")
+    assert main.pending() == []
+    main.gathered(3, texts)
+    main.gathered(5, texts)
+    assert stream.getvalue() == " WARNING: disk full\n WARNING: rank 3: loader is slow\n"
+
+
+def test_stability_and_plan_in_a_block() -> None:
+    gradients = {"global_norm": 1.0, "non_finite": 17}
+    stability = {"window": 20, "loss_variance": 1.234e-3, "spike": True, "plateau": True, "non_finite": 2}
+    lines = iteration_lines(RECORD | {"gradients": gradients, "stability": stability}, 600, None, planned_gb=15.5)
+    assert lines[-3:] == [
+        " Memory: 12.34 GB alloc  15.67 GB peak  16.00 GB reserved  15.50 GB planned",
+        " Gradients: norm=1.0000",
+        " Stability: loss variance=1.23e-03 of 20  LOSS SPIKE  PLATEAU  2 steps left out  "
+        "17 gradient elements not finite",
+    ]
+    assert iteration_lines(RECORD | {"stability": {"window": 1, "spike": False}}, 600, None)[-1][:10] == " Gradients"
+
+
+def test_a_closed_stdout_does_not_end_the_run() -> None:
+    code = "from gptperf.monitor.console import Console; Console(max_iters=9).message('x'); open('done', 'w')"
+    with tempfile.TemporaryDirectory() as folder:
+        command = f'exec {sys.executable} -c "{code}" >&-'
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(["sh", "-c", command], cwd=folder, env=env, capture_output=True, check=False)
+        assert done.stderr == b""
+        assert os.path.exists(os.path.join(folder, "done"))
+
+
+def test_head_leaves_the_run_silent() -> None:
+    code = """
+from gptperf.errors import main_guard
+from gptperf.monitor.console import Console
+with main_guard(), Console(max_iters=9) as console:
+    for _ in range(100_000):
+        console.message("x" * 70)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(10) == 0

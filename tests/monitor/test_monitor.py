@@ -1,0 +1,321 @@
+"""What a run says of its gradients, its update and its losses, against figures computed in another way."""
+
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from run_helpers import ROOT, losses, masters, run, run_command, run_log
+
+from gptperf.config import command_line
+from gptperf.distributed.process import Process
+from gptperf.distributed.replicated import Piece, Replicated
+from gptperf.errors import ConfigError
+from gptperf.kernels import reference
+from gptperf.monitor.events import Profile
+from gptperf.monitor.gradients import COMPONENTS, GradientMonitor, component_of, layer_of
+from gptperf.monitor.memory import MemorySnapshots
+from gptperf.monitor.profiler import lines_of
+from gptperf.monitor.stability import LossWindow
+from gptperf.training.optimizers.adamw import AdamW, clip_scale
+from gptperf.training.step import Engine, build_engine, train_step
+
+SIZES = ["--n_layer=3", "--n_head=2", "--n_embd=36", "--block_size=16", "--vocab_size=97", "--batch_size=2"]
+FLAGS = [*SIZES, "--gradient_accumulation_steps=2", "--device=cpu", "--compile=False", "--max_iters=10"]
+
+
+def _engine(*flags: str) -> Engine:
+    return build_engine(command_line.resolve([*FLAGS, *flags]).config, Process(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("preset", ["llama", "gpt2", "gpt2_openai"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_figures_are_those_of_the_gradients(preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine(f"--arch_preset={preset}", f"--dtype={dtype}")
+    batches = iter(lambda: torch.randint(0, 97, (2, 2, 16)), None)
+    train_step(engine, batches, 0)
+    before = {name: master.clone() for name, master in masters(engine.weights)}
+    gradients: dict[str, torch.Tensor] = {}
+    measure = engine.monitor.measure
+
+    def keep(pieces: Iterable[Piece]) -> torch.Tensor:
+        pieces = list(pieces)
+        gradients.update({name: values.double() for name, _, _, values in pieces})
+        return measure(pieces)
+
+    monkeypatch.setattr(engine.monitor, "measure", keep)
+    result = train_step(engine, batches, 1, watched=True)
+    assert result.gradients is not None
+    figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
+    found = engine.monitor.record(result.gradient_norm.item(), figures[:-ratios], figures[-ratios:])
+    assert gradients.keys() == before.keys()
+    every = torch.cat([g.flatten() for g in gradients.values()])
+    assert found["global_norm"] == pytest.approx(every.norm().item(), rel=1e-5)
+    for key, groups in (("layer_norms", layer_of), ("component_norms", component_of)):
+        wanted: dict[str, float] = {}
+        for name, gradient in gradients.items():
+            wanted[groups(name)] = wanted.get(groups(name), 0.0) + gradient.square().sum().item()
+        assert found[key] == pytest.approx({k: math.sqrt(v) for k, v in wanted.items()}, rel=1e-5)
+        assert math.hypot(*found[key].values()) == pytest.approx(found["global_norm"], rel=1e-5)
+    assert found["grad_mean"] == pytest.approx(every.mean().item(), abs=1e-7 * every.std().item())
+    assert found["grad_std"] == pytest.approx(every.std(correction=0).item(), rel=1e-5)
+    assert (found["grad_min"], found["grad_max"]) == (every.min().item(), every.max().item())
+    assert found["zero_share"] == pytest.approx((every == 0).double().mean().item())
+    assert found["non_finite"] == 0
+    edges, shares = found["histogram"]["log2_edges"], found["histogram"]["shares"]
+    assert len(shares) == len(edges) + 1
+    assert sum(shares) + found["zero_share"] == pytest.approx(1)
+    magnitudes = every.abs()
+    for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
+        assert share == pytest.approx(((magnitudes >= 2.0**low) & (magnitudes < 2.0**high)).double().mean().item())
+    changed: dict[str, list[float]] = {}
+    for name, master in masters(engine.weights):
+        sums = changed.setdefault(component_of(name), [0.0, 0.0])
+        sums[0] += (master - before[name]).double().square().sum().item()
+        sums[1] += master.double().square().sum().item()
+    assert found["update_ratios"] == pytest.approx({k: math.sqrt(a / b) for k, (a, b) in changed.items()}, rel=1e-4)
+
+
+def test_watching_changes_no_bit() -> None:
+    found = []
+    for watched in (False, True):
+        engine = _engine("--arch_preset=llama")
+        generator = torch.Generator().manual_seed(0)
+        batches = iter(lambda g=generator: torch.randint(0, 97, (2, 2, 16), generator=g), None)
+        found.append([train_step(engine, batches, step, watched=watched).loss.item() for step in range(4)])
+    assert found[0] == found[1]
+
+
+def test_what_is_not_finite_is_counted() -> None:
+    gradient = torch.tensor([1.0, math.inf, -2.0, math.nan, 0.0, -math.inf])
+    monitor = GradientMonitor(["wte.weight"], 6, torch.device("cpu"))
+    found = monitor.record(math.nan, monitor.measure([("wte.weight", torch.Size([6]), 0, gradient)]).tolist(), None)
+    assert found["non_finite"] == 3
+    assert found["zero_share"] == pytest.approx(1 / 6)
+    assert sum(found["histogram"]["shares"]) == pytest.approx(2 / 6)
+
+
+def test_every_parameter_has_a_component_and_a_layer() -> None:
+    for preset in ("llama", "gpt2", "gpt2_openai"):
+        for name, _ in _engine(f"--arch_preset={preset}", "--qk_norm=True").model.named_parameters():
+            assert component_of(name) in COMPONENTS[:-1], name
+            assert layer_of(name) in ("embedding", "head", "0", "1", "2"), name
+    assert component_of("blocks.0.adapter.weight") == "other"
+
+
+def test_an_update_of_known_size() -> None:
+    model = torch.nn.Linear(8, 8, bias=False)
+    weights = Replicated(model, torch.float32)
+    config = command_line.resolve(["--weight_decay=0", "--device=cpu"]).config.optimizer
+    optimizer = AdamW(weights.buckets, config, reference.adamw)
+    monitor = GradientMonitor(weights.places, 64, torch.device("cpu"))
+
+    def observe(bucket: object, before: torch.Tensor) -> None:
+        (mine,) = weights.buckets
+        monitor.observe(weights.pieces_of(mine, before), weights.pieces_of(mine, mine.master.data))
+
+    optimizer.observe = observe
+    weights.start_step()
+    weights.start_micro_batch(last=True)
+    model(torch.ones(1, 8)).sum().backward()
+    weights.finish_gradients()
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 0.0)
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()  # Adam's first step is lr in every element
+    norm = model.weight.detach().norm().item()
+    assert monitor.update().tolist() == pytest.approx([0.5 * 8 / norm], rel=1e-4)
+
+
+def test_spikes_and_plateaus() -> None:
+    window = LossWindow(20)
+    falling = [window.add(4 - 0.05 * i + 0.01 * (-1) ** i) for i in range(30)]
+    assert not any(found["spike"] or found["plateau"] for found in falling)
+    assert falling[-1]["window"] == 20
+    last = [4 - 0.05 * i + 0.01 * (-1) ** i for i in range(10, 30)]
+    assert falling[-1]["loss_mean"] == pytest.approx(sum(last) / 20)
+    assert falling[-1]["loss_variance"] == pytest.approx(torch.tensor(last).double().var(correction=0).item())
+    assert window.add(6.0)["spike"]
+    assert window.add(math.nan)["spike"]
+    assert math.isfinite(window.add(2.4)["loss_mean"])
+    flat = LossWindow(20)
+    found = [flat.add(2.5 + 0.01 * (-1) ** i, skipped=i) for i in range(20)]
+    assert [f["plateau"] for f in found] == [False] * 19 + [True]
+    assert not any(f["spike"] for f in found)
+    assert found[7]["non_finite"] == 7
+
+
+def test_a_profile_of_some_iterations(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(corpus, tmp_path / "plain", "--max_iters=6") == 0
+    assert run(corpus, tmp_path / "profiled", "--max_iters=6", "--profile=3:4") == 0
+    path = tmp_path / "profiled" / "trace_3-4.json.gz"
+    assert f"profile of 2 iterations: {path}" in capsys.readouterr().out
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert "aten::mm" in names
+    log = run_log(tmp_path / "profiled")
+    (profile,) = log["profiles"]
+    assert (profile["iter"], profile["steps"], profile["trace"]) == (4, 2, str(path))
+    assert profile["waterfall"] is None  # no GPU, no MFU
+    found = dict(losses(tmp_path / "profiled"))
+    assert found.keys() == {1, 2, 5, 6}  # the time of recorded iterations is not that of others: they are not logged
+    assert found.items() <= dict(losses(tmp_path / "plain")).items()
+    assert list(path.parent.glob(".tmp*")) == []
+
+
+def test_lines_of_a_profile() -> None:
+    kernels = [{"name": "nvjet_x", "part": "gemm", "ms": 1.5, "calls": 3.0}]
+    found: Profile = {
+        "iter": 14,
+        "trace": "t.json.gz",
+        "steps": 5,
+        "step_ms": 2.0,
+        "parts_ms": {"gemm": 1.5, "attention": 0.0, "host_gaps": 0.5},
+        "waterfall": {"gemm": 10.0, "host_gaps": 25.0},
+        "mfu_percent": 65.0,
+        "kernels": kernels,
+    }
+    lines = lines_of(found)
+    assert lines[1] == "  2.00 ms an iteration: gemm 1.50 ms, host_gaps 0.50 ms"
+    assert lines[2] == "  100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
+    assert "nvjet_x" in lines[3]
+
+
+@pytest.mark.parametrize("value", ["5", "4:3", "0:3", "1:7", "1:5000", "a:b", "-1:2"])
+def test_a_profile_that_cannot_be(value: str) -> None:
+    with pytest.raises(ConfigError, match="wanted START:STOP with 1 <= START <= STOP <= max_iters = 6"):
+        command_line.resolve(["--max_iters=6", f"--profile={value}"])
+
+
+def test_a_snapshot_is_asked_for_by_a_signal(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with MemorySnapshots(tmp_path, torch.device("cpu"), 0, history=False).listening() as snapshots:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.01)
+        assert snapshots.asked
+        assert "no account of a CPU's memory" in snapshots.write("iter3")
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu(tmp_path: Path) -> None:
+    snapshots = MemorySnapshots(tmp_path, torch.device("cuda"), 0, history=False)
+    path = Path(snapshots.write("iter3"))
+    assert path == tmp_path / "memory_iter3_rank0.pickle"
+    assert path.stat().st_size > 0
+
+
+def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
+    gradient = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    gradient[5] = math.inf  # not in the sample
+    monitor = GradientMonitor(["wte.weight"], gradient.numel(), torch.device("cpu"))
+    figures = monitor.measure([("wte.weight", gradient.shape, 0, gradient)])
+    found = monitor.record(math.inf, figures.tolist(), None)
+    assert found["non_finite"] == 1
+    edges, shares = found["histogram"]["log2_edges"], found["histogram"]["shares"]
+    assert sum(shares) == pytest.approx(1)
+    for low, high, share in zip(edges, edges[1:], shares[1:], strict=False):
+        wanted = math.erf(2.0**high / math.sqrt(2)) - math.erf(2.0**low / math.sqrt(2))
+        assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted / (gradient.numel() / 16)) + 1e-9)
+
+
+EDGE_VALUES = [sign * 2.0**edge for edge in range(-40, 9, 2) for sign in (1, -1)]
+BESIDE = [float(np.nextafter(np.float32(x), np.float32(y))) for x in EDGE_VALUES for y in (0, 2 * x)]
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, -(2.0**-149), 2.0**-126, 3e38]
+
+
+@given(st.lists(st.floats(width=32) | st.sampled_from([*EDGE_VALUES, *BESIDE, *SPECIAL]), min_size=1, max_size=60))
+@example([*EDGE_VALUES, *BESIDE, *SPECIAL])
+@settings(deadline=None)
+def test_the_histogram_is_frexps(values: list[float]) -> None:
+    gradient = torch.tensor(values, dtype=torch.float32)
+    monitor = GradientMonitor(["wte.weight"], len(values), torch.device("cpu"))
+    figures = monitor.measure([("wte.weight", gradient.shape, 0, gradient)]).tolist()
+    found = monitor.record(1.0, figures, None)
+    magnitudes = np.abs(gradient.double().numpy())
+    exponents = np.frexp(magnitudes[np.isfinite(magnitudes) & (magnitudes > 0)])[1] - 1  # x = m 2^exponent, 1 <= m < 2
+    edges = found["histogram"]["log2_edges"]
+    assert edges == list(range(-40, 9, 2))
+    counts = np.bincount(np.searchsorted(edges, exponents, side="right"), minlength=len(edges) + 1)
+    assert found["histogram"]["shares"] == (counts / len(values)).tolist()
+    assert found["zero_share"] == (magnitudes == 0).sum() / len(values)
+    assert found["non_finite"] == (~np.isfinite(magnitudes)).sum()
+
+
+def test_pieces_of_any_size() -> None:
+    """Rows of whole and of joined parameters, and what is left of both."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"wte.weight": (1 << 20) + 12345, "blocks.0.ffn.up.weight": 1 << 20, "blocks.1.norm1.weight": 70000}
+    sizes |= {"norm.weight": 3, "lm_head.weight": 1}
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(size, generator=generator) for size in sizes.values()]
+    for values in whole:
+        values[torch.rand(len(values), generator=generator) < 0.25] = 0
+    pieces = [(name, values.shape, 0, values) for name, values in zip(sizes, whole, strict=True)]
+    every = torch.cat(whole).double()
+    monitor = GradientMonitor(sizes, every.numel(), torch.device("cpu"))
+    found = monitor.record(1.0, monitor.measure(pieces).tolist(), None)
+    assert found["zero_share"] == (every == 0).sum().item() / every.numel()
+    assert found["grad_mean"] == pytest.approx(every.mean().item(), abs=1e-7 * every.std().item())
+    assert (found["grad_min"], found["grad_max"]) == (every.min().item(), every.max().item())
+    whole[0][7], whole[2][69999], whole[4][0] = math.inf, math.nan, -math.inf
+    found = monitor.record(math.nan, monitor.measure(pieces).tolist(), None)
+    assert found["non_finite"] == 3
+    assert [layer for layer, norm in found["layer_norms"].items() if math.isfinite(norm)] == ["0"]
+    assert [part for part, norm in found["component_norms"].items() if math.isfinite(norm)] == ["ffn"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
+    device = torch.device("cuda")
+    sizes = {"wte.weight": (1 << 21) + 5, "blocks.0.ffn.up.weight": 1 << 20, "blocks.0.norm1.weight": 1000}
+    gradients, old, new = (
+        [(name, torch.Size([size]), 0, torch.randn(size, device=device)) for name, size in sizes.items()]
+        for _ in range(3)
+    )
+    monitor = GradientMonitor(sizes, sum(sizes.values()), device)
+
+    def watch() -> torch.Tensor:
+        measured = monitor.measure(gradients)
+        monitor.start_update()
+        monitor.observe(old, new)
+        return torch.cat([measured, monitor.update()])
+
+    watch()  # the first time tables are copied to the device
+    torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(deterministic)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        figures = watch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    on_cpu = GradientMonitor(sizes, sum(sizes.values()), torch.device("cpu"))
+    exact = [(name, shape, start, values.cpu().double()) for name, shape, start, values in gradients]
+    wanted = on_cpu.measure(exact)
+    assert figures[: len(wanted)].tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-2)
+
+
+def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:
+    """Or one would wait in the collectives of a log line that the other leaves out."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    flags = ["--max_iters=5", "--profile=3:4", "--collective_timeout_s=20"]
+    command = run_command(corpus, tmp_path, *flags, launcher=launcher)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(run_log(tmp_path)["profiles"]) == 1
+
+
+def test_a_profile_that_is_over_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(corpus, tmp_path, "--max_iters=2", "--profile=1:1") == 0
+    assert "profile = 1:1: nothing left to record" in capsys.readouterr().out

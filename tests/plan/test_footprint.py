@@ -1,0 +1,176 @@
+"""The predicted memory against what autograd keeps and what the optimizer holds, byte by byte, and against a peak."""
+
+import importlib
+import os
+import subprocess
+import sys
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptperf import ops
+from gptperf.config import Config, command_line
+from gptperf.distributed.replicated import Replicated
+from gptperf.model import GPT
+from gptperf.ops import resolve_ops
+from gptperf.plan import memory
+from gptperf.training.optimizers.adamw import AdamW
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--n_layer=1", "--n_embd=48", "--n_head=4", "--block_size=12", "--vocab_size=96", "--batch_size=3"]
+KEYS = ("arch_preset", "norm_position", "position_encoding", "n_kv_head", "qk_norm", "bias")
+COMBINATIONS = [
+    (preset, "pre" if heads == 4 else "post", position, heads, qk_norm, qk_norm != (heads == 4))
+    for preset, position, heads, qk_norm in product(
+        ("llama", "gpt2", "gpt2_openai"), ("rope", "learned_absolute", "none"), (4, 2), (False, True)
+    )
+]
+
+
+def config_of(*flags: str) -> Config:
+    return command_line.resolve([*SIZES, "--compile=False", *flags]).config
+
+
+def kept_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
+    """Of the storages that autograd keeps for backward, without parameters, tables and the loss's own gradients."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    loss = model.loss
+
+    def apart(*arguments: Any) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            return loss(*arguments)
+
+    model.loss = apart
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(tokens, targets)
+    return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
+
+
+def peak_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
+    """What forward and backward allocate at their peak, by PyTorch's account of the CPU's memory."""
+    torch.autograd.backward(model(tokens, targets))
+    model.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.backward(model(tokens, targets))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def built(combination: tuple[Any, ...], *flags: str) -> tuple[Config, GPT, Tensor, Tensor]:
+    """In float32, with Triton's ops, and a batch."""
+    config = config_of(*flags, "--dtype=float32", *(f"--{k}={v}" for k, v in zip(KEYS, combination, strict=True)))
+    model = GPT(config.model, resolve_ops("triton", "cuda"))
+    V, shape = config.model.vocab_size, (config.train.batch_size, config.model.block_size)
+    return config, model, torch.randint(V, shape), torch.randint(V, shape)
+
+
+def check_kept(combination: tuple[Any, ...], recompute: Any) -> str | None:
+    """What is off, or None."""
+    config, model, tokens, targets = built(combination, "--n_layer=2")
+    model.recompute = recompute
+    found = kept_bytes(model, tokens, targets)
+    wanted = tokens.numel() * memory.saved_bytes(config, recompute)
+    return None if found == wanted else f"{combination}, {recompute}: kept {found}, planned {wanted}"
+
+
+def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
+    """What is off by more than two activations of n_embd, or None."""
+    sizes = ["--n_layer=3", "--batch_size=64", "--block_size=32", "--n_embd=64", "--vocab_size=8"]
+    config, model, tokens, targets = built(combination, *sizes)
+    model.recompute = recompute
+    parts = memory.footprint(config, recompute=recompute)
+    planned = parts.activations_gb + parts.logits_gb + parts.buffers_gb - memory._WORKSPACE_GB
+    unit = tokens.numel() * config.model.n_embd * 4
+    found, wanted = peak_bytes(model, tokens, targets) / unit, 1e9 * planned / unit
+    return None if abs(found - wanted) < 2 else f"{combination}, {recompute}: peak {found:.2f}, planned {wanted:.2f}"
+
+
+@pytest.mark.slow
+def test_activations_are_what_autograd_keeps() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
+def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
+    """But for the gaps between parameters, which begin at multiples of 64 elements."""
+    config = config_of(f"--arch_preset={preset}", f"--dtype={dtype}", "--vocab_size=4096", "--n_embd=256")
+    model = GPT(config.model)
+    weights = Replicated(model, getattr(torch, dtype))
+    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
+    tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
+    tensors += [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    planned = memory.footprint(config)
+    states = round(1e9 * (planned.weights_gb + planned.gradients_gb + planned.optimizer_gb))
+    gaps = 18 * 64 * len(weights.places)
+    assert states <= held <= states + gaps
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_recomputation_changes_no_gradient(preset: str, recompute: str) -> None:
+    config = config_of(f"--arch_preset={preset}", "--dropout=0.1")
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    tokens, targets = torch.randint(96, (2, 3, 12))
+    gradients = []
+    for mode in ("none", recompute):
+        model.recompute = mode
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(model(tokens, targets), tuple(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_rows_of_logits_are_padded() -> None:
+    odd, even = (config_of(f"--vocab_size={V}", "--kernels=triton") for V in (97, 104))
+    copy = 104 * 48 * 2  # of the weight, with rows of zeros
+    assert round(1e9 * (memory.footprint(odd).logits_gb - memory.footprint(even).logits_gb)) == copy
+
+
+def test_sharding_leaves_its_share() -> None:
+    config = config_of()
+    alone = memory.footprint(config)
+    for gpus in (2, 4):
+        zero1, fsdp = (memory.footprint(config, gpus, strategy) for strategy in ("zero1", "fsdp"))
+        assert zero1.optimizer_gb == pytest.approx(alone.optimizer_gb / gpus)
+        assert zero1.gradients_gb == alone.gradients_gb
+        assert fsdp.gradients_gb == pytest.approx(alone.gradients_gb / gpus)
+        assert fsdp.weights_gb == pytest.approx(alone.weights_gb / gpus)
+
+
+def test_less_is_kept_the_more_is_recomputed() -> None:
+    for preset in ("llama", "gpt2"):
+        config = config_of(f"--arch_preset={preset}")
+        none, selective, full = (memory.saved_bytes(config, mode) for mode in ("none", "selective", "full"))
+        assert full < selective < none
+
+
+def main() -> int:
+    ops._why_not_triton = lambda device_type: None
+    memory._triton = lambda config: True
+    for name in ("norm", "rope", "swiglu", "linear_cross_entropy", "column_sum"):
+        # Memory is the same without the kernels; the interpreter would hold their tensors longer than a GPU does.
+        importlib.import_module(f"gptperf.kernels.{name}").launch = lambda *_: None
+    found = [check_kept(combination, mode) for combination in COMBINATIONS for mode in ("none", "full")]
+    found += [check_peak(combination, mode) for combination in COMBINATIONS for mode in ("none", "selective", "full")]
+    wrong = [text for text in found if text]
+    print("\n".join(wrong), f"{len(found) - len(wrong)} of {len(found)} agree", sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""AdamW over flat buckets is PyTorch's; schedules; gradients of every layout are float32 sums."""
+
+import copy
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from run_helpers import masters
+from torch import nn
+
+from gptperf.config import ModelConfig, OptimizerConfig
+from gptperf.distributed.replicated import ALIGN, Replicated
+from gptperf.kernels import reference
+from gptperf.model import GPT
+from gptperf.training.optimizers.adamw import AdamW, clip_scale, learning_rate
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+
+
+def _model(**keys: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**(SMALL | keys)))  # type: ignore[arg-type]
+
+
+def _backward(model: nn.Module, weights: Replicated, batches: list[torch.Tensor]) -> None:
+    weights.start_step()
+    for i, tokens in enumerate(batches):
+        weights.start_micro_batch(last=i == len(batches) - 1)
+        (model(tokens, tokens) / len(batches)).backward()
+    weights.finish_gradients()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bucket_numel", [1, 3000, 1 << 20])
+def test_steps_are_pytorchs(tied: bool, bucket_numel: int) -> None:
+    model = _model(weight_tying=tied, bias=True)
+    theirs = copy.deepcopy(model)
+    config = OptimizerConfig(weight_decay=0.3, grad_clip=0.7)
+    weights = Replicated(model, torch.float32, bucket_numel=bucket_numel)
+    ours = AdamW(weights.buckets, config, reference.adamw)
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    reference_optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    for step in range(6):
+        batches = [
+            torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(3 * step + i)) for i in range(3)
+        ]
+        rate = learning_rate(step, config, 100)
+        _backward(model, weights, batches)
+        norm = weights.gradient_norm()
+        ours.grad_scale, ours.found_inf = clip_scale(norm, config.grad_clip)
+        for tokens in batches:
+            (theirs(tokens, tokens) / 3).backward()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), config.grad_clip)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        for optimizer in (ours, reference_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        reference_optimizer.zero_grad()
+    expected_weights = dict(theirs.named_parameters())
+    assert {name for name, _ in masters(weights)} == expected_weights.keys()
+    for name, master in masters(weights):
+        torch.testing.assert_close(master, expected_weights[name].data, rtol=1e-4, atol=2e-6, msg=name)
+        assert dict(model.named_parameters())[name].data_ptr() == master.data_ptr()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_update_against_fp64(compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, g, m, v = (torch.randn(64, generator=generator, dtype=torch.float64) for _ in range(4))
+    v = v.square()
+    lr, beta1, beta2, eps, decay, t, divisor = 1e-2, 0.9, 0.95, 1e-8, 0.1, 7, 2.0
+    scalars = torch.tensor([lr, t, 1 - beta1**t, 1 - beta2**t, divisor, 0])
+    ours = [x.float() for x in (w, m, v)]
+    copy_ = torch.empty(64, dtype=torch.bfloat16)
+    update = torch.compile(reference.adamw, backend="aot_eager", fullgraph=True) if compiled else reference.adamw
+    update(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    kept = [x.clone() for x in ours]
+    scalars[4:] = torch.tensor([float("nan"), 1.0])
+    update(ours[0], g.float(), ours[1], ours[2], copy_, scalars, beta1, beta2, eps, decay)
+    assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True))
+    g = g / divisor
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    w = w - lr * decay * w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    for got, wanted in zip(ours, (w, m, v), strict=True):
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(copy_, ours[0].bfloat16())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_with_bad_gradients_changes_nothing(bad: float) -> None:
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(), reference.adamw)
+    _backward(model, weights, [torch.randint(0, 50, (2, 16))])
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
+    optimizer.step()
+    before = {name: master.clone() for name, master in masters(weights)}
+    moments = {key: [optimizer.state[b.master][key] for b in weights.buckets] for key in ("exp_avg", "exp_avg_sq")}
+    saved = copy.deepcopy(moments)
+    weights.gradient("wte.weight")[3, 5] = bad
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
+    assert optimizer.found_inf == 1
+    optimizer.step()
+    assert all(torch.equal(master, before[name]) for name, master in masters(weights))
+    for key, views in moments.items():
+        assert all(torch.equal(view, before) for view, before in zip(views, saved[key], strict=True))
+    assert optimizer.steps == 1
+
+
+def test_matrices_are_copied_and_vectors_are_not() -> None:
+    model = _model(bias=True, normalization="layernorm", qk_norm=True)
+    weights = Replicated(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if parameter.ndim >= 2 else torch.float32), name
+    assert model.lm_head.weight is model.wte.weight
+    assert all(master.dtype == torch.float32 for _, master in masters(weights))
+    assert all(b.master.numel() % ALIGN == 0 for b in weights.buckets)
+    assert {name for b in weights.buckets if b.decayed for name in b.names} == {
+        name for name, p in model.named_parameters() if p.ndim >= 2
+    }
+
+
+def test_micro_batch_gradients_add_up_in_float32() -> None:
+    """bfloat16 gradients of many micro-batches: the sum is that of their float32 values, bit for bit."""
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    handle = model.blocks[0].ffn.up.weight.register_hook(lambda g: seen.append(g.clone()))
+    batches = [torch.randint(0, 50, (2, 16)) for _ in range(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        _backward(model, weights, batches)
+    handle.remove()
+    total = torch.zeros_like(seen[0], dtype=torch.float32)
+    for g in seen:
+        assert g.dtype == torch.bfloat16
+        total += g.float()
+    assert torch.equal(weights.gradient("blocks.0.ffn.up.weight"), total)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_without_gradient_has_zero() -> None:
+    model = _model(weight_tying=False)
+    weights = Replicated(model, torch.float32)
+    tokens = torch.randint(0, 50, (2, 16))
+    _backward(model, weights, [tokens])
+    assert weights.gradient("lm_head.weight").abs().max() > 0
+    weights.start_step()
+    weights.start_micro_batch(last=True)
+    model.wte(tokens).sum().backward()
+    weights.finish_gradients()
+    assert (weights.gradient("lm_head.weight") == 0).all()
+    assert weights.gradient("wte.weight").abs().max() > 0
+    assert all(b.master.grad is b.grad for b in weights.buckets)
+
+
+def test_a_bucket_that_no_micro_batch_fills_loses_nothing() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 1, bias=False), "unused": nn.Linear(4, 1, bias=False)})
+    weights = Replicated(model, torch.float32)
+    weights.start_step()
+    for i in range(3):
+        weights.start_micro_batch(last=i == 2)
+        model["used"](torch.ones(1, 4)).sum().backward()
+    weights.finish_gradients()
+    assert (weights.gradient("used.weight") == 3).all()
+    assert (weights.gradient("unused.weight") == 0).all()
+
+
+def test_a_frozen_parameter_stays_as_it_is() -> None:
+    model = _model()
+    model.norm.weight.requires_grad_(False)
+    weights = Replicated(model, torch.bfloat16)
+    assert "norm.weight" not in weights.places
+    _backward(model.float(), weights, [torch.randint(0, 50, (2, 16))])
+    assert model.norm.weight.grad is None
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+sys.path.insert(0, "tests")
+from peer_files import collectives_of
+from gptperf.parallel import start_process
+from gptperf.sharded import FullySharded, Sharded
+from gptperf.weights import Replicated, gradient_of
+process = start_process("cpu")
+where = torch.float32, collectives_of(process, sys.argv[2])
+torch.manual_seed(process.rank)
+model = nn.ModuleDict({str(i): nn.Linear(8, 16, bias=False) for i in range(6)})
+weights = {
+    "ddp": lambda: Replicated(model, *where, bucket_numel=200),
+    "zero1": lambda: Sharded(model, *where, bucket_numel=200),
+    "fsdp": lambda: FullySharded(model, *where),
+    "fsdp_once": lambda: FullySharded(model, *where, reduce_once=True),
+}[sys.argv[1]]()
+assert len(weights.buckets) == (6 if "fsdp" in sys.argv[1] else 3)
+weights.share()
+with weights.gathered():
+    first = torch.cat([p.detach().flatten() for p in model.parameters()])
+everyone = [torch.empty_like(first) for _ in range(2)]
+dist.all_gather(everyone, first)
+assert torch.equal(*everyone)
+# Each rank uses its layers in another order, and one only in its first micro-batch: the reductions still pair up.
+for step in range(20):
+    weights.start_step()
+    for micro in range(3):
+        weights.start_micro_batch(last=micro == 2)
+        order = list("012345")[:: 1 if process.rank else -1]
+        if micro > 0:
+            order.remove("3" if process.rank else "2")
+        x = torch.ones(1, 8) * (process.rank + 1)
+        if weights.is_sharded:
+            weights.enter(0)
+        sum(model[name](x).sum() for name in order).backward()
+    weights.finish_gradients()
+    pieces = list(weights.pieces(gradient_of, to_save=False))
+    held = torch.tensor(sum(piece.values.numel() for piece in pieces))
+    dist.all_reduce(held)
+    assert held == 6 * 128 * (1 if weights.is_sharded else 2)
+    for name, _, _, got in pieces:
+        i = int(name[0])
+        wanted = 3 * (1 + 2) - (2 * 1 if i == 2 else 2 * 2 if i == 3 else 0)
+        assert (got == wanted).all(), (process.rank, step, i, got[0].item(), wanted)
+    weights.finish_step()
+process.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", ["by the process group", "by copies"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp", "fsdp_once"])
+def test_two_processes_reduce_the_same_buckets(strategy: str, moved: str, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, tmp_path / "two.py", strategy, tmp_path if moved == "by copies" else ""]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+schedules = st.builds(
+    OptimizerConfig,
+    lr_schedule=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    warmup_iters=st.integers(0, 50),
+    lr_decay_iters=st.none() | st.integers(1, 120),
+    wsd_decay_fraction=st.floats(0, 1),
+    min_lr=st.floats(0, 6e-4),
+)
+
+
+@given(schedules, st.integers(1, 100))
+def test_schedule_stays_within_its_bounds_and_falls_after_the_warm_up(config: OptimizerConfig, max_iters: int) -> None:
+    rates = [learning_rate(i, config, max_iters) for i in range(max_iters)]
+    low = min(config.min_lr, config.learning_rate / (config.warmup_iters + 1))
+    assert all(low * (1 - 1e-9) <= rate <= config.learning_rate for rate in rates)
+    warm = rates[: config.warmup_iters]
+    assert warm == sorted(warm)
+    after = rates[config.warmup_iters :]
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(after))
+
+
+def test_schedule_values() -> None:
+    config = OptimizerConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_schedule="cosine")
+    assert learning_rate(0, config, 109) == pytest.approx(0.1)
+    assert learning_rate(9, config, 109) == 1.0
+    assert learning_rate(59, config, 109) == pytest.approx(0.55)
+    assert learning_rate(109, config, 109) == 0.1
+    wsd = OptimizerConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=0, lr_schedule="wsd", wsd_decay_fraction=0.2)
+    assert [learning_rate(i, wsd, 100) for i in (0, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.5])
+    constant = OptimizerConfig(learning_rate=1.0, lr_schedule="constant", warmup_iters=0)
+    assert learning_rate(10**6, constant, 10) == 1.0
+
+
+@pytest.mark.parametrize(("norm", "grad_clip", "divisor"), [(5.0, 2.0, 2.5), (1.5, 2.0, 1.0), (5.0, 0.0, 1.0)])
+def test_clipping(norm: float, grad_clip: float, divisor: float) -> None:
+    """The first moment after one step is (1 - beta1) times the clipped gradient."""
+    model = nn.Linear(8, 8, bias=False)
+    weights = Replicated(model, torch.float32)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(beta1=0.9), reference.adamw)
+    weights.start_step()
+    weights.start_micro_batch(last=True)
+    gradient = torch.randn(8, 8)
+    gradient *= norm / gradient.norm()
+    (model.weight * gradient).sum().backward()
+    weights.finish_gradients()
+    assert weights.gradient_norm().item() == pytest.approx(norm)
+    optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), grad_clip)
+    optimizer.step()
+    moment = optimizer.state[weights.buckets[0].master]["exp_avg"][:64].view(8, 8)
+    torch.testing.assert_close(moment, 0.1 * gradient / divisor, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,233 @@
+"""Checkpoints of whole runs: the bits of an unbroken run after a kill, what may differ, disks that fail."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from run_helpers import ROOT, hashes, losses, run, run_command, run_log
+
+from gptperf import registry
+from gptperf.data.prepare import prepare
+from gptperf.errors import CheckpointError, DataError, DiskError
+from gptperf.training import resume, trainer
+
+KILLER = """
+import os, signal
+from gptperf.model import RMSNorm
+from gptperf.registry import register
+calls = 0
+class Killer(RMSNorm):
+    def forward(self, x, residual=None):
+        global calls
+        calls += 1
+        if calls == int(os.environ.get("KILL_AT", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x, residual)
+register("normalization", "killer", Killer)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_and_resumed_is_bitwise_the_straight_run(dtype: str, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "killer.py").write_text(KILLER)
+    path = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    flags = ["--plugins=killer", "--normalization=killer", f"--dtype={dtype}", "--dropout=0.1"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run(run_command(corpus, straight, *flags), env=env, check=True, capture_output=True)
+    # 5 norms a forward pass, 4 passes a step: the middle of step 13, after the checkpoint of step 10.
+    killed = subprocess.run(
+        run_command(corpus, broken, *flags), env=env | {"KILL_AT": str(12 * 20 + 4 * 5 + 7)}, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (broken / "checkpoints" / "step-00000010").is_dir()
+    subprocess.run(run_command(corpus, broken, *flags, "--init_from=resume"), env=env, check=True, capture_output=True)
+    assert hashes(broken / "checkpoints" / "step-00000020") == hashes(straight / "checkpoints" / "step-00000020")
+    assert losses(broken) == losses(straight)
+    assert [entry["iter"] for entry in run_log(broken)["training_iterations"]] == list(range(1, 21))
+    evaluations = [[(e["iter"], e["val_loss"].hex()) for e in run_log(out)["eval_steps"]] for out in (straight, broken)]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize("step", [5, 15])
+def test_resume_from_any_checkpoint_is_bitwise(step: int, corpus: Path, tmp_path: Path) -> None:
+    assert run(corpus, tmp_path / "a", "--keep_checkpoints=9", "--dropout=0.2") == 0
+    a, b = (tmp_path / x / "checkpoints" for x in "ab")
+    b.mkdir(parents=True)
+    (a / f"step-{step:08d}").rename(b / f"step-{step:08d}")
+    assert run(corpus, tmp_path / "b", "--init_from=auto", "--dropout=0.2") == 0
+    assert hashes(a / "step-00000020") == hashes(b / "step-00000020")
+
+
+def test_without_the_optimizers_state_resume_is_not_bitwise(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the tests above."""
+    run(corpus, tmp_path / "a", "--keep_checkpoints=9")
+    b = tmp_path / "b" / "checkpoints"
+    b.mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "step-00000010").rename(b / "step-00000010")
+    monkeypatch.setattr("gptperf.training.resume._MOMENTS", ())
+    run(corpus, tmp_path / "b", "--init_from=resume")
+    assert hashes(tmp_path / "a/checkpoints/step-00000020") != hashes(b / "step-00000020")
+
+
+def test_old_checkpoints_are_not_lost(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path, "--max_iters=2")
+    with pytest.raises(
+        CheckpointError,
+        match=r"found checkpoints of another run; wanted --init_from=resume.*--overwrite=True",
+    ):
+        run(corpus, tmp_path, "--max_iters=2")
+    run(corpus, tmp_path, "--max_iters=3", "--overwrite=True")
+    (aside,) = tmp_path.glob("checkpoints.*")
+    assert (aside / "step-00000002" / "MANIFEST.json").is_file()
+    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_init_from(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found no checkpoint to resume"):
+        run(corpus, tmp_path / "a", "--init_from=resume")
+    assert run(corpus, tmp_path / "a", "--init_from=auto") == 0
+    assert (
+        run(
+            corpus,
+            tmp_path / "b",
+            f"--init_from={tmp_path / 'a'}",
+            "--max_iters=1",
+            "--learning_rate=1e-9",
+            "--min_lr=0",
+        )
+        == 0
+    )
+    again = [f"--init_from={tmp_path / 'a'}", "--max_iters=1", "--overwrite=True"]
+    assert run(corpus, tmp_path / "a2", *again) == 0
+    a, b = run_log(tmp_path / "a"), run_log(tmp_path / "b")
+    assert run(corpus, tmp_path / "a", *again) == 0  # from the checkpoints that it moves aside
+    assert b["training_iterations"][0]["iter"] == 1
+    assert b["eval_steps"][-1]["val_loss"] == pytest.approx(a["eval_steps"][-1]["val_loss"], rel=1e-5)
+
+
+def test_another_model_or_data_set_is_not_resumed(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path, "--max_iters=2")
+    with pytest.raises(CheckpointError, match=r"\(saved -> now\): n_layer: 2 -> 3$"):
+        run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--n_layer=3")
+    with pytest.raises(CheckpointError, match=r"batch_size: 2 -> 4"):
+        run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--batch_size=4")
+    with pytest.raises(CheckpointError, match=r"dtype: float32 -> bfloat16"):
+        run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dtype=bfloat16")
+    (corpus / "other.txt").write_text("other text " * 5000)
+    prepare(str(corpus / "other.txt"), data_dir=corpus / "data", name="other", quiet=True, overwrite=True)
+    with pytest.raises(DataError, match="wanted the same shards"):
+        run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dataset=other")
+    assert run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--learning_rate=0.02") == 0
+
+
+def test_a_run_that_ends_without_its_checkpoint_has_failed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTPERF_FAILPOINT", "save.3:enospc")
+    with pytest.raises(DiskError, match="No space left"):
+        run(corpus, tmp_path, "--max_iters=5", "--save_interval=100")
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_on_the_way_does_not_end_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer.checkpoint.save
+
+    def full_at_ten(*args: Any, step: int, **keys: Any) -> Path:
+        if step == 10:
+            monkeypatch.setenv("GPTPERF_FAILPOINT", "save.2:enospc")
+        else:
+            monkeypatch.delenv("GPTPERF_FAILPOINT", raising=False)
+        return save(*args, step=step, **keys)
+
+    monkeypatch.setattr(trainer.checkpoint, "save", full_at_ten)
+    assert run(corpus, tmp_path) == 0
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000005", "step-00000015", "step-00000020"]
+    assert [m["iter"] for m in run_log(tmp_path)["messages"]] == [10]
+
+
+def test_buffers_and_draws_of_a_plugin_are_resumed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptperf.model import RMSNorm
+
+    class Averaging(RMSNorm):
+        ema: torch.Tensor
+
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            self.register_buffer("ema", torch.ones(()))
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            y, residual = super().forward(x, residual)
+            if self.training:
+                self.ema.mul_(0.9).add_(0.1 * y.detach().abs().mean())
+            noise = random.random() + float(np.random.rand())  # nobody seeds these but the run
+            return y / self.ema + 1e-2 * noise, residual
+
+    monkeypatch.setattr(registry, "_components", dict(registry._components))
+    registry.register("normalization", "averaging", Averaging)
+    run(corpus, tmp_path / "a", "--normalization=averaging", "--keep_checkpoints=9")
+    b = tmp_path / "b" / "checkpoints"
+    b.mkdir(parents=True)
+    (tmp_path / "a/checkpoints/step-00000010").rename(b / "step-00000010")
+    run(corpus, tmp_path / "b", "--normalization=averaging", "--init_from=resume")
+    assert hashes(tmp_path / "a/checkpoints/step-00000020") == hashes(b / "step-00000020")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--dropout=0.1"]  # dropped by the place in the run, not by the process
+    assert run(corpus, tmp_path / "one", *flags) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command = run_command(corpus, tmp_path / "two", *flags, launcher=launcher)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = run_log(tmp_path / "one"), run_log(tmp_path / "two")
+    for a, b in zip(one["training_iterations"], two["training_iterations"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["gradients"]["global_norm"] == pytest.approx(a["gradients"]["global_norm"], rel=1e-5)
+    for a, b in zip(one["eval_steps"], two["eval_steps"], strict=True):
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-5)
+    assert two["startup_info"]["parallelism"] == "DDP over 2 processes"
+    assert done.stdout.count("STARTING TRAINING") == 1
+    # Saved by two, resumed by two: the bits of the run that was not broken.
+    (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    os.rename(tmp_path / "two/checkpoints/step-00000015", tmp_path / "again/checkpoints/step-00000015")
+    command = run_command(corpus, tmp_path / "again", *flags, "--init_from=resume", launcher=launcher)
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saved = [hashes(tmp_path / out / "checkpoints/step-00000020") for out in ("two", "again")]
+    assert saved[0].keys() >= {f"{stem}-0000{rank}.safetensors" for stem in ("model", "optimizer") for rank in "01"}
+    assert saved[0] == saved[1]
+
+
+def test_the_sources_of_kernels_count_where_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their bits depend on shapes of programs, which a version of gptperf may change."""
+
+    def sources(chosen: str) -> str:
+        engine: Any = SimpleNamespace(
+            process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
+            ops=SimpleNamespace(chosen={"rms_norm": chosen}),
+            weights=SimpleNamespace(collectives=SimpleNamespace(name="process_group")),
+        )
+        return resume.versions(engine)["kernel_sources"]
+
+    assert sources("eager") == ""
+    now = sources("triton")
+    assert re.fullmatch("[0-9a-f]{12}", now)
+    (tmp_path / "norm.py").write_text("programs = 396\n")
+    monkeypatch.setattr(resume.resources, "files", lambda package: tmp_path)
+    assert sources("triton") != now

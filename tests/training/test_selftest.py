@@ -1,0 +1,82 @@
+"""The self-test before training: it passes what works, and a broken kernel is left out or refused, with the cause."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from gptperf.config import command_line
+from gptperf.errors import DeviceError
+from gptperf.kernels import reference
+from gptperf.ops import OPS, Ops, resolve_ops, without_triton
+from gptperf.training import selftest
+
+SIZES = ["--n_layer=1", "--n_head=4", "--n_embd=48", "--vocab_size=300", "--d_ff=100", "--arch_preset=llama"]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter; the GPU's is in test_gpu")
+
+
+def _ops(**broken: Any) -> Ops:
+    """Triton's, in the interpreter."""
+    ours = {op: getattr(importlib.import_module(module), op) for op, module in OPS.items()}
+    return Ops(**ours | broken, chosen=dict.fromkeys(ours, "triton"), reasons={})
+
+
+def _broken(ops: Ops, *flags: str) -> dict[str, str]:
+    return selftest.broken_ops(
+        ops, command_line.resolve([*SIZES, *flags]).config.model, torch.device("cpu"), torch.float32
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--qk_norm=True", "--rope_pairs=interleaved", "--n_kv_head=2"],
+        ["--normalization=layernorm", "--position_encoding=none", "--ffn_type=standard"],
+        ["--normalization=layernorm_nobias"],
+    ],
+)
+def test_what_works_passes(flags: list[str]) -> None:
+    assert _broken(_ops(), *flags) == {}
+
+
+def test_eager_ops_are_not_run() -> None:
+    assert _broken(resolve_ops("eager", "cpu")) == {}
+
+
+def test_a_wrong_result_is_found() -> None:
+    def forgets_the_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Any:
+        y = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+        return y if residual is None else (y, x + residual)
+
+    def drops_the_tail(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(x, torch.cat([weight[:-40], weight[-40:].detach()]), targets)
+
+    wrong = {"rms_norm": forgets_the_residual, "linear_cross_entropy": drops_the_tail, "adamw": lambda *_: None}
+    found = _broken(_ops(**wrong))
+    assert set(found) == set(wrong)
+    assert "off eager PyTorch by" in found["rms_norm"]
+
+
+def test_a_kernel_that_fails_is_named() -> None:
+    def fails(*_: object) -> None:
+        raise TritonError("out of resource: shared memory")
+
+    def finds_no_cache(*_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    assert "PermissionError: read-only" in _broken(_ops(rope=finds_no_cache))["rope"]
+    assert "out of resource: shared memory" in _broken(_ops(swiglu=fails))["swiglu"]
+
+
+def test_auto_leaves_a_broken_op_to_eager_and_triton_refuses() -> None:
+    ops = without_triton(_ops(), "auto", {"rope": "its kernel failed"})
+    assert ops.chosen["rope"] == "eager"
+    assert ops.chosen["swiglu"] == "triton"
+    assert ops.rope.__module__ == "gptperf.kernels.reference"
+    assert ops.reasons == {"rope": "its kernel failed"}
+    with pytest.raises(DeviceError, match="rope: its kernel failed"):
+        without_triton(_ops(), "triton", {"rope": "its kernel failed"})
