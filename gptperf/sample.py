@@ -7,21 +7,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from gptperf.errors import CheckpointError, ConfigError, main_guard
 from gptperf.ops import resolve_ops, without_triton
 
-if TYPE_CHECKING:
-    import torch
-
-    from gptperf.data.tokenizers import Tokenizer
-    from gptperf.model import GPT
-    from gptperf.training.step import Engine
-
-__all__ = ["generate", "main", "sample_of"]
+__all__ = ["main", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,70 +50,6 @@ class SampleConfig:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, wanted {low} or more; nearest: {low}")
 
 
-def generate(
-    model: "GPT",
-    prompt: "torch.Tensor",
-    tokens: int,
-    *,
-    vocab_size: int,
-    temperature: float,
-    top_k: int,
-    generator: "torch.Generator",
-) -> "torch.Tensor":
-    """Continue a prompt, with a key-value cache; past `block_size` the cache starts again from the last half block.
-
-    Args:
-        model: in evaluation mode.
-        prompt: `(P,)` int64, P >= 1, on the model's device.
-        tokens: how many to add.
-        vocab_size: ids that the tokenizer knows; the model's padding is never drawn.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: likeliest tokens to draw among; 0: all.
-        generator: of the draws, on the model's device.
-
-    Returns:
-        `(tokens,)` int64, without the prompt.
-    """
-    import torch
-
-    from gptperf.model import KVCache
-
-    block = model.config.block_size
-    ids = prompt
-    feed, caches = ids[-block:], [KVCache() for _ in model.blocks]
-    for _ in range(tokens):
-        logits = model(feed[None], caches=caches)[0, -1, :vocab_size].float()
-        if temperature == 0:
-            chosen = logits.argmax(keepdim=True)
-        else:
-            if 0 < top_k < vocab_size:
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        ids, feed = torch.cat([ids, chosen]), chosen
-        if caches[0].length == block:
-            feed, caches = ids[-(block // 2 or 1) :], [KVCache() for _ in model.blocks]
-    return ids[-tokens:]
-
-
-def sample_of(engine: "Engine", tokenizer: "Tokenizer", tokens: int) -> str:
-    """Text that a model in training writes after the end of a document."""
-    import torch
-
-    device = engine.process.device
-    engine.model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), engine.autocast():
-        ids = generate(
-            engine.model,
-            torch.tensor([tokenizer.eot], device=device),
-            tokens,
-            vocab_size=tokenizer.vocab_size,
-            temperature=0.8,
-            top_k=50,
-            generator=torch.Generator(device).manual_seed(engine.config.train.seed),
-        )
-    return tokenizer.decode(ids.tolist())
-
-
 def main() -> int:
     """Run the command; returns its exit code."""
     with main_guard(debug="--debug" in sys.argv):
@@ -146,6 +75,7 @@ def sample(config: SampleConfig) -> list[str]:
     from gptperf.distributed.process import start_process
     from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
+    from gptperf.model.generate import generate
     from gptperf.training import selftest
     from gptperf.training.build import DTYPES
     from gptperf.training.resume import restore_weights

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptperf.kernels.arguments import check_adamw, check_triton
-from gptperf.kernels.operator import ceil_div, launch, register
+from gptperf.kernels.checks import check_adamw, check_triton
+from gptperf.kernels.launch import ceil_div, launch, register
 
 __all__ = ["adamw"]
 

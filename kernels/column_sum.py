@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptperf.kernels.operator import ceil_div, launch, power_of_2
+from gptperf.kernels.launch import ceil_div, launch, power_of_2
 
 __all__ = ["column_sum"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gptperf.kernels import reference
-from gptperf.kernels.arguments import check_norm, check_triton
+from gptperf.kernels.checks import check_norm, check_triton
+from gptperf.kernels.launch import register
 from gptperf.kernels.norm import MAX_N, norm_backward, norm_forward, warn_too_wide
-from gptperf.kernels.operator import register
 
 __all__ = ["layer_norm"]
 

@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gptperf.kernels.arguments import check_linear_cross_entropy, check_triton
-from gptperf.kernels.chunking import chunk_rows, padded
-from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
+from gptperf.kernels.checks import check_linear_cross_entropy, check_triton
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.logit_chunks import chunk_rows, padded
 
 __all__ = ["linear_cross_entropy"]
 

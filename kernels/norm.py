@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptperf.kernels.column_sum import column_sum
-from gptperf.kernels.operator import ceil_div, launch, power_of_2
+from gptperf.kernels.launch import ceil_div, launch, power_of_2
 
 __all__ = ["MAX_N", "norm_backward", "norm_forward", "warn_too_wide"]
 

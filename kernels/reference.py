@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptperf.kernels.arguments import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+from gptperf.kernels.checks import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
 

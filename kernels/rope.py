@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptperf.kernels.arguments import check_rope, check_triton
+from gptperf.kernels.checks import check_rope, check_triton
 from gptperf.kernels.column_sum import column_sum
-from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
 __all__ = ["rope"]
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptperf.kernels.operator import ceil_div, launch, register
+from gptperf.kernels.launch import ceil_div, launch, register
 
 __all__ = ["sum_shares"]
 

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptperf.kernels.arguments import check_swiglu, check_triton
-from gptperf.kernels.operator import ceil_div, launch, power_of_2, register
+from gptperf.kernels.checks import check_swiglu, check_triton
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
 __all__ = ["swiglu"]
 

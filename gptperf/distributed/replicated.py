@@ -2,85 +2,22 @@
 
 Under every strategy the master weights, the gradients and the optimizer states are float32, in flat buckets; the model
 computes with a copy in the compute dtype. Every strategy has the interface of `Replicated`; the training step and the
-checkpoint do not know which one they talk to. The sharded ones are in `gptperf.distributed.zero1`.
+checkpoint do not know which one they talk to. The sharded ones are in `gptperf.distributed.zero1` and `fsdp`.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptperf.distributed.collectives import Collectives, Pending
+from gptperf.distributed.buckets import ALIGN, BUCKET_NUMEL, Bucket, Layout, Piece, Place, by_size, gaps
+from gptperf.distributed.collectives import Collectives
 
-__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Layout", "Piece", "Place", "Replicated", "gradient_of", "runs"]
-
-ALIGN = 64
-"""Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
-BUCKET_NUMEL = 32 << 20
-
-
-class Piece(NamedTuple):
-    """Elements of one parameter, flat, in memory that belongs to a bucket."""
-
-    name: str
-    shape: torch.Size
-    """Of the whole parameter."""
-    start: int
-    """First element."""
-    values: Tensor
-
-
-@dataclass(eq=False)
-class Bucket:
-    """Parameters that lie in one flat buffer: one optimizer tensor, one reduction.
-
-    The gaps that alignment leaves are zero and stay zero.
-    """
-
-    names: list[str]
-    decayed: bool
-    master: nn.Parameter
-    """float32: all elements, or those of this process."""
-    grad: Tensor
-    """float32: all elements, or those of this process."""
-    compute: Tensor
-    """All elements, as the model reads them."""
-    copy: Tensor | None
-    """The part of `compute` that master is rounded into; None where the model reads master itself."""
-    arrived: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Gradients of this micro-batch that are not in `grad` yet."""
-    started: set[str] = field(default_factory=set, repr=False)
-    """Parameters that have had a gradient in this step."""
-    full: bool = False
-    """Whether every parameter has had its gradient in this micro-batch."""
-    reduction: Pending | None = field(default=None, repr=False)
-
-
-class Layout(NamedTuple):
-    """What is to become a bucket."""
-
-    parameters: dict[str, nn.Parameter]
-    decayed: bool
-    offsets: list[int]
-    numel: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies in its bucket."""
-
-    bucket: Bucket
-    offset: int
-    shape: torch.Size
-
-    def view(self, flat: Tensor) -> Tensor:
-        return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
+__all__ = ["Replicated"]
 
 
 class Replicated:
@@ -123,7 +60,7 @@ class Replicated:
         layouts = []
         for decayed in (True, False):
             group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
-            for names in self._split(group, bucket_numel) if decayed else _by_size(group, bucket_numel):
+            for names in self._split(group, bucket_numel) if decayed else by_size(group, bucket_numel):
                 layouts.append(self._lay_out({name: group[name] for name in names}, decayed))
         self._reserve(layouts)
         for layout in layouts:
@@ -132,7 +69,7 @@ class Replicated:
 
     def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
         """Names of the matrices of each bucket, in the order in which backward reaches them."""
-        return _by_size(parameters, bucket_numel)
+        return by_size(parameters, bucket_numel)
 
     def _lay_out(self, parameters: dict[str, nn.Parameter], decayed: bool) -> Layout:
         offsets, numel = [], 0
@@ -248,7 +185,7 @@ class Replicated:
     def _fill(self, bucket: Bucket) -> Tensor:
         """What has arrived, in a borrowed buffer, with zeros for the rest."""
         whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
-        for begin, end in _gaps([self.places[name] for name in bucket.names], whole.numel()):
+        for begin, end in gaps([self.places[name] for name in bucket.names], whole.numel()):
             whole[begin:end].zero_()
         for name in bucket.names:
             if name not in bucket.arrived:
@@ -363,50 +300,8 @@ class Replicated:
                 yield Piece(name, place.shape, first - place.offset, flat[first - begin : last - begin])
 
 
-def gradient_of(bucket: Bucket) -> Tensor:
-    """What the optimizer takes, once it is reduced."""
-    assert bucket.master.grad is not None
-    return bucket.master.grad
-
-
-def _gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
-    """What lies between the parameters of a bucket, and after the last one."""
-    at = 0
-    for place in sorted(places, key=lambda place: place.offset):
-        if place.offset > at:
-            yield at, place.offset
-        at = place.offset + place.shape.numel()
-    if at < numel:
-        yield at, numel
-
-
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:
     """Hand over a gradient. A parameter must not keep its owner alive: the collector does not see its hooks."""
     owner = weights()
     assert owner is not None
     owner._arrive(name, parameter)
-
-
-def _by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Names in the order in which backward reaches them (last layer first), in runs of about `numel` elements."""
-    return runs([[name] for name in reversed(parameters)], parameters, numel)
-
-
-def runs(groups: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Groups of names joined until together they have `numel` elements; one that has them stays by itself.
-
-    So the embedding, the last to have its gradient, has nobody else's reduced after backward has ended.
-    """
-    names: list[str] = []
-    size = 0
-    for group in groups:
-        more = sum(parameters[name].numel() for name in group)
-        if names and more >= numel:
-            yield names
-            names, size = [], 0
-        names, size = names + group, size + more
-        if size >= numel:
-            yield names
-            names, size = [], 0
-    if names:
-        yield names

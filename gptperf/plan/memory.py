@@ -13,7 +13,7 @@ from typing import Literal
 
 from gptperf import flops
 from gptperf.config import Config, ModelConfig
-from gptperf.kernels.chunking import chunk_rows, padded
+from gptperf.kernels.logit_chunks import chunk_rows, padded
 
 __all__ = [
     "STRATEGIES",

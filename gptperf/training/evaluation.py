@@ -1,4 +1,4 @@
-"""The loss of the fixed validation batches."""
+"""What a model in training is worth: the loss of the fixed validation batches, and a sample of its text."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,12 @@ from torch import Tensor
 from gptperf.config import Config
 from gptperf.data.loader import validation_batches
 from gptperf.data.shards import TokenSource
+from gptperf.data.tokenizers import Tokenizer
 from gptperf.distributed.process import Process
+from gptperf.model.generate import generate
 from gptperf.training.step import Engine
 
-__all__ = ["evaluate", "validation_keys"]
+__all__ = ["evaluate", "sample_text", "validation_keys"]
 
 
 def validation_keys(config: Config, process: Process) -> dict[str, int]:
@@ -54,3 +56,20 @@ def _in_step(batches: Iterator[Tensor], process: Process, block_size: int) -> It
     filler = torch.zeros(2, 1, block_size, dtype=torch.int64)
     while process.any((batch := next(batches, None)) is not None):
         yield (filler, 0) if batch is None else (batch, batch.shape[1])
+
+
+def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
+    """Text that a model in training writes after the end of a document."""
+    device = engine.process.device
+    engine.model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), engine.autocast():
+        ids = generate(
+            engine.model,
+            torch.tensor([tokenizer.eot], device=device),
+            tokens,
+            vocab_size=tokenizer.vocab_size,
+            temperature=0.8,
+            top_k=50,
+            generator=torch.Generator(device).manual_seed(engine.config.train.seed),
+        )
+    return tokenizer.decode(ids.tolist())

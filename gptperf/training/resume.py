@@ -25,8 +25,9 @@ from gptperf.checkpoint import Checkpoint
 from gptperf.checkpoint.tensor_file import Part, part_name
 from gptperf.config import KEYS, Config
 from gptperf.data.tokenizers import Tokenizer
+from gptperf.distributed.buckets import Bucket, Piece
 from gptperf.distributed.process import Process
-from gptperf.distributed.replicated import Bucket, Piece, Replicated
+from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
 from gptperf.training.optimizers.adamw import AdamW

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from gptperf.config import Config, SystemConfig
+from gptperf.distributed.buckets import Bucket, gradient_of
 from gptperf.distributed.copy_engine import open_collectives
+from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.process import Process
-from gptperf.distributed.replicated import Bucket, Replicated, gradient_of
-from gptperf.distributed.zero1 import FullySharded, Sharded
+from gptperf.distributed.replicated import Replicated
+from gptperf.distributed.zero1 import Sharded
 from gptperf.model import GPT
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton

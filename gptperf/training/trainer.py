@@ -33,9 +33,8 @@ from gptperf.monitor.stability import LossWindow
 from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.plan import Plan
-from gptperf.sample import sample_of
 from gptperf.training.build import check_device, open_dataset
-from gptperf.training.evaluation import evaluate, validation_keys
+from gptperf.training.evaluation import evaluate, sample_text, validation_keys
 from gptperf.training.resume import TrainState, find_checkpoint, snapshot, take_up
 from gptperf.training.signals import StopRequest
 from gptperf.training.startup import against_plan, check_plan, find_peak, startup_info, throughput_of
@@ -443,7 +442,7 @@ def _finish(run: Run) -> None:
     if log.trigram_baseline:
         summary["trigram_loss"] = trigram_loss(run.train_tokens, run.val_tokens)
     if log.sample_tokens:
-        summary["sample"] = sample_of(run.engine, run.tokenizer, log.sample_tokens)
+        summary["sample"] = sample_text(run.engine, run.tokenizer, log.sample_tokens)
     run.trackers.finish(summary)
     _end_log(run, summary)
     run.console.finish(summary)

@@ -92,12 +92,12 @@ def test_a_disk_that_one_process_finds_full_fails_for_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     in_all(2, lambda peer: save(peer, tmp_path, 1))
-    write = checkpoint.write_tensors
+    write_tensors = write.write_tensors
 
     def full(path: Path, *args: Any, **kwargs: Any) -> FileRecord:
         if path.name == f"model-{rank:05d}.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, *args, **kwargs)
+        return write_tensors(path, *args, **kwargs)
 
     monkeypatch.setattr(write, "write_tensors", full)
     found = in_all(2, lambda peer: save(peer, tmp_path, 2))

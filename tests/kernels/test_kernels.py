@@ -100,7 +100,7 @@ def test_small_cross_entropy(shape: tuple[int, ...], classes: int, precision: st
 @pytest.mark.parametrize(("rows", "classes"), [(7, 4096), (7, 4113), (300, 65)])
 def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the logits of a row; of the rows, 128 at a time."""
-    module = importlib.import_module("gptperf.kernels.chunking")
+    module = importlib.import_module("gptperf.kernels.logit_chunks")
     monkeypatch.setattr(module, "CHUNK_ROWS", 64)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert module.chunk_rows(classes, 4) == 128
@@ -112,8 +112,8 @@ def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.Mo
 def test_sizes_of_the_losss_products(classes: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiples of 8, padded with zeros; every chunk lies in one buffer, which the products write where it is."""
     module = importlib.import_module("gptperf.kernels.linear_cross_entropy")
-    monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_ROWS", 4)
-    monkeypatch.setattr(importlib.import_module("gptperf.kernels.chunking"), "CHUNK_BYTES", 1)
+    monkeypatch.setattr(importlib.import_module("gptperf.kernels.logit_chunks"), "CHUNK_ROWS", 4)
+    monkeypatch.setattr(importlib.import_module("gptperf.kernels.logit_chunks"), "CHUNK_BYTES", 1)
     launch, mm, logits, products = module.launch, torch.mm, [], []
 
     def launch_and_keep(kernel: Any, grid: Any, tensors: Any, *rest: Any) -> None:
@@ -442,7 +442,7 @@ def test_more_than_2_31_elements(
     variant: str, shape: tuple[int, int, int], classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last rows, the only ones whose gradient is not 0, against eager PyTorch on these rows alone."""
-    module = importlib.import_module("gptperf.kernels.chunking")
+    module = importlib.import_module("gptperf.kernels.logit_chunks")
     monkeypatch.setattr(module, "CHUNK_BYTES", 6_000_000_000)
     B, T, N = shape
     dtype, tail = torch.bfloat16, 8

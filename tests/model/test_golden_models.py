@@ -1,6 +1,6 @@
 """What every preset builds, name by name: a refactoring that keeps this file keeps checkpoints, draws and layouts.
 
-`python tests/model/test_golden_models.py` wrote `tests/golden_models.json`, with `.` and `tests` on PYTHONPATH. Other
+`python tests/model/test_golden_models.py` wrote `golden_models.json` beside it, with `.` on PYTHONPATH. Other
 files state why these names and layouts are right; this one says that they stay.
 """
 
@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
 from gptperf.distributed.collectives import Collectives
+from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.replicated import Replicated
-from gptperf.distributed.zero1 import FullySharded, Sharded
+from gptperf.distributed.zero1 import Sharded
 from gptperf.model import GPT
 from gptperf.monitor.gradients import component_of, layer_of
 

@@ -16,8 +16,7 @@ from torch import nn
 from gptperf import flops, hugging_face, registry
 from gptperf.config import ModelConfig, command_line
 from gptperf.config.presets import PRESETS
-from gptperf.model import GPT, KVCache
-from gptperf.model.gpt import _BUILT_IN
+from gptperf.model import _BUILT_IN, GPT, KVCache
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from run_helpers import ROOT, losses, masters, run, run_command, run_log
 
 from gptperf.config import command_line
+from gptperf.distributed.buckets import Piece
 from gptperf.distributed.process import Process
-from gptperf.distributed.replicated import Piece, Replicated
+from gptperf.distributed.replicated import Replicated
 from gptperf.errors import ConfigError
 from gptperf.kernels import reference
 from gptperf.monitor.events import Profile

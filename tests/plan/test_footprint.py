@@ -98,7 +98,7 @@ def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
 
 @pytest.mark.slow
 def test_activations_are_what_autograd_keeps() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 

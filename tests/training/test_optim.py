@@ -16,7 +16,8 @@ from run_helpers import masters
 from torch import nn
 
 from gptperf.config import ModelConfig, OptimizerConfig
-from gptperf.distributed.replicated import ALIGN, Replicated
+from gptperf.distributed.buckets import ALIGN
+from gptperf.distributed.replicated import Replicated
 from gptperf.kernels import reference
 from gptperf.model import GPT
 from gptperf.training.optimizers.adamw import AdamW, clip_scale, learning_rate
@@ -189,11 +190,13 @@ def test_a_frozen_parameter_stays_as_it_is() -> None:
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/helpers")
 from peer_files import collectives_of
-from gptperf.parallel import start_process
-from gptperf.sharded import FullySharded, Sharded
-from gptperf.weights import Replicated, gradient_of
+from gptperf.distributed.buckets import gradient_of
+from gptperf.distributed.fsdp import FullySharded
+from gptperf.distributed.process import start_process
+from gptperf.distributed.replicated import Replicated
+from gptperf.distributed.zero1 import Sharded
 process = start_process("cpu")
 where = torch.float32, collectives_of(process, sys.argv[2])
 torch.manual_seed(process.rank)

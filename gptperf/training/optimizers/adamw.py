@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptperf.config import OptimizerConfig
-from gptperf.distributed.replicated import ALIGN, Bucket
+from gptperf.distributed.buckets import ALIGN, Bucket
 
 __all__ = ["AdamW", "clip_scale", "learning_rate"]
 

@@ -1,0 +1,37 @@
+"""Feed-forward networks. Shapes: B batch, T tokens, C n_embd, F FFN width."""
+
+from torch import Tensor, nn
+
+from gptperf.config import ModelConfig
+from gptperf.ops import Ops
+from gptperf.registry import component
+
+__all__ = ["StandardFFN", "SwiGLU"]
+
+
+class StandardFFN(nn.Module):
+    """up, activation, down."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.activation = component("activation", config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(B, T, C)` -> `(B, T, C)`."""
+        return self.out(self.activation(self.up(x)))
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up, down; gate and up are one projection."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
+        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.op = ops.swiglu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(B, T, C)` -> `(B, T, C)`."""
+        return self.op(self.gate_up(x), self.out.weight, self.out.bias)

@@ -1,0 +1,52 @@
+"""Norms; each also adds the residual that comes before it. C is n_embd."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gptperf.config import ModelConfig
+from gptperf.ops import Ops
+
+__all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight; with a residual, of the sum."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps = config.norm_eps
+        self.op = ops.rms_norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual `(B, T, C)` -> the normed sum and the sum."""
+        return (
+            (self.op(x, self.weight, self.eps), x) if residual is None else self.op(x, self.weight, self.eps, residual)
+        )
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias; with a residual, of the sum."""
+
+    has_bias: ClassVar[bool] = True
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if self.has_bias else None
+        self.eps = config.norm_eps
+        self.op = ops.layer_norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual `(B, T, C)` -> the normed sum and the sum."""
+        if residual is None:
+            return self.op(x, self.weight, self.bias, self.eps), x
+        return self.op(x, self.weight, self.bias, self.eps, residual)
+
+
+class LayerNormNoBias(LayerNorm):
+    """LayerNorm with a weight alone."""
+
+    has_bias = False

@@ -1,0 +1,63 @@
+"""Position encodings. Shapes: B batch, T tokens, C n_embd, H query heads, K key and value heads, D head_dim."""
+
+import torch
+from torch import Tensor, nn
+
+from gptperf.config import ModelConfig
+from gptperf.ops import Ops
+
+__all__ = ["LearnedAbsolute", "NoPosition", "RoPE"]
+
+
+class NoPosition(nn.Module):
+    """No position encoding: heads are split, queries and keys normalised if asked, nothing is added."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.heads = (config.n_head, config.kv_heads)
+        self.eps = config.norm_eps
+        self.norm = ops.rms_norm
+
+    def embed(self, x: Tensor, start: int) -> Tensor:
+        """Token embeddings `(B, T, C)` of positions start, start + 1, ... -> the model's input."""
+        return x
+
+    def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
+        """Packed projection `(B, T, (H + 2K) D)` -> q `(B, T, H, D)`, k and v `(B, T, K, D)`."""
+        H, K = self.heads
+        q, k, v = qkv.unflatten(-1, (H + 2 * K, -1)).split([H, K, K], dim=2)
+        if q_weight is not None:
+            q, k = self.norm(q, q_weight, self.eps), self.norm(k, k_weight, self.eps)
+        return q, k, v
+
+
+class LearnedAbsolute(NoPosition):
+    """A learned vector for each position, added to the token embedding."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__(config, ops)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+
+    def embed(self, x: Tensor, start: int) -> Tensor:
+        return x + self.wpe.weight[start : start + x.shape[1]].to(x.dtype)
+
+
+class RoPE(NoPosition):
+    """Rotary position encoding of queries and keys; one pair of float32 tables for the whole model."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__(config, ops)
+        self.interleaved = config.rope_pairs == "interleaved"
+        self.op = ops.rope
+        D = config.head_dim
+        inverse = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+        angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * inverse  # (T, D/2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
+        H, K = self.heads
+        return self.op(qkv, self.cos[start:], self.sin[start:], H, K, q_weight, k_weight, self.eps, self.interleaved)
