@@ -1,5 +1,6 @@
 """Memory, time and fit of a run, predicted from its configuration."""
 
+from gptperf.plan.memory import Footprint, footprint, strategy_of
 from gptperf.plan.predict import (
     STRATEGY_NAMES,
     Plan,
@@ -16,6 +17,9 @@ from gptperf.plan.predict import (
 )
 
 __all__ = [
+    "Footprint",
+    "footprint",
+    "strategy_of",
     "Plan",
     "Remedy",
     "STRATEGY_NAMES",

@@ -104,13 +104,13 @@ def test_the_digest_sees_what_can_change_a_figure(tmp_path: Path) -> None:
         "kernels/rope.py",
         "configs/a.toml",
         "bench/measure/ops.py",
-        "bench/report.py",
+        "bench/report/charts.py",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     first = results.source_state(tmp_path)
     assert (first["commit"], first["dirty"]) == (None, None)  # no repository
-    (tmp_path / "bench/report.py").write_text("2")
+    (tmp_path / "bench/report/charts.py").write_text("2")
     assert results.source_state(tmp_path)["digest"] == first["digest"]
     seen = {first["digest"]}
     for name in ("gptperf/model/gpt.py", "kernels/rope.py", "configs/a.toml", "bench/measure/ops.py"):

@@ -19,7 +19,7 @@ from bench.report.metrics import metrics
 from bench.results import Record
 from gptperf import flops, hardware, plan
 from gptperf.errors import ConfigError, DeviceError
-from gptperf.hardware import ceilings
+from gptperf.hardware import ceilings, peaks
 from gptperf.monitor.waterfall import PARTS
 
 MODEL, VARIANT = "gpt2_124m", "triton+compiled"
@@ -244,9 +244,9 @@ def test_half_the_peak_in_the_table_fails(monkeypatch: pytest.MonkeyPatch) -> No
     assert "cross-check: PASS" in report.markdown(records)
     rows = {
         words: dataclasses.replace(gpu, dense_tflops={k: v / 2 for k, v in gpu.dense_tflops.items()})
-        for words, gpu in hardware._ROWS.items()
+        for words, gpu in peaks._ROWS.items()
     }
-    monkeypatch.setattr(hardware, "_ROWS", rows)
+    monkeypatch.setattr(peaks, "_ROWS", rows)
     assert "cross-check: FAIL" in report.markdown(records)
 
 

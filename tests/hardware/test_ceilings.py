@@ -18,6 +18,7 @@ from gptperf import flops, hardware
 from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError, DeviceError, DiskError, OutOfMemoryError
 from gptperf.hardware import ceilings, ceilings_cuda
+from gptperf.hardware.__main__ import main
 from gptperf.hardware.ceilings import Attention, Ceilings, Copy, Gemm, Machine, Work
 
 LLAMA = ModelConfig(
@@ -310,22 +311,22 @@ def test_command_measures_once_and_then_reads(
 
     monkeypatch.setattr(ceilings_cuda, "CudaRunner", runner)
     monkeypatch.setattr(ceilings_cuda, "current_machine", lambda: MACHINE)
-    assert hardware.main(["--measure", *ARGV]) == 0
+    assert main(["--measure", *ARGV]) == 0
     first = capsys.readouterr()
     assert "NVIDIA H200, bfloat16, power cap 700 W, driver 575.57.08, torch 2.11.0+cu130" in first.out
     assert "measured ceiling: the model's matmuls" in first.out
     assert "4.250 TB/s" in first.out
     assert f"690.0 TFLOP/s{690 / 989.4:>8.1%} of peak" in first.out
     assert "kept in" in first.out
-    assert hardware.main(["--measure", *ARGV]) == 0
+    assert main(["--measure", *ARGV]) == 0
     assert "  from " in capsys.readouterr().out
     assert len(runners) == 1
-    assert hardware.main(["--measure", "--json", "--again", *ARGV]) == 0
+    assert main(["--measure", "--json", "--again", *ARGV]) == 0
     page = json.loads(capsys.readouterr().out)
     assert len(runners) == 2
     assert page["gemm_square_flop_s"] == pytest.approx(690e12)
     next(tmp_path.glob("gptperf/ceilings/*.json")).write_bytes(b"{}")
-    assert hardware.main(["--measure", *ARGV]) == 0
+    assert main(["--measure", *ARGV]) == 0
     assert "have to be measured again" in capsys.readouterr().err
     assert len(runners) == 3
 
@@ -409,8 +410,8 @@ def test_load_needs_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     config = command_line.resolve(ARGV).config
     ceilings.save(measured(config.model), ceilings.cache_path(config.model, 4, *WHERE))
     code = (
-        "import sys; from gptperf import ceilings, cli\n"
-        f"model = cli.resolve({ARGV!r}).config.model\n"
+        "import sys\nfrom gptperf.config import command_line\nfrom gptperf.hardware import ceilings\n"
+        f"model = command_line.resolve({ARGV!r}).config.model\n"
         f"found = ceilings.load(model, 4, *{WHERE!r})\n"
         "sys.exit(found is None or 'torch' in sys.modules)"
     )

@@ -14,6 +14,9 @@ import torch
 from gptperf import flops, hardware
 from gptperf.config import ModelConfig
 from gptperf.errors import ConfigError, DeviceError
+from gptperf.hardware import peaks
+from gptperf.hardware import state as state_of_gpus
+from gptperf.hardware.__main__ import main
 from gptperf.hardware.gpu_table import DOCUMENTS
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput, theoretical
@@ -173,7 +176,7 @@ def test_every_row_is_whole_and_sparse_is_twice_dense() -> None:
             # L40S's data sheet prints 362.05 beside 733.
             assert sparse / gpu.dense_tflops[dtype] == pytest.approx(2, rel=0.015), (gpu.name, dtype)
     names = [name for gpu in hardware.GPUS for name in gpu.cuda_names]
-    assert len({hardware._words(name) for name in names}) == len(names)
+    assert len({peaks._words(name) for name in names}) == len(names)
     assert {document for gpu in hardware.GPUS for document in gpu.sources.values()} >= DOCUMENTS.keys()
 
 
@@ -359,7 +362,7 @@ def test_a_figure_that_is_not_told_is_none(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_no_state_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str) -> None:
-    monkeypatch.setattr(hardware, "_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(state_of_gpus, "_SMI_TIMEOUT_S", 0.2)
     fake_smi(tmp_path, monkeypatch, script)
     state = hardware.gpu_state()
     assert state == hardware.GpuState(reason=state.reason)
@@ -432,7 +435,7 @@ def test_the_table_marks_this_machines_gpu(
 ) -> None:
     unknown = SMI_LINE.replace("NVIDIA H200", "NVIDIA H20")
     fake_smi(tmp_path, monkeypatch, f"echo '{SMI_LINE}'\necho '{unknown}'")
-    assert hardware.main([]) == 0
+    assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("*") and "TFLOP" not in line] == ["H200", "GPU"]
     row = next(line for line in lines if line.startswith("* H200")).split()
@@ -440,7 +443,7 @@ def test_the_table_marks_this_machines_gpu(
     assert any("power cap of 500 W" in line for line in lines)
     assert any("no dense bf16 peak is known for NVIDIA H20" in line and "--peak_tflops" in line for line in lines)
     assert all(any(f" {gpu.name} " in line for line in lines) for gpu in hardware.GPUS)
-    hardware.main(["--json"])
+    main(["--json"])
     report = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in report["table"] if row["here"]] == ["H200"]
     assert [gpu["row"] for gpu in report["this_machine"]] == ["H200", None]
@@ -449,7 +452,7 @@ def test_the_table_marks_this_machines_gpu(
 def test_the_table_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert hardware.main([]) == 0
+    assert main([]) == 0
     assert "No GPU is seen here: " in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"found 'configs/tiny.toml' without --measure"):
-        hardware.main(["configs/tiny.toml"])
+        main(["configs/tiny.toml"])

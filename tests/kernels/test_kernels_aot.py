@@ -30,17 +30,17 @@ LOADS_WIDE = {
 }
 STORES_WIDE = LOADS_WIDE - {"linear_cross_entropy._cross_entropy_kernel"}  # without a gradient it stores the loss alone
 
+ROOT = Path(__file__).parents[2]
 Reports = list[dict[str, Any]]
 pytestmark = pytest.mark.slow
 
 
-def compile_in_a_process(program: str, *arguments: str) -> Reports:
+def compile_in_a_process(program: Path, *arguments: str) -> Reports:
     """What a program prints, with an empty cache that goes with it."""
-    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as cache:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(here.parent)}
-        command = [sys.executable, str(here / program), *arguments]
+        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
+        command = [sys.executable, str(program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,7 +50,9 @@ def compile_in_a_process(program: str, *arguments: str) -> Reports:
 def compilations() -> Iterator[dict[str, Future[Reports]]]:
     """The longest first."""
     with ThreadPoolExecutor(2) as pool:
-        yield {arch: pool.submit(compile_in_a_process, "aot.py", arch) for arch in SHARED_KB}
+        yield {
+            arch: pool.submit(compile_in_a_process, ROOT / "tests" / "helpers" / "aot.py", arch) for arch in SHARED_KB
+        }
         pool.shutdown(cancel_futures=True)
 
 
@@ -216,7 +218,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def controls() -> Reports:
-    return compile_in_a_process(Path(__file__).name)
+    return compile_in_a_process(Path(__file__))
 
 
 @pytest.mark.parametrize("name", FAULTS)

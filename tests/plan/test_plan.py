@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench.measure import models
-from gptperf import flops, plan
+from gptperf import flops, hardware, plan
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, OutOfMemoryError
 from gptperf.hardware import GPUS
+from gptperf.plan.__main__ import main
 from gptperf.training import startup
 
 LLAMA = ["configs/llama_1.36b.toml", "--batch_size=16", "--gradient_accumulation_steps=1"]
@@ -163,26 +164,26 @@ def test_more_gpus_train_faster_and_not_more_than_in_proportion() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["configs/llama_1.36b.toml", "--gpu=H200", "--num_gpus=4", "--use_fsdp=True", "--json"]) == 0
+    assert main(["configs/llama_1.36b.toml", "--gpu=H200", "--num_gpus=4", "--use_fsdp=True", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["strategy"] == "fsdp"
     assert sum(record["parts_ms"].values()) == pytest.approx(record["step_ms"])
     assert sum(record["memory_parts_gb"].values()) == pytest.approx(record["memory_gb"])
-    assert plan.main(["configs/llama_1.36b.toml", "--gpu=RTX 4090"]) == OutOfMemoryError.exit_code
+    assert main(["configs/llama_1.36b.toml", "--gpu=RTX 4090"]) == OutOfMemoryError.exit_code
     assert "does NOT fit" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="bfloat16 peak of V100 SXM2 16 GB; nearest: --dtype=float16"):
-        plan.main(["--gpu=V100 SXM2 16"])
+        main(["--gpu=V100 SXM2 16"])
     with pytest.raises(ConfigError, match="num_gpus"):
-        plan.main(["--num_gpus=0"])
+        main(["--num_gpus=0"])
 
 
 def test_without_a_name_it_is_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here: list[Any] = [SimpleNamespace(name="NVIDIA H100 PCIe", memory_gb=85.0)]
-    monkeypatch.setattr(plan.hardware, "gpu_states", lambda: (here, None))
+    monkeypatch.setattr(hardware, "gpu_states", lambda: (here, None))
     assert plan.find_gpu(None).name == "H100 PCIe"
     here.clear()
     with pytest.raises(ConfigError, match="no known GPU here; wanted --gpu=NAME"):
-        plan.main([])
+        main([])
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
