@@ -6,11 +6,12 @@ no torch, so that a configuration is checked before torch is loaded.
 
 import difflib
 import importlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gptperf.errors import ConfigError
 
-__all__ = ["KINDS", "component", "component_names", "load_plugins", "register", "register_built_in"]
+__all__ = ["KINDS", "component", "component_names", "built_in", "load_plugins", "register"]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
@@ -49,11 +50,15 @@ def register(kind: str, name: str, cls: _T) -> _T:
     return cls
 
 
-def register_built_in(classes: dict[str, dict[str, Any]]) -> None:
-    """Fill in the names of `KINDS`: kind -> name -> class. For `gptperf.model`."""
-    for kind, named in classes.items():
-        assert tuple(named) == KINDS[kind], f"{kind}: {tuple(named)}"
-        _components.update({(kind, name): cls for name, cls in named.items()})
+def built_in(kind: str, name: str) -> Callable[[_T], _T]:
+    """Decorator of `gptperf.model`: the class is what `KINDS[kind]` calls `name`."""
+    assert name in KINDS[kind], f"{kind}: {name}"
+
+    def add(cls: _T) -> _T:
+        _components[kind, name] = cls
+        return cls
+
+    return add
 
 
 def component_names(kind: str) -> tuple[str, ...]:

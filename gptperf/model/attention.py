@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptperf.config import ModelConfig
 from gptperf.model.position import NoPosition
-from gptperf.registry import component
+from gptperf.registry import built_in, component
 
 __all__ = ["Attention", "FlashAttention", "KVCache", "ManualAttention", "SDPA", "prefers_cudnn"]
 
@@ -27,6 +27,7 @@ def prefers_cudnn(capability: tuple[int, int]) -> bool:
     return capability[0] in (9, 10)
 
 
+@built_in("attention_backend", "sdpa")
 class SDPA(nn.Module):
     """PyTorch's scaled_dot_product_attention."""
 
@@ -61,6 +62,7 @@ class SDPA(nn.Module):
         return contextlib.nullcontext()
 
 
+@built_in("attention_backend", "manual")
 class ManualAttention(nn.Module):
     """Attention written out; the score matrix is kept in memory."""
 
@@ -79,6 +81,7 @@ class ManualAttention(nn.Module):
         return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
+@built_in("attention_backend", "flash_attn")
 class FlashAttention(nn.Module):
     """The package flash-attn."""
 

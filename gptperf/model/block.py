@@ -10,11 +10,12 @@ from gptperf.config import ModelConfig
 from gptperf.model.attention import Attention, KVCache
 from gptperf.model.position import NoPosition
 from gptperf.ops import Ops
-from gptperf.registry import component
+from gptperf.registry import built_in, component
 
 __all__ = ["PostNormBlock", "PreNormBlock"]
 
 
+@built_in("norm_position", "pre")
 class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the second add is left to the next norm."""
 
@@ -37,6 +38,7 @@ class PreNormBlock(nn.Module):
         return self.dropout(self.ffn(x)), residual
 
 
+@built_in("norm_position", "post")
 class PostNormBlock(PreNormBlock):
     """norm(x + attention(x)), then norm(x + ffn(x)); the residual stream is the last norm's output."""
 

@@ -4,11 +4,12 @@ from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
 from gptperf.ops import Ops
-from gptperf.registry import component
+from gptperf.registry import built_in, component
 
 __all__ = ["StandardFFN", "SwiGLU"]
 
 
+@built_in("ffn_type", "standard")
 class StandardFFN(nn.Module):
     """up, activation, down."""
 
@@ -23,6 +24,7 @@ class StandardFFN(nn.Module):
         return self.out(self.activation(self.up(x)))
 
 
+@built_in("ffn_type", "swiglu")
 class SwiGLU(nn.Module):
     """silu(gate) * up, down; gate and up are one projection."""
 

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
 from gptperf.ops import Ops
+from gptperf.registry import built_in
 
 __all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
 
 
+@built_in("normalization", "rmsnorm")
 class RMSNorm(nn.Module):
     """RMSNorm with a weight; with a residual, of the sum."""
 
@@ -27,6 +29,7 @@ class RMSNorm(nn.Module):
         )
 
 
+@built_in("normalization", "layernorm")
 class LayerNorm(nn.Module):
     """LayerNorm with weight and bias; with a residual, of the sum."""
 
@@ -46,6 +49,7 @@ class LayerNorm(nn.Module):
         return self.op(x, self.weight, self.bias, self.eps, residual)
 
 
+@built_in("normalization", "layernorm_nobias")
 class LayerNormNoBias(LayerNorm):
     """LayerNorm with a weight alone."""
 

@@ -5,10 +5,12 @@ from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
 from gptperf.ops import Ops
+from gptperf.registry import built_in
 
 __all__ = ["LearnedAbsolute", "NoPosition", "RoPE"]
 
 
+@built_in("position_encoding", "none")
 class NoPosition(nn.Module):
     """No position encoding: heads are split, queries and keys normalised if asked, nothing is added."""
 
@@ -31,6 +33,7 @@ class NoPosition(nn.Module):
         return q, k, v
 
 
+@built_in("position_encoding", "learned_absolute")
 class LearnedAbsolute(NoPosition):
     """A learned vector for each position, added to the token embedding."""
 
@@ -42,6 +45,7 @@ class LearnedAbsolute(NoPosition):
         return x + self.wpe.weight[start : start + x.shape[1]].to(x.dtype)
 
 
+@built_in("position_encoding", "rope")
 class RoPE(NoPosition):
     """Rotary position encoding of queries and keys; one pair of float32 tables for the whole model."""
 
