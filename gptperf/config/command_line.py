@@ -1,8 +1,8 @@
 """From TOML files and flags to one checked `Config` that knows where each value came from.
 
-A TOML file is a saved command line: its tables are flattened into flags that stand before the real ones, and the last
-one wins. Every value is checked where it was written, so that all mistakes are reported at once, each with its file and
-key; tyro then parses the flags and prints the help. No torch here.
+A TOML file is a saved command line: the keys of its tables are read like flags that come before the real ones, and the
+last value of a key wins. Every value is checked where it was written, so that all mistakes are reported at once, each
+with its file and key. This module loads no torch.
 """
 
 import difflib
@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
 from gptperf import registry
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
-from gptperf.config.sections import KEYS, Config, Key, value_problem
+from gptperf.config.sections import KEYS, SECTIONS, Config, Key, value_problem
 from gptperf.errors import ConfigError, DeviceError
 
 __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
 _COMMAND_LINE = "command line"
 _MAX_FILE_BYTES = 1_000_000
-_SECTIONS = tuple(dict.fromkeys(key.section for key in KEYS.values()))
 _DESCRIPTION = """Train a GPT.
 
 python -m gptperf.train [CONFIG.toml ...] [--key=value ...]
@@ -81,23 +78,22 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
         raise ConfigError(count + "\n  ".join(problems))
-    tokens = [f"--{name}={value}" for name, value in values.items()]
-    config = tyro.cli(Config, args=tokens, config=_TYRO, use_underscores=True)
-    return Resolved(config, origins, bool(show) and show[-1].value.lower() not in ("false", "0"))
+    shows = bool(show) and show[-1].value.lower() not in ("false", "0")
+    return Resolved(Config.from_flat(values), origins, shows)
 
 
 def _print_help() -> None:
+    """Prints the help, which tyro makes from the sections and their docstrings, and exits."""
+    import tyro  # here, because no other command line needs it
+
     tyro.cli(
         Config,
         prog="python -m gptperf.train",
         description=_DESCRIPTION,
         args=["--help"],
-        config=_TYRO,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
-
-
-_TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
 
 
 def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterator[_Given]:
@@ -153,9 +149,9 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
     for name, value in page.items():
         if not isinstance(value, dict):
             yield _Given(name, value, path)
-        elif name not in _SECTIONS:
+        elif name not in SECTIONS:
             problems.append(
-                f"{path}: unknown table [{name}]; wanted one of {', '.join(_SECTIONS)}{_near(name, _SECTIONS)}"
+                f"{path}: unknown table [{name}]; wanted one of {', '.join(SECTIONS)}{_near(name, SECTIONS)}"
             )
         else:
             for key, inner in value.items():

@@ -7,6 +7,7 @@ reads files and flags into these classes. No torch here.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -287,6 +288,16 @@ class Config:
         if problems:
             raise ConfigError("; ".join(f"{', '.join(p.keys)}: {p.text}" for p in problems))
 
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "Config":
+        """Builds the configuration from key -> value; `values` has every key of `KEYS`."""
+        return cls(
+            **{
+                section: section_class(**{key: values[key] for key, spec in KEYS.items() if spec.section == section})
+                for section, section_class in SECTIONS.items()
+            }
+        )
+
     def flat(self) -> dict[str, Any]:
         """Key -> value over all sections."""
         return {key: getattr(getattr(self, spec.section), key) for key, spec in KEYS.items()}
@@ -315,14 +326,17 @@ class Config:
         return lines
 
 
+SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
+"""Section name, which is also the TOML table, -> its class."""
+
+
 def _keys() -> dict[str, Key]:
     keys: dict[str, Key] = {}
-    for section in dataclasses.fields(Config):
-        cls = typing.cast(type, section.type)
-        hints = typing.get_type_hints(cls, include_extras=True)
-        for field in dataclasses.fields(cls):
-            assert field.name not in keys, f"{field.name} stands in two sections"
-            keys[field.name] = key_of(section.name, field, hints[field.name])
+    for section, section_class in SECTIONS.items():
+        hints = typing.get_type_hints(section_class, include_extras=True)
+        for field in dataclasses.fields(section_class):
+            assert field.name not in keys, f"{field.name} is a key of two sections"
+            keys[field.name] = key_of(section, field, hints[field.name])
     return keys
 
 

@@ -353,6 +353,14 @@ def test_files_use_their_tables() -> None:
             assert {KEYS[key].section for key in keys} == {section}
 
 
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_configuration_is_built_from_its_flat_values(path: str) -> None:
+    config = _config(path, "--n_kv_head=1", "--seed=7", "--dtype=float16", "--compile=False")
+    assert Config.from_flat(config.flat()) == config
+    with pytest.raises(ConfigError, match="n_layer: found 0"):
+        Config.from_flat(config.flat() | {"n_layer": 0})
+
+
 def test_derived_widths() -> None:
     assert ModelConfig(n_embd=2048, ffn_type="swiglu").ffn_width == 5632
     assert ModelConfig(n_embd=768, ffn_type="swiglu").ffn_width == 2048
