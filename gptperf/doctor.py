@@ -112,7 +112,7 @@ def _gpu_facts(name: str, memory_gb: float, capability: tuple[int, int]) -> dict
         "row": gpu and gpu.name,
         "source": gpu and gpu.source,
         "dense_peak_tflops": peaks,
-        "hint": None if gpu else hardware.no_peak_hint(name, SystemConfig().dtype),
+        "hint": None if gpu else hardware.no_peak_hint(name, SystemConfig().peak_dtype),
     }
 
 

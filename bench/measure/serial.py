@@ -23,7 +23,7 @@ def optimizer_bytes(config: Config) -> int:
     A parameter's gradient is read and written as float32, read for the norm, and read with weight and two moments,
     which are written with the copy. In float32 there is neither the conversion nor the copy.
     """
-    size = element_bytes(config.system.dtype)
+    size = element_bytes(config.system.weight_copy_dtype)
     low = size < _FP32
     a_parameter = (size + _FP32 if low else 0) + _FP32 + 4 * _FP32 + 3 * _FP32 + (size if low else 0)
     return flops.parameters(config.model).total * a_parameter
@@ -43,7 +43,7 @@ def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:
     count = flops.flops_per_token(config.model, "strict")
     scores = count.scores * tokens / count.tokens
     gemm = 3 * (float(count.forward) * tokens / count.tokens - scores)
-    moved = flops.bytes_moved(config.model, element_bytes(config.system.dtype)).total * tokens
+    moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype)).total * tokens
     seconds = {
         "gemm": gemm / ceilings["gemm_flop_s"],
         "attention": scores / ceilings["attention_forward_flop_s"] + 2 * scores / ceilings["attention_backward_flop_s"],

@@ -50,7 +50,7 @@ def random_batches(engine: Engine) -> Iterator[Tensor]:
 def peak_here(config: Config) -> Peak | None:
     """The dense peak of the current device; None for one that has no row, and so no MFU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.dtype)
+    return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:

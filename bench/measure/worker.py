@@ -75,7 +75,7 @@ def _host(name: str, quick: bool, _: Path) -> Found:
 
 def _ceilings(name: str, quick: bool, _: Path) -> Found:
     config = resolve(name.split("/")[1], DEFAULT_VARIANT)
-    where = config.model, config.train.batch_size, config.system.dtype
+    where = config.model, config.train.batch_size, config.system.compute_dtype
     found = ceilings.measure(*where, rounds=_QUICK_CEILINGS) if quick else ceilings.measure(*where)
     print("\n".join(ceilings.report(found, config.model)))
     return {"results": asdict(found), "protocol": found.protocol, "config": config.sections()}

@@ -111,7 +111,7 @@ def forecasts(config: Config) -> list[Forecast]:
     found = []
     for name in OTHERS:
         gpu = plan.find_gpu(name)
-        low = config.system.dtype == "bfloat16" and not hardware.has_bfloat16(gpu.capability)
+        low = config.system.compute_dtype == "bfloat16" and not hardware.has_bfloat16(gpu.capability)
         system = dataclasses.replace(config.system, dtype="float16") if low else config.system
         there = dataclasses.replace(config, system=system)
         if plan.unplannable(there, gpu) is not None:

@@ -239,6 +239,21 @@ class SystemConfig:
     debug: bool = False
     """Show the stack of an error."""
 
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of autocast, and so of activations and their gradients."""
+        return self.dtype
+
+    @property
+    def weight_copy_dtype(self) -> str:
+        """Dtype of the copy of the weight matrices that the model reads, and so of their gradients."""
+        return self.dtype
+
+    @property
+    def peak_dtype(self) -> str:
+        """Dtype of the matmuls, whose peak the MFU is taken against."""
+        return self.dtype
+
     def __post_init__(self) -> None:
         _raise_if_wrong(self)
 

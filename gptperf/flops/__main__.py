@@ -48,7 +48,7 @@ def count_all(config: Config) -> dict[str, Any]:
         of a count that a plugin's component does not allow, {"uncountable": why}.
     """
     model = config.model
-    element_bytes = _ELEMENT_BYTES[config.system.dtype]
+    element_bytes = _ELEMENT_BYTES[config.system.compute_dtype]
     return {
         "model": _model_facts(model),
         "parameters": _unless(flops.uncountable_parameters(model), lambda: _parameters(model)),

@@ -428,7 +428,7 @@ def command(argv: Sequence[str], *, as_json: bool, again: bool) -> int:
         GptperfError: of the configuration, of `measure`, or of the disk.
     """
     config = command_line.resolve(argv).config
-    model, batch_size, dtype = config.model, config.train.batch_size, config.system.dtype
+    model, batch_size, dtype = config.model, config.train.batch_size, config.system.compute_dtype
     machine = _cuda().current_machine()
     where = (model, batch_size, dtype, machine.device, machine.driver, machine.versions["torch"] or "")
     path = cache_path(*where)

@@ -119,7 +119,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     """Bytes of weights, gradients, optimizer and gathered parameters."""
     model, count = config.model, flops.parameters(config.model)
     vectors = count.norm + _biases(model)
-    size = element_bytes(config.system.dtype)
+    size = element_bytes(config.system.weight_copy_dtype)
     matrices = count.total - vectors
     copy = 0 if size == _FP32 else size * matrices
     master, gradients, moments = (float(_FP32 * n * count.total) for n in (1, 1, 2))
@@ -161,7 +161,7 @@ def _triton(config: Config) -> bool:
 
 def saved_bytes(config: Config, recompute: Recompute) -> float:
     """Activations kept for backward, bytes a token."""
-    model, size = config.model, element_bytes(config.system.dtype)
+    model, size = config.model, element_bytes(config.system.compute_dtype)
     statistics = _FP32 * (1 if model.normalization == "rmsnorm" else 2)
     layer = _layer_elements(config, recompute) * size
     if recompute == "none":
@@ -177,7 +177,7 @@ def saved_bytes(config: Config, recompute: Recompute) -> float:
 
 def _last_bytes(config: Config) -> int:
     """Bytes a token that the norm before lm_head keeps: its input, and what it gives where the loss keeps that."""
-    model, size = config.model, element_bytes(config.system.dtype)
+    model, size = config.model, element_bytes(config.system.compute_dtype)
     kept = 1 if _triton(config) else 2  # the Triton op keeps a gradient instead, which `_loss_bytes` counts
     return kept * model.n_embd * size + _FP32 * (1 if model.normalization == "rmsnorm" else 2)
 
@@ -222,7 +222,7 @@ def _other_elements(config: Config) -> float:
 
 def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[float, float]:
     """Of lm_head and the loss: bytes at their peak, and what of them is there while the blocks' backward goes on."""
-    model, size = config.model, element_bytes(config.system.dtype)
+    model, size = config.model, element_bytes(config.system.compute_dtype)
     V, C = model.padded_vocab_size, model.n_embd
     kept = size * V * C if model.weight_tying else 0  # the gradient of lm_head waits for the embedding's
     dx = tokens * C * size
@@ -239,7 +239,7 @@ def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[floa
 
 def _backward_bytes(config: Config, recompute: Recompute) -> float:
     """Bytes a token of the gradients, and of what is computed again, inside one block's backward."""
-    model, size = config.model, element_bytes(config.system.dtype)
+    model, size = config.model, element_bytes(config.system.compute_dtype)
     C, F, packed = model.n_embd, model.ffn_width, model.n_embd + 2 * model.kv_heads * model.head_dim
     # SwiGLU: gradients of product, gate and up, and the product again. Else the gradient of the activation's output,
     # then that of its input, when the output itself is gone.

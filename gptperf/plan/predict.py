@@ -99,9 +99,9 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
         return reason
     if gpu is None:
         return "this GPU is not in the table"
-    if config.system.dtype not in gpu.dense_tflops:
+    if config.system.peak_dtype not in gpu.dense_tflops:
         nearest = "; nearest: --dtype=float16" if "float16" in gpu.dense_tflops else ""
-        return f"the table has no {config.system.dtype} peak of {gpu.name}{nearest}"
+        return f"the table has no {config.system.peak_dtype} peak of {gpu.name}{nearest}"
     return None
 
 
@@ -165,7 +165,7 @@ def plan(
     parts = parts_ms(config, gpu, num_gpus, strategy, recompute)
     per_token = float(flops.flops_per_token(config.model).training_per_token)
     system = config.system
-    peak = hardware.peak_flop_s(gpu, system.dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
+    peak = hardware.peak_flop_s(gpu, system.peak_dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
     achieved = per_token * config.tokens_per_iter / num_gpus / (sum(parts.values()) / 1e3)
     return Plan(
         gpu=gpu.name,

@@ -77,7 +77,7 @@ def rates_of(gpu: Gpu) -> Rates:
 def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recompute: Recompute) -> dict[str, float]:
     """Milliseconds of an iteration on one GPU, by part."""
     model, rates = config.model, rates_of(gpu)
-    peak = gpu.dense_tflops[config.system.dtype] * 1e12
+    peak = gpu.dense_tflops[config.system.peak_dtype] * 1e12
     micro_batches = config.train.gradient_accumulation_steps / num_gpus
     tokens = micro_batches * config.train.batch_size * model.block_size
     count = flops.flops_per_token(model, "strict")
@@ -117,14 +117,14 @@ def _implementation(config: Config) -> str:
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
     """Bytes a token of the memory-bound ops, forward and backward."""
     kept = _implementation(config) != "triton"
-    moved = flops.bytes_moved(config.model, element_bytes(config.system.dtype), logits_kept=kept)
+    moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype), logits_kept=kept)
     again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
     return float(moved.total + again)
 
 
 def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
     """Bytes an iteration of gradients into float32, their norm, and AdamW with the copy in the compute dtype."""
-    size = element_bytes(config.system.dtype)
+    size = element_bytes(config.system.weight_copy_dtype)
     first, more, norm = size + 4, size + 8, 4
     update = (
         4 * 4 + 3 * 4 + (size if size < 4 else 0)
@@ -144,7 +144,7 @@ def _communication_s(
     """
     if num_gpus == 1:
         return 0.0
-    count, size = flops.parameters(config.model).total, element_bytes(config.system.dtype)
+    count, size = flops.parameters(config.model).total, element_bytes(config.system.weight_copy_dtype)
     share, reduced = (num_gpus - 1) / num_gpus / rates.bus_byte_s, element_bytes(config.system.reduce_dtype)
     window = 2 / 3 * compute_s / micro_batches
     summed = reduced

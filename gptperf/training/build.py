@@ -30,7 +30,7 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
     if system.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if device.type == "cuda" and system.dtype == "bfloat16":
+    if device.type == "cuda" and system.compute_dtype == "bfloat16":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             name = torch.cuda.get_device_name(device)

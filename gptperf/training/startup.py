@@ -37,7 +37,7 @@ def find_peak(config: Config, device: torch.device) -> Peak | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     gpu = match_gpu(properties.name, properties.total_memory / 1e9)
-    return peak_flop_s(gpu, system.dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
+    return peak_flop_s(gpu, system.peak_dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
 
 
 def find_ceiling(config: Config, device: torch.device, say: Callable[[str], object]) -> float | None:
@@ -55,7 +55,7 @@ def find_ceiling(config: Config, device: torch.device, say: Callable[[str], obje
     note = state.note()
     if note is not None:
         say(note)
-    model, dtype, batch_size = config.model, config.system.dtype, config.train.batch_size
+    model, dtype, batch_size = config.model, config.system.compute_dtype, config.train.batch_size
     ceilings = load(
         model,
         batch_size,
@@ -197,5 +197,5 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
         "memory_gb": properties.total_memory / 1e9,
     }
     if peak is None:
-        info["peak_hint"] = no_peak_hint(properties.name, config.system.dtype, config.system.peak_basis)
+        info["peak_hint"] = no_peak_hint(properties.name, config.system.peak_dtype, config.system.peak_basis)
     return info

@@ -46,7 +46,7 @@ class Engine:
 
     def autocast(self) -> torch.autocast:
         """Compute in the run's dtype, which the matrices have already."""
-        dtype = build.DTYPES[self.config.system.dtype]
+        dtype = build.DTYPES[self.config.system.compute_dtype]
         return torch.autocast(self.process.device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -64,7 +64,7 @@ class StepResult:
 
 def build_engine(config: Config, process: Process) -> Engine:
     """The objects of a step, with fresh weights; not compiled yet."""
-    dtype = build.DTYPES[config.system.dtype]
+    dtype = build.DTYPES[config.system.compute_dtype]
     ops = resolve_ops(config.system.kernels, process.device.type)
     broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
     ops = without_triton(ops, config.system.kernels, broken)
@@ -82,7 +82,7 @@ def build_engine(config: Config, process: Process) -> Engine:
 def make_weights(model: GPT, system: SystemConfig, process: Process, single: bool) -> Replicated:
     """Take over a model's parameters, by the strategy of the configuration; `single`: one micro-batch a step."""
     collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
-    where = model, build.DTYPES[system.dtype], collectives
+    where = model, build.DTYPES[system.weight_copy_dtype], collectives
     if system.use_fsdp:
         return FullySharded(
             *where,
