@@ -45,7 +45,7 @@ def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        name = Path(path).stem
+        name = Path(path).name.removesuffix(".toml")
         if name in found:
             raise ConfigError(f"command line: configs: found two files named {name}, wanted different names")
         found[name] = _facts(command_line.resolve([path]).config, gpu)

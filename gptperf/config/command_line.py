@@ -23,12 +23,14 @@ __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
 _COMMAND_LINE = "command line"
 _MAX_FILE_BYTES = 1_000_000
+_SHIPPED = Path(__file__).parents[1] / "configs"
 _DESCRIPTION = """Train a GPT.
 
-python -m gptperf.train [CONFIG.toml ...] [--key=value ...]
+python -m gptperf.train [CONFIG ...] [--key=value ...]
 
-Files are read from left to right, then the flags; the last value of a key wins. --show_config prints every value with
-its origin, as a TOML file, and ends."""
+CONFIG is a TOML file or the name of a shipped configuration, such as llama_124m. Files are read from left to right,
+then the flags; the last value of a key wins. --show_config prints every value with its origin, as a TOML file, and
+exits."""
 
 
 class _Given(NamedTuple):
@@ -52,11 +54,12 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     """Read the files and flags of a command line.
 
     Args:
-        argv: `[CONFIG.toml ...] [--key=value ...]`, without the program's name.
-        world_size: processes of the job, which gradient_accumulation_steps has to be a multiple of.
+        argv: `[CONFIG ...] [--key=value ...]`, without the program's name. CONFIG is a TOML file or the name of a
+            shipped configuration.
+        world_size: ranks of the job; gradient_accumulation_steps must be a multiple of it.
 
     Raises:
-        ConfigError: every mistake in them, a line each.
+        ConfigError: the command line or a file is wrong; the message has one line for each mistake.
         SystemExit: after `--help`.
     """
     if "--help" in argv or "-h" in argv:
@@ -102,10 +105,14 @@ def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterat
     while rest:
         text = rest.pop(0)
         if not text.startswith("--"):
-            if text.endswith(".toml") and not text.startswith("-"):
+            if not text.startswith("-") and (text.endswith(".toml") or os.path.exists(_config_path(text))):
                 files.append(text)
             else:
-                problems.append(f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml or --key=value")
+                near = _near(text, [path.stem for path in _shipped()])
+                problems.append(
+                    f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml, the name of a shipped configuration or "
+                    f"--key=value{near}"
+                )
             continue
         name, equals, value = text[2:].partition("=")
         name = name.replace("-", "_")
@@ -132,9 +139,9 @@ def _load_plugins(flags: Iterable[_Given], problems: list[str]) -> None:
 
 
 def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
-    """The keys of a TOML file, in their order."""
+    """The keys of a TOML file, in their order; `path` is the file's name as the user wrote it."""
     try:
-        raw = Path(path).read_bytes()
+        raw = _config_path(path).read_bytes()
     except OSError as error:
         problems.append(f"{path}: {error.strerror}{_nearest_file(path)}")
         return
@@ -161,10 +168,29 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
                     yield _Given(key, inner, path)
 
 
+def _shipped() -> list[Path]:
+    """The configurations that come with the package."""
+    return sorted(_SHIPPED.glob("*.toml"))
+
+
+def _config_path(text: str) -> Path:
+    """The file that a CONFIG of the command line names: an existing file, else the shipped one of that name.
+
+    `NAME`, `NAME.toml` and `configs/NAME.toml` can name a shipped configuration; a path with another folder cannot.
+    """
+    path = Path(text if text.endswith(".toml") else f"{text}.toml")
+    if path.parent in (Path(), Path("configs")) and not os.path.exists(path):
+        shipped = _SHIPPED / path.name
+        return shipped if os.path.exists(shipped) else path
+    return path
+
+
 def _nearest_file(path: str) -> str:
     folder = Path(path).parent
-    names = [str(p) for p in folder.glob("*.toml")] if os.path.isdir(folder) else []
-    return _near(path, names)
+    names = {str(p) for p in folder.glob("*.toml")} if os.path.isdir(folder) else set()
+    if folder in (Path(), Path("configs")):
+        names |= {str(folder / p.name) for p in _shipped()}
+    return _near(path, sorted(names))
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -192,7 +192,7 @@ def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "n_embd = 768 is not a multiple of n_head = 7; nearest n_head: 6",
         "command line: wandb_log: wandb_log = true needs the package wandb: pip install 'gptperf[wandb]'",
         "command line: batch_size: found 0",
-        "command line: found 'stray', wanted CONFIG.toml or --key=value",
+        "command line: found 'stray', wanted CONFIG.toml, the name of a shipped configuration or --key=value",
         "command line: --n_embd has no value",
         "gradient_accumulation_steps: found 40 micro-batches an iteration for 3 processes, wanted a multiple of 3; "
         "nearest: 39 or 42",
