@@ -1,4 +1,4 @@
-# make train | test | test-parallel | bench | bench-scaling | bench-compare | lint | help.   An existing environment: make test PYTHON=python3 VENV=
+# `make help` lists the targets. To use an existing environment: make test PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.toml
@@ -21,29 +21,32 @@ train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
 test: $(READY)  ## run the tests; ARGS go to pytest
 	$(PY) -m pytest $(ARGS)
 
-test-parallel: $(READY)  ## every strategy on 1, 2 and 4 processes, saved by each and resumed by each
-	$(PY) -m pytest tests/test_parallel.py -m "not gpu or gpu" $(ARGS)
+test-parallel: $(READY)  ## every strategy on 1, 2 and 4 processes; each saves, and each resumes from every other
+	$(PY) -m pytest tests/distributed/test_parallel.py -m "not gpu or gpu" $(ARGS)
 
-bench: $(READY)  ## measure kernels, steps, loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
+bench: $(READY)  ## measure kernels, steps and the loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
 	$(PY) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(ARGS)
 
-bench-scaling: $(READY)  ## one to eight GPUs, every strategy: ARGS="--gpus 4 --strong"
+bench-scaling: $(READY)  ## measure every strategy on one to eight GPUs: ARGS="--gpus 4 --strong"
 	$(PY) -m bench.measure.scaling $(ARGS)
 
-bench-compare: $(READY)  ## what got slower: A=FOLDER before, B=FOLDER after
-	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, results that make bench wrote))
+bench-compare: $(READY)  ## compare two results of make bench: A=FOLDER before, B=FOLDER after
+	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, two results of make bench))
 	$(PY) -m bench.report.compare $(A) $(B) $(ARGS)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## run ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1	/'
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Pins torch and triton: on a machine with a GPU to the pair that every GPU figure was measured with.
+CONSTRAINTS = $$(nvidia-smi >/dev/null 2>&1 && echo constraints-gpu.txt || echo constraints.txt)
+
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-gpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gptperf needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test,lint,bench]'
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint "$(CONSTRAINTS)" --editable '.[test,lint,bench]'
 	touch $@

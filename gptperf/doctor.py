@@ -20,7 +20,7 @@ import gptperf
 from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig
 from gptperf.errors import DeviceError, main_guard
-from gptperf.ops import resolve_ops
+from gptperf.ops import resolve_ops, unmeasured_versions
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
 
@@ -50,8 +50,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         versions, extras (both name -> version or None), torch_error (why torch cannot be imported, or None),
-        driver, gpus (a list), disk_free_gb, compiler (for torch.compile on a CPU), triton, and choices: what
-        a default run would use, each with its reason, kernels op by op.
+        unmeasured (a note on torch and triton, or None), driver, gpus (a list), disk_free_gb, compiler (for
+        torch.compile on a CPU), triton, and choices: what a default run would use, each with its reason, kernels op by
+        op.
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -65,6 +66,7 @@ def examine() -> dict[str, Any]:
     }
     report["torch_error"] = _look_at_torch(report)
     device_type = "cuda" if report["gpus"] else "cpu"
+    report["unmeasured"] = unmeasured_versions(device_type)
     report["triton"] = _triton(device_type)
     if report["torch_error"] is None:
         report["choices"] = _choices(report, device_type)
@@ -231,6 +233,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = ["VERSIONS"]
     lines += [_line(name, version or "not found") for name, version in report["versions"].items()]
     lines.append(_line("driver", report["driver"] or "not found"))
+    lines += [] if report["unmeasured"] is None else [_line("note", report["unmeasured"])]
     extras = [f"{name} {version or '(not installed)'}" for name, version in report["extras"].items()]
     lines += [_line("extras", ", ".join(extras)), "", "HARDWARE"]
     for index, gpu in enumerate(report["gpus"]):

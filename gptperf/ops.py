@@ -1,6 +1,10 @@
-"""Which code runs an op: its Triton kernel or eager PyTorch, by `kernels = auto|triton|eager`. Loads no torch."""
+"""Which code runs an op: its Triton kernel or eager PyTorch, chosen by the key `kernels` (auto, triton, eager).
+
+Importing this module loads no torch.
+"""
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +12,7 @@ from typing import Any
 
 from gptperf.errors import DeviceError
 
-__all__ = ["OPS", "Ops", "resolve_ops", "without_triton"]
+__all__ = ["MEASURED_WITH", "OPS", "Ops", "resolve_ops", "unmeasured_versions", "without_triton"]
 
 OPS = {
     "rms_norm": "gptperf.kernels.rms_norm",
@@ -19,6 +23,9 @@ OPS = {
     "adamw": "gptperf.kernels.adamw",
 }
 """Op name -> module of its Triton implementation. Every op has an eager reference of that name."""
+
+MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
+"""The versions that every GPU figure was measured with; `constraints-gpu.txt` pins the same pair."""
 
 _OLDEST_CAPABILITY = (7, 0)
 
@@ -97,3 +104,24 @@ def _why_not_triton(device_type: str) -> str | None:
     if capability < _OLDEST_CAPABILITY:
         return f"Triton needs compute capability 7.0 or higher, and this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+def unmeasured_versions(device_type: str) -> str | None:
+    """Returns a note where a GPU runs with another torch or triton than `MEASURED_WITH`, else None."""
+    if device_type != "cuda":
+        return None
+    found = {package: _installed(package) for package in MEASURED_WITH}
+    if found == MEASURED_WITH:
+        return None
+    here, measured = (
+        " with ".join(f"{name} {version}" for name, version in pair.items()) for pair in (found, MEASURED_WITH)
+    )
+    return f"{here} is not measured: every GPU figure was measured on {measured}"
+
+
+def _installed(package: str) -> str:
+    """The public version of an installed package, without the build ("+cu130"), or "(not installed)"."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -16,6 +16,7 @@ from gptperf.hardware.ceilings import ceiling_flop_s, load
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
 from gptperf.monitor.throughput import Throughput, theoretical
+from gptperf.ops import unmeasured_versions
 from gptperf.plan import STRATEGY_NAMES, Plan, plan, plan_lines, plan_record, refusal, unplannable
 from gptperf.plan.memory import strategy_of
 from gptperf.registry import KINDS
@@ -154,7 +155,7 @@ def startup_info(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "notes": config.notes(),
+        "notes": [*config.notes(), *filter(None, [unmeasured_versions(process.device.type)])],
     }
     if model.ffn_type == "swiglu":
         info["components"]["activation"] = "silu"  # by definition, whatever the key says
