@@ -1,14 +1,15 @@
-"""Errors that a user can meet, each with the exit code of its kind.
+"""The errors that gptperf reports to its user, one class for each exit code.
 
-A user's mistake is a `ValueError` (found, wanted, where, the nearest valid value), a missing device or package
-a `RuntimeError` with the remedy. `main_guard` turns either into one line on stderr and the exit code; the stack
-is shown only with `--debug`.
+A mistake of the user is a `ValueError`, whose message says what was found, what is wanted, where, and the nearest valid
+value. A missing device or package is a `RuntimeError`, whose message says how to fix it. `main_guard` prints either as
+one line on stderr and exits with its code; only `--debug` shows the stack.
 """
 
 import contextlib
+import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "CheckpointError",
@@ -22,51 +23,52 @@ __all__ = [
     "PREEMPTED",
     "PeerError",
     "main_guard",
+    "nearest",
     "report",
 ]
 
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop and has committed a checkpoint (sysexits' EX_TEMPFAIL)."""
+"""Exit code of a run that a signal stopped after it had saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
 
 
 class GptperfError(Exception):
-    """Base of every error that is reported to a user in one line."""
+    """Base class of the errors that are reported in one line."""
 
     exit_code = 1
 
 
 class ConfigError(GptperfError, ValueError):
-    """A configuration file or flag is wrong."""
+    """A configuration file or a flag is wrong."""
 
     exit_code = 2
 
 
 class DataError(GptperfError, ValueError):
-    """A data set is missing, damaged or does not fit the model."""
+    """A data set is missing or corrupt, or does not fit the model."""
 
     exit_code = 3
 
 
 class CheckpointError(GptperfError, ValueError):
-    """A checkpoint is damaged, incompatible or in use by another run."""
+    """A checkpoint is corrupt, incompatible or in use by another run."""
 
     exit_code = 4
 
 
 class NonFiniteError(GptperfError, RuntimeError):
-    """Loss or gradient stopped being finite."""
+    """The loss or a gradient is not finite."""
 
     exit_code = 5
 
 
 class DeviceError(GptperfError, RuntimeError):
-    """The machine lacks what was asked for: a GPU, a dtype, Triton, a compiler."""
+    """The machine lacks what the configuration needs: a GPU, a dtype, Triton, a compiler."""
 
     exit_code = 6
 
 
 class OutOfMemoryError(GptperfError, RuntimeError):
-    """The GPU's memory does not hold the run."""
+    """The run does not fit into the memory of the GPU."""
 
     exit_code = 7
 
@@ -82,21 +84,27 @@ class DiskError(GptperfError, RuntimeError):
 
 
 class PeerError(GptperfError, RuntimeError):
-    """Another process of the job failed, died or hangs."""
+    """Another rank of the job failed, died or hangs."""
 
     exit_code = 9
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns "; nearest: NAME" for the valid name that is closest to `name`, or "" where none is close."""
+    match = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f"; nearest: {match[0]}" if match else ""
+
+
 def report(error: GptperfError) -> None:
-    """Say an error on stderr."""
+    """Prints an error as one line on stderr."""
     print(f"gptperf: E{error.exit_code}: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def main_guard(debug: bool = False) -> Iterator[None]:
-    """Report a `GptperfError` as `gptperf: E<code>: <what>` on stderr and leave with its exit code.
+    """Prints a `GptperfError` as `gptperf: E<code>: <message>` on stderr and exits with its code.
 
-    With `debug` the error passes through with its stack.
+    With `debug` the error is raised instead, with its stack.
     """
     try:
         yield
@@ -106,7 +114,7 @@ def main_guard(debug: bool = False) -> Iterator[None]:
         report(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of a report has gone (`| head`). Point stdout at nothing, so that the flush at exit is silent.
+        # The reader of stdout has exited (`| head`). Redirect stdout, so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ OPS = {
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
 }
-"""Op name -> module of its Triton implementation. Every op has an eager reference of that name."""
+"""Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function of each name."""
 
 MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
 """The versions that every GPU figure was measured with; `constraints-gpu.txt` pins the same pair."""
@@ -32,7 +32,7 @@ _OLDEST_CAPABILITY = (7, 0)
 
 @dataclass(frozen=True)
 class Ops:
-    """The implementation of every op that a model calls, chosen once. Signatures: `gptperf.kernels.reference`."""
+    """The implementations that a model and its optimizer call, with the signatures of `gptperf.kernels.reference`."""
 
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
@@ -43,18 +43,18 @@ class Ops:
     chosen: dict[str, str]
     """Op name -> "eager" or "triton"."""
     reasons: dict[str, str]
-    """Op name -> why `auto` left it to eager PyTorch."""
+    """Op name -> why it runs in eager PyTorch although `kernels` is "auto"."""
 
 
 def resolve_ops(kernels: str, device_type: str) -> Ops:
-    """Choose the implementation of every op.
+    """Chooses the implementation of every op.
 
     Args:
-        kernels: "eager", "triton" (each op or an error) or "auto" (Triton where it can run, eager elsewhere).
+        kernels: "eager", "triton" (an error where Triton cannot run) or "auto" (Triton where it can run, else eager).
         device_type: "cuda" or "cpu".
 
     Raises:
-        DeviceError: `kernels = "triton"` and an op cannot run with Triton; the causes are named.
+        DeviceError: `kernels` is "triton" and an op cannot run with Triton; the message has the reasons.
     """
     reference = importlib.import_module("gptperf.kernels.reference")
     functions = {op: getattr(reference, op) for op in OPS}
@@ -73,10 +73,10 @@ def resolve_ops(kernels: str, device_type: str) -> Ops:
 
 
 def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
-    """The same ops, but those in `reasons` (op name -> why) in eager PyTorch.
+    """Returns the ops with those in `reasons` (op name -> why) replaced by eager PyTorch.
 
     Raises:
-        DeviceError: there is one, and `kernels = "triton"`.
+        DeviceError: `kernels` is "triton" and `reasons` is not empty.
     """
     _refuse(kernels, reasons)
     reference = importlib.import_module("gptperf.kernels.reference")
@@ -88,13 +88,13 @@ def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
 def _refuse(kernels: str, reasons: dict[str, str]) -> None:
     if kernels == "triton" and reasons:
         causes = "; ".join(f"{op}: {reason}" for op, reason in reasons.items())
-        raise DeviceError(f"kernels = 'triton' cannot be had: {causes}. Use kernels = 'auto' or 'eager'.")
+        raise DeviceError(f"kernels = 'triton' is not available: {causes}. Use kernels = 'auto' or 'eager'.")
 
 
 def _why_not_triton(device_type: str) -> str | None:
-    """The reason that Triton cannot run on this device, or None."""
+    """Returns why Triton cannot run on this device, or None where it can."""
     if device_type != "cuda":
-        return f"Triton runs on a CUDA GPU, and the device is {device_type}"
+        return f"Triton needs a CUDA GPU, and the device is {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     torch = importlib.import_module("torch")

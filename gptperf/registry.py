@@ -1,15 +1,14 @@
-"""Which class a component's name in the configuration means.
+"""The registry of components: maps a name in the configuration to its class.
 
-A plugin, a module named by `--plugins`, adds a component with `register(kind, name, cls)`. Importing this module loads
-no torch, so that a configuration is checked before torch is loaded.
+A plugin is a module that `--plugins` names; it adds a component with `register(kind, name, cls)`. Importing this module
+loads no torch, so that a configuration can be checked before torch is loaded.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gptperf.errors import ConfigError
+from gptperf.errors import ConfigError, nearest
 
 __all__ = ["KINDS", "component", "component_names", "built_in", "load_plugins", "register"]
 
@@ -21,37 +20,38 @@ KINDS: dict[str, tuple[str, ...]] = {
     "norm_position": ("pre", "post"),
     "ffn_type": ("standard", "swiglu"),
 }
-"""Component kind -> the names that `gptperf.model` registers for it."""
+"""Component kind, which is also its configuration key -> the names of the built-in components."""
 
 _components: dict[tuple[str, str], Any] = {}
 _T = TypeVar("_T")
 
 
 def register(kind: str, name: str, cls: _T) -> _T:
-    """Make `name` a value of the configuration key `kind`.
+    """Makes `name` a valid value of the configuration key `kind`.
 
     Args:
-        kind: one of `KINDS`.
-        name: the value in TOML and on the command line.
-        cls: a function of a tensor for `activation`, for the other kinds a `nn.Module` class that is built and called
-            as those in `gptperf.model` are.
+        kind: a key of `KINDS`.
+        name: the value in TOML files and on the command line.
+        cls: for `activation` a function from a tensor to a tensor; for the other kinds an `nn.Module` class with the
+            constructor and `forward` of its counterparts in `gptperf.model`.
+
+    Returns:
+        `cls`.
 
     Raises:
-        ValueError: unknown kind, or the name is taken by another class.
+        ValueError: the kind is unknown, or the name belongs to another class.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, 1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"unknown component kind {kind!r}; wanted one of {', '.join(KINDS)}{hint}")
+        raise ValueError(f"unknown component kind {kind!r}; wanted one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
     if name in KINDS[kind]:
-        raise ValueError(f"{kind} {name!r} is gptperf's own; wanted another name")
+        raise ValueError(f"{kind} {name!r} is one of gptperf's own components; wanted another name")
     if _components.setdefault((kind, name), cls) is not cls:
-        raise ValueError(f"{kind} {name!r} is registered already, as {_components[kind, name].__qualname__}")
+        raise ValueError(f"{kind} {name!r} is already registered as {_components[kind, name].__qualname__}")
     return cls
 
 
 def built_in(kind: str, name: str) -> Callable[[_T], _T]:
-    """Decorator of `gptperf.model`: the class is what `KINDS[kind]` calls `name`."""
+    """Returns a decorator that registers a class of `gptperf.model` under one of the names in `KINDS[kind]`."""
     assert name in KINDS[kind], f"{kind}: {name}"
 
     def add(cls: _T) -> _T:
@@ -62,29 +62,28 @@ def built_in(kind: str, name: str) -> Callable[[_T], _T]:
 
 
 def component_names(kind: str) -> tuple[str, ...]:
-    """Names that `kind` may have now: the built-in ones, then those of plugins in the order of registration."""
+    """Returns the valid names of a kind: the built-in ones, then those of plugins in the order of registration."""
     added = (name for k, name in _components if k == kind and name not in KINDS[kind])
     return KINDS[kind] + tuple(added)
 
 
 def component(kind: str, name: str) -> Any:
-    """The class or function registered for a component; `gptperf.model` registers the built-in ones.
+    """Returns the class or function of a component. The built-in ones are registered when `gptperf.model` is imported.
 
     Raises:
-        ValueError: no such name; the nearest one is named.
+        ValueError: no component of that kind has the name.
     """
     if (kind, name) not in _components:
-        near = difflib.get_close_matches(name, component_names(kind), 1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"unknown {kind} {name!r}; wanted one of {', '.join(component_names(kind))}{hint}")
+        names = component_names(kind)
+        raise ValueError(f"unknown {kind} {name!r}; wanted one of {', '.join(names)}{nearest(name, names)}")
     return _components[kind, name]
 
 
 def load_plugins(modules: str) -> None:
-    """Import the comma-separated modules of `--plugins`, each of which calls `register`.
+    """Imports the comma-separated modules of `--plugins`; each calls `register` when it is imported.
 
     Raises:
-        ConfigError: a module is not on the path, or cannot be imported.
+        ConfigError: a module is not found or fails to import.
     """
     for module in filter(None, (part.strip() for part in modules.split(","))):
         try:

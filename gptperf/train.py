@@ -1,6 +1,6 @@
-"""Train a GPT: `python -m gptperf.train [CONFIG.toml ...] [--key=value ...]`, also under torchrun.
+"""Trains a GPT: `python -m gptperf.train [CONFIG ...] [--key=value ...]`, alone or under torchrun.
 
-The command is read and checked here, before torch is loaded; the run itself is `gptperf.training.trainer`.
+This module reads and checks the command line before torch is loaded; `gptperf.training.trainer` has the run itself.
 """
 
 import os
@@ -14,12 +14,13 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = any(text.lower() in ("--debug", "--debug=true") for text in argv)
     with main_guard(debug):
         world_size = command_line.world_size()
-        if world_size > 1 and not debug:  # a broken connection is one line of ours, not the stack of PyTorch's warning
+        if world_size > 1 and not debug:
+            # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         resolved = command_line.resolve(argv, world_size=world_size)
         if resolved.show_config:

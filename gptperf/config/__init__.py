@@ -4,24 +4,20 @@ from gptperf.config.sections import (
     KEYS,
     Config,
     DataConfig,
-    Key,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
     SystemConfig,
     TrainConfig,
-    value_problem,
 )
 
 __all__ = [
     "Config",
     "DataConfig",
     "KEYS",
-    "Key",
     "LogConfig",
     "ModelConfig",
     "OptimizerConfig",
     "SystemConfig",
     "TrainConfig",
-    "value_problem",
 ]

@@ -1,11 +1,10 @@
-"""From TOML files and flags to one checked `Config` that knows where each value came from.
+"""Reads TOML files and flags into one checked `Config`, with the origin of each value.
 
 A TOML file is a saved command line: the keys of its tables are read like flags that come before the real ones, and the
 last value of a key wins. Every value is checked where it was written, so that all mistakes are reported at once, each
 with its file and key. This module loads no torch.
 """
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf import registry
+from gptperf.config.keys import Key, value_problem
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
-from gptperf.config.sections import KEYS, SECTIONS, Config, Key, value_problem
-from gptperf.errors import ConfigError, DeviceError
+from gptperf.config.sections import KEYS, SECTIONS, Config
+from gptperf.errors import ConfigError, DeviceError, nearest
 
 __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
@@ -34,24 +34,28 @@ exits."""
 
 
 class _Given(NamedTuple):
-    """A value as it was written."""
+    """A key with its value, as the user wrote it."""
 
     name: str
     value: Any
+    """From a file the TOML value, from the command line a string; `_check` gives it the type of the key."""
     where: str
+    """The file's name as the user wrote it, or "command line"."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked configuration and the origin of each value: default, preset, a file or "command line"."""
+    """A checked configuration and where its values come from."""
 
     config: Config
     origins: dict[str, str]
+    """Key -> "default", the preset with its file, the file, or "command line"."""
     show_config: bool
+    """Whether the command line has `--show_config`."""
 
 
 def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
-    """Read the files and flags of a command line.
+    """Reads the files and flags of a command line.
 
     Args:
         argv: `[CONFIG ...] [--key=value ...]`, without the program's name. CONFIG is a TOML file or the name of a
@@ -77,7 +81,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     for keys, text in combination_problems(values, frozenset(bad)):
         problems.append(f"{_places(keys, origins)}: {text}")
     if "gradient_accumulation_steps" not in bad:
-        problems += _shares(values["gradient_accumulation_steps"], world_size, origins)
+        problems += _indivisible(values["gradient_accumulation_steps"], world_size, origins)
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
         raise ConfigError(count + "\n  ".join(problems))
@@ -86,8 +90,8 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
 
 
 def _print_help() -> None:
-    """Prints the help, which tyro makes from the sections and their docstrings, and exits."""
-    import tyro  # here, because no other command line needs it
+    """Prints the help, which tyro builds from the docstrings of the sections and their keys, and exits."""
+    import tyro  # imported here because only --help needs it
 
     tyro.cli(
         Config,
@@ -100,7 +104,10 @@ def _print_help() -> None:
 
 
 def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterator[_Given]:
-    """`CONFIG.toml`, `--key=value`, `--key value` and, for a boolean, `--key`; a dash in a key is an underscore."""
+    """Yields the flags of a command line, and appends its configurations to `files`.
+
+    A flag is `--key=value`, `--key value` or, for a boolean, `--key`. A dash in a key means an underscore.
+    """
     rest = list(argv)
     while rest:
         text = rest.pop(0)
@@ -108,7 +115,7 @@ def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterat
             if not text.startswith("-") and (text.endswith(".toml") or os.path.exists(_config_path(text))):
                 files.append(text)
             else:
-                near = _near(text, [path.stem for path in _shipped()])
+                near = nearest(text, [path.stem for path in _shipped()])
                 problems.append(
                     f"{_COMMAND_LINE}: found {text!r}, wanted CONFIG.toml, the name of a shipped configuration or "
                     f"--key=value{near}"
@@ -121,7 +128,7 @@ def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterat
             value = "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
-                near = "" if name in KEYS else f", and is no key{_near(name, KEYS)}"
+                near = "" if name in KEYS else f" and is not a key{nearest(name, KEYS)}"
                 problems.append(f"{_COMMAND_LINE}: --{name} has no value{near}")
                 continue
             value = rest.pop(0)
@@ -129,7 +136,7 @@ def _parse(argv: Sequence[str], files: list[str], problems: list[str]) -> Iterat
 
 
 def _load_plugins(flags: Iterable[_Given], problems: list[str]) -> None:
-    """Import the modules of `--plugins` before any component name is checked."""
+    """Imports the modules of `--plugins`. Must run before values are checked, because plugins add component names."""
     for given in flags:
         if given.name == "plugins":
             try:
@@ -139,7 +146,7 @@ def _load_plugins(flags: Iterable[_Given], problems: list[str]) -> None:
 
 
 def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
-    """The keys of a TOML file, in their order; `path` is the file's name as the user wrote it."""
+    """Yields the keys of a TOML file in their order; `path` is the name of the file as the user wrote it."""
     try:
         raw = _config_path(path).read_bytes()
     except OSError as error:
@@ -150,7 +157,7 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
         return
     try:
         page = tomllib.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits
         problems.append(f"{path}: not a TOML file: {error}")
         return
     for name, value in page.items():
@@ -158,7 +165,7 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
             yield _Given(name, value, path)
         elif name not in SECTIONS:
             problems.append(
-                f"{path}: unknown table [{name}]; wanted one of {', '.join(SECTIONS)}{_near(name, SECTIONS)}"
+                f"{path}: unknown table [{name}]; wanted one of {', '.join(SECTIONS)}{nearest(name, SECTIONS)}"
             )
         else:
             for key, inner in value.items():
@@ -169,14 +176,14 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
 
 
 def _shipped() -> list[Path]:
-    """The configurations that come with the package."""
+    """Returns the configuration files that come with the package."""
     return sorted(_SHIPPED.glob("*.toml"))
 
 
 def _config_path(text: str) -> Path:
-    """The file that a CONFIG of the command line names: an existing file, else the shipped one of that name.
+    """Returns the file that a CONFIG of the command line means: an existing file, else the shipped one of that name.
 
-    `NAME`, `NAME.toml` and `configs/NAME.toml` can name a shipped configuration; a path with another folder cannot.
+    `NAME`, `NAME.toml` and `configs/NAME.toml` can name a shipped configuration; a path in another folder cannot.
     """
     path = Path(text if text.endswith(".toml") else f"{text}.toml")
     if path.parent in (Path(), Path("configs")) and not os.path.exists(path):
@@ -186,38 +193,34 @@ def _config_path(text: str) -> Path:
 
 
 def _nearest_file(path: str) -> str:
+    """Returns a hint at the existing or shipped file whose name is closest to a file that does not exist."""
     folder = Path(path).parent
     names = {str(p) for p in folder.glob("*.toml")} if os.path.isdir(folder) else set()
     if folder in (Path(), Path("configs")):
         names |= {str(folder / p.name) for p in _shipped()}
-    return _near(path, sorted(names))
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f"; nearest: {match[0]}" if match else ""
+    return nearest(path, sorted(names))
 
 
 def _check(given: _Given, problems: list[str]) -> _Given | None:
-    """The value with its type, or None after noting what is wrong with it."""
+    """Returns the value in the type of its key, or None after it appended what is wrong to `problems`."""
     key = KEYS.get(given.name)
     if key is None:
-        problems.append(f"{given.where}: unknown key {given.name!r}{_near(given.name, KEYS)}")
+        problems.append(f"{given.where}: unknown key {given.name!r}{nearest(given.name, KEYS)}")
         return None
     if given.name == "plugins" and given.where != _COMMAND_LINE:
-        problems.append(f"{given.where}: plugins: a module with code is named on the command line only")
+        problems.append(f"{given.where}: plugins: can be named on the command line only, since it runs code")
         return None
     value = _from_text(key, given.value) if given.where == _COMMAND_LINE else given.value
     wrong = value_problem(key, value)
     if wrong is not None:
-        near = _near(str(value), key.choices) if key.choices is not None else ""
+        near = nearest(str(value), key.choices) if key.choices is not None else ""
         problems.append(f"{given.where}: {given.name}: {wrong}{near}")
         return None
     return _Given(given.name, float(value) if key.type is float and value is not None else value, given.where)
 
 
 def _from_text(key: Key, text: str) -> Any:
-    """A flag's value in the key's type, or the text itself where it has none of it."""
+    """Returns the value of a flag in the type of its key, or the text itself if it cannot be read as that type."""
     if key.optional and text.lower() == "none":
         return None
     if key.type is bool:
@@ -231,7 +234,10 @@ def _from_text(key: Key, text: str) -> Any:
 
 
 def _overlay(sources: Sequence[Sequence[_Given]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Lay the sources over the defaults, each source's preset under its own keys."""
+    """Returns values and origins: the defaults, overridden by each source in turn.
+
+    The preset of a source comes before the other keys of that source, whatever their order in it.
+    """
     values = {name: key.default for name, key in KEYS.items()}
     origins = dict.fromkeys(KEYS, "default")
     for source in sources:
@@ -245,24 +251,24 @@ def _overlay(sources: Sequence[Sequence[_Given]]) -> tuple[dict[str, Any], dict[
     return values, origins
 
 
-def _shares(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:
-    """What is wrong with sharing an iteration's micro-batches out over the processes."""
+def _indivisible(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:
+    """Returns what is wrong if the ranks cannot share the micro-batches of an iteration equally, else an empty list."""
     if micro_batches % world_size == 0:
         return []
     below, above = micro_batches // world_size * world_size, -(-micro_batches // world_size) * world_size
     return [
-        f"{_places(('gradient_accumulation_steps',), origins)}: found {micro_batches} micro-batches an iteration for "
-        f"{world_size} processes, wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
+        f"{_places(('gradient_accumulation_steps',), origins)}: found {micro_batches} micro-batches per iteration for "
+        f"{world_size} ranks, wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
     ]
 
 
 def _places(keys: Sequence[str], origins: dict[str, str]) -> str:
-    """`FILE: key` of each key that was set, the others by name alone."""
+    """Returns `ORIGIN: key` for each key that was set, and the bare name for each key that has its default."""
     return ", ".join(key if origins[key] == "default" else f"{origins[key]}: {key}" for key in keys)
 
 
 def show_config(resolved: Resolved) -> str:
-    """Every value with its origin, as a TOML file that gives the same configuration."""
+    """Returns every value with its origin, as a TOML file that gives the same configuration."""
     lines: list[str] = []
     for section, keys in resolved.config.sections().items():
         lines += ["", f"[{section}]"]
@@ -284,12 +290,12 @@ def _toml(value: Any) -> str:
 
 
 def world_size() -> int:
-    """Processes of this job, as torchrun sets them; 1 without torchrun.
+    """Returns the number of ranks of this job, which torchrun sets; 1 without torchrun.
 
     Raises:
-        DeviceError: the variable holds no number.
+        DeviceError: the environment variable WORLD_SIZE is not a positive number.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise DeviceError(f"WORLD_SIZE: found {text!r}, wanted the number of processes. Start the job with torchrun.")
+        raise DeviceError(f"WORLD_SIZE: found {text!r}, wanted the number of ranks. Start the job with torchrun.")
     return int(text)

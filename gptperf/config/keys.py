@@ -1,4 +1,4 @@
-"""What a configuration key accepts: its type, its choices or limits, and what is wrong with a value. No torch here."""
+"""The schema of a configuration key: its type, its choices or limits, and the check of a value. Loads no torch."""
 
 import dataclasses
 import math
@@ -13,33 +13,34 @@ __all__ = ["Choice", "Component", "Key", "Range", "key_of", "value_problem"]
 
 
 class Range(NamedTuple):
-    """Limits of a number; None is no limit. `open` shuts out the lower bound, `below` the upper one."""
+    """Limits of a number: a lower bound and, unless it is None, an upper bound."""
 
-    low: float | None = None
+    low: float
     high: float | None = None
-    open: bool = False
-    below: bool = False
+    exclude_low: bool = False
+    exclude_high: bool = False
 
     def __str__(self) -> str:
         if self.high is None:
-            return f"a number {'>' if self.open else '>='} {self.low}"
-        return f"a number from {self.low} to {'below ' if self.below else ''}{self.high}"
+            return f"a number {'>' if self.exclude_low else '>='} {self.low}"
+        return f"a number from {self.low} to {'below ' if self.exclude_high else ''}{self.high}"
 
-    def holds(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
+        """Returns whether a number is within the limits; infinity and NaN never are."""
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        above = self.low is None or (value > self.low if self.open else value >= self.low)
-        return above and (self.high is None or (value < self.high if self.below else value <= self.high))
+        above = value > self.low if self.exclude_low else value >= self.low
+        return above and (self.high is None or (value < self.high if self.exclude_high else value <= self.high))
 
 
 class Component(NamedTuple):
-    """The choices are the component names that the registry holds for this kind."""
+    """The choices are the component names that are registered for this kind, plugins included."""
 
     kind: str
 
 
 class Choice(NamedTuple):
-    """The choices are these names."""
+    """The choices are fixed names."""
 
     names: tuple[str, ...]
 
@@ -48,7 +49,7 @@ _LARGEST_FLOAT = int(sys.float_info.max)
 
 
 class Key(NamedTuple):
-    """Schema of one configuration key, read off its annotation."""
+    """Schema of one configuration key, read from its annotation."""
 
     name: str
     section: str
@@ -59,25 +60,25 @@ class Key(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """Names that a value may have now, or None for a free value."""
+        """The names that a value can have, or None where it is not a choice of names."""
         if isinstance(self.rule, Component):
             return registry.component_names(self.rule.kind)
         return self.rule.names if isinstance(self.rule, Choice) else None
 
     @property
     def wanted(self) -> str:
-        """What a value has to be, in words."""
+        """Description of the valid values, for messages."""
         if self.choices is not None:
             return "one of " + ", ".join(self.choices)
         if isinstance(self.rule, Range):
             words = str(self.rule).replace("a number", "a whole number" if self.type is int else "a number")
         else:
-            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.type]
+            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[self.type]
         return words + (" (or left out)" if self.optional else "")
 
 
 def key_of(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
-    """The schema that a section's field and its annotation state."""
+    """Returns the schema that the field of a section and its annotation define."""
     parts = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
@@ -94,7 +95,7 @@ def key_of(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
 
 
 def value_problem(key: Key, value: Any) -> str | None:
-    """What is wrong with one value (its type is checked strictly: no text for a number), or None."""
+    """Returns what is wrong with a value, or None. The type must match: a string is never read as a number."""
     if value is None and key.optional:
         return None
     wrong_type = type(value) is not key.type and not (key.type is float and type(value) is int)
@@ -103,13 +104,13 @@ def value_problem(key: Key, value: Any) -> str | None:
     if key.type is float and type(value) is int and abs(value) > _LARGEST_FLOAT:
         return f"found a whole number of {len(hex(value)) * 4} bits, wanted {key.wanted}"
     if isinstance(value, str) and not value.isprintable():
-        return f"found {value!r}, wanted a text without control characters"
+        return f"found {value!r}, wanted a string without control characters"
     if key.choices is not None and value not in key.choices:
         return f"found {value!r}, wanted {key.wanted}"
-    if isinstance(key.rule, Range) and not key.rule.holds(value):
+    if isinstance(key.rule, Range) and not key.rule.contains(value):
         low, high = key.rule.low, key.rule.high
-        nearest = high if high is not None and value >= high else low
-        excluded = key.rule.open if nearest == low else key.rule.below
-        near = f"; nearest: {nearest}" if nearest is not None and not excluded else ""
+        bound = high if high is not None and value >= high else low
+        excluded = key.rule.exclude_low if bound == low else key.rule.exclude_high
+        near = "" if excluded else f"; nearest: {bound}"
         return f"found {value!r}, wanted {key.wanted}{near}"
     return None

@@ -1,7 +1,7 @@
-"""The architecture presets, as data: what `arch_preset = NAME` sets in `[model]`.
+"""The architecture presets: the component keys of `[model]` that `arch_preset = NAME` sets.
 
-A preset is expanded where it is named: the keys beside it in the same file or on the same command line, and every
-later file, override it. Sizes are not part of a preset.
+A preset is expanded where it is named: keys in the same file or on the same command line override it, and so does every
+later file. A preset sets no sizes.
 """
 
 __all__ = ["PRESETS"]
@@ -17,7 +17,7 @@ _GPT2: dict[str, str | bool] = {
 }
 _LLAMA: dict[str, str | bool] = {
     "normalization": "rmsnorm",
-    "activation": "gelu",  # of no effect: SwiGLU is SiLU by definition
+    "activation": "gelu",  # no effect: SwiGLU always uses SiLU
     "position_encoding": "rope",
     "norm_position": "pre",
     "ffn_type": "swiglu",
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, str | bool]] = {
     "llama": _LLAMA,
     "team": _LLAMA,
     "hybrid": _GPT2 | {"position_encoding": "rope", "norm_position": "pre"},
-    # The released GPT-2: pre-norm, biases everywhere, GELU's tanh approximation.
+    # The released GPT-2: pre-norm, biases in every linear layer and norm, the tanh approximation of GELU.
     "gpt2_openai": _GPT2
     | {"normalization": "layernorm", "activation": "gelu_tanh", "norm_position": "pre", "bias": True},
     "custom": {},

@@ -1,6 +1,5 @@
-"""Combinations of configuration values that are impossible, each with its reason and the nearest possible value."""
+"""Rules between keys: combinations of values that cannot run, each with its reason and the nearest valid value."""
 
-import difflib
 import importlib.util
 import os
 import re
@@ -8,11 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from gptperf.errors import nearest
+
 __all__ = ["Problem", "combination_problems"]
 
 
 class Problem(NamedTuple):
-    """Keys that do not go together, and why."""
+    """Keys whose values do not go together, and the reason."""
 
     keys: tuple[str, ...]
     text: str
@@ -30,8 +31,9 @@ def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
     if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
     even = [n for n in range(1, c["n_embd"] + 1) if c["n_embd"] % (2 * n) == 0]
-    near = f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}" if even else "; n_embd has to be even"
-    return f"RoPE rotates pairs, and head_dim = n_embd / n_head = {c['n_embd'] // c['n_head']} is odd{near}"
+    near = f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}" if even else "; n_embd must be even"
+    head_dim = c["n_embd"] // c["n_head"]
+    return f"RoPE rotates pairs of elements, but head_dim = n_embd / n_head = {head_dim} is odd{near}"
 
 
 def _kv_heads(c: Mapping[str, Any]) -> str | None:
@@ -42,12 +44,14 @@ def _flash_attn(c: Mapping[str, Any]) -> str | None:
     if c["attention_backend"] != "flash_attn":
         return None
     if importlib.util.find_spec("flash_attn") is None:
-        return "attention_backend = 'flash_attn' needs the package flash-attn, which is not installed; nearest: 'sdpa'"
-    if c["dtype"] == "float32" or c["device"] == "cpu":
-        return "attention_backend = 'flash_attn' runs in bfloat16 or float16 on a GPU; nearest: 'sdpa'"
-    if c["dropout"] == 1:
-        return "attention_backend = 'flash_attn' takes dropout below 1; nearest: attention_backend = 'sdpa'"
-    return None
+        reason = "the package flash-attn, which is not installed"
+    elif c["dtype"] == "float32" or c["device"] == "cpu":
+        reason = "a GPU and dtype = 'bfloat16' or 'float16'"
+    elif c["dropout"] == 1:
+        reason = "dropout < 1"
+    else:
+        return None
+    return f"attention_backend = 'flash_attn' needs {reason}; nearest: 'sdpa'"
 
 
 def _min_lr(c: Mapping[str, Any]) -> str | None:
@@ -58,41 +62,44 @@ def _min_lr(c: Mapping[str, Any]) -> str | None:
 
 def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
     if c["kernels"] == "triton" and c["device"] == "cpu":
-        return "kernels = 'triton' needs a GPU, and device = 'cpu'; nearest: kernels = 'auto'"
+        return "kernels = 'triton' needs a GPU, but device = 'cpu'; nearest: kernels = 'auto'"
     return None
 
 
-def _needs(c: Mapping[str, Any], flag: str, package: str) -> str | None:
+def _missing_package(c: Mapping[str, Any], flag: str, package: str) -> str | None:
     spec = importlib.util.find_spec(package) if c[flag] else None
-    if not c[flag] or (spec is not None and spec.origin is not None):  # without an origin: a folder of that name
+    # A spec without an origin is a plain folder of that name, such as the tracker's own output.
+    if not c[flag] or (spec is not None and spec.origin is not None):
         return None
     return f"{flag} = true needs the package {package}: pip install 'gptperf[{package}]'"
 
 
 def _both_shardings(c: Mapping[str, Any]) -> str | None:
-    return (
-        "ZeRO-1 and FSDP exclude each other; FSDP shards what ZeRO-1 shards"
-        if c["use_zero1"] and c["use_fsdp"]
-        else None
-    )
+    if not (c["use_zero1"] and c["use_fsdp"]):
+        return None
+    return "ZeRO-1 and FSDP exclude each other; FSDP shards the optimizer states too; nearest: use_zero1 = false"
+
+
+def _compiled_as_one_graph(c: Mapping[str, Any]) -> bool:
+    return bool(c["compile"] and c["compile_scope"] == "model")
 
 
 def _fsdp_as_one_graph(c: Mapping[str, Any]) -> str | None:
-    if not (c["use_fsdp"] and c["compile"] and c["compile_scope"] == "model"):
+    if not (c["use_fsdp"] and _compiled_as_one_graph(c)):
         return None
-    return "FSDP gathers weights block by block, which one graph leaves no room for; nearest compile_scope: 'block'"
+    return "FSDP gathers weights block by block, which is impossible inside one graph; nearest compile_scope: 'block'"
+
+
+def _full_recompute_as_one_graph(c: Mapping[str, Any]) -> str | None:
+    if not (c["recompute"] == "full" and _compiled_as_one_graph(c)):
+        return None
+    return "full recomputation saves little memory inside one graph; nearest compile_scope: 'block'"
 
 
 def _only_fsdp(c: Mapping[str, Any], key: str) -> str | None:
     if not c[key] or c["use_fsdp"]:
         return None
-    return f"{key} = true is a choice within FSDP, and use_fsdp = false; nearest: {key} = false"
-
-
-def _full_as_one_graph(c: Mapping[str, Any]) -> str | None:
-    if not (c["recompute"] == "full" and c["compile"] and c["compile_scope"] == "model"):
-        return None
-    return "compiled as one graph, full recomputation gives little memory back; nearest compile_scope: 'block'"
+    return f"{key} = true applies to FSDP only, but use_fsdp = false; nearest: {key} = false"
 
 
 def _profile(c: Mapping[str, Any]) -> str | None:
@@ -102,24 +109,26 @@ def _profile(c: Mapping[str, Any]) -> str | None:
     if found and 1 <= int(found[1]) <= int(found[2]) <= c["max_iters"] and int(found[2]) - int(found[1]) < 100:
         return None
     return (
-        f"profile = {c['profile']!r}; wanted START:STOP with 1 <= START <= STOP <= max_iters = {c['max_iters']}, 100 "
-        f"iterations at most; nearest: {min(10, c['max_iters'])}:{min(14, c['max_iters'])}"
+        f"profile = {c['profile']!r}; wanted START:STOP with 1 <= START <= STOP <= max_iters = {c['max_iters']} and at "
+        f"most 100 iterations; nearest: {min(10, c['max_iters'])}:{min(14, c['max_iters'])}"
     )
 
 
 def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
-    if c["overwrite"] and c["init_from"] in ("resume", "auto"):
-        return f"init_from = {c['init_from']!r} continues the checkpoints that overwrite = true would move aside"
-    return None
+    if not c["overwrite"] or c["init_from"] not in ("resume", "auto"):
+        return None
+    return (
+        f"init_from = {c['init_from']!r} resumes from the checkpoints that overwrite = true would move aside; "
+        "nearest: overwrite = false"
+    )
 
 
 def _init_from(c: Mapping[str, Any]) -> str | None:
     words = ("scratch", "resume", "auto")
     if c["init_from"] in words or os.path.exists(c["init_from"]):
         return None
-    near = difflib.get_close_matches(c["init_from"], words, 1, 0.4)
-    hint = f"; nearest: {near[0]}" if near else ""
-    return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{hint}"
+    near = nearest(c["init_from"], words)
+    return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{near}"
 
 
 def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
@@ -127,7 +136,7 @@ def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
 
 
 _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
-    (("n_embd", "n_head"), lambda c: _divisible(c, "n_embd", "n_head")),
+    (("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
     (("n_kv_head", "n_head"), _kv_heads),
     (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
     (("attention_backend", "dtype", "device", "dropout"), _flash_attn),
@@ -135,19 +144,20 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("kernels", "device"), _triton_on_cpu),
     (("use_zero1", "use_fsdp"), _both_shardings),
     (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
-    (("fsdp_reduce_once", "use_fsdp"), lambda c: _only_fsdp(c, "fsdp_reduce_once")),
-    (("fsdp_gather_once", "use_fsdp"), lambda c: _only_fsdp(c, "fsdp_gather_once")),
-    (("recompute", "compile", "compile_scope"), _full_as_one_graph),
+    (("fsdp_reduce_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_reduce_once")),
+    (("fsdp_gather_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_gather_once")),
+    (("recompute", "compile", "compile_scope"), _full_recompute_as_one_graph),
     (("profile", "max_iters"), _profile),
-    (("wandb_log",), lambda c: _needs(c, "wandb_log", "wandb")),
-    (("tensorboard",), lambda c: _needs(c, "tensorboard", "tensorboard")),
+    (("wandb_log",), partial(_missing_package, flag="wandb_log", package="wandb")),
+    (("tensorboard",), partial(_missing_package, flag="tensorboard", package="tensorboard")),
     (("overwrite", "init_from"), _overwrite_resume),
     (("init_from",), _init_from),
     *(((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
 )
+"""Keys -> the check of their values, which returns what is wrong or None."""
 
 
 def combination_problems(values: Mapping[str, Any], ignore: frozenset[str] = frozenset()) -> list[Problem]:
-    """Every impossible combination among `values` (key -> value), but for those that involve a key in `ignore`."""
+    """Returns every combination in `values` (key -> value) that cannot run; rules on a key in `ignore` are skipped."""
     found = ((keys, check(values)) for keys, check in _COMBINATIONS if not ignore & set(keys))
     return [Problem(keys, text) for keys, text in found if text is not None]

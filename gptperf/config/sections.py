@@ -1,8 +1,9 @@
-"""The configuration: frozen dataclasses, one a section, and what is wrong with a set of values.
+"""The configuration as frozen dataclasses, one for each section.
 
-A key's annotation is its schema: the type, a `Literal` or `Component` for its choices, a `Range` for its limits. Keys
-are unique over all sections, so that one flat name serves TOML, command line and log. `gptperf.config.command_line`
-reads files and flags into these classes. No torch here.
+The annotation of a key is its schema: the type, a `Literal`, `Choice` or `Component` for its choices, a `Range` for its
+limits. The docstring of a key is its text in `--help`. Keys are unique over all sections, so that TOML files, the
+command line and the log use the same name. `gptperf.config.command_line` reads files and flags into these classes.
+This module loads no torch.
 """
 
 import dataclasses
@@ -17,87 +18,95 @@ from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
 
 __all__ = [
+    "KEYS",
+    "SECTIONS",
     "Config",
     "DataConfig",
-    "Key",
     "LogConfig",
     "ModelConfig",
     "OptimizerConfig",
     "SystemConfig",
     "TrainConfig",
 ]
-__all__ += ["KEYS", "value_problem"]
-
 
 _Positive = Annotated[int, Range(1)]
 _Count = Annotated[int, Range(0)]
-_Seconds = Annotated[float, Range(0, open=True)]
+_Seconds = Annotated[float, Range(0, exclude_low=True)]
+
+
+class _Section:
+    """Base class that checks every value of a section, so that one built in Python cannot hold an invalid value."""
+
+    def __post_init__(self) -> None:
+        wrong = {name: value_problem(KEYS[name], value) for name, value in vars(self).items()}
+        if any(wrong.values()):
+            raise ConfigError("; ".join(f"{name}: {text}" for name, text in wrong.items() if text))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What is computed. Sizes, then components."""
+class ModelConfig(_Section):
+    """The model: its sizes and its components."""
 
     arch_preset: Annotated[str, Choice(tuple(PRESETS))] = "gpt2"
-    """Architecture preset: gpt2, llama, team, hybrid, gpt2_openai, custom. Keys given beside it override it."""
+    """Architecture preset: gpt2, llama, team, hybrid, gpt2_openai or custom. Keys given with it override it."""
     n_layer: _Positive = 12
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_head: _Positive = 12
-    """Query heads."""
+    """Number of query heads."""
     n_kv_head: _Positive | None = None
-    """Key and value heads (grouped-query attention); default: n_head."""
+    """Number of key and value heads (grouped-query attention); default: n_head."""
     n_embd: _Positive = 768
     """Width of the residual stream."""
     d_ff: _Positive | None = None
-    """Width of the FFN; default: 4 n_embd (standard), 8/3 n_embd rounded up to d_ff_multiple (swiglu)."""
+    """Width of the FFN; default: 4 n_embd (standard), or 8/3 n_embd rounded up to a multiple (swiglu)."""
     d_ff_multiple: _Positive = 256
     """The default SwiGLU width is rounded up to a multiple of this."""
     block_size: _Positive = 1024
     """Sequence length in tokens."""
     vocab_size: _Positive = 50304
-    """Token ids of the vocabulary."""
+    """Number of token ids in the vocabulary."""
     vocab_multiple: _Positive = 1
-    """The embedding and lm_head are padded to a multiple of this many rows."""
+    """The embedding and lm_head are padded to a multiple of this number of rows."""
     normalization: Annotated[str, Component("normalization")] = "layernorm_nobias"
-    """layernorm, layernorm_nobias, rmsnorm, or one of a plugin."""
+    """Norm: layernorm, layernorm_nobias, rmsnorm, or one that a plugin registers."""
     activation: Annotated[str, Component("activation")] = "gelu"
-    """Of the standard FFN: gelu, gelu_tanh, silu, relu, leaky_relu, relu_squared. SwiGLU is SiLU by definition."""
+    """Activation of the standard FFN: gelu, gelu_tanh, silu, relu, leaky_relu, relu_squared. SwiGLU uses SiLU."""
     position_encoding: Annotated[str, Component("position_encoding")] = "learned_absolute"
-    """learned_absolute, rope, none."""
+    """Position encoding: learned_absolute, rope or none."""
     attention_backend: Annotated[str, Component("attention_backend")] = "sdpa"
-    """sdpa (cuDNN first where it wins), manual, flash_attn (needs that package)."""
+    """Attention: sdpa (cuDNN first where it is fastest), manual, or flash_attn (needs the package flash-attn)."""
     norm_position: Annotated[str, Component("norm_position")] = "post"
-    """pre: norm before attention and FFN. post: norm after each residual add."""
+    """pre: norm before attention and FFN. post: norm after each residual addition."""
     ffn_type: Annotated[str, Component("ffn_type")] = "standard"
-    """standard: up, activation, down. swiglu: silu(gate) * up, down."""
+    """standard: up projection, activation, down projection. swiglu: silu(gate) * up, down projection."""
     bias: bool = False
-    """Biases in the linear layers of attention and FFN."""
+    """Add a bias to the linear layers of attention and FFN."""
     weight_tying: bool = True
-    """lm_head is the token embedding."""
+    """Use the token embedding as the weight of lm_head."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
-    """Dropout after embedding, attention weights, attention and FFN."""
+    """Dropout probability after the embedding, the attention weights, attention and FFN."""
     qk_norm: bool = False
-    """RMSNorm of every query and key head before the position encoding."""
-    norm_eps: Annotated[float, Range(0, open=True)] = 1e-5
+    """Apply RMSNorm to every query and key head before the position encoding."""
+    norm_eps: Annotated[float, Range(0, exclude_low=True)] = 1e-5
     """Epsilon of every norm."""
-    rope_theta: Annotated[float, Range(1, open=True)] = 1e4
-    """Base of RoPE's wavelengths."""
+    rope_theta: Annotated[float, Range(1, exclude_low=True)] = 1e4
+    """Base of the wavelengths of RoPE."""
     rope_pairs: Literal["half", "interleaved"] = "half"
-    """Which elements RoPE rotates together: i and i + D/2 (Hugging Face LLaMA), or 2i and 2i + 1."""
+    """Elements that RoPE rotates together. half: i and i + D/2, as in Hugging Face; interleaved: 2i and 2i + 1."""
 
     @property
     def head_dim(self) -> int:
-        """Width of one head."""
+        """Width D of one head."""
         return self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads."""
+        """Number of key and value heads."""
         return self.n_kv_head or self.n_head
 
     @property
     def ffn_width(self) -> int:
-        """Width of the FFN: `d_ff`, or the default of the FFN type."""
+        """Width of the FFN: `d_ff`, or the default for the FFN type."""
         if self.d_ff is not None:
             return self.d_ff
         if self.ffn_type != "swiglu":
@@ -106,138 +115,126 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of lm_head."""
+        """Number of rows of the embedding and of lm_head."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which tokens."""
+class DataConfig(_Section):
+    """The data set and its loader."""
 
     dataset: str = "python_stdlib"
-    """A prepared data set: NAME is data_dir/NAME, or a path. python_stdlib is prepared when it is missing."""
+    """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
     prefetch: _Positive = 4
-    """Batches read ahead by the loader's thread."""
+    """Number of batches that the loader reads ahead."""
     loader_timeout_s: _Seconds = 120.0
-    """Seconds without a batch after which storage counts as stuck."""
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
+    """Seconds without a batch after which the run fails because storage does not respond."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """AdamW and the learning-rate schedule."""
 
-    learning_rate: Annotated[float, Range(0, open=True)] = 6e-4
+    learning_rate: Annotated[float, Range(0, exclude_low=True)] = 6e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Range(0)] = 6e-5
     """Learning rate at the end of the decay."""
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after the warm-up; wsd is constant, then a linear decay over the last wsd_decay_fraction."""
+    """Learning rate after the warm-up. wsd: constant, then a linear decay over the last wsd_decay_fraction."""
     warmup_iters: _Count = 2000
-    """Iterations of linear warm-up."""
+    """Number of iterations of linear warm-up."""
     lr_decay_iters: _Positive | None = None
-    """Iteration at which min_lr is reached; default: max_iters."""
+    """Iteration at which the learning rate reaches min_lr; default: max_iters."""
     wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.2
-    """Share of lr_decay_iters that wsd decays over."""
+    """Fraction of lr_decay_iters over which wsd decays."""
     weight_decay: Annotated[float, Range(0)] = 0.1
-    """On matrices only."""
-    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Decay of AdamW's first moment."""
-    beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
-    """Decay of AdamW's second moment."""
-    adam_eps: Annotated[float, Range(0, open=True)] = 1e-8
-    """AdamW's epsilon."""
+    """Weight decay of AdamW; applies to matrices only."""
+    beta1: Annotated[float, Range(0, 1, exclude_high=True)] = 0.9
+    """Decay rate of AdamW's first moment."""
+    beta2: Annotated[float, Range(0, 1, exclude_high=True)] = 0.95
+    """Decay rate of AdamW's second moment."""
+    adam_eps: Annotated[float, Range(0, exclude_low=True)] = 1e-8
+    """Epsilon of AdamW."""
     grad_clip: Annotated[float, Range(0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
+    """Maximum global norm of the gradients; 0 disables clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, how much at a time, what is kept."""
+class TrainConfig(_Section):
+    """The training loop: batches, length, evaluations and checkpoints."""
 
     batch_size: _Positive = 12
-    """Sequences in a micro-batch on one GPU."""
+    """Number of sequences in a micro-batch on one GPU."""
     gradient_accumulation_steps: _Positive = 40
-    """Micro-batches in an iteration of the whole job, shared out over the GPUs."""
+    """Number of micro-batches in an iteration of the whole job; the GPUs share them."""
     max_iters: _Positive = 600000
-    """Iterations (optimizer steps) of the run."""
+    """Number of iterations (optimizer steps) of the run."""
     eval_interval: _Positive = 2000
     """Iterations between evaluations; the last iteration is always evaluated."""
     eval_iters: _Positive = 200
-    """Validation batches an evaluation, at most what the validation split holds."""
+    """Number of validation batches per evaluation, at most those of the validation split."""
     save_interval: _Positive | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints in the background while training continues."""
     keep_checkpoints: _Positive = 3
-    """Newest checkpoints to keep; the best one is kept besides."""
+    """Number of newest checkpoints to keep; the best one is kept too."""
     init_from: str = "scratch"
-    """scratch, resume, auto (resume if there is a checkpoint), or the path of a checkpoint or run to start from."""
+    """scratch, resume, auto (resume if there is a checkpoint), or the path of a run or checkpoint to start from."""
     out_dir: str = "out"
-    """Folder of the run: logs and checkpoints."""
+    """Folder for the logs and checkpoints of the run."""
     overwrite: bool = False
-    """Start from scratch where checkpoints lie already; they are moved aside."""
+    """Start a new run where out_dir already has checkpoints, and move those aside."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1337
-    """Seed of initialisation, data order and dropout."""
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
+    """Seed of the initialisation, the data order and dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SystemConfig:
-    """With what it is computed."""
+class SystemConfig(_Section):
+    """The device, the precision, the kernels and the parallelism."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """Device; auto is the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype. Master weights and optimizer states are float32 whatever it is."""
+    """Compute dtype. Master weights and optimizer states are always float32."""
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
-    """Compile block by block, or the model as one graph: with the Triton ops as fast, and ten times the start."""
+    """Compile each block, or the model as one graph: no faster with the Triton ops, and ten times the start-up."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
-    """Implementation of the ops: Triton where it can run, Triton or an error, PyTorch."""
+    """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again to save memory: nothing, norms and activations, or the whole block."""
+    """What backward recomputes to save memory. selective: norms and activations; full: the whole block."""
     deterministic: bool = False
-    """Same bits in every run, at some cost in speed."""
+    """Compute the same bits in every run, at some cost in speed."""
     use_zero1: bool = False
     """Shard the optimizer states over the GPUs (ZeRO-1)."""
     use_fsdp: bool = False
     """Shard parameters, gradients and optimizer states over the GPUs (FSDP)."""
     fsdp_min_num_params: _Count = 100_000
-    """FSDP: parameters of a unit; smaller blocks share one with the next."""
+    """FSDP: minimum number of parameters in a unit; a smaller block shares a unit with the next one."""
     fsdp_reduce_once: bool = False
-    """FSDP: keep whole gradients between micro-batches and reduce them once: less communication, more memory."""
+    """FSDP: keep full gradients between micro-batches and reduce them once; less communication, more memory."""
     fsdp_gather_once: bool = False
-    """FSDP: keep gathered weights until the last backward of the iteration: less communication, more memory."""
+    """FSDP: keep gathered weights until the last backward of the iteration; less communication, more memory."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which NCCL sums gradients over the GPUs; copy engines do so in float32."""
+    """Dtype in which NCCL reduces gradients over the GPUs; copy engines always use float32."""
     communication: Literal["auto", "copy_engine", "process_group"] = "auto"
-    """What moves data between the GPUs: their copy engines where one host has them all, or NCCL."""
-    peak_tflops: Annotated[float, Range(0, open=True)] | None = None
-    """Peak of the GPU in TFLOP/s for the MFU; default: the GPU table."""
+    """How data moves between the GPUs. auto: copy engines if one host has all GPUs, else the process group (NCCL)."""
+    peak_tflops: Annotated[float, Range(0, exclude_low=True)] | None = None
+    """Peak of the GPU in TFLOP/s for the MFU; default: the value in the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"
-    """Which column of the GPU table the MFU is taken against."""
+    """Column of the GPU table that the MFU is relative to."""
     collective_timeout_s: _Seconds = 600.0
-    """Seconds that processes wait for one that does not come, after which it counts as hanging."""
+    """Seconds that ranks wait for another rank before they report it as hanging."""
     ignore_plan: bool = False
-    """Start a run that the plan says does not fit into the GPU's memory."""
+    """Start the run even if the plan says that it does not fit into GPU memory."""
     plugins: str = ""
-    """Python modules, comma-separated, that register components. Command line only."""
+    """Comma-separated Python modules that register components. On the command line only."""
     debug: bool = False
-    """Show the stack of an error."""
+    """Show the stack trace of an error."""
 
     @property
     def compute_dtype(self) -> str:
@@ -251,45 +248,39 @@ class SystemConfig:
 
     @property
     def peak_dtype(self) -> str:
-        """Dtype of the matmuls, whose peak the MFU is taken against."""
+        """Dtype of the matmuls, and so of the peak that the MFU is relative to."""
         return self.dtype
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What the user sees."""
+class LogConfig(_Section):
+    """Logs, console, profiler and trackers."""
 
     log_interval: _Positive = 10
-    """Iterations between log lines; between two of them the GPU is not synchronised."""
+    """Iterations between log lines; the GPU is not synchronised between them."""
     profile: str = ""
-    """Iterations START:STOP to record: a trace for Perfetto, and where the time goes."""
+    """Iterations START:STOP to profile; writes a trace for Perfetto and a breakdown of the step time."""
     memory_history: bool = False
-    """Record who allocates GPU memory, for the snapshots that SIGUSR2 and running out of memory write."""
+    """Record the stack of every GPU allocation for the snapshots that SIGUSR2 and out-of-memory errors write."""
     console: Annotated[str, Choice(("auto", "live", "plain"))] = "auto"
-    """live: a panel that is redrawn; plain: lines; auto: live where stdout is a terminal."""
+    """live: a panel that is redrawn; plain: lines; auto: live if stdout is a terminal."""
     sample_tokens: _Count = 200
-    """Tokens of the sample generated at the end of the run; 0: none."""
+    """Number of tokens to generate as a sample at the end of the run; 0 disables it."""
     trigram_baseline: bool = False
-    """At the end, print the loss of a trigram model of the same tokens (for vocabularies of bytes)."""
+    """At the end, print the loss of a trigram model of the same tokens (byte vocabularies only)."""
     wandb_log: bool = False
     """Log to Weights & Biases."""
     wandb_project: str = "gptperf"
-    """Weights & Biases project."""
+    """Project in Weights & Biases."""
     wandb_run_name: str = ""
-    """Weights & Biases run name; default: the run's own."""
+    """Run name in Weights & Biases; default: the name of the run."""
     tensorboard: bool = False
-    """Log to TensorBoard, in out_dir/tensorboard."""
-
-    def __post_init__(self) -> None:
-        _raise_if_wrong(self)
+    """Log to TensorBoard in out_dir/tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is told, a section each."""
+    """The configuration of a run, by section."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -314,20 +305,20 @@ class Config:
         )
 
     def flat(self) -> dict[str, Any]:
-        """Key -> value over all sections."""
+        """Returns key -> value over all sections."""
         return {key: getattr(getattr(self, spec.section), key) for key, spec in KEYS.items()}
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Section -> key -> value, as in a TOML file."""
+        """Returns section -> key -> value, as in a TOML file."""
         return dataclasses.asdict(self)
 
     @property
     def tokens_per_iter(self) -> int:
-        """Tokens of one iteration, whatever the number of GPUs."""
+        """Number of tokens in one iteration of the whole job; independent of the number of GPUs."""
         return self.train.batch_size * self.train.gradient_accumulation_steps * self.model.block_size
 
     def notes(self) -> list[str]:
-        """What is legal but may surprise, one line each."""
+        """Returns a line for each choice that is valid but may surprise."""
         lines = []
         end = self.optimizer.lr_decay_iters or self.train.max_iters
         if self.optimizer.lr_schedule != "constant" and self.optimizer.warmup_iters >= end:
@@ -335,7 +326,7 @@ class Config:
                 f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations)"
             )
         if self.model.ffn_type == "swiglu" and self.model.activation != "gelu":
-            lines.append(f"activation = {self.model.activation!r} has no effect: SwiGLU is SiLU by definition")
+            lines.append(f"activation = {self.model.activation!r} has no effect: SwiGLU always uses SiLU")
         if self.model.arch_preset == "gpt2" and self.model.norm_position == "post":
             lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
         return lines
@@ -357,10 +348,3 @@ def _keys() -> dict[str, Key]:
 
 KEYS: dict[str, Key] = _keys()
 """Every configuration key, in the order of the sections."""
-
-
-def _raise_if_wrong(section: Any) -> None:
-    """Check a section that was built in Python, where no file or flag has been checked before."""
-    wrong = {f.name: value_problem(KEYS[f.name], getattr(section, f.name)) for f in dataclasses.fields(section)}
-    if any(wrong.values()):
-        raise ConfigError("; ".join(f"{name}: {text}" for name, text in wrong.items() if text))

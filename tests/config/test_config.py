@@ -166,7 +166,7 @@ def test_typo_names_the_nearest_key(name: str, tmp_path: Path) -> None:
         ("dtype", '"bf16"', "one of bfloat16, float16, float32; nearest: bfloat16"),
         ("normalization", '"rmsnrm"', "one of layernorm, layernorm_nobias, rmsnorm; nearest: rmsnorm"),
         ("arch_preset", '"lama"', "nearest: llama"),
-        ("out_dir", "3", "a text"),
+        ("out_dir", "3", "a string"),
     ],
 )
 def test_wrong_value_names_file_key_found_wanted(key: str, toml: str, wanted: str, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "command line: batch_size: found 0",
         "command line: found 'stray', wanted CONFIG.toml, the name of a shipped configuration or --key=value",
         "command line: --n_embd has no value",
-        "gradient_accumulation_steps: found 40 micro-batches an iteration for 3 processes, wanted a multiple of 3; "
+        "gradient_accumulation_steps: found 40 micro-batches per iteration for 3 ranks, wanted a multiple of 3; "
         "nearest: 39 or 42",
     ):
         assert part in text
@@ -232,11 +232,11 @@ def test_sections_built_in_python_are_checked_too() -> None:
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--no_compile", "--use_zero1=True"], "--no_compile has no value, and is no key"),
+        (["--no_compile", "--use_zero1=True"], "--no_compile has no value and is not a key"),
         (["--no_compile", "--wandb_log=1"], "wandb_log: found '1', wanted true or false"),
         (["--beta2=1"], "beta2: found 1.0, wanted a number from 0 to below 1"),
         (["--seed=18446744073709551616"], "seed: found 18446744073709551616"),
-        (["--out_dir=a\0b"], "wanted a text without control characters"),
+        (["--out_dir=a\0b"], "wanted a string without control characters"),
         (["--plugins=.x"], "plugins: .x: TypeError"),
     ],
 )
@@ -322,7 +322,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 
 def test_plugins_are_for_the_command_line_only(tmp_path: Path) -> None:
-    assert "named on the command line only" in _problems(_write(tmp_path, '[system]\nplugins = "os"\n'))
+    assert "can be named on the command line only" in _problems(_write(tmp_path, '[system]\nplugins = "os"\n'))
     assert "plugins: no_such_module: ModuleNotFoundError" in _problems("--plugins=no_such_module")
 
 
