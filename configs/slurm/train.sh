@@ -1,7 +1,8 @@
 #!/bin/bash
-# One job over N nodes: sbatch [--nodes=N] configs/slurm/train.sh CONFIG.toml --out_dir=SHARED [--key=value ...]
-# Submit from the repository root, with .venv, data_dir and out_dir on a file system that all nodes share.
-# Two minutes before the limit, and when preempted with that signal, the run saves, ends with 75 and is queued again.
+# One job on N nodes: sbatch [--nodes=N] configs/slurm/train.sh CONFIG.toml --out_dir=SHARED [--key=value ...]
+# Submit it from the repository root, with .venv, data_dir and out_dir on a file system that all nodes share.
+# Two minutes before its time limit, and when SIGTERM preempts it, the run saves a checkpoint, exits with 75 and is
+# queued again.
 #SBATCH --job-name=gptperf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,12 +15,12 @@
 
 set -u
 [ -f .venv/bin/activate ] && . .venv/bin/activate
-: "${NPROC_PER_NODE:=gpu}" # processes of a node: a number, or gpu for one each
+: "${NPROC_PER_NODE:=gpu}" # processes per node: a number, or "gpu" for one per GPU
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 endpoint=$first:$((20000 + SLURM_JOB_ID % 10000))
 export NPROC_PER_NODE endpoint
 
-# torchrun, with the trainers' exit code in place of its own 1.
+# torchrun, but with 75 as its exit code if a trainer exits with 75; its own would be 1.
 export TORCHRUN='
 import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,7 +33,7 @@ except ChildFailedError as error:
     sys.exit(75 if 75 in codes else 1)
 '
 
-# What each node runs. USR1 is for this shell, which asks the trainers to stop; torchrun would kill them after 30 s.
+# What each node runs. This shell handles USR1 and asks the trainers to stop; torchrun would kill them after 30 s.
 node() {
     (
         trap '' USR1
@@ -45,7 +46,7 @@ node() {
     exit "$code"
 }
 
-# Wait for a child, whatever signals come; sets `code`.
+# Waits for a child in spite of signals, and sets `code`.
 wait_for() {
     while :; do
         wait "$1"
