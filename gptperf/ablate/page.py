@@ -7,6 +7,7 @@ from typing import Any
 
 from gptperf.ablate.runs import Result
 from gptperf.compare import curves
+from gptperf.formats import number
 from gptperf.monitor.runs import Run
 from gptperf.report import tables as page
 from gptperf.report.page import TEXT as TEXT_COLOR
@@ -23,23 +24,23 @@ def table(found: Sequence[Result]) -> Table:
         variant, paired = result.variant, result.difference
         error = None if paired is None else paired.standard_error
         per_token = variant.flops_per_token
-        difference = _number(paired and paired.mean, "+.4f") + ("" if error is None else f" +- {error:.4f}")
+        difference = number(paired and paired.mean, "+.4f") + ("" if error is None else f" +- {error:.4f}")
         interval = None if paired is None else paired.interval
         rows.append(
             (
                 variant.name,
                 f"{len(result.losses)} of {len(variant.jobs)}",
-                _number(result.mean, ".4f"),
-                _number(result.deviation, ".4f"),
+                number(result.mean, ".4f"),
+                number(result.deviation, ".4f"),
                 difference,
                 "-" if interval is None else f"+- {interval:.4f}",
-                _number(paired and paired.low, "+.4f"),
-                _number(paired and paired.high, "+.4f"),
+                number(paired and paired.low, "+.4f"),
+                number(paired and paired.high, "+.4f"),
                 "-" if paired is None else paired.verdict,
                 f"{variant.config.train.max_iters:,}",
-                _number(variant.parameters, ","),
-                _number(per_token and per_token / 1e9, ".4g"),
-                _number(result.tokens_per_sec, ",.0f"),
+                number(variant.parameters, ","),
+                number(per_token and per_token / 1e9, ".4g"),
+                number(result.tokens_per_sec, ",.0f"),
                 "-" if result.mfu_percent is None else f"{result.mfu_percent:.1f}%",
             )
         )
@@ -47,10 +48,6 @@ def table(found: Sequence[Result]) -> Table:
     more = ("iterations", "parameters", "GFLOP a token", "tokens/s", f"MFU {' / '.join(conventions)}".rstrip())
     keys = page.lines_for([result.variant.name for result in found])
     return Table((*columns, *more), rows, frozenset({0, 8}), keys)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _title(found: Sequence[Result], equal: str) -> str:

@@ -18,6 +18,7 @@ from gptperf.compare import ranking
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, DataError, main_guard
 from gptperf.files import replace_text
+from gptperf.formats import value_text
 from gptperf.hardware import Gpu
 from gptperf.monitor.runs import read_runs
 from gptperf.plan import find_gpu, own_gpu, plan, unplannable
@@ -81,22 +82,9 @@ def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
     return {f"{gpu.name}: {name}": value for name, value in zip(names, values, strict=True)}
 
 
-def _text(value: Any) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
-
-
 def table(facts: dict[str, dict[str, Any]]) -> str:
     """The facts as text: what differs in columns, what all share below."""
-    rows = {row: [_text(of[row]) for of in facts.values()] for row in next(iter(facts.values()))}
+    rows = {row: [value_text(of[row], 4) for of in facts.values()] for row in next(iter(facts.values()))}
     differs = {row: values for row, values in rows.items() if len(set(values)) > 1 or len(facts) == 1}
     shared = [f"{row} {values[0]}" for row, values in rows.items() if row not in differs]
     first = max(len(row) for row in [*differs, ""])

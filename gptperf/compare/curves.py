@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gptperf.formats import short_count
 from gptperf.monitor.runs import Run
 from gptperf.report.page import TEXT as TEXT_COLOR
 from gptperf.report.tables import Line, pyplot, svg
@@ -14,7 +15,6 @@ __all__ = ["charts", "limits", "thinned"]
 _BUCKETS = 150
 _FEW = 6
 """Runs that are drawn in full; more are drawn finer."""
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _EARLY = 0.05
 """Share of a run whose values do not stretch the axis: the loss falls fast there."""
 
@@ -138,16 +138,8 @@ def _chart(
         axes.axvline(at, color=TEXT_COLOR, linewidth=0.7, linestyle=":")
     axes.set_xlim(left=0)
     if tokens:
-        axes.xaxis.set_major_formatter(plot.FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_major_formatter(plot.FuncFormatter(lambda value, _: short_count(value)))
     axes.set_xlabel("tokens" if tokens else f"{unit[1]} of training")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(axis="y", color=TEXT_COLOR, alpha=0.12, linewidth=0.6)
     return svg(found, title)
-
-
-def short(value: float) -> str:
-    """A number with three digits and a letter for its size."""
-    for unit, letter in _UNITS:
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"

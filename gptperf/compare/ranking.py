@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptperf import formats
 from gptperf.compare import curves
-from gptperf.monitor.runs import LeftOut, Run, printable
+from gptperf.monitor.runs import LeftOut, Run
 from gptperf.report import tables as page
 from gptperf.report.tables import Section, Table
 
-__all__ = ["Ranking", "differing_keys", "differing_table", "duration", "rank", "ranking_html", "ranking_table"]
+__all__ = ["Ranking", "differing_keys", "differing_table", "rank", "ranking_html", "ranking_table"]
 
 _OF_THE_PLACE = ("out_dir", "init_from", "overwrite", "wandb_run_name")
 _RAN_ON = {
@@ -112,7 +113,9 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
         found[key] = [run.config.get(key) for run in runs]
     for key, name in _RAN_ON.items():
         found[name] = [run.info.get(key) for run in runs]
-    return {printable(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1}
+    return {
+        formats.one_line(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1
+    }
 
 
 def ranking_table(ranking: Ranking) -> Table:
@@ -127,14 +130,14 @@ def ranking_table(ranking: Ranking) -> Table:
             (
                 "-" if loss is None else str(number),
                 run.name,
-                _number(loss, ".4f"),
-                _number(last and last.loss, ".4f"),
+                formats.number(loss, ".4f"),
+                formats.number(last and last.loss, ".4f"),
                 mfu or "-",
-                _number(run.tokens_per_sec, ",.0f"),
-                _number(run.peak_gb, ".1f" if (run.peak_gb or 0) >= 10 else ".2f"),
+                formats.number(run.tokens_per_sec, ",.0f"),
+                formats.number(run.peak_gb, ".1f" if (run.peak_gb or 0) >= 10 else ".2f"),
                 f"{run.iterations:,}" + (f" of {run.max_iters:,}" if run.max_iters is not None else ""),
-                duration(run.train_s),
-                duration(run.wall_s),
+                formats.duration(run.train_s),
+                formats.duration(run.wall_s),
                 run.state + damage,
             )
         )
@@ -151,7 +154,10 @@ def differing_table(ranking: Ranking) -> Table | None:
     """Keys that differ, with the runs across or the keys across, whichever is narrower."""
     if not ranking.differing:
         return None
-    cells = {key: [_value(value) for value in values] for key, values in ranking.differing.items()}
+    cells = {
+        key: [formats.one_line(formats.value_text(value, 6)) for value in values]
+        for key, values in ranking.differing.items()
+    }
     names = [run.name for run in ranking.runs]
     by_key = Table(("", *names), [(key, *values) for key, values in cells.items()])
     by_run = Table(("", *cells), [(name, *(of[i] for of in cells.values())) for i, name in enumerate(names)])
@@ -185,36 +191,6 @@ def _on_the_curves(ranking: Ranking) -> list[str]:
     return [" ".join([*lines, "Time is that of training, without compilation, evaluation and saving."])]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _value(value: Any) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "true" if value else "false"
-        case float():
-            return f"{value:g}"
-        case int() if abs(value) >= 10_000:
-            return f"{value:,}"
-        case dict():
-            return printable(", ".join(f"{k} {v}" for k, v in value.items()))
-    return printable(str(value))
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as text: `12.3 s`, `4:05`, `13:04:05`."""
-    if seconds is None:
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
     """The ranking as JSON has it."""
     rows = []
@@ -223,7 +199,7 @@ def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
             {
                 "rank": None if loss is None else number,
                 "name": run.name,
-                "path": printable(str(run.path), 4096),
+                "path": formats.one_line(str(run.path), 4096),
                 "loss": loss,
                 "last_val_loss": run.evals[-1].loss if run.evals else None,
                 "best_val_loss": min((e.loss for e in run.evals), default=None),

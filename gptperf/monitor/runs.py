@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
+from gptperf.formats import one_line
 from gptperf.monitor.journal import assemble, find_journal
 
-__all__ = ["Eval", "LeftOut", "Run", "Step", "finite", "printable", "read_run", "read_runs"]
+__all__ = ["Eval", "LeftOut", "Run", "Step", "finite", "read_run", "read_runs"]
 
 _LARGEST = 1e30
-_LONGEST_NAME = 60
 _QUIET_S = 600.0
 """A run that is not finished counts as stopped after this many seconds without an entry, or three usual pauses."""
 
@@ -135,13 +135,6 @@ def finite(value: Any) -> float | None:
     return float(value) if abs(value) < _LARGEST else None
 
 
-def printable(text: str, longest: int = _LONGEST_NAME) -> str:
-    """A text on one line without control characters, its middle left out where it is long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    half = (longest - 3) // 2
-    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
-
-
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     """Read what can be read; a run that is named twice, by its folder and its files, is read once.
 
@@ -157,7 +150,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
         try:
             found = _locate(Path(path))
         except DataError as error:
-            left_out.append(LeftOut(printable(str(path), 200), printable(str(error), 300)))
+            left_out.append(LeftOut(one_line(str(path), 200), one_line(str(error), 300)))
             continue
         run = Path(os.path.abspath(found)).with_suffix("")
         if run not in files or found.suffix == ".jsonl":
@@ -167,7 +160,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
         try:
             runs.append(read_run(path, name))
         except DataError as error:
-            left_out.append(LeftOut(printable(str(path), 200), printable(str(error), 300)))
+            left_out.append(LeftOut(one_line(str(path), 200), one_line(str(error), 300)))
     return runs, left_out
 
 
@@ -198,7 +191,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
     root = os.path.commonpath([label.parent for label in labels])
     names: list[str] = []
     for label in labels:
-        name = base = printable(os.path.relpath(label, root))
+        name = base = one_line(os.path.relpath(label, root))
         count = 1
         while name in names:
             count += 1
@@ -343,8 +336,8 @@ def _speed(
         if mfu is None:
             mfu = statistics.fmean(r["mfu_percent"] for r in known)
         basis = known[-1].get("peak_basis")
-        convention = printable(str(known[-1].get("convention", "unknown")), 20)
-        convention += "" if basis in (None, "dense") else f", {printable(str(basis), 20)} peak"
+        convention = one_line(str(known[-1].get("convention", "unknown")), 20)
+        convention += "" if basis in (None, "dense") else f", {one_line(str(basis), 20)} peak"
     return speed, mfu, convention
 
 

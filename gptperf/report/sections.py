@@ -4,11 +4,12 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gptperf import formats
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import gaps, mapping, number, series, value_at
 from gptperf.report.page import Section, Table, Tile, clean
 
-__all__ = ["duration", "sections", "state"]
+__all__ = ["sections", "state"]
 
 _CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
@@ -16,33 +17,11 @@ _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops",
 
 def text(value: Any) -> str:
     """A value of a log as a cell shows it."""
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "yes" if value else "no"
-        case int() if abs(value) < 10**18:
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
-        case float():
-            return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
-        case list() | tuple():
-            return clean(", ".join(map(text, value[:50])), _CELL)
-        case Mapping():
-            return clean(", ".join(f"{key} {text(item)}" for key, item in list(value.items())[:50]), _CELL)
-    return clean(str(value) if isinstance(value, str) else "a number of too many digits", _CELL)
+    return clean(formats.value_text(value), _CELL)
 
 
-def _figure(value: Any, digits: int = 2, unit: str = "") -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.{digits}f}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """ "42 s", "2 h 03 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+def _figure(value: Any, digits: int = 2) -> str:
+    return formats.number(number(value), f",.{digits}f")
 
 
 def state(log: RunLog) -> tuple[str, bool]:
@@ -94,7 +73,7 @@ def _verdict(log: RunLog) -> Section:
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
     tokens = _last(entries, "tokens")
     if tokens is not None:
-        tiles.append(Tile("Tokens", _compact(tokens), f"{tokens:,.0f}"))
+        tiles.append(Tile("Tokens", formats.short_count(tokens), f"{tokens:,.0f}"))
     loss = _last(entries, "loss")
     if loss is not None:
         tiles.append(Tile("Training loss", f"{loss:.4f}", "last entry"))
@@ -113,9 +92,9 @@ def _verdict(log: RunLog) -> Section:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
     wall, training = number(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
-        tiles.append(Tile("Wall time", duration(wall), "of the last process" if log["resumes"] else ""))
+        tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
     elif training is not None:
-        tiles.append(Tile("Training time", duration(training), "without evaluation and saving"))
+        tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
     peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
     if peaks:
         tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
@@ -136,13 +115,6 @@ def _remarks(log: RunLog) -> list[str]:
         hint = log["startup_info"].get("peak_hint")
         lines += [clean(text(hint), _CELL)] if hint else []
     return lines
-
-
-def _compact(value: float) -> str:
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
-        if value >= scale:
-            return f"{value / scale:.2f}{unit}"
-    return f"{value:,.0f}"
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -199,10 +171,9 @@ def _speed(log: RunLog) -> Iterator[Section]:
     labels = ("MFU %", "HFU %", "% of the measured ceiling", "TFLOP/s, of one GPU if any", "tokens/s")
     paths = [(label, ("mfu", key)) for label, key in zip(labels, _SPEED, strict=True)]
     for label, path in [*paths, ("ms an iteration", ("time_ms",)), ("ms waiting for data", ("data_wait_ms",))]:
-        ys = sorted(series(log["training_iterations"][1:], *path)[1])
+        ys = series(log["training_iterations"][1:], *path)[1]
         if ys:
-            spread = (ys[len(ys) // 10], statistics.median(ys), ys[-1 - len(ys) // 10], ys[0], ys[-1])
-            rows.append((label, *map(text, spread)))
+            rows.append((label, *map(text, (*formats.percentiles(ys), min(ys), max(ys)))))
     columns = ("without the first entry", "p10", "median", "p90", "smallest", "largest")
     yield Section("Speed", tables=[Table(columns, rows)] if rows else [], charts=["speed"])
 

@@ -17,8 +17,9 @@ from gptperf.compare import __main__ as compare
 from gptperf.compare import curves, ranking
 from gptperf.config import command_line
 from gptperf.errors import ConfigError, DataError, DeviceError
+from gptperf.formats import one_line
 from gptperf.monitor.journal import Journal, assemble, write_json
-from gptperf.monitor.runs import printable, read_runs
+from gptperf.monitor.runs import read_runs
 from gptperf.report import tables as page
 
 FILES = [f"configs/{name}.toml" for name in ("gpt2_124m", "llama_124m", "llama_1.36b")]
@@ -191,7 +192,7 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, capsys: pytest.
 
 def test_text_in_a_chart_is_escaped_and_no_formula() -> None:
     figure, axes = page.pyplot().subplots()
-    axes.set_yticks([0], [printable(HOSTILE)])
+    axes.set_yticks([0], [one_line(HOSTILE)])
     text = page.svg(figure, "hostile")
     assert "<img" not in text
     assert "x$_{1}$&lt;img src=x" in text
