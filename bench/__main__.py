@@ -97,14 +97,15 @@ def _run(cells: Sequence[Cell], folder: Path, shared: Record, worker: Worker, be
 
 def _report(folder: Path) -> None:
     """The report, or how to get it."""
-    from bench.report import __main__ as report
+    from bench.report.sections import verdict_lines
+    from bench.report.write import write_reports
 
     try:
-        paths = report.write_reports(folder)
+        paths = write_reports(folder)
     except DeviceError as error:
         print(f"\nno report: {error}; then: python -m bench.report {folder}")
         return
-    print("\n" + "\n".join(report.verdict_lines(results.load_folder(folder))))
+    print("\n" + "\n".join(verdict_lines(results.load_folder(folder))))
     print(f"report: {paths[0]}, {paths[1]}")
 
 

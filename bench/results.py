@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.errors import ConfigError
+from gptperf.files import replace_text
 
 __all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "identity", "load_folder", "now", "read"]
 __all__ += ["source_state", "write"]
@@ -44,16 +44,13 @@ def _finite(value: Any) -> Any:
 
 
 def write(folder: Path, record: Record) -> Path:
-    """Write the file of a cell, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the file of a cell, whole or not at all, and returns its path.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
     path = cell_path(folder, record["cell"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(record), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     return path
 
 

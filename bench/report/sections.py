@@ -9,7 +9,8 @@ from bench.results import Record
 from gptperf import plan
 from gptperf.formats import number
 from gptperf.monitor.waterfall import PARTS
-from gptperf.report.page import Section, Table
+from gptperf.report.page import Section
+from gptperf.report.tables import Table, words
 
 __all__ = ["ops_rows", "sections", "verdict_lines"]
 
@@ -54,7 +55,7 @@ def sections(records: Records) -> list[Section]:
 def _failed(records: Records) -> Iterator[Section]:
     rows = [(c, str(r.get("reason"))) for c, r in records.items() if r["status"] != "done"]
     if rows:
-        yield Section("Cells that failed", tables=[Table(("cell", "reason"), rows)])
+        yield Section("Cells that failed", tables=[words(("cell", "reason"), rows)])
 
 
 def _steps(records: Records) -> Iterator[Section]:
@@ -336,7 +337,7 @@ def _environment(records: Records) -> Section:
     rows.append(("measured", f"{dates[0]} to {dates[-1]}"))
     mixed = [name for name, found in values.items() if len(found) > 1 and name in ("device", "driver", "sources")]
     lines = [f"These results are not of one kind: {', '.join(mixed)} differ."] if mixed else []
-    return Section("Environment", lines, [Table(("what", "value"), rows)])
+    return Section("Environment", lines, [words(("what", "value"), rows)])
 
 
 def _protocols(records: Records) -> Iterator[Section]:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptperf import formats
-from gptperf.compare import curves
 from gptperf.monitor.runs import LeftOut, Run
-from gptperf.report import tables as page
-from gptperf.report.tables import Section, Table
 
-__all__ = ["Ranking", "differing_keys", "differing_table", "rank", "ranking_html", "ranking_table"]
+__all__ = ["Ranking", "differing_keys", "rank", "record"]
 
 _OF_THE_PLACE = ("out_dir", "init_from", "overwrite", "wandb_run_name")
 _RAN_ON = {
@@ -116,79 +113,6 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {
         formats.one_line(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1
     }
-
-
-def ranking_table(ranking: Ranking) -> Table:
-    """One row a run."""
-    columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
-    rows = []
-    for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
-        last = run.evals[-1] if run.evals else None
-        mfu = None if run.mfu_percent is None else f"{run.mfu_percent:.1f}% {run.mfu_convention or ''}".rstrip()
-        damage = f", {run.damaged_lines} damaged" if run.damaged_lines else ""
-        rows.append(
-            (
-                "-" if loss is None else str(number),
-                run.name,
-                formats.number(loss, ".4f"),
-                formats.number(last and last.loss, ".4f"),
-                mfu or "-",
-                formats.number(run.tokens_per_sec, ",.0f"),
-                formats.number(run.peak_gb, ".1f" if (run.peak_gb or 0) >= 10 else ".2f"),
-                f"{run.iterations:,}" + (f" of {run.max_iters:,}" if run.max_iters is not None else ""),
-                formats.duration(run.train_s),
-                formats.duration(run.wall_s),
-                run.state + damage,
-            )
-        )
-    return Table(
-        (*columns, "training", "wall time", "state"),
-        rows,
-        frozenset({1, 10}),
-        page.lines_for([run.name for run in ranking.runs]),
-        key_column=1,
-    )
-
-
-def differing_table(ranking: Ranking) -> Table | None:
-    """Keys that differ, with the runs across or the keys across, whichever is narrower."""
-    if not ranking.differing:
-        return None
-    cells = {
-        key: [formats.one_line(formats.value_text(value, 6)) for value in values]
-        for key, values in ranking.differing.items()
-    }
-    names = [run.name for run in ranking.runs]
-    by_key = Table(("", *names), [(key, *values) for key, values in cells.items()])
-    by_run = Table(("", *cells), [(name, *(of[i] for of in cells.values())) for i, name in enumerate(names)])
-    return min(by_key, by_run, key=lambda table: len(page.aligned(table).partition("\n")[0]))
-
-
-def ranking_html(ranking: Ranking) -> str:
-    """The page: table, differing keys, curves.
-
-    Raises:
-        DeviceError: jinja2 or matplotlib is not installed.
-    """
-    lines = page.lines_for([run.name for run in ranking.runs])
-    differing = differing_table(ranking)
-    sections = [
-        Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], ranking.remarks),
-        Section("What differs", (), [differing])
-        if differing is not None
-        else Section("", ["All runs have the same configuration."] if len(ranking.runs) > 1 else []),
-        Section(
-            "Curves", _on_the_curves(ranking), legend=lines, charts=curves.charts(ranking.runs, lines, ranking.tokens)
-        ),
-    ]
-    count = "1 run" if len(ranking.runs) == 1 else f"{len(ranking.runs)} runs"
-    return page.html(f"gptperf: {count} compared", sections)
-
-
-def _on_the_curves(ranking: Ranking) -> list[str]:
-    lines = ["Dotted: where the runs are ranked."] if ranking.tokens is not None else []
-    lines.append("Many points are drawn as means, with the least and greatest as a shade.")
-    return [" ".join([*lines, "Time is that of training, without compilation, evaluation and saving."])]
 
 
 def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from gptperf import formats
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import gaps, mapping, number, series, value_at
-from gptperf.report.page import Section, Table, Tile, clean
+from gptperf.report.page import Section, Tile, clean
+from gptperf.report.tables import Table, words
 
 __all__ = ["sections", "state"]
 
@@ -66,9 +67,9 @@ def _training_s(log: RunLog) -> float | None:
 
 def _verdict(log: RunLog) -> Section:
     info, summary, entries = log["startup_info"], log["summary"], log["training_iterations"]
-    words, good = state(log)
+    ended, good = state(log)
     started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
-    tiles = [Tile("State", words, f"started {started}", good)]
+    tiles = [Tile("State", ended, f"started {started}", good)]
     last, most = (entries[-1]["iter"] if entries else 0), number(info.get("max_iters"))
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
     tokens = _last(entries, "tokens")
@@ -271,14 +272,14 @@ def _built(log: RunLog) -> Iterator[Section]:
     tables = []
     components, kernels = mapping(info.get("components")), mapping(info.get("kernels"))
     if components:
-        tables.append(Table(("component", "what was built"), _flat(components), words=True))
+        tables.append(words(("component", "what was built"), _flat(components)))
     rows = _flat(info, _APART)
     if rows:
-        tables.append(Table(("size", "value"), rows, words=True))
+        tables.append(words(("size", "value"), rows))
     if kernels:
         reasons = mapping(info.get("kernel_reasons"))
         chosen = [(text(str(op)), text(impl), text(reasons.get(op, ""))) for op, impl in list(kernels.items())[:50]]
-        tables.append(Table(("op", "implementation", "why"), chosen, words=True))
+        tables.append(words(("op", "implementation", "why"), chosen))
     if tables:
         yield Section("What was built", tables=tables)
 
@@ -295,9 +296,9 @@ def _configuration(log: RunLog) -> Iterator[Section]:
     chosen = [row for row in rows if row[3] != "default"][:_CONFIG_ROWS]
     rest = [row for row in rows if row[3] == "default"][:_CONFIG_ROWS]
     if chosen:
-        yield Section("Configuration", tables=[Table(columns, chosen, words=True)])
+        yield Section("Configuration", tables=[words(columns, chosen)])
     if rest:
-        yield Section("Configuration: defaults", tables=[Table(columns, rest, words=True)], folded=True)
+        yield Section("Configuration: defaults", tables=[words(columns, rest)], folded=True)
 
 
 def _environment(log: RunLog) -> Iterator[Section]:
@@ -305,7 +306,7 @@ def _environment(log: RunLog) -> Iterator[Section]:
     rows = _flat({key: info[key] for key in _ABOUT_HARDWARE if key in info})
     rows += _flat(mapping(info.get("versions")))
     if rows:
-        yield Section("Environment", tables=[Table(("what", "value"), rows, words=True)])
+        yield Section("Environment", tables=[words(("what", "value"), rows)])
 
 
 def _messages(log: RunLog) -> Iterator[Section]:
@@ -318,7 +319,7 @@ def _messages(log: RunLog) -> Iterator[Section]:
         (text(entry.get("level")), text(entry.get("iter")), text(entry.get("time")), text(entry.get("text")))
         for entry in entries[-_TEXT_ROWS:]
     ]
-    tables = [Table(("level", "iteration", "time", "message"), rows, words=True)] if rows else []
+    tables = [words(("level", "iteration", "time", "message"), rows)] if rows else []
     if lines or tables:
         yield Section("Messages", lines, tables)
 

@@ -15,7 +15,8 @@ from run_helpers import run
 
 from gptperf.errors import ConfigError, DataError, DeviceError, DiskError
 from gptperf.monitor.run_log import load, number
-from gptperf.report import __main__ as report
+from gptperf.report import __main__ as command
+from gptperf.report import run_page as report
 from gptperf.report.charts import CAPTIONS, draw, layer_order
 from gptperf.report.sections import sections
 
@@ -124,7 +125,7 @@ def test_a_damaged_journal_of_a_running_run(tmp_path: Path) -> None:
     with open(write_journal(tmp_path, half), "ab") as stream:
         stream.write(b"\xff\x00\n" + json.dumps({"event": "iteration", "iter": "7", "loss": 1}).encode())
         stream.write(b'\n{"event":"iteration","iter":3050,"lo')
-    assert report.main([str(tmp_path)]) == 0
+    assert command.main([str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "3 lines of the journal could not be read." in page.words
     assert "running or killed" in page.words
@@ -229,7 +230,7 @@ def test_a_run_is_named_by_its_folder_journal_or_json(tmp_path: Path, capsys: py
     as_json.write_text(json.dumps(load(journal)))
     for name, last in ((tmp_path, "1,200"), (journal, "1,200"), (older, "600"), (as_json, "1,200")):
         out = tmp_path / "elsewhere.html"
-        assert report.main([str(name), "--out", str(out)]) == 0
+        assert command.main([str(name), "--out", str(out)]) == 0
         assert f"<b>{last}</b>" in out.read_text()
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out}"
     journal.unlink()
