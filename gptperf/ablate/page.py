@@ -11,7 +11,7 @@ from gptperf.ablate.variants import Variant
 from gptperf.compare import curves
 from gptperf.files import replace_text
 from gptperf.formats import number
-from gptperf.monitor.runs import Run
+from gptperf.monitor.runs import LoggedRun
 from gptperf.report.figures import TEXT_COLOR, Line, lines_for, pyplot, svg
 from gptperf.report.page import Section, render
 from gptperf.report.tables import Table, aligned, escaped
@@ -159,7 +159,7 @@ def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str
         DeviceError: jinja2 or matplotlib is not installed.
     """
     keys = lines_for([result.variant.name for result in found])
-    runs: list[Run] = []
+    runs: list[LoggedRun] = []
     lines = []
     for result, key in zip(found, keys, strict=True):
         for job in result.variant.jobs:

@@ -11,7 +11,7 @@ from gptperf import flops
 from gptperf.config import KEYS, Config, command_line
 from gptperf.errors import ConfigError, DataError
 from gptperf.monitor.journal import find_journal
-from gptperf.monitor.runs import Run, read_run
+from gptperf.monitor.runs import LoggedRun, read_run
 
 __all__ = ["BASELINE", "Job", "Variant", "changed_runs", "variants"]
 
@@ -38,7 +38,7 @@ class Job(NamedTuple):
     """For `gptperf.train`."""
     config: Config
 
-    def log(self) -> Run | None:
+    def log(self) -> LoggedRun | None:
         """What this run has logged; None before it has."""
         path = find_journal(self.out_dir)
         try:

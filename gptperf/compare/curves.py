@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptperf.formats import short_count
-from gptperf.monitor.runs import Run
+from gptperf.monitor.runs import LoggedRun
 from gptperf.report.figures import TEXT_COLOR, Line, logarithmic, pyplot, svg
 
 __all__ = ["charts", "limits", "thinned"]
@@ -22,7 +22,7 @@ _EARLY = 0.05
 Points = list[tuple[float, float]]
 
 
-def charts(runs: Sequence[Run], lines: Sequence[Line], at: float | None = None) -> dict[str, str | None]:
+def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = None) -> dict[str, str | None]:
     """Returns title -> SVG of every chart, None for a chart that has nothing to show.
 
     Args:
@@ -47,7 +47,7 @@ class _Chart:
     """What a chart shows, and how."""
 
     title: str
-    points_of: Callable[[Run], Points]
+    points_of: Callable[[LoggedRun], Points]
     unit: tuple[float, str] | None = None
     """Unit of the time axis, of `_time_unit`; None: the axis has tokens."""
     at: float | None = None
@@ -60,32 +60,32 @@ class _Chart:
     """Begin the y-axis at zero."""
 
 
-def _loss(run: Run) -> Points:
+def _loss(run: LoggedRun) -> Points:
     return [(s.tokens, s.loss) for s in run.steps if s.loss is not None]
 
 
-def _evals(run: Run) -> Points:
+def _evals(run: LoggedRun) -> Points:
     return [(e.tokens, e.loss) for e in run.evals]
 
 
-def _mfu(run: Run) -> Points:
+def _mfu(run: LoggedRun) -> Points:
     return [(s.tokens, s.mfu_percent) for s in run.steps if s.mfu_percent is not None]
 
 
-def _norm(run: Run) -> Points:
+def _norm(run: LoggedRun) -> Points:
     return [(s.tokens, s.gradient_norm) for s in run.steps if s.gradient_norm is not None and s.gradient_norm > 0]
 
 
-def _over_time(run: Run, unit: tuple[float, str]) -> Points:
+def _over_time(run: LoggedRun, unit: tuple[float, str]) -> Points:
     return [(s.seconds / unit[0], s.loss) for s in run.steps if s.loss is not None]
 
 
-def _evals_over_time(run: Run, unit: tuple[float, str]) -> Points:
+def _evals_over_time(run: LoggedRun, unit: tuple[float, str]) -> Points:
     found = [(run.seconds_at(e.tokens), e.loss) for e in run.evals]
     return [(seconds / unit[0], loss) for seconds, loss in found if seconds is not None]
 
 
-def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
+def _time_unit(runs: Sequence[LoggedRun]) -> tuple[float, str]:
     longest = max((run.train_s or 0.0 for run in runs), default=0.0)
     return next((unit for unit in ((3600.0, "hours"), (60.0, "minutes")) if longest > 2 * unit[0]), (1.0, "seconds"))
 
@@ -110,7 +110,7 @@ def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
     return low - margin, high + margin
 
 
-def _drawn(chart: _Chart, runs: Sequence[Run], lines: Sequence[Line]) -> str | None:
+def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> str | None:
     """Returns the SVG of a chart, or None where no run has a point."""
     plots = pyplot()
     figure, axes = plots.subplots(figsize=(6.4, 3.7))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptperf import formats
-from gptperf.monitor.runs import LeftOut, Run
+from gptperf.monitor.runs import LeftOut, LoggedRun
 
 __all__ = ["Ranking", "differing_keys", "rank", "record"]
 
@@ -25,7 +25,7 @@ _SAME_VALIDATION = ("dataset", "block_size", "batch_size", "eval_iters")
 class Ranking:
     """Runs from the least loss to the greatest; those without a loss last."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
     losses: tuple[float | None, ...]
     measure: str
     """validation or training loss; or none, with nothing logged."""
@@ -37,7 +37,7 @@ class Ranking:
     remarks: tuple[str, ...]
 
 
-def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
+def rank(runs: Sequence[LoggedRun], left_out: Sequence[LeftOut] = ()) -> Ranking:
     """Rank runs by one measure at the largest number of tokens that all of them have reached with it.
 
     Args:
@@ -52,7 +52,7 @@ def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
         for run in taking_part:
             losses[run.name] = run.val_loss_at(tokens) if validation else run.train_loss_at(tokens)
 
-    def order(run: Run) -> float:
+    def order(run: LoggedRun) -> float:
         loss = losses[run.name]
         return math.inf if loss is None else loss
 
@@ -72,7 +72,7 @@ def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
     )
 
 
-def _measure(runs: Sequence[Run]) -> tuple[str, float | None, str]:
+def _measure(runs: Sequence[LoggedRun]) -> tuple[str, float | None, str]:
     """What all runs can be ranked by, where, and that in words."""
     if not runs:
         return "none", None, "no run has logged a loss"
@@ -95,14 +95,14 @@ def _measure(runs: Sequence[Run]) -> tuple[str, float | None, str]:
     return "training loss", tokens, how + _limit(runs, shortest, tokens)
 
 
-def _limit(runs: Sequence[Run], shortest: Run, tokens: float) -> str:
+def _limit(runs: Sequence[LoggedRun], shortest: LoggedRun, tokens: float) -> str:
     longest = max(
         [run.steps[-1].tokens for run in runs if run.steps] + [run.evals[-1].tokens for run in runs if run.evals]
     )
     return "" if longest <= 1.05 * tokens else f"; {shortest.name} goes no further"
 
 
-def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing_keys(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
     """Configuration keys, and facts of the machine, that are not the same in all runs."""
     found: dict[str, list[Any]] = {}
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_THE_PLACE)

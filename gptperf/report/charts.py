@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptperf.monitor.events import RunLog
-from gptperf.monitor.run_log import entries_of, mapping, number, series, value_at
+from gptperf.monitor.run_log import entries_of, finite, mapping, series, value_at
 from gptperf.monitor.waterfall import PARTS
 from gptperf.report.figures import BLUE, COLORS, GRAY, ORANGE, RED, TEXT_COLOR, logarithmic, pyplot, svg, waterfall
 from gptperf.report.page import clean
@@ -118,9 +118,9 @@ def _loss(plots: Any, log: RunLog, first: int = 0, scale: str = "log") -> Any:
     if flat:
         low = axes.get_xaxis_transform()
         axes.plot(flat, [0.015] * len(flat), "s", color=GRAY, markersize=3, label="plateau", transform=low)
-    for number_, resume in enumerate(log["resumes"][-50:]):
+    for place, resume in enumerate(log["resumes"][-50:]):
         if resume["iter"] >= first:
-            label = "" if number_ else "resumed"
+            label = "" if place else "resumed"
             axes.axvline(resume["iter"], color=TEXT_COLOR, linewidth=0.7, linestyle=":", label=label)
     if scale == "log" and _wide([*ys, *eval_ys], 2):
         logarithmic(axes.yaxis)
@@ -150,7 +150,7 @@ def _gradient_norm(plots: Any, log: RunLog) -> Any:
         return None
     found, axes = _axes(plots)
     _line(axes, xs, ys, BLUE, "global norm")
-    clip = number(value_at(log["config"], "optimizer", "grad_clip"))
+    clip = finite(value_at(log["config"], "optimizer", "grad_clip"))
     if clip is not None and 0 < clip < 20 * max(ys):
         _dashed(axes, clip, "grad_clip")
     if _wide(ys, 10):
@@ -232,7 +232,7 @@ def _histograms(log: RunLog) -> list[tuple[list[float], list[float]]]:
         given = mapping(value_at(entry, "gradients", "histogram"))
         edges, shares = given.get("log2_edges"), given.get("shares")
         if isinstance(edges, list) and isinstance(shares, list) and 0 < len(edges) < 200:
-            values = [number(value) for value in (*edges, *shares)]
+            values = [finite(value) for value in (*edges, *shares)]
             if len(shares) == len(edges) + 1 and None not in values:
                 found.append((edges, shares))
     return found
@@ -278,7 +278,7 @@ def _speed(plots: Any, log: RunLog) -> Any:
     for axes, (key, label, xs, ys) in zip(grid[:, 0], lines, strict=True):
         axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
         _line(axes, xs, ys, BLUE, "measured")
-        _dashed(axes, number(plan.get(key)), "plan")
+        _dashed(axes, finite(plan.get(key)), "plan")
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.margins(y=0.25)
@@ -299,7 +299,7 @@ def _memory(plots: Any, log: RunLog) -> Any:
     for color, (label, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
         _line(axes, xs, ys, color, label)
     plan = mapping(log["startup_info"].get("plan"))
-    planned, limit = number(plan.get("memory_gb")), number(plan.get("limit_gb"))
+    planned, limit = finite(plan.get("memory_gb")), finite(plan.get("limit_gb"))
     _dashed(axes, planned, "plan")
     top = max(max(ys) for _, ys in lines.values())
     if limit is not None and limit < 1.6 * top:
@@ -315,11 +315,11 @@ def _waterfall(plots: Any, log: RunLog) -> Any:
     profiles = [profile for profile in log["profiles"] if mapping(profile.get("waterfall"))]
     if not profiles:
         return None
-    given = {str(part): number(points) for part, points in profiles[-1]["waterfall"].items()}
+    given = {str(part): finite(points) for part, points in profiles[-1]["waterfall"].items()}
     order = [*(part for part in PARTS if part in given), *(part for part in given if part not in PARTS)][:12]
     points = {_label(part): given[part] or 0.0 for part in order}
     title = f"iterations to {profiles[-1]['iter']:,}"
-    timed, basis = number(log["summary"].get("mfu_percent")), log["startup_info"].get("peak_basis")
+    timed, basis = finite(log["summary"].get("mfu_percent")), log["startup_info"].get("peak_basis")
     return waterfall(title, points, timed, "sparse" if basis == "sparse" else "dense")
 
 

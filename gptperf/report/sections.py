@@ -6,7 +6,7 @@ from typing import Any
 
 from gptperf import formats
 from gptperf.monitor.events import RunLog
-from gptperf.monitor.run_log import gaps, mapping, number, series, value_at
+from gptperf.monitor.run_log import finite, gaps, mapping, series, value_at
 from gptperf.report.page import Section, Tile, clean
 from gptperf.report.tables import Table, words
 
@@ -22,7 +22,7 @@ def text(value: Any) -> str:
 
 
 def _figure(value: Any, digits: int = 2) -> str:
-    return formats.number(number(value), f",.{digits}f")
+    return formats.number(finite(value), f",.{digits}f")
 
 
 def state(log: RunLog) -> tuple[str, bool]:
@@ -55,7 +55,7 @@ def _typical(log: RunLog, *path: str) -> float | None:
 
 def _of_run(log: RunLog, key: str) -> tuple[float | None, str]:
     """A figure of the speed, and how it was taken."""
-    whole = number(log["summary"].get(key))
+    whole = finite(log["summary"].get(key))
     return (whole, "mean of the run") if whole is not None else (_typical(log, "mfu", key), "median")
 
 
@@ -70,7 +70,7 @@ def _verdict(log: RunLog) -> Section:
     ended, good = state(log)
     started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
     tiles = [Tile("State", ended, f"started {started}", good)]
-    last, most = (entries[-1]["iter"] if entries else 0), number(info.get("max_iters"))
+    last, most = (entries[-1]["iter"] if entries else 0), finite(info.get("max_iters"))
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
     tokens = _last(entries, "tokens")
     if tokens is not None:
@@ -91,7 +91,7 @@ def _verdict(log: RunLog) -> Section:
     speed, how = _of_run(log, "tokens_per_sec")
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
-    wall, training = number(summary.get("wall_time_s")), _training_s(log)
+    wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
         tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
     elif training is not None:
@@ -239,13 +239,13 @@ def _plan(log: RunLog) -> Iterator[Section]:
     ]
     rows = []
     for label, planned, told, seen in pairs:
-        wanted, got = number(planned), number(told) or number(seen)
+        wanted, got = finite(planned), finite(told) or finite(seen)
         if wanted and got:
             rows.append((label, text(wanted), text(got), f"{got / wanted - 1:+.1%}"))
     tables = [Table(("", "planned", "measured", "off"), rows)] if rows else []
     parts = [(text(str(name)), _figure(ms)) for name, ms in list(mapping(plan.get("parts_ms")).items())[:30]]
     tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
-    band = number(plan.get("band"))
+    band = finite(plan.get("band"))
     lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
     if tables:
         yield Section("Plan against actual", lines, tables)

@@ -14,7 +14,7 @@ from report_helpers import CHROMIUM, Browser, events, write_journal
 from run_helpers import run
 
 from gptperf.errors import ConfigError, DataError, DeviceError, DiskError
-from gptperf.monitor.run_log import load, number
+from gptperf.monitor.run_log import finite, load
 from gptperf.report import __main__ as command
 from gptperf.report import run_page as report
 from gptperf.report.charts import CAPTIONS, draw, layer_order
@@ -207,7 +207,7 @@ def test_iterations_that_are_none_are_left_out(tmp_path: Path) -> None:
         tmp_path, [*events(600, 12), {"event": "iteration", "iter": 10**30, "loss": 1.0, "time_ms": 1}]
     )
     assert load(path)["damaged_lines"] == 1
-    assert [number(x) for x in (True, "1", None, float("inf"), 10**400, 2)] == [None] * 5 + [2.0]
+    assert [finite(x) for x in (True, "1", None, float("inf"), 10**400, 2)] == [None] * 5 + [2.0]
 
 
 def test_very_long_runs_and_texts_stay_small(tmp_path: Path) -> None:
