@@ -6,15 +6,15 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptperf.errors import ConfigError
 from gptperf.files import replace_text
 
-__all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "identity", "load_folder", "now", "read"]
-__all__ += ["source_state", "write"]
+__all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "guarded", "identity", "load_folder", "now"]
+__all__ += ["read", "source_state", "write"]
 
 Record = dict[str, Any]
 SCHEMA = 1
@@ -127,3 +127,13 @@ def default_folder(environment: Mapping[str, Any], root: Path = ROOT) -> Path:
     source = environment["source"]
     device = re.sub(r"[^a-z0-9]+", "_", str(environment["device"]).lower()).strip("_")
     return root / "out" / "bench" / f"{device}-{(source['commit'] or source['digest'])[:9]}"
+
+
+def guarded(row: Record, work: Callable[[], Any]) -> Any:
+    """Does a piece of work; an error becomes the `error` of the row, and None is returned."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - rivals raise errors of any class, and an error is a result
+        text = " ".join(str(error).split())
+        row["error"] = f"{type(error).__name__}: {text[:300]}"
+        return None

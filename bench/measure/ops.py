@@ -46,33 +46,21 @@ from bench.measure.cases import (
     OPS,
     OURS,
     Implementation,
-    Inputs,
     Shape,
     call,
     eager,
     implementation,
-    kernel,
     least_bytes,
     leaves,
     make_inputs,
     share,
 )
+from bench.measure.op_errors import dtypes_of, error_rows
+from bench.measure.op_tables import error_table, host_table, table
 from bench.measure.timing import Spread, Work
-from bench.report.tables import error_table, host_table, table
+from bench.results import guarded
 
-__all__ = [
-    "HOST_IMPLS",
-    "OURS",
-    "PROTOCOL",
-    "RIVALS",
-    "dtypes_of",
-    "error_rows",
-    "guarded",
-    "main",
-    "measure",
-    "measure_host",
-    "measure_loss",
-]
+__all__ = ["HOST_IMPLS", "PROTOCOL", "RIVALS", "main", "measure", "measure_host", "measure_loss", "setting"]
 __all__ += ["setting"]
 
 Row = dict[str, Any]
@@ -81,7 +69,6 @@ TOLERANCE = 0.02  # bfloat16 rounds to 0.004; a wrong op is off by about 1
 RIVALS = ("liger_kernel", "nvidia-cudnn-frontend")
 PROTOCOL = f"{__doc__}\n{timing.__doc__}"
 HOST_IMPLS = ("eager", "triton", "torch_native")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
@@ -93,16 +80,6 @@ def setting() -> Iterator[None]:
                 yield
         else:
             yield
-
-
-def guarded(row: Row, work: Callable[[], Any]) -> Any:
-    """Do a piece of work; where it fails, the reason goes into the row and None comes back."""
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001 - other people's code raises what it likes, and that is a result
-        text = " ".join(str(error).split())
-        row["error"] = f"{type(error).__name__}: {text[:300]}"
-        return None
 
 
 def compare(outputs: Sequence[Tensor], expected: Tensor) -> None:
@@ -242,68 +219,6 @@ def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
     return found
 
 
-def results(
-    function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the inputs that have one, by name; gradients come in rounded to dtype."""
-    wanted = leaves(inputs)
-    outputs = call(function, op, shape, inputs)
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    normal = partial(torch.randn, generator=generator, device=outputs[0].device)
-    dys = [normal(y.shape).to(dtype).to(y.dtype) for y in outputs]
-    gradients = torch.autograd.grad(outputs, tuple(wanted.values()), dys)
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | {f"d{name}": dx for name, dx in zip(wanted, gradients, strict=True)}
-
-
-def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The results in float64. A sum with the residual is rounded, as it is an output of the op and stored."""
-    doubles = {k: x.double() if x.is_floating_point() and k not in ("cos", "sin") else x for k, x in inputs.items()}
-    function = eager(op)
-    if "residual" in inputs:
-        stored = (inputs["x"] + inputs["residual"]).double()
-
-        def function(x: Tensor, *parameters: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            total = x + residual
-            total = total + (stored - total).detach()
-            return eager(op)(total, *parameters), total
-
-    return results(function, op, shape, doubles, dtype)
-
-
-def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
-    """Errors of eager and of ours, each output and gradient of one op.
-
-    Args:
-        op: of `OPS`.
-        shape: of that op.
-        dtype: of `DTYPES`; "mixed" is bfloat16 with float32 parameters of a norm.
-        device: of the tensors.
-
-    Returns:
-        Errors over the root mean square of the exact result, and ours over eager's (None where eager has none).
-    """
-    low, parameters = DTYPES.get(dtype, torch.bfloat16), DTYPES.get(dtype, torch.float32)
-    inputs = partial(make_inputs, op, shape, 0, device, low, parameters)
-    head: Row = {"op": op, "shape": list(shape), "dtype": dtype}
-    found = guarded(head, lambda: results(kernel(op), op, shape, inputs(), low))
-    if found is None:
-        return [head]
-    truth, plain = exact(op, shape, inputs(), low), results(eager(op), op, shape, inputs(), low)
-    rows = []
-    for name, wanted in truth.items():
-        scale = wanted.square().mean().sqrt()
-        row = {**head, "tensor": name}
-        for impl, value in (("eager", plain[name]), (OURS, found[name])):
-            error = (value.double() - wanted) / scale
-            row[f"{impl}_rms"], row[f"{impl}_max"] = error.square().mean().sqrt().item(), error.abs().max().item()
-        for measure_of in ("rms", "max"):
-            ours, eagers = row[f"{OURS}_{measure_of}"], row[f"eager_{measure_of}"]
-            row[f"ratio_{measure_of}"] = ours / eagers if eagers else None
-        rows.append(row)
-    return rows
-
-
 def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
     """Every op at every shape that was asked for."""
     for op in args.ops:
@@ -325,11 +240,6 @@ def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) ->
         for count in HOST_ROWS if impls else ():
             rows = measure_host(op, count, impls)
             add(rows, host_table(rows))
-
-
-def dtypes_of(op: str) -> tuple[str, ...]:
-    """In which the errors of an op are looked at."""
-    return (*DTYPES, "mixed") if "norm" in op else tuple(DTYPES)
 
 
 def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:

@@ -26,17 +26,17 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from bench.measure import timing
 from bench.measure.models import MODELS
+from bench.measure.step import random_batches
 from gptperf import plan
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config, command_line
@@ -122,16 +122,6 @@ def to_measure(wanted: Sequence[Case], there: Collection[str]) -> list[Case]:
     ]
 
 
-def _batches(engine: Engine) -> Iterator[Tensor]:
-    """Fresh tokens for ever, others in every process."""
-    config, device = engine.config, engine.process.device
-    generator = torch.Generator(device).manual_seed(1000 + dist.get_rank())
-    shape = (config.train.batch_size, config.model.block_size + 1)
-    while True:
-        tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
-        yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
-
-
 def _measure(case: Case, process: Process, save: bool, start_together: Callable[[], object]) -> dict[str, Any]:
     """Figures of this process; `start_together` is called before the steps that are timed."""
     gc.collect()
@@ -141,7 +131,9 @@ def _measure(case: Case, process: Process, save: bool, start_together: Callable[
     engine = build_engine(config, process)
     engine.weights.share()
     compile_engine(engine)
-    batches, moved = _batches(engine), engine.weights.collectives
+    seed = 1000 + dist.get_rank()  # every rank reads other tokens
+    batches = random_batches(engine, torch.Generator(process.device).manual_seed(seed))
+    moved = engine.weights.collectives
 
     def run(step: int) -> StepResult:
         return train_step(engine, batches, step)

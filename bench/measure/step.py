@@ -38,12 +38,17 @@ WARM_UP_MS = 2000.0  # before them: the card runs at its power cap again
 _PROBE = 8192
 
 
-def random_batches(engine: Engine) -> Iterator[Tensor]:
-    """Fresh tokens for ever, made on the device."""
+def random_batches(engine: Engine, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Yields batches of fresh random tokens without end, made on the device.
+
+    Args:
+        engine: Gives the shape and the device.
+        generator: Source of the tokens; default: the device's own generator.
+    """
     config, device = engine.config, engine.process.device
     shape = (config.train.batch_size, config.model.block_size + 1)
     while True:
-        tokens = torch.randint(config.model.vocab_size, shape, device=device)
+        tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.measure import loader, monitoring, ops, step, timing
-from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS
+from bench.measure import loader, monitoring, op_errors, ops, step, timing
+from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
 from bench.measure.models import DEFAULT_VARIANT, planned, resolve
-from bench.report.tables import error_table, host_table, table
+from bench.measure.op_tables import error_table, host_table, table
 from gptperf.hardware import ceilings
 from gptperf.monitor import waterfall
 
@@ -44,7 +44,7 @@ def _ops(name: str, quick: bool, _: Path) -> Found:
     with ops.setting():
         rows = measure(op, shape, OPS[op].impls, _QUICK_ROUNDS if quick else _ROUNDS)
     print(table(rows))
-    failed = [row["error"] for row in rows if "error" in row and row["impl"] == ops.OURS]
+    failed = [row["error"] for row in rows if "error" in row and row["impl"] == OURS]
     return {"results": {"rows": rows}, "protocol": ops.PROTOCOL, "ops": {op: "each"}, "failed": failed}
 
 
@@ -53,8 +53,8 @@ def _errors(name: str, quick: bool, _: Path) -> Found:
     rows = []
     with ops.setting():
         for shape in (OPS[op].small, OPS[op].real) if on_gpu and not quick else (OPS[op].small,):
-            for dtype in ops.dtypes_of(op):
-                rows += ops.error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
+            for dtype in op_errors.dtypes_of(op):
+                rows += op_errors.error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
     print(error_table(rows))
     failed = [row["error"] for row in rows if "error" in row]
     where = "on the GPU" if on_gpu else "on a CPU in Triton's interpreter, which truncates to bfloat16"
@@ -69,7 +69,7 @@ def _host(name: str, quick: bool, _: Path) -> Found:
         for count in HOST_ROWS[:1] if quick else HOST_ROWS:
             rows += ops.measure_host(op, count, impls)
     print(host_table(rows))
-    failed = [row["error"] for row in rows if "error" in row and row["impl"] == ops.OURS]
+    failed = [row["error"] for row in rows if "error" in row and row["impl"] == OURS]
     return {"results": {"rows": rows}, "protocol": ops.PROTOCOL, "failed": failed}
 
 
@@ -165,7 +165,7 @@ def execute(name: str, quick: bool, folder: Path) -> Found:
         status ("done" or "failed"), reason, results, protocol, config and ops where there are any.
     """
     row: Found = {}
-    found = ops.guarded(row, partial(_told, partial(_KINDS[name.partition("/")[0]], name, quick, folder))) or {}
+    found = results.guarded(row, partial(_told, partial(_KINDS[name.partition("/")[0]], name, quick, folder))) or {}
     failed = [row["error"]] if row else found.pop("failed", [])
     if not row:  # after an error the device may not answer, and the process ends anyway
         gc.collect()
