@@ -17,14 +17,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def dtypes_of(op: str) -> tuple[str, ...]:
-    """In which the errors of an op are looked at."""
+    """Returns the dtypes in which the errors of an op are measured."""
     return (*DTYPES, "mixed") if "norm" in op else tuple(DTYPES)
 
 
 def outputs_and_gradients(
     function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the inputs that have one, by name; gradients come in rounded to dtype."""
+    """Returns outputs and gradients of the inputs by name; the incoming gradients are rounded to `dtype`."""
     wanted = leaves(inputs)
     outputs = call(function, op, shape, inputs)
     generator = torch.Generator(outputs[0].device).manual_seed(1)
@@ -36,7 +36,7 @@ def outputs_and_gradients(
 
 
 def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The results in float64. A sum with the residual is rounded, as it is an output of the op and stored."""
+    """Returns the results in float64. A sum with the residual is rounded, because the op stores it as an output."""
     doubles = {k: x.double() if x.is_floating_point() and k not in ("cos", "sin") else x for k, x in inputs.items()}
     function = eager(op)
     if "residual" in inputs:
@@ -51,16 +51,17 @@ def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str
 
 
 def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
-    """Errors of eager and of ours, each output and gradient of one op.
+    """Returns the errors of eager and of ours, a row for each output and gradient of one op.
 
     Args:
-        op: of `OPS`.
-        shape: of that op.
-        dtype: of `DTYPES`; "mixed" is bfloat16 with float32 parameters of a norm.
-        device: of the tensors.
+        op: One of `bench.measure.cases.OPS`.
+        shape: Shape of the op.
+        dtype: One of `DTYPES`, or "mixed": bfloat16 with float32 parameters of a norm.
+        device: Device of the tensors.
 
     Returns:
-        Errors over the root mean square of the exact result, and ours over eager's (None where eager has none).
+        Errors divided by the root mean square of the exact result, and ours divided by eager's (None where eager has
+        no error).
     """
     low, parameters = DTYPES.get(dtype, torch.bfloat16), DTYPES.get(dtype, torch.float32)
     inputs = partial(make_inputs, op, shape, 0, device, low, parameters)

@@ -1,7 +1,4 @@
-"""The charts of a report as SVG that stands alone: no font, script or address from outside, and the text's own colour.
-
-matplotlib is loaded by `draw` only.
-"""
+"""The charts of the bench's report as SVG elements. matplotlib is loaded by `draw` only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,11 +21,15 @@ _PER_ELEMENT = {"rms_norm": "rmsnorm", "layer_norm": "layernorm", "rope": "rope"
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
-    """A matplotlib figure by its name: waterfall:CELL, roofline, of_copy:forward, of_copy:backward; or None.
+    """Draws a chart, or returns None where there is nothing to draw.
+
+    Args:
+        name: waterfall:CELL, roofline, of_copy:forward or of_copy:backward.
+        records: Cell -> result.
 
     Raises:
         DeviceError: matplotlib is not installed.
-        ValueError: unknown name.
+        ValueError: The name is unknown.
     """
     pyplot = figures.pyplot()
     kind, _, what = name.partition(":")
@@ -45,7 +46,7 @@ def figure(name: str, records: Mapping[str, Record]) -> Any:
 
 
 def draw(name: str, records: Mapping[str, Record]) -> str | None:
-    """The SVG element of a chart, or None where there is nothing to draw.
+    """Returns the SVG element of a chart, or None where there is nothing to draw.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -55,7 +56,7 @@ def draw(name: str, records: Mapping[str, Record]) -> str | None:
 
 
 def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float, float]]:
-    """What can be drawn as (label, kind, FLOP per byte, FLOP/s): forward of the ops, and the models' GEMMs."""
+    """Returns (label, kind, FLOP per byte, FLOP/s) of the forward of every op and of the models' GEMMs."""
     points = []
     for row in ops_rows(records):
         op = row["op"].removesuffix("_add")
@@ -78,7 +79,7 @@ def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float
 
 
 def _elements(op: str, shape: Sequence[int]) -> float:
-    """Elements that the op's FLOPs are counted of: of rope those of queries and keys."""
+    """Elements for which the FLOPs of an op are counted; rope counts queries and keys only."""
     if op == "rope":
         B, H, T, D, K = shape
         return B * T * (H + K) * D
@@ -86,7 +87,7 @@ def _elements(op: str, shape: Sequence[int]) -> float:
 
 
 def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
-    """Measured roofs and what lies under them."""
+    """Draws the measured roofs, and the ops and GEMMs under them."""
     points = roofline_points(records)
     ceilings = [r for c, r in records.items() if c.startswith("ceilings/") and r["status"] == "done"]
     if not points or not ceilings:
@@ -107,7 +108,7 @@ def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
 
 
 def _roofs(axes: Any, ceilings: Sequence[Record], intensities: Sequence[float]) -> None:
-    """The speed of a copy, the peak of the data sheet, and the largest measured product."""
+    """Draws the speed of a copy, the peak of the data sheet, and the speed of a large product."""
     copy = max(r["results"]["copy_byte_s"] for r in ceilings)
     square = max(r["results"]["gemm_square_flop_s"] for r in ceilings)
     made_by, dtype = ceilings[0]["environment"], ceilings[0]["results"]["dtype"]
@@ -125,7 +126,7 @@ def _roofs(axes: Any, ceilings: Sequence[Record], intensities: Sequence[float]) 
 
 
 def _label_ops(axes: Any, points: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names the ops; those of one intensity lie upon each other and share a label."""
+    """Writes the names of the ops; ops of one intensity lie upon each other and share a label."""
     labels: dict[float, dict[str, None]] = {}
     for label, _, intensity, _ in points:
         labels.setdefault(round(intensity, 1), {})[label.split()[0]] = None
@@ -138,7 +139,7 @@ def _label_ops(axes: Any, points: Sequence[tuple[str, str, float, float]]) -> No
 
 
 def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Ours as bars, the others as marks."""
+    """Draws our ops as bars and the others as marks."""
     shares: dict[str, dict[str, float]] = {}
     for row in rows:
         if "of_copy" in row.get(direction, {}) and row["impl"] != "copy":

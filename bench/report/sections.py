@@ -1,4 +1,4 @@
-"""From results to the tables of a report, whatever it is written in."""
+"""Turns results into the sections of a report, for the page and for Markdown."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def _checks(records: Records) -> list[crosscheck.Check]:
 
 
 def verdict_lines(records: Records) -> list[str]:
-    """What a reader has to know first."""
+    """The lines that a reader needs first: cross-check, waterfalls, failed cells."""
     lines = []
     if any(record["environment"]["device"] != "cpu" for record in records.values()):
         lines.append(crosscheck.verdict_line(_checks(records)))
@@ -44,7 +44,7 @@ def verdict_lines(records: Records) -> list[str]:
 
 
 def sections(records: Records) -> list[Section]:
-    """All that there is to say about a folder of results; what was not measured has no section."""
+    """Returns all sections of a folder of results; what was not measured has no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
     makers = (_steps, _conventions, _waterfalls, _monitoring, _cross_check, _plans, _ceilings, _ops, _errors, _host)
     for make in (*makers, _loader, _micro):
@@ -224,7 +224,7 @@ _RATES = ("gemm", "gemm_square", "attention_forward", "attention_backward")
 
 
 def ops_rows(records: Records) -> list[dict[str, Any]]:
-    """Rows of every op that was timed."""
+    """Returns the rows of every op that was timed."""
     return [row for record in _done(records, "ops").values() for row in record["results"]["rows"]]
 
 

@@ -36,7 +36,7 @@ def listing(found: Sequence[Variant]) -> str:
 
 
 def table(found: Sequence[Result]) -> Table:
-    """A row a variant."""
+    """The result with a row for each variant."""
     columns = ("variant", "seeds", "val loss", "sd", "difference", "95%", "min", "max", "verdict")
     rows = []
     for result in found:
@@ -78,7 +78,7 @@ def _title(found: Sequence[Result], equal: str) -> str:
 
 
 def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
-    """How to read the table, and what it lacks."""
+    """How to read the table, and which runs are missing from it."""
     lines = [
         "Differences of the final validation loss to the baseline's, paired by seed: mean +- standard error, the 95% "
         "interval of the mean (Student's t), least and greatest. Within the spread: the interval holds 0.",
@@ -97,18 +97,18 @@ def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
 
 
 def text(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """For a terminal."""
+    """The report for a terminal."""
     return "\n".join([_title(found, equal), "", aligned(table(found)), "", *_lines(found, failed)])
 
 
 def markdown(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """For a file."""
+    """The report as a Markdown file."""
     lines = "\n\n".join(map(escaped, _lines(found, failed)))
     return f"# {_title(found, equal)}\n\n{markdown_table(table(found))}\n\n{lines}\n"
 
 
 def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> dict[str, Any]:
-    """For other programs."""
+    """The report for other programs, as JSON."""
     rows = []
     for result in found:
         variant, paired = result.variant, result.difference
@@ -153,7 +153,7 @@ def write(found: Sequence[Result], equal: str, failed: Mapping[Path, str], folde
 
 
 def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """The page: table, differences, curves of all runs in the colours of their variants.
+    """The report as a page: table, differences, and curves of all runs in the colours of their variants.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
@@ -181,7 +181,7 @@ def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str
 
 
 def _forest(found: Sequence[Result], keys: Sequence[Line]) -> str | None:
-    """Differences as points with their intervals."""
+    """Draws the differences as points with their intervals; None where there is no difference yet."""
     shown = [(r.difference, key) for r, key in zip(found, keys, strict=True) if r.difference is not None]
     if not shown:
         return None

@@ -15,20 +15,21 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Difference(NamedTuple):
-    """Of a variant's final validation losses to the baseline's, paired by seed."""
+    """Final validation losses of a variant less those of the baseline, paired by seed."""
 
     by_seed: dict[int, float]
+    """Seed -> difference."""
     mean: float
     standard_error: float | None
     """None with one seed."""
     interval: float | None
-    """Half of the 95% interval of the mean, by Student's t."""
+    """Half of the 95% interval of the mean, by Student's t; None with one seed."""
     low: float
     high: float
 
     @property
     def verdict(self) -> str:
-        """What follows."""
+        """What the difference says about the variant."""
         if self.interval is None:
             return "one seed, no spread"
         if abs(self.mean) <= self.interval:
@@ -38,12 +39,13 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What the runs of a variant came to."""
+    """The finished runs of a variant, put together."""
 
     variant: Variant
     losses: dict[int, float]
-    """Seed -> final validation loss, of the finished runs."""
+    """Seed -> final validation loss of a finished run."""
     difference: Difference | None
+    """Difference to the baseline; None for the baseline itself."""
     tokens_per_sec: float | None
     mfu_percent: float | None
     mfu_convention: str | None
@@ -60,7 +62,7 @@ class Result:
 
 
 def difference(losses: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Losses by seed against those of the baseline; None where no seed is in both."""
+    """Compares losses by seed with those of the baseline; None where no seed is in both."""
     by_seed = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
     if not by_seed:
         return None
@@ -78,7 +80,7 @@ def _t95(freedom: int) -> float:
 
 
 def results(found: Sequence[Variant]) -> list[Result]:
-    """What the finished runs of every variant came to."""
+    """Reads the logs of all runs and returns the result of every variant."""
     made: list[Result] = []
     for variant in found:
         losses = {job.seed: loss for job in variant.jobs if (loss := job.val_loss()) is not None}

@@ -17,7 +17,9 @@ __all__ = ["BASELINE", "Job", "Variant", "changed_runs", "variants"]
 
 BASELINE = "baseline"
 _SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
+"""Keys that the ablation sets; no change may name them."""
 _LENGTHS = ("warmup_iters", "lr_decay_iters")
+"""Lengths of the learning rate schedule, which are scaled with `max_iters`."""
 _OF_NO_EFFECT = frozenset(
     {
         *("out_dir", "init_from", "overwrite", "data_dir", "plugins", "debug", "collective_timeout_s", "ignore_plan"),
@@ -26,7 +28,7 @@ _OF_NO_EFFECT = frozenset(
         *(name for name, key in KEYS.items() if key.section == "log"),
     }
 )
-"""Keys that may differ between an interrupted run and the rest of it."""
+"""Keys that do not change what is trained: an interrupted run may go on with other values of them."""
 
 
 class Job(NamedTuple):
@@ -35,11 +37,11 @@ class Job(NamedTuple):
     seed: int
     out_dir: Path
     argv: tuple[str, ...]
-    """For `gptperf.train`."""
+    """Arguments for `gptperf.train`."""
     config: Config
 
     def log(self) -> LoggedRun | None:
-        """What this run has logged; None before it has."""
+        """The log of this run; None before it has written one."""
         path = find_journal(self.out_dir)
         try:
             return None if path is None else read_run(path, f"{self.out_dir.parent.name}, seed {self.seed}")
@@ -47,7 +49,7 @@ class Job(NamedTuple):
             return None
 
     def val_loss(self) -> float | None:
-        """Validation loss at the end; None while the run is not finished."""
+        """Validation loss of the last iteration; None while the run is not finished."""
         run = self.log()
         if run is None or not self.finished():
             return None
@@ -55,29 +57,29 @@ class Job(NamedTuple):
         return last.loss if last is not None and last.iter == run.iterations else None
 
     def finished(self) -> bool:
-        """Whether it has trained to its end and said so."""
+        """Whether the run has trained to its last iteration and logged its end."""
         run = self.log()
         return run is not None and run.state == "finished" and run.iterations == self.config.train.max_iters
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration of the ablation."""
+    """The baseline, or the baseline with changes."""
 
     name: str
     changes: dict[str, str]
     config: Config
-    """With the first seed."""
+    """Configuration of the run with the first seed."""
     jobs: tuple[Job, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """That each of its runs trains on."""
+        """Tokens that each run of this variant trains on."""
         return self.config.train.max_iters * self.config.tokens_per_iter
 
     @property
     def flops_per_token(self) -> float | None:
-        """Strict training FLOPs; None where a plugin's component has matmuls nobody knows here."""
+        """Strict training FLOPs a token; None where the matmuls of a plugin's component are unknown."""
         model = self.config.model
         if flops.uncountable_flops(model) is not None:
             return None
@@ -85,23 +87,23 @@ class Variant:
 
     @property
     def parameters(self) -> int | None:
-        """All of them."""
+        """Number of all parameters; None where those of a plugin's component are unknown."""
         model = self.config.model
         return None if flops.uncountable_parameters(model) else flops.parameters(model).total
 
 
 def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path) -> list[Variant]:
-    """Resolve the baseline and every change with all their seeds.
+    """Resolves the baseline and every change, with a run for each seed.
 
     Args:
-        argv: `[CONFIG.toml ...] [--key=value ...]` of the baseline.
-        vary: changes, `key=value[,key2=value2 ...]` each.
-        seeds: runs a variant; the first has the configuration's seed, the others the numbers after it.
-        equal: "tokens" or "flops", what every run gets as much of as the baseline.
-        out: folder of all runs.
+        argv: Arguments of the baseline, `[CONFIG.toml ...] [--key=value ...]`.
+        vary: Changes, each `key=value[,key2=value2 ...]`.
+        seeds: Runs of a variant; the first has the seed of the configuration, the others the numbers after it.
+        equal: "tokens" or "flops": every run gets as much of it as the baseline.
+        out: Folder of all runs.
 
     Raises:
-        ConfigError: whatever is wrong with any of them.
+        ConfigError: Lists everything that is wrong with any variant.
     """
     given = _keys_of(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
@@ -155,7 +157,7 @@ def _text(change: dict[str, str]) -> str:
 
 
 def _name(change: dict[str, str]) -> str:
-    """A folder's name; a change that has no such name, or a long one, is told apart by its hash."""
+    """Name of the folder of a change. A hash distinguishes changes whose text is too long or no file name."""
     text = _text(change)
     name = re.sub(r"[^A-Za-z0-9._=,-]", "_", text)[:100]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -178,16 +180,16 @@ def _same(a: Config, b: Config) -> bool:
 
 
 def _differing(values: dict[str, Any], config: Config) -> list[str]:
-    """Keys that give other numbers; one that `values` lacks has its default there."""
+    """Returns keys that change what is trained and differ; a key that `values` lacks has its default."""
     now = config.flat()
     return [key for key in now if key not in _OF_NO_EFFECT and values.get(key, KEYS[key].default) != now[key]]
 
 
 def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
-    """As many tokens or FLOPs as the baseline, and the lengths of the schedule with them.
+    """Gives a variant as many tokens or FLOPs as the baseline, and scales the lengths of its schedule with them.
 
     Raises:
-        ConfigError: FLOPs cannot be counted.
+        ConfigError: The FLOPs cannot be counted.
     """
     ratio = baseline.config.tokens_per_iter / variant.config.tokens_per_iter
     if equal == "flops":
@@ -219,7 +221,7 @@ def _with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path) -> 
 
 
 def changed_runs(found: Sequence[Variant]) -> list[str]:
-    """A line for each folder that holds a run of another configuration."""
+    """Returns a line for each folder that holds a run of another configuration."""
     lines = []
     for job in (job for variant in found for job in variant.jobs):
         run = job.log()

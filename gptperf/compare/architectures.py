@@ -19,17 +19,17 @@ _SWITCHES = ("bias", "weight_tying", "qk_norm", "dropout")
 
 
 def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
-    """Facts of every configuration.
+    """Returns the facts of every configuration.
 
     Args:
-        paths: TOML files, each read on its own.
-        gpu: that the speed is predicted on, one of them; None: not predicted.
+        paths: TOML files, each a configuration of its own.
+        gpu: Predict memory and speed on one GPU of this kind; None predicts nothing.
 
     Returns:
-        Name of the file without its ending -> row name -> value; None where it cannot be known.
+        Name of the file without its ending -> name of the row -> value, None where it is unknown.
 
     Raises:
-        ConfigError: a file is wrong, or two have one name.
+        ConfigError: A file is wrong, or two files have one name.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -70,7 +70,7 @@ def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
 
 
 def table(facts: dict[str, dict[str, Any]]) -> str:
-    """The facts as text: what differs in columns, what all share below."""
+    """The facts as text: rows that differ as a table, and below it what all configurations share."""
     rows = {row: [value_text(of[row], 4) for of in facts.values()] for row in next(iter(facts.values()))}
     differs = {row: values for row, values in rows.items() if len(set(values)) > 1 or len(facts) == 1}
     shared = [f"{row} {values[0]}" for row, values in rows.items() if row not in differs]

@@ -13,7 +13,7 @@ __all__ = ["differing_table", "html", "ranking_table", "text"]
 
 
 def ranking_table(ranking: Ranking) -> Table:
-    """One row a run."""
+    """The ranking with a row for each run."""
     columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
@@ -45,7 +45,7 @@ def ranking_table(ranking: Ranking) -> Table:
 
 
 def differing_table(ranking: Ranking) -> Table | None:
-    """Keys that differ, with the runs across or the keys across, whichever is narrower."""
+    """Keys that differ, with a column for each run or for each key, whichever table is narrower; None without any."""
     if not ranking.differing:
         return None
     cells = {

@@ -10,7 +10,8 @@ from gptperf.monitor.runs import LeftOut, LoggedRun
 
 __all__ = ["Ranking", "differing_keys", "rank", "record"]
 
-_OF_THE_PLACE = ("out_dir", "init_from", "overwrite", "wandb_run_name")
+_WHERE_KEYS = ("out_dir", "init_from", "overwrite", "wandb_run_name")
+"""Keys that say where a run lies; they always differ."""
 _RAN_ON = {
     "device": "ran on",
     "num_gpus": "GPUs",
@@ -18,31 +19,34 @@ _RAN_ON = {
     "total_parameters": "parameters",
     "versions": "versions",
 }
+"""Startup info -> name of the fact in the table."""
 _SAME_VALIDATION = ("dataset", "block_size", "batch_size", "eval_iters")
+"""Keys that must agree for two runs to evaluate on the same batches."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs from the least loss to the greatest; those without a loss last."""
+    """Runs in the order of their losses, the lowest first; runs without a loss stand at the end."""
 
     runs: tuple[LoggedRun, ...]
     losses: tuple[float | None, ...]
     measure: str
-    """validation or training loss; or none, with nothing logged."""
+    """One of "validation loss", "training loss" and "none", where nothing is logged."""
     tokens: float | None
-    """At which the losses are taken."""
+    """Tokens at which the losses are taken."""
     how: str
+    """Measure and tokens in words."""
     differing: dict[str, list[Any]]
-    """Key -> value in each run, None where it is not known."""
+    """Key -> its value in each run, None where it is unknown."""
     remarks: tuple[str, ...]
 
 
 def rank(runs: Sequence[LoggedRun], left_out: Sequence[LeftOut] = ()) -> Ranking:
-    """Rank runs by one measure at the largest number of tokens that all of them have reached with it.
+    """Ranks runs by one measure, at the largest number of tokens at which all of them have it.
 
     Args:
-        runs: one or more; those that have logged no loss take no part, and stand at the end.
-        left_out: what could not be read, for the remarks.
+        runs: One or more runs; those that have logged no loss are not ranked.
+        left_out: Runs that could not be read, for the remarks.
     """
     taking_part = [run for run in runs if run.evals or any(s.loss is not None for s in run.steps)]
     measure, tokens, how = _measure(taking_part)
@@ -73,7 +77,7 @@ def rank(runs: Sequence[LoggedRun], left_out: Sequence[LeftOut] = ()) -> Ranking
 
 
 def _measure(runs: Sequence[LoggedRun]) -> tuple[str, float | None, str]:
-    """What all runs can be ranked by, where, and that in words."""
+    """Returns what all runs can be ranked by, the tokens at which they are, and both in words."""
     if not runs:
         return "none", None, "no run has logged a loss"
     if all(run.evals for run in runs):
@@ -103,9 +107,9 @@ def _limit(runs: Sequence[LoggedRun], shortest: LoggedRun, tokens: float) -> str
 
 
 def differing_keys(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
-    """Configuration keys, and facts of the machine, that are not the same in all runs."""
+    """Returns configuration keys and facts of the machine that are not the same in all runs."""
     found: dict[str, list[Any]] = {}
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_THE_PLACE)
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _WHERE_KEYS)
     for key in keys:
         found[key] = [run.config.get(key) for run in runs]
     for key, name in _RAN_ON.items():
@@ -116,7 +120,7 @@ def differing_keys(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
 
 
 def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """The ranking as JSON has it."""
+    """The ranking for JSON."""
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
         rows.append(

@@ -1,4 +1,4 @@
-"""The charts of a run's report. matplotlib is loaded by `draw` only."""
+"""The charts of a run's page. matplotlib is loaded by `draw` only."""
 
 import importlib
 import math
@@ -28,20 +28,20 @@ CAPTIONS = {
     "waterfall": "Points of MFU that each part of a step costs; dotted: the mean MFU of the run.",
 }
 _POINTS = 600
-"""Of a line; more entries are averaged."""
+"""Most points of a line; more entries are averaged."""
 _COLUMNS, _ROWS = 48, 64
-"""Of the heat map."""
+"""Most columns and rows of the heat map."""
 _LINES = 8
-"""More are a heat map."""
+"""Most layers that are drawn as lines; more become a heat map."""
 _SIZE, _LOW = (7.2, 3.0), (7.2, 2.2)
 
 
 def draw(name: str, log: RunLog) -> str | None:
-    """The SVG element of a chart, or None where the log has nothing to draw.
+    """Returns the SVG element of a chart, or None where the log has nothing to draw.
 
     Args:
-        name: one of `CAPTIONS`.
-        log: of the run.
+        name: One of `CAPTIONS`.
+        log: Log of the run.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -59,14 +59,14 @@ def _axes(plots: Any, size: tuple[float, float] = _SIZE, label: str = "iteration
 
 
 def _binned(xs: Sequence[float], ys: Sequence[float], most: int) -> list[tuple[float, float, float, float]]:
-    """(x, mean, smallest, largest) of `most` groups of neighbours at most."""
+    """Returns (x, mean, smallest, largest) of at most `most` groups of neighbours."""
     size = max(1, math.ceil(len(xs) / most))
     groups = [(xs[i : i + size], ys[i : i + size]) for i in range(0, len(xs), size)]
     return [(x[-1], math.fsum(y) / len(y), min(y), max(y)) for x, y in groups]
 
 
 def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, label: str = "", **style: Any) -> None:
-    """A line; where entries are averaged, with a band from the smallest to the largest."""
+    """Draws a line; where entries are averaged, with a band from the smallest to the largest."""
     points = _binned(xs, ys, _POINTS)
     x, mean = [p[0] for p in points], [p[1] for p in points]
     if len(points) < len(xs):
@@ -160,14 +160,14 @@ def _gradient_norm(plots: Any, log: RunLog) -> Any:
 
 
 def layer_order(name: str) -> tuple[int, int, str]:
-    """Sorts the embedding before the blocks, and those before the head."""
+    """Sort key that puts the embedding before the blocks, and the blocks before the head."""
     if name.isascii() and name.isdigit() and len(name) < 10:
         return 1, int(name), ""
     return (0, 0, "") if name == "embedding" else (2, 0, name)
 
 
 def _several(plots: Any, log: RunLog, path: str, names: Sequence[str]) -> Any:
-    """A line for each key of a mapping under `gradients`, on a logarithmic axis."""
+    """Draws a line for each key of a mapping under `gradients`, on a logarithmic axis."""
     lines = {name: series(log["training_iterations"], "gradients", path, name, positive=True) for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
@@ -199,7 +199,7 @@ def _layers(plots: Any, log: RunLog) -> Any:
     found, axes = plots.subplots(figsize=(7.2, 1.2 + 0.13 * len(names)), layout="constrained")
     edges = [group[0]["iter"] for group in groups]
     edges.append(max(entries[-1]["iter"], edges[-1] + 1))
-    cmap = plots.get_cmap("viridis", 32)  # the bar of more colours would be a bitmap
+    cmap = plots.get_cmap("viridis", 32)  # with more colours matplotlib draws the colour bar as a bitmap
     norm = colors.LogNorm(min(known), max(max(known), 1.0001 * min(known)))
     drawn = axes.pcolormesh(edges, range(len(names) + 1), cells, norm=norm, cmap=cmap, edgecolors="face", linewidth=0.3)
     step = math.ceil(len(names) / 16)
@@ -226,7 +226,7 @@ def _update_ratios(plots: Any, log: RunLog) -> Any:
 
 
 def _histograms(log: RunLog) -> list[tuple[list[float], list[float]]]:
-    """Edges and shares of the entries that have both."""
+    """Returns edges and shares of the entries that have both."""
     found = []
     for entry in log["training_iterations"]:
         given = mapping(value_at(entry, "gradients", "histogram"))

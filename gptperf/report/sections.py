@@ -1,4 +1,4 @@
-"""From a run's log to the sections of its report; what the log lacks has none."""
+"""Turns a run's log into the sections of its page; what the log lacks has no section."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from gptperf.report.tables import Table, words
 __all__ = ["sections", "state"]
 
 _CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
+"""Most characters of a cell, and most rows of a table."""
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
 
 
@@ -26,7 +27,7 @@ def _figure(value: Any, digits: int = 2) -> str:
 
 
 def state(log: RunLog) -> tuple[str, bool]:
-    """In words, and whether that is how a run should end."""
+    """Returns the state of the run in words, and whether it is finished."""
     stopped = log["summary"].get("stopped")
     if not log["summary"]:
         return "running or killed", False
@@ -34,7 +35,7 @@ def state(log: RunLog) -> tuple[str, bool]:
 
 
 def sections(log: RunLog) -> list[Section]:
-    """All that there is to say; a section may still have nothing but charts that cannot be drawn."""
+    """Returns all sections; one may still have nothing but charts that cannot be drawn."""
     found = [_verdict(log)]
     makers = (_loss, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
     for make in (*makers, _built, _configuration, _environment, _messages, _checkpoints, _sample):
@@ -48,19 +49,19 @@ def _last(entries: Iterable[Mapping[str, Any]], *path: str) -> float | None:
 
 
 def _typical(log: RunLog, *path: str) -> float | None:
-    """The median over the entries."""
+    """Median over the entries."""
     ys = series(log["training_iterations"], *path)[1]
     return statistics.median(ys) if ys else None
 
 
 def _of_run(log: RunLog, key: str) -> tuple[float | None, str]:
-    """A figure of the speed, and how it was taken."""
+    """Returns a figure of the speed, and how it was taken."""
     whole = finite(log["summary"].get(key))
     return (whole, "mean of the run") if whole is not None else (_typical(log, "mfu", key), "median")
 
 
 def _training_s(log: RunLog) -> float | None:
-    """Without evaluation and saving: every entry has the mean since the one before."""
+    """Seconds without evaluation and saving: the time of an entry is the mean since the entry before."""
     xs, ys = series(log["training_iterations"], "time_ms")
     return sum(y * (x - before) for x, y, before in zip(xs, ys, [0, *xs[:-1]], strict=True)) / 1e3 if xs else None
 
@@ -252,7 +253,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
 
 
 def _flat(given: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Rows of a mapping, those of mappings in it too."""
+    """Returns the rows of a mapping and of the mappings in it."""
     rows = []
     for key, value in given.items():
         name = clean(str(key), 80).replace("_", " ")
