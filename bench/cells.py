@@ -15,21 +15,21 @@ MICRO = ("loader", "config", "dispatch", "checkpoint")
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the list."""
+    """One measurement of the bench."""
 
     name: str
     budget_s: float
-    """A rough guess of what it takes on an H200, or on any machine for what needs no GPU."""
+    """Rough guess of its time on an H200, or on any machine for a cell that needs no GPU."""
     gpu: bool = True
     alone: bool = False
-    """In a process of its own, so that it has all of the memory."""
+    """Run in a process of its own, so that it has all of the memory."""
     quick_s: float | None = None
-    """The same for its short form in `--quick`; None: not part of it."""
+    """Rough guess for the short form in `--quick`; None: the cell is not part of `--quick`."""
     needs: tuple[str, ...] = ()
-    """Cells whose results it uses."""
+    """Cells whose results this cell uses."""
 
     def seconds(self, quick: bool) -> float:
-        """The guess for one of the two forms."""
+        """Guess of the time of the short or of the full form."""
         return self.quick_s if quick and self.quick_s is not None else self.budget_s
 
 
@@ -40,7 +40,7 @@ _QUICK_OPS = ("ops/rms_norm/65536x768", "ops/swiglu/65536x2048")
 
 
 def all_cells() -> tuple[Cell, ...]:
-    """Every cell in the order of measurement: a cell stands after what it needs."""
+    """Returns every cell in the order of measurement: a cell stands after the cells that it needs."""
     cells = [Cell(f"micro/{name}", 10, gpu=False, quick_s=_QUICK_MICRO_S.get(name)) for name in MICRO]
     cells.append(Cell("loader", 75, gpu=False, quick_s=12))
     for model in MODELS:
@@ -67,14 +67,14 @@ def all_cells() -> tuple[Cell, ...]:
 
 
 def select(only: Sequence[str], quick: bool) -> list[Cell]:
-    """The cells that were asked for, with those that they need.
+    """Selects cells by name, with the cells that they need.
 
     Args:
-        only: names or their beginnings, up to a slash: "step/llama_1.36b"; empty: all.
-        quick: the few of `--quick`, unless `only` names some.
+        only: Names or their beginnings, up to a slash: "step/llama_1.36b"; empty: all cells.
+        quick: Select only the cells of `--quick`, unless `only` names some.
 
     Raises:
-        ConfigError: a name that no cell begins with.
+        ConfigError: No cell begins with one of the names.
     """
     cells = all_cells()
     if not only:

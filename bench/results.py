@@ -1,41 +1,41 @@
-"""The results of the bench: a folder with one JSON file a cell, each of which says what made it. No torch here."""
+"""The results of the bench: a folder with a JSON file for each cell, which says how it was made. No torch here."""
 
 import datetime
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptperf.errors import ConfigError
+from gptperf.files import replace_text
 
-__all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "identity", "load_folder", "now", "read"]
-__all__ += ["source_state", "write"]
+__all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "guarded", "identity", "load_folder", "now"]
+__all__ += ["read", "source_state", "write"]
 
 Record = dict[str, Any]
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 _MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/cells.py", "bench/measure/*.py")
-"""Files that can change a figure."""
+"""Patterns of the files that can change a figure."""
 _NEEDED = ("cell", "status", "date", "environment", "results", "schema")
 
 
 def now() -> str:
-    """Time in UTC, ISO 8601."""
+    """The time now in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def cell_path(folder: Path, cell: str) -> Path:
-    """The file of a cell."""
+    """Path of the file of a cell."""
     return folder / f"{cell.replace('/', '__')}.json"
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes null."""
+    """Replaces numbers that are not finite by None, as JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -44,24 +44,21 @@ def _finite(value: Any) -> Any:
 
 
 def write(folder: Path, record: Record) -> Path:
-    """Write the file of a cell, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the file of a cell, whole or not at all, and returns its path.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
     path = cell_path(folder, record["cell"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(record), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     return path
 
 
 def read(path: Path) -> Record:
-    """Read the file of a cell.
+    """Reads the file of a cell.
 
     Raises:
-        ConfigError: it is no such file, or of another version.
+        ConfigError: The file is not a result of the bench, or has another version.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -76,10 +73,10 @@ def read(path: Path) -> Record:
 
 
 def load_folder(folder: Path) -> dict[str, Record]:
-    """All results of a folder by name of the cell, in the order of names.
+    """Returns cell -> result for all results of a folder, in the order of their names.
 
     Raises:
-        ConfigError: there is no result, or a file is not one.
+        ConfigError: There is no result, or a file is not a result.
     """
     records = [read(path) for path in sorted(folder.glob("*.json"))]
     if not records:
@@ -88,7 +85,7 @@ def load_folder(folder: Path) -> dict[str, Record]:
 
 
 def identity(record: Record) -> tuple[Any, ...]:
-    """What has to be the same for a result to stand: device, driver, versions, sources, full or quick."""
+    """Returns what must be the same for a result to stand: device, driver, versions, sources, full or quick form."""
     made_by = record["environment"]
     source = made_by.get("source", {})
     versions = tuple(sorted((name, str(version)) for name, version in made_by.get("versions", {}).items()))
@@ -101,7 +98,7 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def source_state(root: Path = ROOT) -> dict[str, Any]:
-    """Commit, whether tracked files differ from it, and a digest of what can change a figure.
+    """Returns the commit, whether tracked files differ from it, and a digest of the files that can change a figure.
 
     Returns:
         commit and dirty (None where git does not know), digest.
@@ -126,7 +123,17 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def default_folder(environment: Mapping[str, Any], root: Path = ROOT) -> Path:
-    """out/bench/DEVICE-COMMIT: another commit's results stay where they are, to compare with."""
+    """Returns out/bench/DEVICE-COMMIT: the results of other commits stay, to compare with."""
     source = environment["source"]
     device = re.sub(r"[^a-z0-9]+", "_", str(environment["device"]).lower()).strip("_")
     return root / "out" / "bench" / f"{device}-{(source['commit'] or source['digest'])[:9]}"
+
+
+def guarded(row: Record, work: Callable[[], Any]) -> Any:
+    """Does a piece of work; an error becomes the `error` of the row, and None is returned."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - rivals raise errors of any class, and an error is a result
+        text = " ".join(str(error).split())
+        row["error"] = f"{type(error).__name__}: {text[:300]}"
+        return None

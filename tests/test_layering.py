@@ -16,7 +16,7 @@ BENCH = sorted((ROOT / "bench").rglob("*.py"))
 
 LAYERS = """
 errors
-files registry kernels
+files formats registry kernels
 config ops
 flops data model distributed
 hardware checkpoint
@@ -31,7 +31,7 @@ train
 """From the ground up: a module imports its own package and the packages on lines above its own, nothing else."""
 
 WITHOUT_TORCH = [
-    "errors files registry ops config config.command_line train sample prepare doctor",
+    "errors files formats registry ops config config.command_line train sample prepare doctor",
     "flops flops.__main__ hardware hardware.__main__ hardware.ceilings plan plan.__main__",
     "monitor.waterfall monitor.schema monitor.trackers monitor.runs monitor.run_log",
     "report.__main__ compare.__main__ ablate.__main__",

@@ -1,9 +1,9 @@
 """What `bench.measure.ops` measures: ops, shapes, inputs, the least bytes, and the implementations beside ours.
 
-Rivals are imported when they are asked for. Each gets the job in the form that it likes best: weights of norms in
-bfloat16 for `liger`, `torch_native` and cuDNN's RMSNorm (ours, eager and compiled have them in float32, as the model
-does); gate and up in two tensors for Liger's SwiGLU. RoPE takes the packed projection everywhere but in
-`liger_separate`, which rotates q and k in two tensors of their own and leaves v where it is.
+A rival is imported only when it is measured. Each gets its inputs in the form in which it is fastest: weights of norms
+in bfloat16 for `liger`, `torch_native` and cuDNN's RMSNorm (ours, eager and compiled have them in float32, as the model
+does); gate and up in two tensors for Liger's SwiGLU. RoPE takes the packed projection, except `liger_separate`, which
+rotates q and k in two tensors of their own and does not move v.
 """
 
 import importlib
@@ -32,14 +32,14 @@ EPS = 1e-5  # the default of ours, of eager and of compiled
 
 @dataclass(frozen=True)
 class Op:
-    """Where an op is measured."""
+    """Shapes and implementations with which an op is measured."""
 
     shapes: tuple[Shape, ...]
     impls: tuple[str, ...]
     small: Shape
-    """For errors, in Triton's interpreter too."""
+    """Small shape for errors, in Triton's interpreter too."""
     real: Shape
-    """For errors, of a model's width."""
+    """Shape for errors, with the width of a model."""
 
 
 NORM = ((32768, 2048), (65536, 768), (16384, 4096), (8192, 8192))  # M, N
@@ -67,7 +67,7 @@ HOST_SHAPES: dict[str, Callable[[int], Shape]] = {
 
 
 def least_bytes(op: str, shape: Shape) -> dict[str, int]:
-    """Bytes that an op of 2-byte elements cannot but move, by direction: inputs read once, outputs written once.
+    """Returns direction -> least bytes that an op of 2-byte elements moves: it reads inputs and writes outputs once.
 
     Parameters of norms and tables of rope are float32, and so are the statistics of a row, which forward writes and
     backward reads. With the residual add, backward reads two gradients and writes the one of both inputs once.
@@ -91,7 +91,7 @@ def least_bytes(op: str, shape: Shape) -> dict[str, int]:
 
 
 def share(impl: str, op: str, shape: Shape) -> float:
-    """The part of the op's bytes that an implementation has to move."""
+    """Returns the share of the op's bytes that an implementation has to move."""
     if op == "rope" and impl == "liger_separate":
         _, H, _, _, K = shape
         return (H + K) / (H + 2 * K)
@@ -106,7 +106,7 @@ def make_inputs(
     dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Random arguments of an op by name, in the order of its signature."""
+    """Returns random arguments of an op by name, in the order of its signature."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     if "norm" in op:
@@ -130,13 +130,13 @@ def make_inputs(
 
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:
-    """The inputs that have a gradient, which they require from here on."""
+    """Returns the inputs that have a gradient, and makes them require it."""
     with_gradient = (name for name, x in inputs.items() if x.is_floating_point() and name not in ("cos", "sin"))
     return {name: inputs[name].requires_grad_() for name in with_gradient}
 
 
 def call(function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs) -> Outputs:
-    """Call a function that has the signature of the op's reference."""
+    """Calls a function that has the signature of the op's reference; returns its outputs as a tuple."""
     positional = [x for name, x in inputs.items() if name != "residual"]
     heads = (shape[1], shape[4]) if op == "rope" else ()
     outputs = function(*positional, *heads, **{k: v for k, v in inputs.items() if k == "residual"})
@@ -144,12 +144,12 @@ def call(function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs) ->
 
 
 def eager(op: str) -> Callable[..., Any]:
-    """The reference of an op."""
+    """Returns the eager reference of an op."""
     return getattr(reference, op.removesuffix("_add"))
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    """The Triton op."""
+    """Returns the Triton implementation of an op."""
     name = op.removesuffix("_add").removesuffix("_recompute")
     function = getattr(importlib.import_module(f"gptperf.kernels.{name}"), name)
     if op == "swiglu_recompute":
@@ -159,20 +159,20 @@ def kernel(op: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op."""
+    """One implementation of an op."""
 
     run: Callable[[Inputs], Outputs]
     own: Callable[[Inputs], Inputs] = dict
-    """The op's inputs in the form that it takes."""
+    """Converts the op's inputs to the form that `run` takes."""
     overwrites: bool = False
-    """Backward writes into what it reads, which therefore drifts from call to call."""
+    """Backward writes into tensors that it reads, so that they drift from call to call."""
 
 
 def implementation(name: str, op: str, shape: Shape) -> Implementation:
-    """An implementation of an op, ready to run.
+    """Returns an implementation of an op, ready to run.
 
     Raises:
-        ImportError: its package is not installed.
+        ImportError: The package of the implementation is not installed.
     """
     match name:
         case "eager":
@@ -198,18 +198,18 @@ def _compiled(op: str) -> Callable[..., Any]:
 
     def rope(*arguments: Any) -> Outputs:
         q, k, v = function(*arguments)
-        return q, k, v.contiguous()  # a view would be differentiated outside of the graph, and cost it dearly
+        return q, k, v.contiguous()  # autograd would differentiate a view outside of the graph, at a high cost
 
     return torch.compile(rope, fullgraph=True, dynamic=False)
 
 
 def _low(inputs: Inputs) -> Inputs:
-    """Parameters in the dtype of x."""
+    """Converts the parameters to the dtype of x."""
     return {name: x.to(inputs["x"].dtype) for name, x in inputs.items()}
 
 
 def _norm(op: str, rms: Callable[..., Tensor], layer: Callable[..., Tensor]) -> Callable[[Inputs], Outputs]:
-    """A norm; where the op has the residual, after a plain addition."""
+    """Returns a norm; where the op has a residual, a plain addition comes first."""
 
     def run(inputs: Inputs) -> Outputs:
         x, weight = inputs["x"], inputs["weight"]
@@ -233,7 +233,7 @@ def _liger_norm(op: str) -> Implementation:
     if op == "rms_norm_add":
         add_norm = _liger_function("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
         return Implementation(lambda t: add_norm(t["x"], t["residual"], t["weight"], EPS, 0.0, "llama", False), _low)
-    if op == "rms_norm":  # its default: the gradient of x is written over that of y
+    if op == "rms_norm":  # in place by default: the gradient of x overwrites that of y
         rms = _liger_function("rms_norm", "LigerRMSNormFunction")
         run = _norm(op, lambda x, _, w, eps: rms(x, w, eps, 0.0, "llama", True, None), F.layer_norm)
         return Implementation(run, _low, overwrites=True)
@@ -245,7 +245,7 @@ def _liger(op: str, shape: Shape, separate: bool) -> Implementation:
     if op == "linear_cross_entropy":
         loss = _liger_function("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
         return Implementation(lambda t: (loss(t["x"], t["weight"], t["targets"])[0],))
-    if op == "swiglu":  # gradients are written over gate and up
+    if op == "swiglu":  # the gradients overwrite gate and up
         product = _liger_function("swiglu", "LigerSiLUMulFunction")
         return Implementation(lambda t: (product(t["gate"], t["up"]),), _gate_and_up, overwrites=True)
     rotate = _liger_function("rope", "LigerRopeFunction")
@@ -261,7 +261,7 @@ def _liger(op: str, shape: Shape, separate: bool) -> Implementation:
 
 
 def _split(qkv: Tensor, n_head: int, n_kv_head: int) -> Outputs:
-    """q `(B, T, H, D)`, k and v `(B, T, K, D)`, views."""
+    """Returns q `(B, T, H, D)`, k and v `(B, T, K, D)` as views."""
     return qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split([n_head, n_kv_head, n_kv_head], dim=2)
 
 
@@ -271,7 +271,7 @@ def _gate_and_up(inputs: Inputs) -> Inputs:
 
 
 def _doubled_tables(inputs: Inputs, heads: tuple[int, int] | None) -> Inputs:
-    """Tables `(1, T, D)` as Hugging Face has them; with the heads, q and k apart."""
+    """Returns tables `(1, T, D)` as Hugging Face has them; with `heads`, also q and k as separate tensors."""
     tables = {name: torch.cat([inputs[name]] * 2, -1)[None] for name in ("cos", "sin")}
     if heads is None:
         return {"qkv": inputs["qkv"], **tables}

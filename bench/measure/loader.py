@@ -1,4 +1,4 @@
-"""Measure the training loader: tokens a second and resident memory. `python -m bench.measure.loader [--json=PATH]`
+"""Measures the training loader: tokens a second and resident memory. `python -m bench.measure.loader [--json=PATH]`
 
 Protocol. Each case is one process-wide `Loader` of rank 0 of 1 with 8 micro-batches a step and a batch of
 about 16,384 tokens, consumed as fast as it delivers, in the page-locked setting of a machine without a GPU
@@ -37,20 +37,20 @@ SHARD_TOKENS = 100_000_000
 
 
 def write_sparse_dataset(path: Path, *, size_bytes: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
-    """Write a data set of about `size_bytes` whose tokens are holes: zeros that take no disk."""
+    """Writes a data set of about `size_bytes` whose tokens are holes: zeros that take no room on the disk."""
     itemsize = DTYPES[dtype].itemsize
     count = max(1, size_bytes // (itemsize * shard_tokens))
     return _write_dataset(path, dtype=dtype, sizes=[shard_tokens] * count, fill=None)
 
 
 def write_random_dataset(path: Path, *, tokens: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
-    """Write a data set of uniformly random ids below 50,257 (uint16) or 200,019 (uint32)."""
+    """Writes a data set of uniformly random ids below 50,257 (uint16) or 200,019 (uint32)."""
     sizes = [min(shard_tokens, tokens - begin) for begin in range(0, tokens, shard_tokens)]
     return _write_dataset(path, dtype=dtype, sizes=sizes, fill=np.random.default_rng(0))
 
 
 def _write_dataset(path: Path, *, dtype: str, sizes: list[int], fill: np.random.Generator | None) -> Path:
-    """Write shards without their true checksums; validation is one more shard."""
+    """Writes shards without their true checksums; validation is one more shard."""
     path.mkdir(parents=True)
     itemsize = DTYPES[dtype].itemsize
     vocab_size = 50_257 if dtype == "uint16" else 200_019
@@ -92,12 +92,12 @@ def _write_dataset(path: Path, *, dtype: str, sizes: list[int], fill: np.random.
 
 
 def rss_bytes() -> int:
-    """Return this process's resident memory in bytes."""
+    """Returns this process's resident memory in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 1.0) -> dict[str, Any]:
-    """Measure one case by the protocol above."""
+    """Measures one case by the protocol above."""
     batch_size = max(1, BATCH_TOKENS // block_size)
     with TokenSource.open(path, "train") as source:
         before = rss_bytes()
@@ -121,7 +121,7 @@ def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 
 
 
 def _consume(loader: Loader, seconds: float) -> float:
-    """Return micro-batches a second over at least `seconds`."""
+    """Returns micro-batches a second over at least `seconds`."""
     count, begin = 0, time.perf_counter()
     while (passed := time.perf_counter() - begin) < seconds:
         next(loader)
@@ -132,14 +132,14 @@ def _consume(loader: Loader, seconds: float) -> float:
 def measure_all(
     folder: Path, *, tokens: int = RANDOM_TOKENS, windows: int = 5, window_s: float = 1.0, few: bool = False
 ) -> list[dict[str, Any]]:
-    """Measure every case, or one with `few`, and print the table.
+    """Measures every case, or one with `few`, and prints the table.
 
     Args:
-        folder: where the data sets go.
-        tokens: of a random data set.
-        windows: of a case.
-        window_s: of a window.
-        few: one data type, one block size.
+        folder: Folder for the data sets.
+        tokens: Tokens of a random data set.
+        windows: Windows of a case.
+        window_s: Seconds of a window.
+        few: Measure one data type and one block size only.
     """
     columns = f"{'data set':14s} {'GB':>6s} {'dtype':7s} {'T':>5s} {'B':>4s} {'Mtok/s':>8s} {'spread':>7s}"
     print(f"{columns} {'RSS MB':>15s}")
@@ -163,7 +163,7 @@ def measure_all(
 
 
 def main() -> None:
-    """Run all cases, print the table and write the JSON that was asked for."""
+    """Runs all cases, prints the table and writes the JSON file that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench.measure.loader", description="Measure the training loader.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")

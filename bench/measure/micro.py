@@ -26,7 +26,7 @@ def test_loader_batch(benchmark: Any, tmp_path: Path) -> None:
 
 
 def test_loader_order(benchmark: Any) -> None:
-    """Where a batch of 16 samples begins."""
+    """Offsets of the 16 samples of a batch."""
     order = BatchOrder(10_000_000_000, 1024, seed=1)
     offsets = benchmark(order.offsets, np.arange(16))
     assert offsets.shape == (16,)
@@ -39,7 +39,7 @@ def test_config_resolve(benchmark: Any) -> None:
 
 
 def test_dispatch_resolve_ops(benchmark: Any) -> None:
-    """The choice of every op's implementation, done once a run."""
+    """The choice of every op's implementation, made once a run."""
     assert benchmark(resolve_ops, "eager", "cpu").chosen["rms_norm"] == "eager"
 
 
@@ -66,6 +66,6 @@ def test_checkpoint_save(benchmark: Any, tmp_path: Path) -> None:
 
 
 def test_checkpoint_load(benchmark: Any, tmp_path: Path) -> None:
-    """The same read back, every hash checked."""
+    """The checkpoint of `test_checkpoint_save` read back, with every hash checked."""
     path = checkpoint.save(tmp_path, step=1, tensors=_tensors(), state={})
     assert len(benchmark(checkpoint.load, path).tensors["model"]) == _TENSORS

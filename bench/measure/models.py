@@ -29,7 +29,8 @@ PLANNED = {
     "gpt2_openai_124m/batch_32": ["configs/gpt2_openai_124m.toml", "--batch_size=32"],
     "gpt2_774m/batch_12": [*_GPT2, "--n_layer=36", "--n_embd=1280", "--n_head=20", "--batch_size=12"],
 }
-"""Runs whose plan is compared with what they take. The first and the sixth gave the rates, the last no formula."""
+"""Runs whose plan is compared with a measurement. The plan's rates are fitted to the first and the sixth run, and no
+formula of it to the last."""
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
     "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
@@ -38,35 +39,35 @@ VARIANTS = {
     "auto+compiled": ["--compile=True", "--kernels=auto"],
 }
 STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled")
-"""Those with a cell of `python -m bench`."""
+"""Variants with a cell of `python -m bench`."""
 DEFAULT_VARIANT = "triton+compiled"
-"""What a run does on a GPU unless told otherwise."""
+"""The variant that a run on a GPU uses by default."""
 
 
 def resolve(model: str, variant: str) -> Config:
-    """The configuration of a cell, one optimizer step a micro-batch; from the repository root.
+    """Returns the configuration of a cell, with one micro-batch a step; needs the repository root as working directory.
 
     Raises:
-        ConfigError: the file is not there.
+        ConfigError: The configuration file is missing.
     """
     return command_line.resolve([*MODELS[model], "--gradient_accumulation_steps=1", *VARIANTS[variant]]).config
 
 
 def planned(name: str) -> Config:
-    """The configuration of one of `PLANNED`, as a run on a GPU has it; one micro-batch a step unless it says more.
+    """Returns the configuration of one of `PLANNED` in the default variant; one micro-batch a step unless it sets more.
 
     Raises:
-        ConfigError: the file is not there.
+        ConfigError: The configuration file is missing.
     """
     path, *flags = PLANNED[name]
     return command_line.resolve([path, "--gradient_accumulation_steps=1", *VARIANTS[DEFAULT_VARIANT], *flags]).config
 
 
 def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """A configuration from its stored sections; keys that this version does not know are left out.
+    """Builds a configuration from its stored sections; keys that this version does not know are ignored.
 
     Raises:
-        ConfigError: a value is wrong.
+        ConfigError: A value is wrong.
     """
     parts: dict[str, Any] = {}
     for field in dataclasses.fields(Config):

@@ -1,7 +1,8 @@
-"""What monitoring costs: steps whose gradients and update are looked at now and then, beside steps without.
+"""What monitoring costs: steps of which some are watched, beside steps of which none is.
 
-Watched is what a run does at a log line: the figures of `gptperf.monitor.gradients` are taken on the device, and the
-host reads them before it enqueues the next step. Writing the line, to console and journal, is not part of it.
+A watched step does what a run does at a log line: the figures of `gptperf.monitor.gradients` are computed on the
+device, and the host reads them before it enqueues the next step. Writing the line to console and journal is not
+measured.
 """
 
 import statistics
@@ -27,14 +28,14 @@ which waits for the host, over two others of the same window."""
 
 
 def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
-    """Milliseconds of a step both ways.
+    """Times steps with and without monitoring.
 
     Args:
-        model: of `bench.measure.models.MODELS`.
-        windows: of both kinds together.
+        model: One of `bench.measure.models.MODELS`.
+        windows: Number of windows of both kinds together.
 
     Returns:
-        config, ops and the figures.
+        config, ops and the figures as results.
     """
     config = resolve(model, DEFAULT_VARIANT)
     engine = build_engine(config, start_process("cuda"))
@@ -75,11 +76,11 @@ def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
 
 
 def _is_watched(step: int) -> bool:
-    """In the middle of an interval, so that what it delays is within the window."""
+    """Whether a step is watched: in the middle of an interval, so that the step it delays is in the same window."""
     return step % INTERVAL == INTERVAL // 2
 
 
 def _read(engine: Engine, norm: float, figures: list[float]) -> None:
-    """What the host makes of them."""
+    """Does what the host does with the figures of a watched step."""
     ratios = len(engine.monitor.components)
     engine.monitor.record(norm, figures[:-ratios], figures[-ratios:])

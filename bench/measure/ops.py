@@ -1,23 +1,22 @@
-"""Time of every op beside its rivals: `python -m bench.measure.ops [--ops ...] [--shapes N ...] [--impls ...] [--rounds
-R]`.
+"""Times every op beside its rivals: `python -m bench.measure.ops [--ops OP ...] [--shapes N ...] [--impls IMPL ...]`.
 
 bfloat16 on one GPU in one process, by the protocol of `bench.measure.timing`; ops, shapes and rivals are in
 `bench.measure.cases`. Forward is that of training: it keeps what backward needs. Backward is `torch.autograd.grad` on a
 graph that is kept, with a gradient for every input that has one. Where an implementation cannot keep its graph, its
-backward is forward and backward together less the forward, and the note says so. `compiled` is torch.compile of the
+backward is forward and backward together minus the forward, and a note says so. `compiled` is torch.compile of the
 reference (fullgraph, static shapes); it may not reuse saved buffers, since they are read again.
 
-`of copy` is the time of a copy that reads and writes as many bytes as the op has to, timed in the same rounds, over
-the time of the op; `GB/s` are those bytes over that time. linear_cross_entropy is timed forward and backward together,
-in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra memory is
-the peak of a call less what was allocated before it and the two gradients.
+`of copy` is the time of a copy that reads and writes as many bytes as the op has to, timed in the same rounds, divided
+by the time of the op; `GB/s` are those bytes divided by that time. linear_cross_entropy is timed forward and backward
+together, in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra
+memory is the peak of a call minus what was allocated before it and the two gradients.
 
 The first output of every implementation, and the gradients of the loss, are compared with eager's before it is timed.
-An implementation that fails is a cell with the reason; the exit code is 1 if it is ours.
+An implementation that fails has the reason in its row; the exit code is 1 if it is ours.
 
-With `--host`: host time a call at small shapes. With `--errors`: errors of eager and of ours against float64, on a CPU
-in Triton's interpreter too (TRITON_INTERPRET=1), which truncates to bfloat16 rather than round. With `--json PATH` the
-rows are written to a file after every shape.
+`--host` measures the host time of a call at small shapes. `--errors` compares eager and ours with float64, on a CPU in
+Triton's interpreter too (TRITON_INTERPRET=1), which truncates to bfloat16 instead of rounding. `--json PATH` writes the
+rows to a file after every shape.
 """
 
 import argparse
@@ -46,33 +45,21 @@ from bench.measure.cases import (
     OPS,
     OURS,
     Implementation,
-    Inputs,
     Shape,
     call,
     eager,
     implementation,
-    kernel,
     least_bytes,
     leaves,
     make_inputs,
     share,
 )
+from bench.measure.op_errors import dtypes_of, error_rows
+from bench.measure.op_tables import error_table, host_table, table
 from bench.measure.timing import Spread, Work
-from bench.report.tables import error_table, host_table, table
+from bench.results import guarded
 
-__all__ = [
-    "HOST_IMPLS",
-    "OURS",
-    "PROTOCOL",
-    "RIVALS",
-    "dtypes_of",
-    "error_rows",
-    "guarded",
-    "main",
-    "measure",
-    "measure_host",
-    "measure_loss",
-]
+__all__ = ["HOST_IMPLS", "PROTOCOL", "RIVALS", "main", "measure", "measure_host", "measure_loss", "setting"]
 __all__ += ["setting"]
 
 Row = dict[str, Any]
@@ -81,12 +68,11 @@ TOLERANCE = 0.02  # bfloat16 rounds to 0.004; a wrong op is off by about 1
 RIVALS = ("liger_kernel", "nvidia-cudnn-frontend")
 PROTOCOL = f"{__doc__}\n{timing.__doc__}"
 HOST_IMPLS = ("eager", "triton", "torch_native")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
 def setting() -> Iterator[None]:
-    """Saved buffers stay as they are; on a GPU, a stream that can be captured."""
+    """Keeps saved buffers unchanged while the body runs; on a GPU, runs it on a stream that can be captured."""
     with functorch_config.patch(donated_buffer=False):
         if torch.cuda.is_available():
             with timing.side_stream():
@@ -95,28 +81,22 @@ def setting() -> Iterator[None]:
             yield
 
 
-def guarded(row: Row, work: Callable[[], Any]) -> Any:
-    """Do a piece of work; where it fails, the reason goes into the row and None comes back."""
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001 - other people's code raises what it likes, and that is a result
-        text = " ".join(str(error).split())
-        row["error"] = f"{type(error).__name__}: {text[:300]}"
-        return None
-
-
 def compare(outputs: Sequence[Tensor], expected: Tensor) -> None:
-    """Look at the first output before its time is taken."""
+    """Checks the first output of an implementation before it is timed.
+
+    Raises:
+        ValueError: The output is too far from the expected one.
+    """
     off = (outputs[0].detach().float() - expected.float()).norm() / expected.float().norm()
     if not off <= TOLERANCE:  # NaN too
         raise ValueError(f"the output is off eager's by {off:.2g} of its norm, wanted at most {TOLERANCE}")
 
 
 def works(way: Implementation, op: str, shape: Shape, sets: int, expected: Tensor | None) -> dict[str, Work]:
-    """Forward and backward of one implementation over its own input sets, captured.
+    """Captures forward and backward of one implementation over its own input sets.
 
     Returns:
-        By direction; "both" instead of "backward" where the graph cannot be kept.
+        Direction -> work; "both" instead of "backward" where the graph cannot be kept.
     """
     inputs = [way.own(make_inputs(op, shape, seed)) for seed in range(sets)]
     forward = [partial(way.run, one) for one in inputs]
@@ -142,19 +122,19 @@ def works(way: Implementation, op: str, shape: Shape, sets: int, expected: Tenso
 
 
 def forward_backward(run: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], dys: Sequence[Tensor] | None) -> Any:
-    """Gradients of xs."""
+    """Returns the gradients of xs."""
     return torch.autograd.grad(run(), xs, dys)
 
 
 def renew(tensors: Sequence[Tensor]) -> None:
-    """New random numbers for the matrices, past autograd's version counter: it saw no write of a kernel either."""
+    """Fills the matrices with new random numbers; `.data` hides this from autograd, like a kernel's writes."""
     for x in tensors:
         if x.dim() > 1:
             x.data.normal_()
 
 
 def measure(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
-    """Rows of one op at one shape, the copy's first."""
+    """Returns the rows of one op at one shape, with the copy's row first."""
     least = least_bytes(op, shape)
     reference_inputs = make_inputs(op, shape)
     sets = timing.input_sets(sum(x.nbytes for x in reference_inputs.values()))
@@ -188,8 +168,8 @@ def measure(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Ro
 
 
 def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
-    """Rows of the loss at one shape, those of its matrix products first."""
-    inputs = make_inputs(op, shape)  # nobody writes into them
+    """Returns the rows of the loss at one shape, with the row of its matrix products first."""
+    inputs = make_inputs(op, shape)  # no implementation writes into them
     expected = call(eager(op), op, shape, inputs)[0]
     x, weight = inputs["x"].detach(), inputs["weight"].detach()
     dlogits = torch.mm(x, weight.T)
@@ -224,7 +204,7 @@ def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> li
 
 
 def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
-    """Host time of one op on a few rows."""
+    """Returns the host time of one op on a few rows, a row for each implementation."""
     shape = HOST_SHAPES[op](rows)
     found: list[Row] = [{"op": op, "rows": rows, "shape": list(shape), "impl": impl} for impl in impls]
     for row in found:
@@ -242,70 +222,8 @@ def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
     return found
 
 
-def results(
-    function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the inputs that have one, by name; gradients come in rounded to dtype."""
-    wanted = leaves(inputs)
-    outputs = call(function, op, shape, inputs)
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    normal = partial(torch.randn, generator=generator, device=outputs[0].device)
-    dys = [normal(y.shape).to(dtype).to(y.dtype) for y in outputs]
-    gradients = torch.autograd.grad(outputs, tuple(wanted.values()), dys)
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | {f"d{name}": dx for name, dx in zip(wanted, gradients, strict=True)}
-
-
-def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The results in float64. A sum with the residual is rounded, as it is an output of the op and stored."""
-    doubles = {k: x.double() if x.is_floating_point() and k not in ("cos", "sin") else x for k, x in inputs.items()}
-    function = eager(op)
-    if "residual" in inputs:
-        stored = (inputs["x"] + inputs["residual"]).double()
-
-        def function(x: Tensor, *parameters: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            total = x + residual
-            total = total + (stored - total).detach()
-            return eager(op)(total, *parameters), total
-
-    return results(function, op, shape, doubles, dtype)
-
-
-def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
-    """Errors of eager and of ours, each output and gradient of one op.
-
-    Args:
-        op: of `OPS`.
-        shape: of that op.
-        dtype: of `DTYPES`; "mixed" is bfloat16 with float32 parameters of a norm.
-        device: of the tensors.
-
-    Returns:
-        Errors over the root mean square of the exact result, and ours over eager's (None where eager has none).
-    """
-    low, parameters = DTYPES.get(dtype, torch.bfloat16), DTYPES.get(dtype, torch.float32)
-    inputs = partial(make_inputs, op, shape, 0, device, low, parameters)
-    head: Row = {"op": op, "shape": list(shape), "dtype": dtype}
-    found = guarded(head, lambda: results(kernel(op), op, shape, inputs(), low))
-    if found is None:
-        return [head]
-    truth, plain = exact(op, shape, inputs(), low), results(eager(op), op, shape, inputs(), low)
-    rows = []
-    for name, wanted in truth.items():
-        scale = wanted.square().mean().sqrt()
-        row = {**head, "tensor": name}
-        for impl, value in (("eager", plain[name]), (OURS, found[name])):
-            error = (value.double() - wanted) / scale
-            row[f"{impl}_rms"], row[f"{impl}_max"] = error.square().mean().sqrt().item(), error.abs().max().item()
-        for measure_of in ("rms", "max"):
-            ours, eagers = row[f"{OURS}_{measure_of}"], row[f"eager_{measure_of}"]
-            row[f"ratio_{measure_of}"] = ours / eagers if eagers else None
-        rows.append(row)
-    return rows
-
-
 def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
-    """Every op at every shape that was asked for."""
+    """Times the chosen ops at the chosen shapes."""
     for op in args.ops:
         for shape in [OPS[op].shapes[i] for i in args.shapes if i < len(OPS[op].shapes)]:
             impls = [impl for impl in OPS[op].impls if impl in args.impls]
@@ -318,7 +236,7 @@ def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -
 
 
 def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
-    """Host time of every op that has a small shape."""
+    """Measures the host time of every op that has a small shape."""
     print(f"{'op':<16}{'rows':>6}  {'':<13}{'forward us':>12}{'forward+backward us':>20}")
     for op in (op for op in args.ops if op in HOST_SHAPES):
         impls = [impl for impl in HOST_IMPLS if impl in args.impls and impl in OPS[op].impls]
@@ -327,13 +245,8 @@ def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) ->
             add(rows, host_table(rows))
 
 
-def dtypes_of(op: str) -> tuple[str, ...]:
-    """In which the errors of an op are looked at."""
-    return (*DTYPES, "mixed") if "norm" in op else tuple(DTYPES)
-
-
 def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
-    """Errors of every op; on a CPU at the small shape alone."""
+    """Measures the errors of every op; on a CPU only at the small shape."""
     on_gpu = torch.cuda.is_available()
     columns = f"{'eager':>11}{'triton':>11}{'ratio':>9}"
     print(f"{'':<61}{'root mean square':>31}{'largest':>31}\n{'':<61}{columns}{columns}")
@@ -345,7 +258,7 @@ def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) 
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.measure.ops", description=__doc__.split("\n\n")[0])
     most = max(len(op.shapes) for op in OPS.values())
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
@@ -364,7 +277,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables that were asked for.
+    """Prints the tables that the command line asks for.
 
     Returns:
         1 if an op of ours failed, else 0.

@@ -1,4 +1,4 @@
-"""The process that measures, seen from the one that asks: it may crash, hang or run out of memory."""
+"""Starts the worker process and talks to it: the worker may crash, hang or run out of memory."""
 
 import contextlib
 import json
@@ -20,17 +20,17 @@ _GRACE_S = 10.0
 
 
 class WorkerEnded(Exception):
-    """The process gave no answer; the text says how it ended."""
+    """The worker gave no answer; the text says how it ended."""
 
 
 class Worker:
-    """Runs `bench.measure.worker` when the first job comes, and again after it died."""
+    """Starts `bench.measure.worker` when the first job comes, and again after it died."""
 
     def __init__(self, interpreter: bool, command: tuple[str, ...] = (sys.executable, "-m", "bench.measure.worker")):
         """
         Args:
-            interpreter: Triton's kernels run in its interpreter, for a machine without a GPU.
-            command: that is started, with the number of the file that it answers on.
+            interpreter: Run Triton's kernels in its interpreter, for a machine without a GPU.
+            command: Command of the worker; the file descriptor for the answers is added to it.
         """
         self._interpreter = interpreter
         self._command = command
@@ -47,10 +47,10 @@ class Worker:
         self.close(_GRACE_S if error is None else 0.0)
 
     def ask(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Hand over a job and wait for its answer.
+        """Sends a job and waits for its answer.
 
         Raises:
-            WorkerEnded: the process died, or gave no answer in time and was ended.
+            WorkerEnded: The process died, or gave no answer in time and was killed.
         """
         process = self._process or self._start()
         assert process.stdin is not None
@@ -78,18 +78,18 @@ class Worker:
             text=True,
             cwd=ROOT,
             env=environment,
-            start_new_session=True,  # so that what it starts ends with it
+            start_new_session=True,  # so that `close` can kill what the worker has started
         )
         os.close(write)
         self._answers, self._rest = read, b""
         return self._process
 
     def _line(self, deadline: float) -> bytes:
-        """Next line of the answers.
+        """Returns the next line of the answers.
 
         Raises:
-            EOFError: the process closed them.
-            TimeoutError: the deadline is over.
+            EOFError: The process closed its end of the pipe.
+            TimeoutError: The deadline has passed.
         """
         while b"\n" not in self._rest:
             ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
@@ -103,10 +103,10 @@ class Worker:
         return line
 
     def close(self, grace_s: float = _GRACE_S) -> int | None:
-        """End the process and all that it started; returns its exit code.
+        """Ends the process and all processes that it started; returns its exit code.
 
         Args:
-            grace_s: time that it has to end by itself, as it does when it waits for a job.
+            grace_s: Time that the process has to end by itself, as it does while it waits for a job.
         """
         process, self._process = self._process, None
         if process is None:

@@ -1,21 +1,20 @@
-"""Training over several GPUs of this host: `python -m bench.measure.scaling [--gpus 1 2 4] [--strategies ...]
-[--strong]`.
+"""Training on several GPUs of a host: `python -m bench.measure.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
 
-For every model and number of micro-batches, each card first trains for itself, all at the same time (`--one_by_one`:
-the others idle), then together under each strategy, then for itself again, in the same processes: fresh random tokens,
-at least 3 micro-batches of warm-up, then the mean of the timed steps, between CUDA events, of the slowest process (no
-median: at its power cap a card is slower and faster by turns). What a card takes alone is the mean of before and after,
-since cards slow down as they warm up. Weak scaling: micro-batches of each GPU stay. Strong (`--strong`): those of the
-job stay. Efficiency is the tokens/s of the job over n times those of the slowest card alone, and over the sum of the
-cards.
+For every model and number of micro-batches, each card first trains alone, all at the same time (`--one_by_one`: the
+others idle), then together under each strategy, then alone again, in the same processes: fresh random tokens, at least
+3 micro-batches of warm-up, then the mean of the timed steps of the slowest rank, between CUDA events (no median: at its
+power cap a card is slower and faster by turns). The time of a card alone is the mean of before and after, because cards
+slow down as they warm up. Weak scaling keeps the micro-batches of each GPU, strong scaling (`--strong`) those of the
+job. Efficiency is the tokens/s of the job divided by n times those of the slowest card alone, and divided by the sum
+of the cards.
 
-State is the memory allocated between two steps, without buffers that only communication needs, peak the most during
-them, with these, of the largest process; beside them the plan. Exposed communication is the time in which a card does
-nothing but communicate, from a profile of two steps of the first process. With `--save`, the time for which training
-waits in the second of two saves.
+State is the memory allocated between two steps, without buffers that only communication needs; peak is the most
+allocated during the steps, with these buffers. Both are of the rank with the most, and the plan stands beside them.
+Exposed communication is the time in which a card does nothing but communicate, from a profile of two steps of rank 0.
+With `--save`, the stall is the time for which training waits in the second of two saves.
 
-Every case writes its own file under --out; what is there is not measured again (`--fresh`: again), but for the cards
-alone, which surround whatever is measured.
+Every case writes its own file under --out. A case that has a file is not measured again without `--fresh`, except the
+cards alone, which are measured around every strategy that is measured.
 """
 
 import argparse
@@ -26,17 +25,17 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from bench.measure import timing
 from bench.measure.models import MODELS
+from bench.measure.step import random_batches
 from gptperf import plan
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config, command_line
@@ -63,7 +62,7 @@ STRATEGIES: dict[str, list[str]] = {
     "fsdp_nccl": ["--use_fsdp=True", "--communication=process_group"],
 }
 ALONE = ("alone", "alone_after")
-"""Each card for itself, before and after the strategies."""
+"""Cases in which each card trains alone, before and after the strategies."""
 _WARM_UP, _PROFILED = 3, 2
 
 
@@ -73,19 +72,19 @@ class Case:
 
     model: str
     strategy: str
-    """Of `STRATEGIES`, or of `ALONE`."""
+    """One of `STRATEGIES` or of `ALONE`."""
     gpus: int
     micro_batches: int
-    """Of a step on one GPU."""
+    """Micro-batches of a step on one GPU."""
     steps: int
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the file of the case."""
         return f"{self.model}-{self.gpus}gpus-{self.strategy}-{self.micro_batches}x"
 
     def config(self) -> Config:
-        """Of a run; alone, of the run on one card."""
+        """Returns the configuration of the job; for a card alone, that of a job on one card."""
         world_size = 1 if self.strategy in ALONE else self.gpus
         flags = [f"--gradient_accumulation_steps={self.micro_batches * world_size}", *STRATEGIES.get(self.strategy, [])]
         return command_line.resolve([*MODELS[self.model], *flags], world_size=world_size).config
@@ -99,7 +98,7 @@ def cases(
     strong: bool = False,
     most_steps: int = 21,
 ) -> list[Case]:
-    """What is measured on a number of GPUs: the strategies between the cards alone."""
+    """Returns the cases on a number of GPUs: the strategies, with the cards alone before and after them."""
     found = []
     for model in models:
         for count in micro_batches:
@@ -113,7 +112,7 @@ def cases(
 
 
 def to_measure(wanted: Sequence[Case], there: Collection[str]) -> list[Case]:
-    """What is not there, and the cards alone around it."""
+    """Returns the cases that have no result, with the cards alone around them."""
     missing = {(case.model, case.gpus, case.micro_batches) for case in wanted if case.name not in there}
     return [
         case
@@ -122,18 +121,8 @@ def to_measure(wanted: Sequence[Case], there: Collection[str]) -> list[Case]:
     ]
 
 
-def _batches(engine: Engine) -> Iterator[Tensor]:
-    """Fresh tokens for ever, others in every process."""
-    config, device = engine.config, engine.process.device
-    generator = torch.Generator(device).manual_seed(1000 + dist.get_rank())
-    shape = (config.train.batch_size, config.model.block_size + 1)
-    while True:
-        tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
-        yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
-
-
 def _measure(case: Case, process: Process, save: bool, start_together: Callable[[], object]) -> dict[str, Any]:
-    """Figures of this process; `start_together` is called before the steps that are timed."""
+    """Returns the figures of this rank; `start_together` is called before the timed steps."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -141,7 +130,9 @@ def _measure(case: Case, process: Process, save: bool, start_together: Callable[
     engine = build_engine(config, process)
     engine.weights.share()
     compile_engine(engine)
-    batches, moved = _batches(engine), engine.weights.collectives
+    seed = 1000 + dist.get_rank()  # every rank reads other tokens
+    batches = random_batches(engine, torch.Generator(process.device).manual_seed(seed))
+    moved = engine.weights.collectives
 
     def run(step: int) -> StepResult:
         return train_step(engine, batches, step)
@@ -169,7 +160,7 @@ def _measure(case: Case, process: Process, save: bool, start_together: Callable[
 
 
 def _communication(run: Any, first: int, process: Process) -> dict[str, float]:
-    """Exposed and hidden milliseconds of a step; only the first process looks."""
+    """Returns exposed and hidden milliseconds of communication in a step; only rank 0 profiles."""
     if not process.is_main:
         for step in range(first, first + _PROFILED):
             run(step)
@@ -180,7 +171,7 @@ def _communication(run: Any, first: int, process: Process) -> dict[str, float]:
 
 
 def _stall(engine: Engine, process: Process) -> dict[str, float]:
-    """Milliseconds for which training waits for a save, and until it is written: those of the second one."""
+    """Returns the milliseconds for which training waits in the second of two saves, and until that save is written."""
     box = [tempfile.mkdtemp(dir=".") if process.is_main else ""]
     dist.broadcast_object_list(box, 0, group=process.host_group)
     saver = Saver(Path(box[0]), 1, process)
@@ -198,7 +189,7 @@ def _stall(engine: Engine, process: Process) -> dict[str, float]:
 
 
 def _worker(jobs: Path, out: Path) -> None:
-    """Measure cases in the processes that torchrun has started."""
+    """Measures cases in the processes that torchrun has started."""
     process = start_process("cuda")
     for entry in json.loads(jobs.read_text()):
         case = Case(**entry["case"])
@@ -224,8 +215,8 @@ def _worker(jobs: Path, out: Path) -> None:
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table."""
-    alone = defaultdict(list)  # milliseconds of each card, for every time
+    """Returns the lines of the table."""
+    alone = defaultdict(list)  # model, GPUs, micro-batches -> milliseconds of each card, before and after
     for record in records:
         case = Case(**record["case"])
         if case.strategy in ALONE:
@@ -260,7 +251,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tuple[float, float]:
-    """GB of model state and at the peak, by the plan."""
+    """Returns the planned GB of model state and at the peak."""
     gpu = match_gpu(environment["device"], environment.get("memory_gb"))
     if gpu is None:
         return float("nan"), float("nan")
@@ -271,7 +262,7 @@ def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tupl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is missing and print the table."""
+    """Measures the cases that have no result, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.measure.scaling", description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4, 8, as far as there are so many")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama_1.36b", "gpt2_124m"])

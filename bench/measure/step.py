@@ -1,9 +1,9 @@
-"""Time of a training step: `python -m bench.measure.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
+"""Times a training step: `python -m bench.measure.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
 
 One cell (model and variant of `bench.measure.models`) after another in one process, by the protocol of
 `gptperf.monitor.waterfall`. MFU is strict: causal matmul FLOPs over the dense peak of the GPU table. With --kernels,
-five more steps under the profiler say where the time goes. `python -m bench` runs the same cells, each in a process of
-its own, with more beside.
+five more steps under the profiler show where the time goes. `python -m bench` runs the same cells, each in a process of
+its own, and more.
 """
 
 import argparse
@@ -34,27 +34,32 @@ from gptperf.training.step import Engine, StepResult, build_engine, compile_engi
 __all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
 
 PROFILED = 5
-WARM_UP_MS = 2000.0  # before them: the card runs at its power cap again
+WARM_UP_MS = 2000.0  # before profiled steps, until the card runs at its power cap again
 _PROBE = 8192
 
 
-def random_batches(engine: Engine) -> Iterator[Tensor]:
-    """Fresh tokens for ever, made on the device."""
+def random_batches(engine: Engine, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Yields batches of fresh random tokens without end, made on the device.
+
+    Args:
+        engine: Gives the shape and the device.
+        generator: Source of the tokens; default: the device's own generator.
+    """
     config, device = engine.config, engine.process.device
     shape = (config.train.batch_size, config.model.block_size + 1)
     while True:
-        tokens = torch.randint(config.model.vocab_size, shape, device=device)
+        tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 
 def peak_here(config: Config) -> Peak | None:
-    """The dense peak of the current device; None for one that has no row, and so no MFU."""
+    """Returns the dense peak of the current device; None, and so no MFU, for a device that is not in the table."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:
-    """TFLOP/s and MFU in percent by every convention that counts this model; no MFU without a peak."""
+    """Returns TFLOP/s and MFU in percent by every convention that counts this model; the MFU is None without a peak."""
     found: dict[str, dict[str, float | None]] = {}
     for name, convention in flops.CONVENTIONS.items():
         if convention.uncountable(config.model) is not None:
@@ -68,7 +73,7 @@ def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dic
 
 
 def of_serial(config: Config, step_ms: float, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The serial roofline of the step and the step's fraction of it, or why there is none."""
+    """Returns the serial roofline of the step and its fraction of the step time, or the reason why there is none."""
     if ceilings is None:
         return {"reason": "no ceilings were measured in this run"}
     parts = serial_ms(config, ceilings)
@@ -77,7 +82,7 @@ def of_serial(config: Config, step_ms: float, ceilings: Mapping[str, Any] | None
 
 
 def _probe_tflops() -> float:
-    """What one large product reaches now: the state of the card, before and after the steps."""
+    """Returns the TFLOP/s of one large product now, which shows the state of the card."""
     a, b, c = (torch.randn(_PROBE, _PROBE, device="cuda", dtype=torch.float16) for _ in range(3))
     work = timing.Work(lambda: torch.mm(a, b, out=c))
     work.window(3)
@@ -85,7 +90,7 @@ def _probe_tflops() -> float:
 
 
 def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: float) -> dict[str, Any]:
-    """Steps under the profiler: milliseconds by part and, where the GPU's peak is known, the waterfall."""
+    """Profiles steps: milliseconds by part and, where the peak of the GPU is known, the waterfall."""
     warm_up = math.ceil(WARM_UP_MS / step_ms)
     kernels = waterfall.kernels_of(waterfall.trace_steps(run, first, PROFILED, warm_up=warm_up))
     found = waterfall.breakdown(kernels, PROFILED)
@@ -130,17 +135,17 @@ def measure(
     profile: bool = False,
     ceilings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One cell: build, compile, warm up, time `steps` steps.
+    """Measures one cell: builds, compiles, warms up and times `steps` steps.
 
     Args:
-        model: of `MODELS`.
-        variant: of `VARIANTS`.
-        steps: that are timed.
-        profile: more steps under the profiler.
-        ceilings: of this card, for the serial roofline.
+        model: One of `MODELS`.
+        variant: One of `VARIANTS`.
+        steps: Number of timed steps.
+        profile: Profile more steps afterwards.
+        ceilings: Ceilings of this card, for the serial roofline.
 
     Returns:
-        config, ops and the figures; all that is not finite or not known is None.
+        config, ops, and the figures as results; a figure that is unknown is None.
     """
     found = measure_config(resolve(model, variant), steps, profile=profile, ceilings=ceilings)
     return {**found, "results": {"model": model, "variant": variant, **found["results"]}}
@@ -149,7 +154,7 @@ def measure(
 def measure_config(
     config: Config, steps: int, *, profile: bool = False, ceilings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The same for any configuration."""
+    """Measures a step of any configuration as `measure` does."""
     process = start_process("cuda")
     before = _probe_tflops()
     torch.cuda.empty_cache()
@@ -163,7 +168,7 @@ def measure_config(
 def _timed(
     config: Config, process: Process, steps: int, profile: bool, ceilings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The figures of a step and its ops; what it takes on the device is free afterwards."""
+    """Returns the figures and the ops of a step; the memory of its engine is free afterwards."""
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     engine = build_engine(config, process)
@@ -219,7 +224,7 @@ def _line(cell: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print the table of all cells."""
+    """Prints the table of the chosen cells."""
     parser = argparse.ArgumentParser(prog="python -m bench.measure.step", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "triton+compiled"])

@@ -1,18 +1,18 @@
-"""How the benches time work on a GPU: cold cache, CUDA graphs, implementations in turn, medians.
+"""Times work on a GPU: cold cache, CUDA graphs, implementations in turn, medians.
 
 Protocol:
 
 1. Calls rotate over input sets of random numbers, at least two and together at least four times the L2 cache, so that
    no call finds its inputs there.
 2. After two warm-up calls a set, the calls are captured in one CUDA graph of at least 24 of them: a replay costs the
-   host nothing that a call's time would show. What cannot be captured runs in a plain loop, and its figure says so.
+   host no time that a call would show. Work that cannot be captured runs in a plain loop, and its figure says so.
 3. A window is about 20 ms of replays (three at least) between two CUDA events.
-4. A round gives every implementation one window; rounds follow each other, so that clocks, temperature and neighbours
+4. A round gives every implementation one window. Rounds follow each other, so that clocks, temperature and neighbours
    are the same for all. The figure is the median over the rounds, with the 10th and 90th percentile.
 
 Everything runs on one side stream: the default one cannot be captured, and a backward runs on its forward's stream.
 
-A training step has a protocol of its own, `gptperf.monitor.waterfall.STEP_PROTOCOL`, which a profile of a run follows
+A training step has a protocol of its own, `gptperf.monitor.waterfall.STEP_PROTOCOL`, which the profile of a run uses
 too.
 """
 
@@ -42,14 +42,14 @@ Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 L2_TIMES = 4
-GRAPH_CALLS = 24  # of the smallest op 1 ms: 5 us between two replays are half a per cent
+GRAPH_CALLS = 24  # 1 ms of the smallest op: the 5 us between two replays are half a percent
 WINDOW_MS = 20.0
 MIN_LAUNCHES = 3
 
 
 @dataclass(frozen=True)
 class Work:
-    """Calls that are launched together."""
+    """Calls that are launched together and timed as one."""
 
     launch: Call
     """Enqueues `calls` calls on the current stream."""
@@ -57,12 +57,12 @@ class Work:
     method: str = "loop"
     """"graph", or "loop" with the reason."""
     prepare: Call | None = None
-    """Runs before a window, outside of its time."""
+    """Runs before a window, outside its time."""
     keep: object = None
-    """Owns the memory whose addresses a graph holds."""
+    """Keeps the tensors alive whose addresses the graph holds."""
 
     def window(self, launches: int) -> float:
-        """Milliseconds a call over one window."""
+        """Returns milliseconds a call over one window."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.prepare is not None:
             self.prepare()
@@ -76,7 +76,7 @@ class Work:
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """Run the body on a stream that can be captured."""
+    """Runs the body on a stream that can be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -85,22 +85,22 @@ def side_stream() -> Iterator[None]:
 
 
 def input_sets(set_bytes: int) -> int:
-    """How many input sets of `set_bytes` bytes leave the L2 cache cold."""
+    """Returns how many input sets of `set_bytes` bytes keep the L2 cache cold."""
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(2, math.ceil(L2_TIMES * l2_bytes / set_bytes))
 
 
 def capture(calls: Sequence[Call], prepare: Call | None = None) -> Work:
-    """Warm up, then capture a graph of at least `GRAPH_CALLS` calls.
+    """Warms up, then captures a graph of at least `GRAPH_CALLS` calls.
 
     Args:
-        calls: one an input set; each launches work on the current stream and may be called again and again.
-        prepare: for calls that overwrite what they read.
+        calls: One call for each input set; it launches work on the current stream and can be repeated.
+        prepare: Runs before a window, for calls that overwrite what they read.
 
     Returns:
-        The work, as a plain loop where capture failed.
+        The work, as a plain loop where the capture failed.
     """
-    for call in itertools.chain(calls, calls):  # compiles, loads modules, makes handles: no capture allows that
+    for call in itertools.chain(calls, calls):  # compiles, loads modules, makes handles: a capture allows none of these
         call()
     torch.cuda.synchronize()
     repeats = math.ceil(GRAPH_CALLS / len(calls))
@@ -122,10 +122,10 @@ def capture(calls: Sequence[Call], prepare: Call | None = None) -> Work:
 
 
 def copies(moved_bytes: int) -> Work:
-    """A copy that reads and writes `moved_bytes` together: the yardstick of what moves as much.
+    """Returns a copy whose reads and writes add up to `moved_bytes`: the yardstick for an op that moves as much.
 
-    The fastest of two `dst.copy_(src)` and one elementwise kernel, each with memory of its own: on an H200 a memcpy is
-    now and then a third slower than usual, for as long as its buffers live.
+    It is the fastest of two `dst.copy_(src)` and one elementwise kernel, each with memory of its own: on an H200 a
+    memcpy is sometimes a third slower than usual, for as long as its buffers live.
     """
     elements = max(1, moved_bytes // 4)  # 2 bytes an element, read and written
     found = []
@@ -136,14 +136,14 @@ def copies(moved_bytes: int) -> Work:
 
 
 def alternate(works: Mapping[Name, Work], rounds: int, window_ms: float = WINDOW_MS) -> dict[Name, list[float]]:
-    """Give every work one window a round.
+    """Times every work with one window a round.
 
     Returns:
-        Milliseconds a call, one a round.
+        Name -> milliseconds a call, one for each round.
     """
     launches = {}
     for name, work in works.items():
-        work.window(1)  # the first one may load modules
+        work.window(1)  # the first window may load modules
         launch_ms = work.window(MIN_LAUNCHES) * work.calls
         launches[name] = max(MIN_LAUNCHES, math.ceil(window_ms / launch_ms))
     times: dict[Name, list[float]] = {name: [] for name in works}
@@ -154,10 +154,10 @@ def alternate(works: Mapping[Name, Work], rounds: int, window_ms: float = WINDOW
 
 
 def host_us(call: Call, calls: int = 300, windows: int = 5) -> dict[str, float]:
-    """Host time of a call in microseconds, with the queue drained before a window and no wait in it.
+    """Measures the host time of a call in microseconds; the queue is empty before a window, and nothing waits in it.
 
     Returns:
-        us, the median window; low_us and high_us, the least and the largest.
+        us of the median window, low_us of the fastest and high_us of the slowest.
     """
     timeit.timeit(call, number=20)
     times = []
@@ -169,7 +169,7 @@ def host_us(call: Call, calls: int = 300, windows: int = 5) -> dict[str, float]:
 
 
 def extra_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
-    """Peak memory of a call beyond what was allocated before it and the results that it returns."""
+    """Returns the peak memory of a call, without what was allocated before it and without its results."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -180,15 +180,15 @@ def extra_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
 
 
 def device_uuid() -> str:
-    """Name of the current CUDA device as its driver knows it."""
+    """Returns the UUID of the current CUDA device, by which its driver and NVML know it."""
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What made the figures.
+    """Describes the device and the software that make the figures.
 
     Args:
-        packages: whose versions are wanted beside torch's and Triton's (None: not installed).
+        packages: Packages whose versions are listed beside torch and Triton (None: not installed).
 
     Returns:
         device ("cpu" without a GPU), versions, python, machine, cores; with a GPU its driver, memory, L2 cache, and

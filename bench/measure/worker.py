@@ -1,7 +1,7 @@
-"""Measures cells in a process of its own: `python -m bench.measure.worker FD`, jobs as JSON lines on stdin, answers on
-FD.
+"""Measures cells in a process of its own: `python -m bench.measure.worker FD` reads jobs as JSON lines from stdin, and
+writes answers to the file descriptor FD.
 
-What a cell prints goes to stdout. A cell that fails is answered with the reason; a process that dies answers nothing.
+What a cell prints goes to stdout. The answer for a cell that fails is the reason; a process that dies gives no answer.
 """
 
 import gc
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.measure import loader, monitoring, ops, step, timing
-from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS
+from bench.measure import loader, monitoring, op_errors, ops, step, timing
+from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
 from bench.measure.models import DEFAULT_VARIANT, planned, resolve
-from bench.report.tables import error_table, host_table, table
+from bench.measure.op_tables import error_table, host_table, table
 from gptperf.hardware import ceilings
 from gptperf.monitor import waterfall
 
@@ -44,7 +44,7 @@ def _ops(name: str, quick: bool, _: Path) -> Found:
     with ops.setting():
         rows = measure(op, shape, OPS[op].impls, _QUICK_ROUNDS if quick else _ROUNDS)
     print(table(rows))
-    failed = [row["error"] for row in rows if "error" in row and row["impl"] == ops.OURS]
+    failed = [row["error"] for row in rows if "error" in row and row["impl"] == OURS]
     return {"results": {"rows": rows}, "protocol": ops.PROTOCOL, "ops": {op: "each"}, "failed": failed}
 
 
@@ -53,8 +53,8 @@ def _errors(name: str, quick: bool, _: Path) -> Found:
     rows = []
     with ops.setting():
         for shape in (OPS[op].small, OPS[op].real) if on_gpu and not quick else (OPS[op].small,):
-            for dtype in ops.dtypes_of(op):
-                rows += ops.error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
+            for dtype in op_errors.dtypes_of(op):
+                rows += op_errors.error_rows(op, shape, dtype, "cuda" if on_gpu else "cpu")
     print(error_table(rows))
     failed = [row["error"] for row in rows if "error" in row]
     where = "on the GPU" if on_gpu else "on a CPU in Triton's interpreter, which truncates to bfloat16"
@@ -69,7 +69,7 @@ def _host(name: str, quick: bool, _: Path) -> Found:
         for count in HOST_ROWS[:1] if quick else HOST_ROWS:
             rows += ops.measure_host(op, count, impls)
     print(host_table(rows))
-    failed = [row["error"] for row in rows if "error" in row and row["impl"] == ops.OURS]
+    failed = [row["error"] for row in rows if "error" in row and row["impl"] == OURS]
     return {"results": {"rows": rows}, "protocol": ops.PROTOCOL, "failed": failed}
 
 
@@ -82,7 +82,7 @@ def _ceilings(name: str, quick: bool, _: Path) -> Found:
 
 
 def _ceilings_of(model: str, folder: Path) -> Mapping[str, Any] | None:
-    """Those of this run, or None."""
+    """Returns the ceilings that this run has measured for a model, or None."""
     path = results.cell_path(folder, f"ceilings/{model}")
     record = results.read(path) if path.exists() else None
     return None if record is None or record["status"] != "done" else dict(record["results"])
@@ -154,20 +154,20 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
 
 
 def execute(name: str, quick: bool, folder: Path) -> Found:
-    """Measure a cell.
+    """Measures a cell.
 
     Args:
-        name: of `bench.cells`.
-        quick: fewer rounds.
-        folder: with the results of this run so far.
+        name: Name of a cell of `bench.cells`.
+        quick: Measure the short form, with fewer rounds.
+        folder: Folder with the results of this run so far.
 
     Returns:
-        status ("done" or "failed"), reason, results, protocol, config and ops where there are any.
+        status ("done" or "failed"), reason, results, protocol, and config and ops where the cell has them.
     """
     row: Found = {}
-    found = ops.guarded(row, partial(_told, partial(_KINDS[name.partition("/")[0]], name, quick, folder))) or {}
+    found = results.guarded(row, partial(_traced, partial(_KINDS[name.partition("/")[0]], name, quick, folder))) or {}
     failed = [row["error"]] if row else found.pop("failed", [])
-    if not row:  # after an error the device may not answer, and the process ends anyway
+    if not row:  # after an error the device may not respond, and this process ends anyway
         gc.collect()
         torch._dynamo.reset()
         if torch.cuda.is_available():
@@ -176,8 +176,8 @@ def execute(name: str, quick: bool, folder: Path) -> Found:
     return {**shared, **found, "status": "failed" if failed else "done", "reason": failed[0] if failed else None}
 
 
-def _told(measure: Callable[[], Found]) -> Found:
-    """Measure; an error passes on, but shows where it came from."""
+def _traced(measure: Callable[[], Found]) -> Found:
+    """Measures, and prints the traceback of an error before it passes on."""
     try:
         return measure()
     except BaseException:
@@ -186,9 +186,9 @@ def _told(measure: Callable[[], Found]) -> Found:
 
 
 def main() -> None:
-    """Answer jobs until stdin ends."""
+    """Answers jobs until stdin ends."""
     fd = int(sys.argv[1])
-    os.set_inheritable(fd, False)  # or a process that a cell starts would keep the answers open
+    os.set_inheritable(fd, False)  # a process that a cell starts must not keep the pipe open
     with os.fdopen(fd, "w") as answers:
         for line in sys.stdin:
             job = json.loads(line)

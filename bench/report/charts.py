@@ -1,7 +1,4 @@
-"""The charts of a report as SVG that stands alone: no font, script or address from outside, and the text's own colour.
-
-matplotlib is loaded by `draw` only.
-"""
+"""The charts of the bench's report as SVG elements. matplotlib is loaded by `draw` only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,30 +10,34 @@ from gptperf import hardware
 from gptperf.flops.elementwise import COSTS
 from gptperf.hardware.ceilings import gemm_list
 from gptperf.monitor.waterfall import PARTS
-from gptperf.report import page
+from gptperf.report import figures
+from gptperf.report.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, TEXT_COLOR
 
 __all__ = ["draw", "figure", "roofline_points"]
 
-_EXTRA = "bench"
-_COLORS = {"triton": "#2a8fbd", "compiled": "#d08a2e", "eager": "#8a8a8a", "liger": "#a05fb0"}
-_OTHER = {"torch_native": "#5a9e57", "cudnn": "#c25b5b", "gemm": "#d08a2e", "liger_separate": "#c9a5d1"}
+_COLORS = {"triton": BLUE, "compiled": ORANGE, "eager": GRAY, "liger": PURPLE, "torch_native": GREEN, "cudnn": RED}
+_COLORS |= {"gemm": ORANGE, "liger_separate": "#c9a5d1"}
 _PER_ELEMENT = {"rms_norm": "rmsnorm", "layer_norm": "layernorm", "rope": "rope", "swiglu": "swiglu"}
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
-    """A matplotlib figure by its name: waterfall:CELL, roofline, of_copy:forward, of_copy:backward; or None.
+    """Draws a chart, or returns None where there is nothing to draw.
+
+    Args:
+        name: waterfall:CELL, roofline, of_copy:forward or of_copy:backward.
+        records: Cell -> result.
 
     Raises:
         DeviceError: matplotlib is not installed.
-        ValueError: unknown name.
+        ValueError: The name is unknown.
     """
-    pyplot = page.pyplot(_EXTRA)
+    pyplot = figures.pyplot()
     kind, _, what = name.partition(":")
     if kind == "waterfall":
         profile = records[what]["results"]["profile"]
         title = f"{what.partition('/')[2]}; dotted: the steps that were timed without a profiler"
         points = {part: profile["waterfall"][part] for part in PARTS}
-        return page.waterfall(pyplot, title, points, profile["timed_mfu_percent"])
+        return figures.waterfall(title, points, profile["timed_mfu_percent"])
     if kind == "roofline":
         return _roofline(pyplot, records)
     if kind == "of_copy":
@@ -45,16 +46,17 @@ def figure(name: str, records: Mapping[str, Record]) -> Any:
 
 
 def draw(name: str, records: Mapping[str, Record]) -> str | None:
-    """The SVG element of a chart, or None where there is nothing to draw.
+    """Returns the SVG element of a chart, or None where there is nothing to draw.
 
     Raises:
         DeviceError: matplotlib is not installed.
     """
-    return page.svg(page.pyplot(_EXTRA), name, lambda: figure(name, records))
+    found = figure(name, records)
+    return None if found is None else figures.svg(found, name)
 
 
 def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float, float]]:
-    """What can be drawn as (label, kind, FLOP per byte, FLOP/s): forward of the ops, and the models' GEMMs."""
+    """Returns (label, kind, FLOP per byte, FLOP/s) of the forward of every op and of the models' GEMMs."""
     points = []
     for row in ops_rows(records):
         op = row["op"].removesuffix("_add")
@@ -77,7 +79,7 @@ def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float
 
 
 def _elements(op: str, shape: Sequence[int]) -> float:
-    """Elements that the op's FLOPs are counted of: of rope those of queries and keys."""
+    """Elements for which the FLOPs of an op are counted; rope counts queries and keys only."""
     if op == "rope":
         B, H, T, D, K = shape
         return B * T * (H + K) * D
@@ -85,45 +87,59 @@ def _elements(op: str, shape: Sequence[int]) -> float:
 
 
 def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
-    """Measured roofs and what lies under them."""
+    """Draws the measured roofs, and the ops and GEMMs under them."""
     points = roofline_points(records)
     ceilings = [r for c, r in records.items() if c.startswith("ceilings/") and r["status"] == "done"]
     if not points or not ceilings:
         return None
     found, axes = pyplot.subplots(figsize=(8.5, 4.4))
-    copy = max(r["results"]["copy_byte_s"] for r in ceilings)
-    square = max(r["results"]["gemm_square_flop_s"] for r in ceilings)
-    made_by, dtype = ceilings[0]["environment"], ceilings[0]["results"]["dtype"]
-    gpu = hardware.match_gpu(made_by["device"], made_by.get("memory_gb"))
-    peak = hardware.peak_flop_s(gpu, dtype)
-    top = square if peak is None else peak.flop_s
-    low, high = min(p[2] for p in points) / 3, max(p[2] for p in points) * 3
-    axes.plot([low, top / copy], [low * copy, top], color=page.TEXT, label=f"copy, measured {copy / 1e12:.2f} TB/s")
-    if peak is not None:
-        axes.plot([top / copy, high], [top] * 2, color=page.TEXT, label=f"data sheet {top / 1e12:,.0f} TFLOP/s")
-    line = {"color": page.TEXT, "linestyle": "--", "linewidth": 0.8}
-    axes.plot([square / copy, high], [square] * 2, label=f"8192^3, measured {square / 1e12:,.0f} TFLOP/s", **line)
+    _roofs(axes, ceilings, [intensity for _, _, intensity, _ in points])
     for kind, color, mark in (("ops", _COLORS["triton"], "o"), ("GEMMs", _COLORS["compiled"], "s")):
         xs = [p[2] for p in points if p[1] == kind]
-        ys = [p[3] for p in points if p[1] == kind]
+        ys = [p[3] / 1e12 for p in points if p[1] == kind]
         label = "ops, forward" if kind == "ops" else "the models' matrix products"
         axes.scatter(xs, ys, s=22, color=color, marker=mark, label=label, alpha=0.8, zorder=3)
-    labels: dict[float, dict[str, None]] = {}  # ops of one intensity lie upon each other: they share a label
-    for label, _, intensity, _ in (p for p in points if p[1] == "ops"):
-        labels.setdefault(round(intensity, 1), {})[label.split()[0]] = None
-    for number, around in enumerate(sorted(labels)):
-        place = max((p for p in points if p[1] == "ops" and round(p[2], 1) == around), key=lambda p: p[3])
-        aside = {"ha": "left", "va": "top"} if number % 2 else {"ha": "right", "va": "bottom"}
-        offset = (7, -4) if number % 2 else (-7, 4)
-        text = ", ".join(labels[around])
-        axes.annotate(text, (place[2], place[3]), offset, textcoords="offset points", fontsize=7, **aside)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s")
+    _label_ops(axes, [p for p in points if p[1] == "ops"])
+    axes.set(xlabel="FLOP per byte", ylabel="TFLOP/s")
+    figures.logarithmic(axes.xaxis)
+    figures.logarithmic(axes.yaxis)
     axes.legend(loc="lower right", fontsize=8)
     return found
 
 
+def _roofs(axes: Any, ceilings: Sequence[Record], intensities: Sequence[float]) -> None:
+    """Draws the speed of a copy, the peak of the data sheet, and the speed of a large product."""
+    copy = max(r["results"]["copy_byte_s"] for r in ceilings)
+    square = max(r["results"]["gemm_square_flop_s"] for r in ceilings)
+    made_by, dtype = ceilings[0]["environment"], ceilings[0]["results"]["dtype"]
+    peak = hardware.peak_flop_s(hardware.match_gpu(made_by["device"], made_by.get("memory_gb")), dtype)
+    top = square if peak is None else peak.flop_s
+    low, high = min(intensities) / 3, max(intensities) * 3
+    label = f"copy, measured {copy / 1e12:.2f} TB/s"
+    axes.plot([low, top / copy], [low * copy / 1e12, top / 1e12], color=TEXT_COLOR, label=label)
+    if peak is not None:
+        label = f"data sheet {top / 1e12:,.0f} TFLOP/s"
+        axes.plot([top / copy, high], [top / 1e12] * 2, color=TEXT_COLOR, label=label)
+    line = {"color": TEXT_COLOR, "linestyle": "--", "linewidth": 0.8}
+    label = f"8192^3, measured {square / 1e12:,.0f} TFLOP/s"
+    axes.plot([square / copy, high], [square / 1e12] * 2, label=label, **line)
+
+
+def _label_ops(axes: Any, points: Sequence[tuple[str, str, float, float]]) -> None:
+    """Writes the names of the ops; ops of one intensity lie upon each other and share a label."""
+    labels: dict[float, dict[str, None]] = {}
+    for label, _, intensity, _ in points:
+        labels.setdefault(round(intensity, 1), {})[label.split()[0]] = None
+    for number, around in enumerate(sorted(labels)):
+        place = max((p for p in points if round(p[2], 1) == around), key=lambda p: p[3])
+        aside = {"ha": "left", "va": "top"} if number % 2 else {"ha": "right", "va": "bottom"}
+        offset = (7, -4) if number % 2 else (-7, 4)
+        text, at = ", ".join(labels[around]), (place[2], place[3] / 1e12)
+        axes.annotate(text, at, offset, textcoords="offset points", fontsize=7, **aside)
+
+
 def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Ours as bars, the others as marks."""
+    """Draws our ops as bars and the others as marks."""
     shares: dict[str, dict[str, float]] = {}
     for row in rows:
         if "of_copy" in row.get(direction, {}) and row["impl"] != "copy":
@@ -135,12 +151,11 @@ def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> 
     places = range(len(shares))
     ours = [one.get("triton", 0.0) for one in shares.values()]
     axes.barh(places, ours, height=0.7, color=_COLORS["triton"], alpha=0.75, label="triton")
-    colors = {**_COLORS, **_OTHER}
     for impl in dict.fromkeys(impl for one in shares.values() for impl in one if impl != "triton"):
         marks = [(one[impl], place) for place, one in zip(places, shares.values(), strict=True) if impl in one]
         xs, ys = zip(*marks, strict=True)
-        axes.scatter(xs, ys, s=16, color=colors.get(impl, page.TEXT), label=impl, zorder=3)
-    axes.axvline(1, color=page.TEXT, linewidth=0.8, linestyle=":")
+        axes.scatter(xs, ys, s=16, color=_COLORS.get(impl, TEXT_COLOR), label=impl, zorder=3)
+    axes.axvline(1, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
     axes.set_yticks(places, list(shares), fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlabel(f"{direction}: fraction of the speed of a copy")

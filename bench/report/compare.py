@@ -1,8 +1,8 @@
 """What got slower or faster between two folders of results: `python -m bench.report.compare A B` (B against A).
 
 A figure has changed where it moved by more than the threshold and its 10th to 90th percentile does not touch that of
-the other. The exit code is 1 where a figure of this project got worse, or a cell that ran in A fails in B; the figures
-of rivals and of the card are shown beside, since they tell a slower program from a slower machine. No torch here.
+the other. The exit code is 1 where a figure of this project got worse, or a cell that ran in A fails in B. The figures
+of rivals and of the card are shown too, because they distinguish a slower program from a slower machine. No torch here.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from gptperf.errors import ConfigError, main_guard
 __all__ = ["LEAST", "Change", "Comparison", "compare", "differences", "main"]
 
 LEAST = 0.02
-"""Smallest threshold: medians of the same program on the same card differ by about so much."""
+"""Smallest threshold: medians of the same program on the same card differ by about this much."""
 _ONE_SHOT = 0.10
-"""Threshold of a figure that has no percentiles: one number says nothing of its noise."""
+"""Threshold of a figure without percentiles: a single number says nothing about its noise."""
 _EXACT = ("peak memory",)
-"""Figures without percentiles that do not move by themselves."""
+"""Figures without percentiles that have no noise."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure in both."""
+    """A figure that both folders have."""
 
     cell: str
     before: Metric
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """How many times worse it is; below 1 it is better."""
+        """How many times worse the figure is; below 1 it is better."""
         before, after = self.before.value, self.after.value
         if before == after:
             return 1.0
@@ -46,12 +46,12 @@ class Change:
 
     @property
     def apart(self) -> bool:
-        """Whether the percentiles of both do not touch."""
+        """Whether the percentiles of the two figures do not touch."""
         return self.after.low > self.before.high or self.after.high < self.before.low
 
     @property
     def verdict(self) -> str:
-        """slower, faster, or same."""
+        """One of "slower", "faster" and "same"."""
         if not self.apart or 1 / (1 + self.threshold) <= self.factor <= 1 + self.threshold:
             return "same"
         return "slower" if self.factor > 1 else "faster"
@@ -59,15 +59,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of two folders."""
+    """The comparison of two folders."""
 
     notes: list[str]
-    """What is not the same about the machines."""
+    """What differs between the machines, a line each."""
     changes: list[Change]
     broken: list[str]
-    """Cells that are done in A and failed in B, with the reason."""
+    """Cells that are done in A and failed in B, each with the reason."""
     missing: list[str]
-    """Cells of one folder that the other has no result for."""
+    """Cells for which only one folder has a result."""
 
     @property
     def worse(self) -> list[Change]:
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """1 where something got worse."""
+        """1 where a figure of this project got worse or a cell broke, else 0."""
         return int(bool(self.worse or self.broken))
 
 
@@ -97,7 +97,7 @@ def _facts(record: Record) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Record], after: Mapping[str, Record]) -> list[str]:
-    """Lines on what differs between the machines, each fact once."""
+    """Returns a line for each fact that differs between the machines."""
     found: dict[str, None] = {}
     for cell in before.keys() & after.keys():
         a, b = _facts(before[cell]), _facts(after[cell])
@@ -108,15 +108,15 @@ def differences(before: Mapping[str, Record], after: Mapping[str, Record]) -> li
 
 
 def compare(before: Mapping[str, Record], after: Mapping[str, Record], threshold: float = LEAST) -> Comparison:
-    """Compare two sets of results.
+    """Compares two sets of results.
 
     Args:
-        before: by cell.
-        after: by cell.
-        threshold: smallest share by which a figure has to move.
+        before: Cell -> result.
+        after: Cell -> result.
+        threshold: Smallest relative change that counts.
 
     Raises:
-        ConfigError: the threshold is below `LEAST`.
+        ConfigError: The threshold is below `LEAST`.
     """
     if threshold < LEAST:
         raise ConfigError(f"command line: threshold: found {threshold}, wanted at least {LEAST}; nearest: {LEAST}")
@@ -155,19 +155,19 @@ def _lines(found: Comparison, show_all: bool) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison.
+    """Prints the comparison.
 
     Returns:
         1 if a figure of this project got worse, else 0.
 
     Raises:
-        ConfigError: a folder has no results, or the two have no cell in common.
+        ConfigError: A folder has no results, or the two have no cell in common.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.report.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("a", type=Path, metavar="A", help="folder of results before")
     parser.add_argument("b", type=Path, metavar="B", help="folder of results after")
-    parser.add_argument("--threshold", type=float, default=LEAST, help="smallest share that counts (default: 0.02)")
-    parser.add_argument("--all", action="store_true", help="show what did not change too")
+    parser.add_argument("--threshold", type=float, default=LEAST, help="smallest relative change (default: 0.02)")
+    parser.add_argument("--all", action="store_true", help="show also what did not change")
     args = parser.parse_args(argv)
     before, after = load_folder(args.a), load_folder(args.b)
     if not before.keys() & after.keys():

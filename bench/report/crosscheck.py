@@ -1,6 +1,6 @@
-"""Measured throughput against the analytical prediction: one verdict a cell, and the prediction for other GPUs.
+"""Measured throughput against the analytical prediction: a verdict for each cell, and the prediction for other GPUs.
 
-The prediction (`gptperf.plan`) comes from FLOPs, bytes and the GPU table alone; the measurement from a stopwatch. They
+The prediction (`gptperf.plan`) is made from FLOPs, bytes and the GPU table alone, the measurement with a clock. They
 agree within the band only where count, table and program are right: with half the peak in the table they do not. No
 torch here.
 """
@@ -25,40 +25,40 @@ OTHERS = ("B200", "H200", "H100", "A100 SXM 80 GB", "V100 SXM2 32 GB")
 
 @dataclass(frozen=True)
 class Check:
-    """One cell."""
+    """Measurement and prediction of one cell."""
 
     cell: str
     measured_tokens_s: float
     predicted_tokens_s: float | None
     reason: str | None = None
-    """Why there is no prediction."""
+    """Why there is no prediction; None where there is one."""
 
     @property
     def ratio(self) -> float | None:
-        """Measured over predicted."""
+        """Measured over predicted tokens/s."""
         return None if self.predicted_tokens_s is None else self.measured_tokens_s / self.predicted_tokens_s
 
     @property
     def passed(self) -> bool:
-        """Within the band; False without a prediction."""
+        """Whether the ratio is within the band; False without a prediction."""
         return self.ratio is not None and abs(self.ratio - 1) <= BAND
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A model on a GPU that need not be here."""
+    """The prediction of a model on one GPU."""
 
     gpu: str
     dtype: str
     tokens_s: float
     mfu: float | None
-    """0..1."""
+    """MFU from 0 to 1."""
     band: float
     fits: bool
 
 
 def measured_steps(records: Mapping[str, Record]) -> dict[str, Record]:
-    """Cells with a timed step; a waterfall's stands in for the step's own cell where that is missing."""
+    """Returns cells with a timed step; a waterfall cell replaces the step cell of its model where that is missing."""
     done = {cell: record for cell, record in records.items() if record["status"] == "done"}
     steps = {cell: record for cell, record in done.items() if cell.startswith("step/")}
     for cell, record in done.items():
@@ -69,12 +69,12 @@ def measured_steps(records: Mapping[str, Record]) -> dict[str, Record]:
 
 
 def check(cell: str, record: Record, gpu: Gpu | None) -> Check:
-    """Compare one cell with the prediction.
+    """Compares one cell with the prediction.
 
     Args:
-        cell: its name.
-        record: with the configuration and the figures.
-        gpu: the row of the GPU that it was measured on, or None.
+        cell: Name of the cell.
+        record: Its result, with configuration and figures.
+        gpu: The GPU that it was measured on, or None for a GPU that is not in the table.
     """
     config = config_of(record["config"])
     measured = float(record["results"]["tokens_per_sec"])
@@ -85,13 +85,13 @@ def check(cell: str, record: Record, gpu: Gpu | None) -> Check:
 
 
 def gpu_of(record: Record) -> Gpu | None:
-    """The row of the GPU that a record is from."""
+    """Returns the row of the GPU table for the device of a result, or None."""
     made_by = record["environment"]
     return hardware.match_gpu(made_by["device"], made_by.get("memory_gb"))
 
 
 def verdict_line(checks: Sequence[Check]) -> str:
-    """PASS or FAIL in one line: it is that of the cells that run as a training run does unless told otherwise."""
+    """Returns PASS or FAIL in one line; the cells of the default variant decide."""
     deciding = [c for c in checks if c.cell.endswith(f"/{DEFAULT_VARIANT}") or c.cell.startswith("waterfall/")]
     if not deciding:
         return f"cross-check: none, no step of {DEFAULT_VARIANT} was measured"
@@ -107,7 +107,7 @@ def verdict_line(checks: Sequence[Check]) -> str:
 
 
 def forecasts(config: Config) -> list[Forecast]:
-    """The same step on the GPUs of `OTHERS`, in float16 where the card has no bfloat16."""
+    """Predicts a step on the GPUs of `OTHERS`, in float16 where a card has no bfloat16."""
     found = []
     for name in OTHERS:
         gpu = plan.find_gpu(name)

@@ -13,21 +13,21 @@ OURS = "triton"
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure with its noise."""
+    """One figure with its percentiles."""
 
     name: str
     value: float
     low: float
-    """10th percentile, or the value itself where there is none."""
+    """10th percentile, or the value itself for a figure without percentiles."""
     high: float
     unit: str
     lower_is_better: bool = True
     ours: bool = True
-    """False for a rival's, which this project does not answer for."""
+    """False for figures of rivals and of the card."""
 
 
 def metrics(record: Record) -> dict[str, Metric]:
-    """By name, of one cell that is done."""
+    """Returns name -> figure of one cell; empty for a cell that failed."""
     readers = {
         "ops": _ops,
         "host": _host,

@@ -1,4 +1,4 @@
-"""From results to the tables of a report, whatever it is written in."""
+"""Turns results into the sections of a report, for the page and for Markdown."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,20 +7,14 @@ from bench.measure.models import DEFAULT_VARIANT, config_of
 from bench.report import crosscheck
 from bench.results import Record
 from gptperf import plan
+from gptperf.formats import number
 from gptperf.monitor.waterfall import PARTS
-from gptperf.report.page import Section, Table
+from gptperf.report.page import Section
+from gptperf.report.tables import Table, words
 
 __all__ = ["ops_rows", "sections", "verdict_lines"]
 
 Records = Mapping[str, Record]
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f}%"
 
 
 def _done(records: Records, kind: str) -> dict[str, Record]:
@@ -32,7 +26,7 @@ def _checks(records: Records) -> list[crosscheck.Check]:
 
 
 def verdict_lines(records: Records) -> list[str]:
-    """What a reader has to know first."""
+    """The lines that a reader needs first: cross-check, waterfalls, failed cells."""
     lines = []
     if any(record["environment"]["device"] != "cpu" for record in records.values()):
         lines.append(crosscheck.verdict_line(_checks(records)))
@@ -50,7 +44,7 @@ def verdict_lines(records: Records) -> list[str]:
 
 
 def sections(records: Records) -> list[Section]:
-    """All that there is to say about a folder of results; what was not measured has no section."""
+    """Returns all sections of a folder of results; what was not measured has no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
     makers = (_steps, _conventions, _waterfalls, _monitoring, _cross_check, _plans, _ceilings, _ops, _errors, _host)
     for make in (*makers, _loader, _micro):
@@ -61,7 +55,7 @@ def sections(records: Records) -> list[Section]:
 def _failed(records: Records) -> Iterator[Section]:
     rows = [(c, str(r.get("reason"))) for c, r in records.items() if r["status"] != "done"]
     if rows:
-        yield Section("Cells that failed", tables=[Table(("cell", "reason"), rows)])
+        yield Section("Cells that failed", tables=[words(("cell", "reason"), rows)])
 
 
 def _steps(records: Records) -> Iterator[Section]:
@@ -74,15 +68,15 @@ def _steps(records: Records) -> Iterator[Section]:
             (
                 found["model"],
                 found["variant"] + (" (profiled run)" if cell.startswith("waterfall") else ""),
-                _number(found["step_ms"]),
+                number(found["step_ms"], ",.2f"),
                 f"{found['p10_ms']:,.1f} to {found['p90_ms']:,.1f}",
-                _number(found["tokens_per_sec"], 0),
-                _number(found.get("achieved_tflops"), 1),
-                _percent(None if mfu is None else mfu / 100, 2),
-                _percent(serial.get("fraction")),
-                _number(found["peak_memory_gb"], 1),
-                _number(joules, 5),
-                _number(found["first_step_s"], 1),
+                number(found["tokens_per_sec"], ",.0f"),
+                number(found.get("achieved_tflops"), ",.1f"),
+                number(mfu and mfu / 100, ".2%"),
+                number(serial.get("fraction"), ".1%"),
+                number(found["peak_memory_gb"], ",.1f"),
+                number(joules, ",.5f"),
+                number(found["first_step_s"], ",.1f"),
             )
         )
     if not rows:
@@ -105,7 +99,7 @@ def _conventions(records: Records) -> Iterator[Section]:
         rows.append((record["results"]["model"], record["results"]["variant"], percents))
     if not rows or not any(value is not None for row in rows for value in row[2].values()):
         return
-    cells = [(m, v, *(_percent(None if p.get(n) is None else p[n] / 100, 2) for n in names)) for m, v, p in rows]
+    cells = [(m, v, *(number(p.get(n) and p[n] / 100, ".2%") for n in names)) for m, v, p in rows]
     yield Section("MFU by convention", tables=[Table(("model", "variant", *names), cells)])
 
 
@@ -116,12 +110,12 @@ def _waterfalls(records: Records) -> Iterator[Section]:
         profile = record["results"]["profile"]
         points = profile["waterfall"]
         rows = [
-            (part, _number(profile["parts_ms"][part], 3), "-" if points is None else f"{points[part]:.2f}")
+            (part, number(profile["parts_ms"][part], ",.3f"), "-" if points is None else f"{points[part]:.2f}")
             for part in PARTS
         ]
         if points is not None:
             left = f"{profile['mfu_percent']:.2f}"
-            rows.append(("the step, and the MFU left", _number(profile["profiled_step_ms"], 3), left))
+            rows.append(("the step, and the MFU left", number(profile["profiled_step_ms"], ",.3f"), left))
             charts.append(f"waterfall:{cell}")
         hidden = profile["hidden_communication_ms"]
         if hidden > 0:
@@ -142,7 +136,7 @@ def _monitoring(records: Records) -> Iterator[Section]:
     for cell, record in _done(records, "monitor").items():
         found = record["results"]
         rows = [
-            (what, _number(row["ms"]), f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}")
+            (what, number(row["ms"], ",.2f"), f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}")
             for what, row in (
                 ("ms a step, none watched", found["unwatched"]),
                 (f"ms a step, every {found['interval']}th watched", found["watched"]),
@@ -160,8 +154,8 @@ def _cross_check(records: Records) -> Iterator[Section]:
     rows = [
         (
             check.cell,
-            _number(check.measured_tokens_s, 0),
-            _number(check.predicted_tokens_s, 0),
+            number(check.measured_tokens_s, ",.0f"),
+            number(check.predicted_tokens_s, ",.0f"),
             "-" if check.ratio is None else f"{check.ratio:.3f}",
             "PASS" if check.passed else "FAIL" if check.ratio is not None else str(check.reason),
         )
@@ -174,8 +168,8 @@ def _cross_check(records: Records) -> Iterator[Section]:
             model,
             one.gpu,
             one.dtype,
-            _number(one.tokens_s, 0),
-            _percent(one.mfu),
+            number(one.tokens_s, ",.0f"),
+            number(one.mfu, ".1%"),
             f"+-{one.band:.0%}",
             "yes" if one.fits else "no",
         )
@@ -206,7 +200,7 @@ def _plans(records: Records) -> Iterator[Section]:
         figures = [
             text
             for wanted, got, digits in pairs
-            for text in (_number(wanted, digits), _number(got, digits), f"{got / wanted - 1:+.1%}")
+            for text in (f"{wanted:,.{digits}f}", f"{got:,.{digits}f}", f"{got / wanted - 1:+.1%}")
         ]
         rows.append((cell.partition("/")[2], *figures))
     if rows:
@@ -219,8 +213,8 @@ def _ceilings(records: Records) -> Iterator[Section]:
     for cell, record in _done(records, "ceilings").items():
         found = record["results"]
         rates = [found[f"{name}_flop_s"] / 1e12 for name in _RATES]
-        row = [_number(rate, 1) for rate in rates]
-        rows.append((cell.partition("/")[2], *row, _number(found["copy_byte_s"] / 1e9, 0)))
+        row = [number(rate, ",.1f") for rate in rates]
+        rows.append((cell.partition("/")[2], *row, number(found["copy_byte_s"] / 1e9, ",.0f")))
     if rows:
         columns = ("model", "its GEMMs TFLOP/s", "8192^3", "attention forward", "attention backward", "copy GB/s")
         yield Section("What this card reaches", tables=[Table(columns, rows)], charts=["roofline"])
@@ -230,7 +224,7 @@ _RATES = ("gemm", "gemm_square", "attention_forward", "attention_backward")
 
 
 def ops_rows(records: Records) -> list[dict[str, Any]]:
-    """Rows of every op that was timed."""
+    """Returns the rows of every op that was timed."""
     return [row for record in _done(records, "ops").values() for row in record["results"]["rows"]]
 
 
@@ -246,7 +240,7 @@ def _ops(records: Records) -> Iterator[Section]:
                 cell = row[direction]
                 share = cell.get("of_copy", cell.get("of_gemm"))
                 span = f"{cell['p10_ms']:.4f} to {cell['p90_ms']:.4f}"
-                rate = _number(cell.get("gb_s"), 0)
+                rate = number(cell.get("gb_s"), ",.0f")
                 rows.append((*head, direction, f"{cell['ms']:.4f}", span, rate, f"{share:.3f}"))
     if rows:
         yardstick = "the time of a copy of the bytes that the op has to move, over the op's own"
@@ -275,7 +269,7 @@ def _host(records: Records) -> Iterator[Section]:
     rows = []
     for record in _done(records, "host").values():
         for row in record["results"]["rows"]:
-            times = [_number(row[key]["us"], 1) if key in row else "-" for key in ("forward", "forward_backward")]
+            times = [number(row[key]["us"], ",.1f") if key in row else "-" for key in ("forward", "forward_backward")]
             rows.append((row["op"], str(row["rows"]), row["impl"], *times))
     if rows:
         columns = ("op", "rows", "implementation", "forward us", "forward and backward us")
@@ -287,10 +281,10 @@ def _loader(records: Records) -> Iterator[Section]:
         rows = [
             (
                 row["dataset"],
-                _number(row["dataset_gb"], 1),
+                number(row["dataset_gb"], ",.1f"),
                 str(row["block_size"]),
-                _number(row["tokens_s"] / 1e6, 1),
-                _percent(row["spread"]),
+                number(row["tokens_s"] / 1e6, ",.1f"),
+                number(row["spread"], ".1%"),
                 f"{row['rss_before_mb']:.0f} to {row['rss_after_mb']:.0f}",
             )
             for row in record["results"]["rows"]
@@ -343,7 +337,7 @@ def _environment(records: Records) -> Section:
     rows.append(("measured", f"{dates[0]} to {dates[-1]}"))
     mixed = [name for name, found in values.items() if len(found) > 1 and name in ("device", "driver", "sources")]
     lines = [f"These results are not of one kind: {', '.join(mixed)} differ."] if mixed else []
-    return Section("Environment", lines, [Table(("what", "value"), rows)])
+    return Section("Environment", lines, [words(("what", "value"), rows)])
 
 
 def _protocols(records: Records) -> Iterator[Section]:

@@ -1,56 +1,72 @@
 """The report of an ablation: text, Markdown, JSON, a page. No torch here."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptperf.ablate.runs import Result
+from gptperf.ablate.results import Result
+from gptperf.ablate.variants import Variant
 from gptperf.compare import curves
-from gptperf.monitor.runs import Run
-from gptperf.report import tables as page
-from gptperf.report.page import TEXT as TEXT_COLOR
-from gptperf.report.tables import Section, Table
+from gptperf.files import replace_text
+from gptperf.formats import number
+from gptperf.monitor.runs import LoggedRun
+from gptperf.report.figures import TEXT_COLOR, Line, lines_for, pyplot, svg
+from gptperf.report.page import Section, render
+from gptperf.report.tables import Table, aligned, escaped
+from gptperf.report.tables import markdown as markdown_table
 
-__all__ = ["html", "markdown", "record", "table", "text"]
+__all__ = ["html", "listing", "markdown", "record", "table", "text", "write"]
+
+
+def listing(found: Sequence[Variant]) -> str:
+    """The runs of an ablation, each with what it trains on and how far it is."""
+    rows = []
+    for variant in found:
+        for job in variant.jobs:
+            log = job.log()
+            state = "finished" if job.finished() else "-" if log is None else f"at iteration {log.iterations:,}"
+            per_token = variant.flops_per_token
+            total = number(per_token and per_token * variant.tokens, ".3e")
+            iterations = f"{job.config.train.max_iters:,}"
+            rows.append((variant.name, str(job.seed), iterations, f"{variant.tokens:,}", total, state))
+    columns = ("variant", "seed", "iterations", "tokens", "FLOPs", "state")
+    return aligned(Table(columns, rows, frozenset({0, 5})))
 
 
 def table(found: Sequence[Result]) -> Table:
-    """A row a variant."""
+    """The result with a row for each variant."""
     columns = ("variant", "seeds", "val loss", "sd", "difference", "95%", "min", "max", "verdict")
     rows = []
     for result in found:
         variant, paired = result.variant, result.difference
         error = None if paired is None else paired.standard_error
         per_token = variant.flops_per_token
-        difference = _number(paired and paired.mean, "+.4f") + ("" if error is None else f" +- {error:.4f}")
+        difference = number(paired and paired.mean, "+.4f") + ("" if error is None else f" +- {error:.4f}")
         interval = None if paired is None else paired.interval
         rows.append(
             (
                 variant.name,
                 f"{len(result.losses)} of {len(variant.jobs)}",
-                _number(result.mean, ".4f"),
-                _number(result.deviation, ".4f"),
+                number(result.mean, ".4f"),
+                number(result.deviation, ".4f"),
                 difference,
                 "-" if interval is None else f"+- {interval:.4f}",
-                _number(paired and paired.low, "+.4f"),
-                _number(paired and paired.high, "+.4f"),
+                number(paired and paired.low, "+.4f"),
+                number(paired and paired.high, "+.4f"),
                 "-" if paired is None else paired.verdict,
                 f"{variant.config.train.max_iters:,}",
-                _number(variant.parameters, ","),
-                _number(per_token and per_token / 1e9, ".4g"),
-                _number(result.tokens_per_sec, ",.0f"),
+                number(variant.parameters, ","),
+                number(per_token and per_token / 1e9, ".4g"),
+                number(result.tokens_per_sec, ",.0f"),
                 "-" if result.mfu_percent is None else f"{result.mfu_percent:.1f}%",
             )
         )
     conventions = dict.fromkeys(result.mfu_convention for result in found if result.mfu_convention)
     more = ("iterations", "parameters", "GFLOP a token", "tokens/s", f"MFU {' / '.join(conventions)}".rstrip())
-    keys = page.lines_for([result.variant.name for result in found])
+    keys = lines_for([result.variant.name for result in found])
     return Table((*columns, *more), rows, frozenset({0, 8}), keys)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _title(found: Sequence[Result], equal: str) -> str:
@@ -62,7 +78,7 @@ def _title(found: Sequence[Result], equal: str) -> str:
 
 
 def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
-    """How to read the table, and what it lacks."""
+    """How to read the table, and which runs are missing from it."""
     lines = [
         "Differences of the final validation loss to the baseline's, paired by seed: mean +- standard error, the 95% "
         "interval of the mean (Student's t), least and greatest. Within the spread: the interval holds 0.",
@@ -81,18 +97,18 @@ def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
 
 
 def text(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """For a terminal."""
-    return "\n".join([_title(found, equal), "", page.aligned(table(found)), "", *_lines(found, failed)])
+    """The report for a terminal."""
+    return "\n".join([_title(found, equal), "", aligned(table(found)), "", *_lines(found, failed)])
 
 
 def markdown(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """For a file."""
-    lines = "\n\n".join(map(page.escaped, _lines(found, failed)))
-    return f"# {_title(found, equal)}\n\n{page.markdown(table(found))}\n\n{lines}\n"
+    """The report as a Markdown file."""
+    lines = "\n\n".join(map(escaped, _lines(found, failed)))
+    return f"# {_title(found, equal)}\n\n{markdown_table(table(found))}\n\n{lines}\n"
 
 
 def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> dict[str, Any]:
-    """For other programs."""
+    """The report for other programs, as JSON."""
     rows = []
     for result in found:
         variant, paired = result.variant, result.difference
@@ -124,14 +140,26 @@ def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> d
     return {"equal": equal, "flops_convention": "strict", "variants": rows}
 
 
+def write(found: Sequence[Result], equal: str, failed: Mapping[Path, str], folder: Path) -> tuple[Path, Path]:
+    """Writes `ablation.md` and `ablation.json` into a folder, and returns their paths.
+
+    Raises:
+        DiskError: A file cannot be written.
+    """
+    paths = folder / "ablation.md", folder / "ablation.json"
+    replace_text(paths[0], markdown(found, equal, failed))
+    replace_text(paths[1], json.dumps(record(found, equal, failed), indent=2, allow_nan=False) + "\n")
+    return paths
+
+
 def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """The page: table, differences, curves of all runs in the colours of their variants.
+    """The report as a page: table, differences, and curves of all runs in the colours of their variants.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
     """
-    keys = page.lines_for([result.variant.name for result in found])
-    runs: list[Run] = []
+    keys = lines_for([result.variant.name for result in found])
+    runs: list[LoggedRun] = []
     lines = []
     for result, key in zip(found, keys, strict=True):
         for job in result.variant.jobs:
@@ -139,29 +167,26 @@ def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str
             if log is not None:
                 runs.append(dataclasses.replace(log, name=f"{key.name}, seed {job.seed}"))
                 lines.append(key)
-    drawn = _forest(found, keys)
-    sections = [
-        Section("", (), [table(found)], _lines(found, failed)),
-        Section("Differences to the baseline", ["Small dots: seeds. Bar: the 95% interval."], charts=[drawn])
-        if drawn is not None
-        else Section(),
-        Section(
-            "Curves",
-            ["One curve a seed. Time is that of training, without compilation, evaluation and saving."],
-            legend=keys,
-            charts=curves.charts(runs, lines),
-        ),
-    ]
-    return page.html(_title(found, equal), sections)
+    charts = curves.charts(runs, lines)
+    names = list(charts)
+    sections = [Section("", tables=[table(found)], below=_lines(found, failed))]
+    differences = _forest(found, keys)
+    if differences is not None:
+        charts["differences"] = differences
+        line = "Small dots: seeds. Bar: the 95% interval."
+        sections.append(Section("Differences to the baseline", [line], charts=["differences"]))
+    line = "One curve a seed. Time is that of training, without compilation, evaluation and saving."
+    sections.append(Section("Curves", [line], charts=names, legend=keys))
+    return render(_title(found, equal), sections, charts)
 
 
-def _forest(found: Sequence[Result], keys: Sequence[page.Line]) -> str | None:
-    """Differences as points with their intervals."""
+def _forest(found: Sequence[Result], keys: Sequence[Line]) -> str | None:
+    """Draws the differences as points with their intervals; None where there is no difference yet."""
     shown = [(r.difference, key) for r, key in zip(found, keys, strict=True) if r.difference is not None]
     if not shown:
         return None
-    plot = page.pyplot()
-    figure, axes = plot.subplots(figsize=(6.4, 0.9 + 0.42 * len(shown)))
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(6.4, 0.9 + 0.42 * len(shown)))
     for place, (paired, key) in enumerate(shown):
         if paired.interval is not None:
             ends = [paired.mean - paired.interval, paired.mean + paired.interval]
@@ -172,4 +197,4 @@ def _forest(found: Sequence[Result], keys: Sequence[page.Line]) -> str | None:
     axes.set_yticks(range(len(shown)), [key.name for _, key in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("difference of the final validation loss; left is better")
-    return page.svg(figure, "differences")
+    return svg(figure, "differences")

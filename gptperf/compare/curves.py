@@ -1,78 +1,97 @@
 """Charts that lay the curves of runs over each other. matplotlib is loaded by `charts` only."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gptperf.monitor.runs import Run
-from gptperf.report.page import TEXT as TEXT_COLOR
-from gptperf.report.tables import Line, pyplot, svg
+from gptperf.formats import short_count
+from gptperf.monitor.runs import LoggedRun
+from gptperf.report.figures import TEXT_COLOR, Line, logarithmic, pyplot, svg
 
 __all__ = ["charts", "limits", "thinned"]
 
 _BUCKETS = 150
+"""Points of a drawn curve."""
 _FEW = 6
-"""Runs that are drawn in full; more are drawn finer."""
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+"""Up to this many runs are drawn with thick lines and bands; more with thin lines alone."""
 _EARLY = 0.05
-"""Share of a run whose values do not stretch the axis: the loss falls fast there."""
+"""Share of a run, at its start, whose values do not stretch the axis: the loss falls fast there."""
 
 Points = list[tuple[float, float]]
 
 
-def charts(runs: Sequence[Run], lines: Sequence[Line], at: float | None = None) -> list[str]:
-    """The SVG of each chart that has something to show.
+def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = None) -> dict[str, str | None]:
+    """Returns title -> SVG of every chart, None for a chart that has nothing to show.
 
     Args:
-        runs: what to draw.
-        lines: how, one a run; runs may share one.
-        at: tokens at which they were ranked.
+        runs: The runs to draw.
+        lines: How to draw each run; runs may share a line.
+        at: Tokens at which the runs are ranked, drawn as a dotted line.
     """
-    scale = _time_unit(runs)
-    drawn = [
-        _chart("training loss", runs, lines, _loss, tokens=True, at=at),
-        _chart("validation loss", runs, lines, _evals, tokens=True, at=at, dots=True),
-        _chart("training loss against time", runs, lines, lambda run: _over_time(run, scale), unit=scale),
-        _chart("validation loss against time", runs, lines, lambda r: _evals_time(r, scale), unit=scale, dots=True),
-        _chart("MFU, %", runs, lines, _mfu, tokens=True, floor=True),
-        _chart("gradient norm before clipping", runs, lines, _norm, tokens=True, log=True),
-    ]
-    return [chart for chart in drawn if chart is not None]
+    unit = _time_unit(runs)
+    drawn = (
+        _Chart("training loss", _loss, at=at),
+        _Chart("validation loss", _evals, at=at, dots=True),
+        _Chart("training loss against time", lambda run: _over_time(run, unit), unit),
+        _Chart("validation loss against time", lambda run: _evals_over_time(run, unit), unit, dots=True),
+        _Chart("MFU, %", _mfu, from_zero=True),
+        _Chart("gradient norm before clipping", _norm, wide_range=True),
+    )
+    return {chart.title: _drawn(chart, runs, lines) for chart in drawn}
 
 
-def _loss(run: Run) -> Points:
+@dataclass(frozen=True)
+class _Chart:
+    """What a chart shows, and how."""
+
+    title: str
+    points_of: Callable[[LoggedRun], Points]
+    unit: tuple[float, str] | None = None
+    """Unit of the time axis, of `_time_unit`; None: the axis has tokens."""
+    at: float | None = None
+    """Where a dotted line stands."""
+    dots: bool = False
+    """Mark each point."""
+    wide_range: bool = False
+    """Use a logarithmic y-axis where the values need one."""
+    from_zero: bool = False
+    """Begin the y-axis at zero."""
+
+
+def _loss(run: LoggedRun) -> Points:
     return [(s.tokens, s.loss) for s in run.steps if s.loss is not None]
 
 
-def _evals(run: Run) -> Points:
+def _evals(run: LoggedRun) -> Points:
     return [(e.tokens, e.loss) for e in run.evals]
 
 
-def _mfu(run: Run) -> Points:
+def _mfu(run: LoggedRun) -> Points:
     return [(s.tokens, s.mfu_percent) for s in run.steps if s.mfu_percent is not None]
 
 
-def _norm(run: Run) -> Points:
+def _norm(run: LoggedRun) -> Points:
     return [(s.tokens, s.gradient_norm) for s in run.steps if s.gradient_norm is not None and s.gradient_norm > 0]
 
 
-def _over_time(run: Run, unit: tuple[float, str]) -> Points:
+def _over_time(run: LoggedRun, unit: tuple[float, str]) -> Points:
     return [(s.seconds / unit[0], s.loss) for s in run.steps if s.loss is not None]
 
 
-def _evals_time(run: Run, unit: tuple[float, str]) -> Points:
+def _evals_over_time(run: LoggedRun, unit: tuple[float, str]) -> Points:
     found = [(run.seconds_at(e.tokens), e.loss) for e in run.evals]
     return [(seconds / unit[0], loss) for seconds, loss in found if seconds is not None]
 
 
-def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
+def _time_unit(runs: Sequence[LoggedRun]) -> tuple[float, str]:
     longest = max((run.train_s or 0.0 for run in runs), default=0.0)
     return next((unit for unit in ((3600.0, "hours"), (60.0, "minutes")) if longest > 2 * unit[0]), (1.0, "seconds"))
 
 
 def thinned(points: Points, buckets: int = _BUCKETS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean x, mean y, least and greatest y of stretches of equally many points."""
+    """Returns mean x, mean y, least y and greatest y of at most `buckets` groups of neighbouring points."""
     size = -(-len(points) // buckets)
     whole = np.array(points)
     parts = [whole[start : start + size] for start in range(0, len(points), size)]
@@ -81,7 +100,7 @@ def thinned(points: Points, buckets: int = _BUCKETS) -> tuple[np.ndarray, np.nda
 
 
 def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
-    """The y-axis that shows what comes after the early fall, and hides what few points lie far above."""
+    """Returns ends of the y-axis that show what follows the early fall, without the few points that lie far above."""
     late = [ys[xs >= _EARLY * xs[-1]] for xs, ys in series if len(xs) > 2]
     if not late:
         return None
@@ -91,25 +110,14 @@ def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
     return low - margin, high + margin
 
 
-def _chart(
-    title: str,
-    runs: Sequence[Run],
-    lines: Sequence[Line],
-    points_of: Callable[[Run], Points],
-    *,
-    tokens: bool = False,
-    unit: tuple[float, str] = (1.0, ""),
-    at: float | None = None,
-    dots: bool = False,
-    log: bool = False,
-    floor: bool = False,
-) -> str | None:
-    plot = pyplot()
-    found, axes = plot.subplots(figsize=(6.4, 3.7))
+def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> str | None:
+    """Returns the SVG of a chart, or None where no run has a point."""
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(6.4, 3.7))
     series = []
     few = len(runs) <= _FEW
     for run, line in zip(runs, lines, strict=True):
-        points = points_of(run)
+        points = chart.points_of(run)
         if not points:
             continue
         xs, ys, low, high = thinned(points)
@@ -118,36 +126,32 @@ def _chart(
             "linestyle": (0, line.dashes) if line.dashes else "-",
             "linewidth": 1.4 if few else 0.9,
         }
-        if dots or len(xs) == 1:
+        if chart.dots or len(xs) == 1:
             style |= {"marker": "o", "markersize": 3 if few else 2}
         axes.plot(xs, ys, color=line.color, **style)
         if few and len(points) > len(xs):
             axes.fill_between(xs, low, high, color=line.color, alpha=0.10, linewidth=0)
     if not series:
-        plot.close(found)
+        plots.close(figure)
         return None
-    if log and max(ys.max() for _, ys in series) > 20 * min(ys.min() for _, ys in series):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(plot.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(plot.NullFormatter())
-    elif floor:
-        axes.set_ylim(0, 1.1 * max(ys.max() for _, ys in series))
+    _scale(axes, chart, series)
+    if chart.at is not None:
+        axes.axvline(chart.at, color=TEXT_COLOR, linewidth=0.7, linestyle=":")
+    if chart.unit is None:
+        axes.xaxis.set_major_formatter(plots.FuncFormatter(lambda value, _: short_count(value)))
+    axes.set_xlabel("tokens" if chart.unit is None else f"{chart.unit[1]} of training")
+    axes.set_title(chart.title, loc="left", fontsize=10)
+    axes.grid(axis="y", color=TEXT_COLOR, alpha=0.12, linewidth=0.6)
+    return svg(figure, chart.title)
+
+
+def _scale(axes: Any, chart: _Chart, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Sets the scale and the ends of both axes."""
+    largest = max(ys.max() for _, ys in series)
+    if chart.wide_range and largest > 20 * min(ys.min() for _, ys in series):
+        logarithmic(axes.yaxis)
+    elif chart.from_zero:
+        axes.set_ylim(0, 1.1 * largest)
     elif (ends := limits(series)) is not None:
         axes.set_ylim(*ends)
-    if at is not None:
-        axes.axvline(at, color=TEXT_COLOR, linewidth=0.7, linestyle=":")
     axes.set_xlim(left=0)
-    if tokens:
-        axes.xaxis.set_major_formatter(plot.FuncFormatter(lambda value, _: short(value)))
-    axes.set_xlabel("tokens" if tokens else f"{unit[1]} of training")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(axis="y", color=TEXT_COLOR, alpha=0.12, linewidth=0.6)
-    return svg(found, title)
-
-
-def short(value: float) -> str:
-    """A number with three digits and a letter for its size."""
-    for unit, letter in _UNITS:
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"

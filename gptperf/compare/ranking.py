@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptperf.compare import curves
-from gptperf.monitor.runs import LeftOut, Run, printable
-from gptperf.report import tables as page
-from gptperf.report.tables import Section, Table
+from gptperf import formats
+from gptperf.monitor.runs import LeftOut, LoggedRun
 
-__all__ = ["Ranking", "differing_keys", "differing_table", "duration", "rank", "ranking_html", "ranking_table"]
+__all__ = ["Ranking", "differing_keys", "rank", "record"]
 
-_OF_THE_PLACE = ("out_dir", "init_from", "overwrite", "wandb_run_name")
+_WHERE_KEYS = ("out_dir", "init_from", "overwrite", "wandb_run_name")
+"""Keys that say where a run lies; they always differ."""
 _RAN_ON = {
     "device": "ran on",
     "num_gpus": "GPUs",
@@ -20,31 +19,34 @@ _RAN_ON = {
     "total_parameters": "parameters",
     "versions": "versions",
 }
+"""Startup info -> name of the fact in the table."""
 _SAME_VALIDATION = ("dataset", "block_size", "batch_size", "eval_iters")
+"""Keys that must agree for two runs to evaluate on the same batches."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs from the least loss to the greatest; those without a loss last."""
+    """Runs in the order of their losses, the lowest first; runs without a loss stand at the end."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
     losses: tuple[float | None, ...]
     measure: str
-    """validation or training loss; or none, with nothing logged."""
+    """One of "validation loss", "training loss" and "none", where nothing is logged."""
     tokens: float | None
-    """At which the losses are taken."""
+    """Tokens at which the losses are taken."""
     how: str
+    """Measure and tokens in words."""
     differing: dict[str, list[Any]]
-    """Key -> value in each run, None where it is not known."""
+    """Key -> its value in each run, None where it is unknown."""
     remarks: tuple[str, ...]
 
 
-def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
-    """Rank runs by one measure at the largest number of tokens that all of them have reached with it.
+def rank(runs: Sequence[LoggedRun], left_out: Sequence[LeftOut] = ()) -> Ranking:
+    """Ranks runs by one measure, at the largest number of tokens at which all of them have it.
 
     Args:
-        runs: one or more; those that have logged no loss take no part, and stand at the end.
-        left_out: what could not be read, for the remarks.
+        runs: One or more runs; those that have logged no loss are not ranked.
+        left_out: Runs that could not be read, for the remarks.
     """
     taking_part = [run for run in runs if run.evals or any(s.loss is not None for s in run.steps)]
     measure, tokens, how = _measure(taking_part)
@@ -54,7 +56,7 @@ def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
         for run in taking_part:
             losses[run.name] = run.val_loss_at(tokens) if validation else run.train_loss_at(tokens)
 
-    def order(run: Run) -> float:
+    def order(run: LoggedRun) -> float:
         loss = losses[run.name]
         return math.inf if loss is None else loss
 
@@ -74,8 +76,8 @@ def rank(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Ranking:
     )
 
 
-def _measure(runs: Sequence[Run]) -> tuple[str, float | None, str]:
-    """What all runs can be ranked by, where, and that in words."""
+def _measure(runs: Sequence[LoggedRun]) -> tuple[str, float | None, str]:
+    """Returns what all runs can be ranked by, the tokens at which they are, and both in words."""
     if not runs:
         return "none", None, "no run has logged a loss"
     if all(run.evals for run in runs):
@@ -97,133 +99,35 @@ def _measure(runs: Sequence[Run]) -> tuple[str, float | None, str]:
     return "training loss", tokens, how + _limit(runs, shortest, tokens)
 
 
-def _limit(runs: Sequence[Run], shortest: Run, tokens: float) -> str:
+def _limit(runs: Sequence[LoggedRun], shortest: LoggedRun, tokens: float) -> str:
     longest = max(
         [run.steps[-1].tokens for run in runs if run.steps] + [run.evals[-1].tokens for run in runs if run.evals]
     )
     return "" if longest <= 1.05 * tokens else f"; {shortest.name} goes no further"
 
 
-def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Configuration keys, and facts of the machine, that are not the same in all runs."""
+def differing_keys(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
+    """Returns configuration keys and facts of the machine that are not the same in all runs."""
     found: dict[str, list[Any]] = {}
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_THE_PLACE)
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _WHERE_KEYS)
     for key in keys:
         found[key] = [run.config.get(key) for run in runs]
     for key, name in _RAN_ON.items():
         found[name] = [run.info.get(key) for run in runs]
-    return {printable(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1}
-
-
-def ranking_table(ranking: Ranking) -> Table:
-    """One row a run."""
-    columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
-    rows = []
-    for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
-        last = run.evals[-1] if run.evals else None
-        mfu = None if run.mfu_percent is None else f"{run.mfu_percent:.1f}% {run.mfu_convention or ''}".rstrip()
-        damage = f", {run.damaged_lines} damaged" if run.damaged_lines else ""
-        rows.append(
-            (
-                "-" if loss is None else str(number),
-                run.name,
-                _number(loss, ".4f"),
-                _number(last and last.loss, ".4f"),
-                mfu or "-",
-                _number(run.tokens_per_sec, ",.0f"),
-                _number(run.peak_gb, ".1f" if (run.peak_gb or 0) >= 10 else ".2f"),
-                f"{run.iterations:,}" + (f" of {run.max_iters:,}" if run.max_iters is not None else ""),
-                duration(run.train_s),
-                duration(run.wall_s),
-                run.state + damage,
-            )
-        )
-    return Table(
-        (*columns, "training", "wall time", "state"),
-        rows,
-        frozenset({1, 10}),
-        page.lines_for([run.name for run in ranking.runs]),
-        key_column=1,
-    )
-
-
-def differing_table(ranking: Ranking) -> Table | None:
-    """Keys that differ, with the runs across or the keys across, whichever is narrower."""
-    if not ranking.differing:
-        return None
-    cells = {key: [_value(value) for value in values] for key, values in ranking.differing.items()}
-    names = [run.name for run in ranking.runs]
-    by_key = Table(("", *names), [(key, *values) for key, values in cells.items()])
-    by_run = Table(("", *cells), [(name, *(of[i] for of in cells.values())) for i, name in enumerate(names)])
-    return min(by_key, by_run, key=lambda table: len(page.aligned(table).partition("\n")[0]))
-
-
-def ranking_html(ranking: Ranking) -> str:
-    """The page: table, differing keys, curves.
-
-    Raises:
-        DeviceError: jinja2 or matplotlib is not installed.
-    """
-    lines = page.lines_for([run.name for run in ranking.runs])
-    differing = differing_table(ranking)
-    sections = [
-        Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], ranking.remarks),
-        Section("What differs", (), [differing])
-        if differing is not None
-        else Section("", ["All runs have the same configuration."] if len(ranking.runs) > 1 else []),
-        Section(
-            "Curves", _on_the_curves(ranking), legend=lines, charts=curves.charts(ranking.runs, lines, ranking.tokens)
-        ),
-    ]
-    count = "1 run" if len(ranking.runs) == 1 else f"{len(ranking.runs)} runs"
-    return page.html(f"gptperf: {count} compared", sections)
-
-
-def _on_the_curves(ranking: Ranking) -> list[str]:
-    lines = ["Dotted: where the runs are ranked."] if ranking.tokens is not None else []
-    lines.append("Many points are drawn as means, with the least and greatest as a shade.")
-    return [" ".join([*lines, "Time is that of training, without compilation, evaluation and saving."])]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _value(value: Any) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "true" if value else "false"
-        case float():
-            return f"{value:g}"
-        case int() if abs(value) >= 10_000:
-            return f"{value:,}"
-        case dict():
-            return printable(", ".join(f"{k} {v}" for k, v in value.items()))
-    return printable(str(value))
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as text: `12.3 s`, `4:05`, `13:04:05`."""
-    if seconds is None:
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return {
+        formats.one_line(key): values for key, values in found.items() if len({repr(value) for value in values}) > 1
+    }
 
 
 def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """The ranking as JSON has it."""
+    """The ranking for JSON."""
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
         rows.append(
             {
                 "rank": None if loss is None else number,
                 "name": run.name,
-                "path": printable(str(run.path), 4096),
+                "path": formats.one_line(str(run.path), 4096),
                 "loss": loss,
                 "last_val_loss": run.evals[-1].loss if run.evals else None,
                 "best_val_loss": min((e.loss for e in run.evals), default=None),

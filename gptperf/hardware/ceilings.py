@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from gptperf import files, flops
 from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError, DeviceError, DiskError
 from gptperf.flops import FlopCount
+from gptperf.formats import percentiles
 from gptperf.hardware.peaks import match_gpu, peak_flop_s
 
 __all__ = ["Attention", "Ceilings", "Copy", "Gemm", "Machine", "Runner", "Spread", "Work"]
@@ -272,8 +272,8 @@ def _window(timer: Timer, launches: int) -> tuple[float, int]:
 
 
 def _spread(rates: Sequence[float]) -> Spread:
-    rates = sorted(rates)
-    return Spread(statistics.median(rates), rates[len(rates) // 10], rates[-1 - len(rates) // 10])
+    p10, median, p90 = percentiles(rates)
+    return Spread(median, p10, p90)
 
 
 def ceiling_flop_s(ceilings: Ceilings, count: FlopCount) -> float:

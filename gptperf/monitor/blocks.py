@@ -3,20 +3,19 @@
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from gptperf.formats import duration, number, with_unit
+
 __all__ = [
     "StartupInfo",
     "Summary",
     "WIDTH",
     "checkpoint_lines",
-    "duration",
     "evaluation_lines",
     "iteration_lines",
-    "number",
     "printable",
     "stability_parts",
     "startup_lines",
     "summary_lines",
-    "with_unit",
 ]
 
 WIDTH = 80
@@ -106,29 +105,6 @@ class Summary(TypedDict, total=False):
     plan: dict[str, float]  # beside what was measured
     stopped: str
     """Why the run ended before max_iters."""
-
-
-def with_unit(value: float, unit: str, digits: int = 4) -> str:
-    """ "0.798 GFLOPs": the largest prefix that leaves at least 0.1 before it."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= 0.1 * scale:
-            return f"{value / scale:.{digits}g} {prefix}{unit}"
-    return f"{value / 1e3:.{digits}g} k{unit}"
-
-
-def number(value: float | None, form: str) -> str:
-    """A number that may be missing, or not finite."""
-    return "nan" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-    """ "1d 02:03:04", "0:42"."""
-    minutes, second = divmod(round(max(seconds, 0)), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if not hours:
-        return f"{minute}:{second:02d}"
-    return (f"{days}d {hour:02d}" if days else f"{hour}") + f":{minute:02d}:{second:02d}"
 
 
 def printable(text: str) -> str:
@@ -247,7 +223,7 @@ def iteration_lines(
         planned_gb: memory of the plan, where there is one.
     """
     rule = "-" * width
-    head = f" Iter {record['iter']:>6}  Loss: {number(record['loss'], '.4f')}  "
+    head = f" Iter {record['iter']:>6}  Loss: {number(record['loss'], '.4f', 'nan')}  "
     head += f"Time: {record['time_ms']:.0f}ms  LR: {record['lr']:.2e}"
     left = "" if eta_s is None else f" | Time left: {duration(eta_s)}"
     lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
@@ -297,7 +273,7 @@ def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     """One line for an evaluation: iter, val_loss, and where known best_val_loss, time_ms."""
-    parts = [f"loss {number(record['val_loss'], '.4f')}"]
+    parts = [f"loss {number(record['val_loss'], '.4f', 'nan')}"]
     parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
     parts += [f"{record['time_ms'] / 1e3:.1f} s"] if record.get("time_ms") is not None else []
     return [f" Evaluation at {record['iter']:,}: " + "  ".join(parts)]

@@ -17,7 +17,8 @@ import rich.console
 import rich.live
 from rich.text import Text
 
-from gptperf.monitor.blocks import WIDTH, duration, number, printable, stability_parts, with_unit
+from gptperf.formats import duration, number, with_unit
+from gptperf.monitor.blocks import WIDTH, printable, stability_parts
 
 __all__ = ["DRAWING", "Live", "Panel", "RichConsole", "sparkline"]
 
@@ -129,7 +130,7 @@ class Panel:
             yield line if line.cell_len <= width else _cell("Checkpoint", path.name, width)
 
     def _bar(self, width: int, blocks: bool) -> Text:
-        """ "  60/2,500 ====----  2%  0:34 left"."""
+        """ "  60/2,500 ====----  2%  34.0 s left"."""
         done = self.record.get("iter", 0)
         share = min(1.0, done / max(1, self.max_iters))
         before = f" {done:,}/{self.max_iters:,} "
@@ -142,7 +143,7 @@ class Panel:
         return Text.assemble((before, "bold"), (heavy * full, "green"), (light * (cells - full), "dim"), after)
 
     def _loss(self, width: int, blocks: bool) -> Text:
-        line = _cell("Loss", number(self.record.get("loss"), ".4f"), width)
+        line = _cell("Loss", number(self.record.get("loss"), ".4f", "nan"), width)
         line.append("  ")
         flags = " ".join(part for part in stability_parts(self.record) if not part.startswith("loss variance"))
         if blocks:
@@ -155,7 +156,7 @@ class Panel:
         record = self.record
         mfu, memory = record.get("mfu") or {}, record.get("memory") or {}
         norm = (record.get("gradients") or {}).get("global_norm")
-        found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f"))]
+        found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f", "nan"))]
         if "mfu_percent" in mfu or not mfu:
             speed = ("MFU", f"{mfu['mfu_percent']:.2f}%" if mfu else "-")
         else:
@@ -168,7 +169,9 @@ class Panel:
             found.append(("Memory", f"{memory['rss_gb']:.2f} GB resident" if "rss_gb" in memory else "-"))
         found.append(("Time", f"{record.get('time_ms', 0.0):,.0f} ms/iteration"))
         if self.evaluation:
-            found.append(("Validation", f"{number(self.evaluation['val_loss'], '.4f')} at {self.evaluation['iter']:,}"))
+            found.append(
+                ("Validation", f"{number(self.evaluation['val_loss'], '.4f', 'nan')} at {self.evaluation['iter']:,}")
+            )
         if self.best is not None:
             found.append(("Best", f"{self.best[0]:.4f}" + (f" at {self.best[1]:,}" if self.best[1] else "")))
         return found

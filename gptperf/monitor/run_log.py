@@ -1,7 +1,11 @@
-"""A run's log as a report reads it: found, loaded, and asked for values that may be missing or of a wrong kind."""
+"""The one reader of run logs: finds the journal or JSON file of a run, and loads what can be used of it.
+
+A log may be torn, of another version or damaged. What is loaded has the types of `RunLog` down to its entries; values
+inside an entry may still be missing or of a wrong kind, which `finite`, `mapping`, `value_at` and `series` check.
+`gptperf.monitor.runs` has the same logs as curves over tokens. No torch here.
+"""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,24 +15,31 @@ from gptperf.errors import DataError
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.journal import assemble, find_journal
 
-__all__ = ["entries_of", "find_log", "gaps", "load", "mapping", "number", "series", "value_at"]
+__all__ = ["entries_of", "find_log", "finite", "gaps", "load", "mapping", "series", "value_at"]
 
 _LISTS = ("training_iterations", "eval_steps", "checkpoints", "profiles", "messages", "resumes")
 _TABLES = ("config", "startup_info", "summary")
 _MOST_ITER = 2**53
 _MOST = 1e30
+"""Numbers beyond this can neither be drawn nor added up."""
 
 Entry = Mapping[str, Any]
 
 
 def find_log(run: Path) -> Path:
-    """The journal or, without one, the JSON file of a run that is named by its folder or a file of it.
+    """Returns the journal of a run or, without one, its JSON file.
+
+    Args:
+        run: Folder of the run, whose newest log is found, or a log itself.
 
     Raises:
-        DataError: there is none.
+        DataError: There is no log.
     """
     if os.path.isdir(run):
-        found = find_journal(run) or max(run.glob("run_*.json"), default=None)
+        try:
+            found = find_journal(run) or max(run.glob("run_*.json"), default=None)
+        except OSError as error:
+            raise DataError(f"{run}: cannot be read: {error.strerror}") from error
         if found is None:
             raise DataError(f"{run}: found no run_*.jsonl or run_*.json, wanted the out_dir of a run")
         return found
@@ -40,14 +51,14 @@ def find_log(run: Path) -> Path:
 
 
 def load(path: Path) -> RunLog:
-    """Read a log; entries of no iteration are left out and counted as damaged lines.
+    """Reads a log. Entries without a valid iteration are left out and counted as damaged lines.
 
     Raises:
-        DataError: It cannot be read, or is none.
+        DataError: The file cannot be read, or is not a run's log.
     """
-    raw: dict[str, Any] = dict(assemble(path)) if path.suffix == ".jsonl" else _read(path)
+    raw: dict[str, Any] = dict(assemble(path)) if path.suffix == ".jsonl" else _read_json(path)
     log: dict[str, Any] = {name: dict(mapping(raw.get(name))) for name in _TABLES}
-    damaged = number(raw.get("damaged_lines")) or 0
+    damaged = finite(raw.get("damaged_lines")) or 0
     for name in _LISTS:
         given = raw.get(name) if isinstance(raw.get(name), list) else []
         log[name] = [entry for entry in given or [] if _is_entry(entry, name)]
@@ -56,17 +67,19 @@ def load(path: Path) -> RunLog:
             log[name].sort(key=lambda entry: entry["iter"])
     log |= {"schema_version": raw.get("schema_version", 0), "damaged_lines": int(damaged)}
     log |= {"run_name": str(raw.get("run_name") or path.stem), "start_time": str(raw.get("start_time") or "")}
-    log["ignored_events"] = int(number(raw.get("ignored_events")) or 0)
+    log["ignored_events"] = int(finite(raw.get("ignored_events")) or 0)
     return cast(RunLog, log)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes(), parse_constant=lambda _: None)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: no JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("training_iterations"), list):
-        raise DataError(f"{path} is not a run's log: found no training_iterations")
+        raise DataError(f"{path}: is not a run's log: found no training_iterations")
     return raw
 
 
@@ -82,29 +95,29 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def number(value: Any) -> float | None:
-    """The value where it is a number that can be drawn, else None."""
+def finite(value: Any) -> float | None:
+    """The value where it is a number that can be drawn and added up, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < _MOST and math.isfinite(value) else None
+    return float(value) if abs(value) < _MOST else None  # false for NaN too
 
 
 def value_at(entry: Any, *path: str) -> Any:
-    """What lies under the keys, or None."""
+    """The value under nested keys, or None."""
     for key in path:
         entry = mapping(entry).get(key)
     return entry
 
 
 def series(entries: Iterable[Entry], *path: str, positive: bool = False) -> tuple[list[int], list[float]]:
-    """Iterations and numbers of the entries that have one."""
-    pairs = [(entry["iter"], number(value_at(entry, *path))) for entry in entries]
+    """Returns iterations and numbers of the entries that have a number under the keys, above zero with `positive`."""
+    pairs = [(entry["iter"], finite(value_at(entry, *path))) for entry in entries]
     kept = [(x, y) for x, y in pairs if y is not None and (y > 0 or not positive)]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
 def entries_of(log: RunLog, path: str) -> list[str]:
-    """Keys of a mapping under `gradients`, in the order in which they came."""
+    """Returns all keys of a mapping under `gradients`, in the order of their first entry."""
     found: dict[str, None] = {}
     for entry in log["training_iterations"]:
         found.update(dict.fromkeys(map(str, mapping(value_at(entry, "gradients", path)))))
@@ -112,5 +125,5 @@ def entries_of(log: RunLog, path: str) -> list[str]:
 
 
 def gaps(log: RunLog) -> list[int]:
-    """Iterations whose loss was not a number."""
-    return [entry["iter"] for entry in log["training_iterations"] if number(entry.get("loss")) is None]
+    """Returns the iterations whose loss is not a finite number."""
+    return [entry["iter"] for entry in log["training_iterations"] if finite(entry.get("loss")) is None]

@@ -1,8 +1,7 @@
-"""Runs as they were logged: journals and logs read as far as they go, as curves over tokens. No torch here."""
+"""Logged runs as curves over tokens, read as far as their logs go, whatever is damaged in them. No torch here."""
 
 import bisect
 import itertools
-import json
 import math
 import os
 import statistics
@@ -13,29 +12,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.monitor.journal import assemble, find_journal
+from gptperf.formats import one_line
+from gptperf.monitor.run_log import find_log, finite, load, mapping
 
-__all__ = ["Eval", "LeftOut", "Run", "Step", "finite", "printable", "read_run", "read_runs"]
+__all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "read_run", "read_runs"]
 
-_LARGEST = 1e30
-_LONGEST_NAME = 60
 _QUIET_S = 600.0
 """A run that is not finished counts as stopped after this many seconds without an entry, or three usual pauses."""
 
 
-class Step(NamedTuple):
+class LoggedStep(NamedTuple):
     """A logged iteration."""
 
     iter: int
     tokens: float
     seconds: float
-    """Of training so far, without compilation, evaluation and saving."""
+    """Time of training so far, without compilation, evaluation and saving."""
     loss: float | None
     mfu_percent: float | None
     gradient_norm: float | None
 
 
-class Eval(NamedTuple):
+class LoggedEval(NamedTuple):
     """An evaluation."""
 
     iter: int
@@ -44,25 +42,25 @@ class Eval(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What could not be read, and why."""
+    """A run that could not be read, and why."""
 
     path: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run, as far as it was logged."""
+class LoggedRun:
+    """A run as its log tells it, as far as that goes."""
 
     name: str
     path: Path
     config: Mapping[str, Any]
-    """Key -> value, without sections."""
+    """Configuration key -> value, without sections."""
     info: Mapping[str, Any]
-    """What the run said of itself at its start."""
+    """Startup info: facts that the run logged at its start."""
     summary: Mapping[str, Any]
-    steps: tuple[Step, ...]
-    evals: tuple[Eval, ...]
+    steps: tuple[LoggedStep, ...]
+    evals: tuple[LoggedEval, ...]
     state: str
     """finished, running or stopped."""
     tokens_per_sec: float | None
@@ -70,20 +68,20 @@ class Run:
     mfu_convention: str | None
     """How the FLOPs are counted, and the basis of the peak where it is not dense."""
     peak_gb: float | None
-    """Of the GPU; on a CPU of the process."""
+    """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None
-    """From the start of the process to its end; None where there were several, or no end."""
+    """Time from the start of the process to its end; None for a resumed run, and for one without an end."""
     damaged_lines: int
     resumes: int
 
     @property
     def iterations(self) -> int:
-        """The last iteration that was logged."""
+        """Number of the last logged iteration."""
         return max([*(s.iter for s in self.steps[-1:]), *(e.iter for e in self.evals[-1:]), 0])
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations that were asked for."""
+        """Iterations that the configuration asks for."""
         value = self.config.get("max_iters")
         return value if type(value) is int else None
 
@@ -93,21 +91,21 @@ class Run:
         return self.steps[-1].seconds if self.steps else None
 
     def seconds_at(self, tokens: float) -> float | None:
-        """Seconds of training after that many tokens."""
+        """Seconds of training until `tokens` tokens."""
         return interpolated([(s.tokens, s.seconds) for s in self.steps], tokens, nearest=True)
 
     def val_loss_at(self, tokens: float) -> float | None:
-        """Validation loss after that many tokens, linear between the evaluations around; None outside of them."""
+        """Validation loss at `tokens` tokens, linear between the neighbouring evaluations; None outside of them."""
         return interpolated([(e.tokens, e.loss) for e in self.evals], tokens)
 
     def train_loss_at(self, tokens: float) -> float | None:
-        """Mean of the training losses logged in the last tenth of that many tokens, or the last one before."""
+        """Mean of the training losses logged in the last tenth of the first `tokens` tokens, or else the last loss."""
         before = [(s.tokens, s.loss) for s in self.steps if s.tokens <= tokens and s.loss is not None]
         late = [loss for at, loss in before if at > 0.9 * tokens] or [loss for _, loss in before[-1:]]
         return statistics.fmean(late) if late else None
 
     def remarks(self) -> list[str]:
-        """What a reader has to know of this log, a line each."""
+        """What a reader has to know about this log, a line for each fact."""
         lines = []
         if self.state != "finished":
             lines.append(f"{self.name}: {self.state}, read up to iteration {self.iterations}")
@@ -118,7 +116,7 @@ class Run:
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float, *, nearest: bool = False) -> float | None:
-    """The value at `x` between points that ascend; outside of them None, or that of the nearest one."""
+    """Interpolates linearly between ascending points; outside of them None, or with `nearest` the nearest value."""
     if not points:
         return None
     if not points[0][0] <= x <= points[-1][0]:
@@ -128,36 +126,22 @@ def interpolated(points: Sequence[tuple[float, float]], x: float, *, nearest: bo
     return high if right == left else low + (high - low) * (x - left) / (right - left)
 
 
-def finite(value: Any) -> float | None:
-    """A number of a size that can be reckoned with, or None for whatever else a log may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < _LARGEST else None
-
-
-def printable(text: str, longest: int = _LONGEST_NAME) -> str:
-    """A text on one line without control characters, its middle left out where it is long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    half = (longest - 3) // 2
-    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
-
-
-def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
-    """Read what can be read; a run that is named twice, by its folder and its files, is read once.
+def read_runs(paths: Sequence[str | Path]) -> tuple[list[LoggedRun], list[LeftOut]]:
+    """Reads every run that can be read; a run that is named twice, by its folder and its files, is read once.
 
     Args:
-        paths: folders of runs (the run that started last), run_*.jsonl, run_*.json.
+        paths: Folders of runs (the newest log is read), run_*.jsonl, run_*.json.
 
     Returns:
-        The runs, with short names that differ, and what was left out.
+        The runs, with short unique names, and what was left out.
     """
     files: dict[Path, Path] = {}
     left_out = []
     for path in paths:
         try:
-            found = _locate(Path(path))
+            found = find_log(Path(path))
         except DataError as error:
-            left_out.append(LeftOut(printable(str(path), 200), printable(str(error), 300)))
+            left_out.append(_left_out(path, error))
             continue
         run = Path(os.path.abspath(found)).with_suffix("")
         if run not in files or found.suffix == ".jsonl":
@@ -167,30 +151,17 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[LeftOut]]:
         try:
             runs.append(read_run(path, name))
         except DataError as error:
-            left_out.append(LeftOut(printable(str(path), 200), printable(str(error), 300)))
+            left_out.append(_left_out(path, error))
     return runs, left_out
 
 
-def _locate(path: Path) -> Path:
-    """The file of a run."""
-    try:
-        if os.path.isdir(path):
-            logs = sorted(path.glob("run_*.json"))
-            found = find_journal(path) or (logs[-1] if logs else None)
-            if found is None:
-                raise DataError("holds no run_*.jsonl and no run_*.json")
-            return found
-        if not os.path.exists(path):
-            raise DataError("no such file or folder")
-        if path.suffix not in (".jsonl", ".json") or not os.path.isfile(path):
-            raise DataError("neither the folder of a run nor a run_*.jsonl or run_*.json")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from error
-    return path
+def _left_out(path: str | Path, error: DataError) -> LeftOut:
+    reason = str(error).removeprefix(f"{path}: ")
+    return LeftOut(one_line(str(path), 200), one_line(reason, 300))
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folder of each run, or folder and file where several lie in one, without what all paths share."""
+    """Names each run by its folder, or by folder and file where a folder has several, without the common path."""
     folders = [run.parent for run in runs]
     labels = [run.parent if folders.count(run.parent) == 1 else run for run in runs]
     if not labels:
@@ -198,7 +169,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
     root = os.path.commonpath([label.parent for label in labels])
     names: list[str] = []
     for label in labels:
-        name = base = printable(os.path.relpath(label, root))
+        name = base = one_line(os.path.relpath(label, root))
         count = 1
         while name in names:
             count += 1
@@ -207,24 +178,23 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_run(path: Path, name: str) -> Run:
-    """Read one journal or log.
+def read_run(path: Path, name: str) -> LoggedRun:
+    """Reads one journal or JSON log.
 
     Raises:
-        DataError: it cannot be read, or holds nothing of a run.
+        DataError: The file cannot be read, or holds nothing about a run.
     """
-    log: Mapping[str, Any] = assemble(path) if path.suffix == ".jsonl" else _read_json(path)
-    config = _flat(_tables(log, "config"))
-    info, summary = _tables(log, "startup_info"), _tables(log, "summary")
-    entries = [e for e in _list(log, "training_iterations") if _iter(e) is not None]
-    if not (entries or config or info or summary or _list(log, "eval_steps")):
-        raise DataError("holds no entry of a run")
+    log = load(path)
+    config, info, summary = _flat(log["config"]), log["startup_info"], log["summary"]
+    entries = log["training_iterations"]
+    if not (entries or config or info or summary or log["eval_steps"]):
+        raise DataError(f"{path}: holds no entry of a run")
     per_iter = _tokens_per_iter(info, config, entries)
     steps = _steps(entries, per_iter)
-    evals = _evals(_list(log, "eval_steps"), steps, per_iter)
+    evals = _evals(log["eval_steps"], steps, per_iter)
     speed, mfu, convention = _speed(entries, summary)
-    resumes = len(_list(log, "resumes"))
-    return Run(
+    resumes = len(log["resumes"])
+    return LoggedRun(
         name=name,
         path=path,
         config=config,
@@ -238,45 +208,18 @@ def read_run(path: Path, name: str) -> Run:
         mfu_convention=convention,
         peak_gb=_peak_gb(entries),
         wall_s=None if resumes else finite(summary.get("wall_time_s")),
-        damaged_lines=int(finite(log.get("damaged_lines")) or 0),
+        damaged_lines=log["damaged_lines"],
         resumes=resumes,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError("holds no entry of a run")
-    return found
-
-
-def _tables(log: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = log.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys out of their sections; a log may also hold them without."""
+    """Takes keys out of their sections; a log may also hold keys without a section."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if name != "origins":
             found |= value if isinstance(value, dict) else {name: value}
     return found
-
-
-def _list(log: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    value = log.get(key)
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def _iter(entry: Mapping[str, Any]) -> int | None:
-    value = entry.get("iter")
-    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def _tokens_per_iter(
@@ -294,14 +237,14 @@ def _tokens_per_iter(
 
 
 def _timed(entry: Mapping[str, Any]) -> float | None:
-    """Milliseconds of a usual iteration; the first entry of a process has none of them."""
+    """Milliseconds of an iteration; None for the first entry of a process, which includes compilation."""
     ms = finite(entry.get("time_ms"))
     return ms if ms is not None and ms > 0 and entry.get("mfu") != {} else None
 
 
-def _steps(entries: Sequence[Mapping[str, Any]], per_iter: float | None) -> tuple[Step, ...]:
+def _steps(entries: Sequence[Mapping[str, Any]], per_iter: float | None) -> tuple[LoggedStep, ...]:
     usual = statistics.median([ms for ms in map(_timed, entries) if ms is not None] or [0.0])
-    steps: list[Step] = []
+    steps: list[LoggedStep] = []
     last, seconds = 0, 0.0
     for entry in entries:
         tokens = finite(entry.get("tokens"))
@@ -311,30 +254,32 @@ def _steps(entries: Sequence[Mapping[str, Any]], per_iter: float | None) -> tupl
             continue
         seconds += (entry["iter"] - last) * (_timed(entry) or usual) / 1e3
         last = entry["iter"]
-        mfu = finite(_tables(entry, "mfu").get("mfu_percent"))
-        norm = finite(_tables(entry, "gradients").get("global_norm"))
-        steps.append(Step(last, tokens, seconds, finite(entry.get("loss")), mfu, norm))
+        mfu = finite(mapping(entry.get("mfu")).get("mfu_percent"))
+        norm = finite(mapping(entry.get("gradients")).get("global_norm"))
+        steps.append(LoggedStep(last, tokens, seconds, finite(entry.get("loss")), mfu, norm))
     return tuple(steps)
 
 
-def _evals(entries: Sequence[Mapping[str, Any]], steps: Sequence[Step], per_iter: float | None) -> tuple[Eval, ...]:
+def _evals(
+    entries: Sequence[Mapping[str, Any]], steps: Sequence[LoggedStep], per_iter: float | None
+) -> tuple[LoggedEval, ...]:
     logged = {step.iter: step.tokens for step in steps}
-    found: list[Eval] = []
+    found: list[LoggedEval] = []
     for entry in entries:
-        number, loss = _iter(entry), finite(entry.get("val_loss"))
-        if number is None or loss is None or (number not in logged and per_iter is None):
+        iteration, loss = entry["iter"], finite(entry.get("val_loss"))
+        if loss is None or (iteration not in logged and per_iter is None):
             continue
-        tokens = logged.get(number, number * (per_iter or 0.0))
+        tokens = logged.get(iteration, iteration * (per_iter or 0.0))
         if not found or tokens > found[-1].tokens:
-            found.append(Eval(number, tokens, loss))
+            found.append(LoggedEval(iteration, tokens, loss))
     return tuple(found)
 
 
 def _speed(
     entries: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
-    """Tokens a second, MFU and its convention over all timed iterations."""
-    records = [_tables(entry, "mfu") for entry in entries]
+    """Returns tokens a second, MFU in percent, and the convention of the MFU, over all timed iterations."""
+    records = [mapping(entry.get("mfu")) for entry in entries]
     rates = [rate for record in records if (rate := finite(record.get("tokens_per_sec"))) and rate > 0]
     speed = finite(summary.get("tokens_per_sec")) or (statistics.harmonic_mean(rates) if rates else None)
     known = [r for r in records if finite(r.get("mfu_percent")) is not None]
@@ -343,13 +288,13 @@ def _speed(
         if mfu is None:
             mfu = statistics.fmean(r["mfu_percent"] for r in known)
         basis = known[-1].get("peak_basis")
-        convention = printable(str(known[-1].get("convention", "unknown")), 20)
-        convention += "" if basis in (None, "dense") else f", {printable(str(basis), 20)} peak"
+        convention = one_line(str(known[-1].get("convention", "unknown")), 20)
+        convention += "" if basis in (None, "dense") else f", {one_line(str(basis), 20)} peak"
     return speed, mfu, convention
 
 
 def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
-    memory = [_tables(entry, "memory") for entry in entries]
+    memory = [mapping(entry.get("memory")) for entry in entries]
     for key in ("peak_gb", "peak_rss_gb"):
         found = [value for record in memory if (value := finite(record.get(key))) is not None]
         if found:
@@ -358,7 +303,7 @@ def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Whether a run without an end goes on, by when its log was last written."""
+    """Returns "running" or "stopped" for a run without an end, by the time of the last write to its log."""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:

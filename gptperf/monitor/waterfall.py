@@ -18,6 +18,7 @@ from typing import Any
 
 from gptperf import flops
 from gptperf.config import Config
+from gptperf.formats import percentiles
 
 __all__ = ["LOADER_MARK", "PARTS", "STEP_PROTOCOL", "Breakdown", "EnergyMeter", "Kernel", "Spread", "StepTimes"]
 __all__ += ["Waterfall", "breakdown", "classify", "cuda_window", "is_stable", "kernels_of", "step_flops", "time_steps"]
@@ -51,8 +52,8 @@ class Spread:
     @classmethod
     def of(cls, times: Sequence[float]) -> "Spread":
         """Median and percentiles of one time a round."""
-        times = sorted(times)
-        return cls(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+        p10, median, p90 = percentiles(times)
+        return cls(median, p10, p90)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from gptperf import flops
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, main_guard
+from gptperf.formats import number
 from gptperf.hardware import Gpu
 from gptperf.plan.memory import STRATEGIES, strategy_of
 from gptperf.plan.predict import (
@@ -16,7 +17,6 @@ from gptperf.plan.predict import (
     Plan,
     find_gpu,
     largest_batch,
-    percent,
     plan,
     plan_lines,
     plan_record,
@@ -41,7 +41,7 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
             lines.append(
                 f"{mark:<3}{STRATEGY_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>9.1f}"
                 f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
-                f"{percent(row.mfu):>8}"
+                f"{number(row.mfu, '.1%'):>8}"
             )
     return lines
 

@@ -12,6 +12,7 @@ from typing import Any
 from gptperf import flops, hardware
 from gptperf.config import Config, SystemConfig
 from gptperf.errors import ConfigError
+from gptperf.formats import number
 from gptperf.hardware import Gpu
 from gptperf.plan.memory import (
     STRATEGIES,
@@ -31,7 +32,6 @@ __all__ = [
     "find_gpu",
     "largest_batch",
     "own_gpu",
-    "percent",
     "plan",
     "plan_lines",
     "plan_record",
@@ -318,10 +318,6 @@ def plan_record(given: Plan) -> dict[str, Any]:
     }
 
 
-def percent(mfu: float | None) -> str:
-    return "-" if mfu is None else f"{100 * mfu:.1f}%"
-
-
 def plan_lines(given: Plan) -> list[str]:
     """A plan in two lines, for the start of a run."""
     fit = "fits" if given.fits else "does NOT fit"
@@ -331,5 +327,5 @@ def plan_lines(given: Plan) -> list[str]:
     return [
         f"{given.memory.total_gb:.1f} GB of {given.limit_gb:.1f} a GPU, {fit}: {memory_text(given.memory)}",
         f"{given.step_ms:.1f} ms an iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
-        f"MFU {percent(given.mfu)}{basis}: {parts} ms",
+        f"MFU {number(given.mfu, '.1%')}{basis}: {parts} ms",
     ]

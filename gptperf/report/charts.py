@@ -1,4 +1,4 @@
-"""The charts of a run's report. matplotlib is loaded by `draw` only."""
+"""The charts of a run's page. matplotlib is loaded by `draw` only."""
 
 import importlib
 import math
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptperf.monitor.events import RunLog
-from gptperf.monitor.run_log import entries_of, mapping, number, series, value_at
+from gptperf.monitor.run_log import entries_of, finite, mapping, series, value_at
 from gptperf.monitor.waterfall import PARTS
-from gptperf.report import page
+from gptperf.report.figures import BLUE, COLORS, GRAY, ORANGE, RED, TEXT_COLOR, logarithmic, pyplot, svg, waterfall
+from gptperf.report.page import clean
 
 __all__ = ["CAPTIONS", "draw", "layer_order"]
 
@@ -26,28 +27,27 @@ CAPTIONS = {
     "memory": "Memory, GB of 1e9 bytes.",
     "waterfall": "Points of MFU that each part of a step costs; dotted: the mean MFU of the run.",
 }
-_COLORS = ("#2a8fbd", "#d08a2e", "#5a9e57", "#a05fb0", "#c25b5b", "#8a8a8a", "#3fa7a0", "#b8860b")
 _POINTS = 600
-"""Of a line; more entries are averaged."""
+"""Most points of a line; more entries are averaged."""
 _COLUMNS, _ROWS = 48, 64
-"""Of the heat map."""
+"""Most columns and rows of the heat map."""
 _LINES = 8
-"""More are a heat map."""
+"""Most layers that are drawn as lines; more become a heat map."""
 _SIZE, _LOW = (7.2, 3.0), (7.2, 2.2)
 
 
 def draw(name: str, log: RunLog) -> str | None:
-    """The SVG element of a chart, or None where the log has nothing to draw.
+    """Returns the SVG element of a chart, or None where the log has nothing to draw.
 
     Args:
-        name: one of `CAPTIONS`.
-        log: of the run.
+        name: One of `CAPTIONS`.
+        log: Log of the run.
 
     Raises:
         DeviceError: matplotlib is not installed.
     """
-    plots = page.pyplot("report")
-    return page.svg(plots, name, lambda: _CHARTS[name](plots, log), math=False)
+    figure = _CHARTS[name](pyplot(), log)
+    return None if figure is None else svg(figure, name)
 
 
 def _axes(plots: Any, size: tuple[float, float] = _SIZE, label: str = "iteration") -> tuple[Any, Any]:
@@ -58,26 +58,15 @@ def _axes(plots: Any, size: tuple[float, float] = _SIZE, label: str = "iteration
     return found, axes
 
 
-def _logarithmic(axis: Any) -> None:
-    """Labels of a logarithmic axis without a formula."""
-    ticker = importlib.import_module("matplotlib.ticker")
-    axis.axes.set_yscale("log") if axis.axis_name == "y" else axis.axes.set_xscale("log")
-    low, high = axis.get_view_interval()
-    subs = (1, 1.5, 2, 2.5, 3, 4, 5, 7) if high < 8 * low else (1, 2, 5) if high < 1000 * low else (1,)
-    axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
-
-
 def _binned(xs: Sequence[float], ys: Sequence[float], most: int) -> list[tuple[float, float, float, float]]:
-    """(x, mean, smallest, largest) of `most` groups of neighbours at most."""
+    """Returns (x, mean, smallest, largest) of at most `most` groups of neighbours."""
     size = max(1, math.ceil(len(xs) / most))
     groups = [(xs[i : i + size], ys[i : i + size]) for i in range(0, len(xs), size)]
     return [(x[-1], math.fsum(y) / len(y), min(y), max(y)) for x, y in groups]
 
 
 def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, label: str = "", **style: Any) -> None:
-    """A line; where entries are averaged, with a band from the smallest to the largest."""
+    """Draws a line; where entries are averaged, with a band from the smallest to the largest."""
     points = _binned(xs, ys, _POINTS)
     x, mean = [p[0] for p in points], [p[1] for p in points]
     if len(points) < len(xs):
@@ -87,7 +76,7 @@ def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, label
 
 
 def _label(text: str) -> str:
-    text = page.clean(" ".join(text[:100].split()))
+    text = clean(" ".join(text[:100].split()))
     text = text if len(text) <= 18 else f"{text[:17]}\u2026"
     return f" {text}" if text.startswith("_") else text
 
@@ -101,7 +90,7 @@ def _legend(axes: Any) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, fontsize=8, columnspacing=1.2, borderpad=0)
 
 
-def _dashed(axes: Any, value: float | None, label: str, color: str = page.TEXT, style: str = "--") -> None:
+def _dashed(axes: Any, value: float | None, label: str, color: str = TEXT_COLOR, style: str = "--") -> None:
     if value is not None:
         axes.axhline(value, color=color, linewidth=0.9, linestyle=style, label=label)
 
@@ -114,27 +103,27 @@ def _loss(plots: Any, log: RunLog, first: int = 0, scale: str = "log") -> Any:
         return None
     found, axes = _axes(plots)
     if xs:
-        _line(axes, xs, ys, _COLORS[0], "training")
+        _line(axes, xs, ys, BLUE, "training")
     if eval_xs:
-        axes.plot(eval_xs, eval_ys, color=_COLORS[1], marker="o", markersize=3.5, linewidth=1, label="validation")
+        axes.plot(eval_xs, eval_ys, color=ORANGE, marker="o", markersize=3.5, linewidth=1, label="validation")
         best = min(range(len(eval_ys)), key=eval_ys.__getitem__)
         axes.plot(
-            eval_xs[best], eval_ys[best], "o", markersize=9, fillstyle="none", color=_COLORS[1], label="best validation"
+            eval_xs[best], eval_ys[best], "o", markersize=9, fillstyle="none", color=ORANGE, label="best validation"
         )
     spikes = [entry for entry in entries if value_at(entry, "stability", "spike") is True]
     spike_xs, spike_ys = series(spikes, "loss")
     if spike_xs:
-        axes.plot(spike_xs, spike_ys, "x", color=_COLORS[4], markersize=7, label="spike", zorder=4)
+        axes.plot(spike_xs, spike_ys, "x", color=RED, markersize=7, label="spike", zorder=4)
     flat = [entry["iter"] for entry in entries if value_at(entry, "stability", "plateau") is True]
     if flat:
         low = axes.get_xaxis_transform()
-        axes.plot(flat, [0.015] * len(flat), "s", color=_COLORS[5], markersize=3, label="plateau", transform=low)
-    for number_, resume in enumerate(log["resumes"][-50:]):
+        axes.plot(flat, [0.015] * len(flat), "s", color=GRAY, markersize=3, label="plateau", transform=low)
+    for place, resume in enumerate(log["resumes"][-50:]):
         if resume["iter"] >= first:
-            label = "" if number_ else "resumed"
-            axes.axvline(resume["iter"], color=page.TEXT, linewidth=0.7, linestyle=":", label=label)
+            label = "" if place else "resumed"
+            axes.axvline(resume["iter"], color=TEXT_COLOR, linewidth=0.7, linestyle=":", label=label)
     if scale == "log" and _wide([*ys, *eval_ys], 2):
-        _logarithmic(axes.yaxis)
+        logarithmic(axes.yaxis)
     axes.set_ylabel("loss")
     _legend(axes)
     return found
@@ -150,7 +139,7 @@ def _learning_rate(plots: Any, log: RunLog) -> Any:
     if not xs:
         return None
     found, axes = _axes(plots, _LOW)
-    _line(axes, xs, ys, _COLORS[0])
+    _line(axes, xs, ys, BLUE)
     axes.set_ylim(bottom=min(0.0, *ys))
     return found
 
@@ -160,33 +149,33 @@ def _gradient_norm(plots: Any, log: RunLog) -> Any:
     if not xs:
         return None
     found, axes = _axes(plots)
-    _line(axes, xs, ys, _COLORS[0], "global norm")
-    clip = number(value_at(log["config"], "optimizer", "grad_clip"))
+    _line(axes, xs, ys, BLUE, "global norm")
+    clip = finite(value_at(log["config"], "optimizer", "grad_clip"))
     if clip is not None and 0 < clip < 20 * max(ys):
         _dashed(axes, clip, "grad_clip")
     if _wide(ys, 10):
-        _logarithmic(axes.yaxis)
+        logarithmic(axes.yaxis)
     _legend(axes)
     return found
 
 
 def layer_order(name: str) -> tuple[int, int, str]:
-    """Sorts the embedding before the blocks, and those before the head."""
+    """Sort key that puts the embedding before the blocks, and the blocks before the head."""
     if name.isascii() and name.isdigit() and len(name) < 10:
         return 1, int(name), ""
     return (0, 0, "") if name == "embedding" else (2, 0, name)
 
 
 def _several(plots: Any, log: RunLog, path: str, names: Sequence[str]) -> Any:
-    """A line for each key of a mapping under `gradients`, on a logarithmic axis."""
+    """Draws a line for each key of a mapping under `gradients`, on a logarithmic axis."""
     lines = {name: series(log["training_iterations"], "gradients", path, name, positive=True) for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
         return None
     found, axes = _axes(plots)
-    for color, (name, (xs, ys)) in zip(_COLORS, lines.items(), strict=False):
+    for color, (name, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
         _line(axes, xs, ys, color, name)
-    _logarithmic(axes.yaxis)
+    logarithmic(axes.yaxis)
     _legend(axes)
     return found
 
@@ -210,7 +199,7 @@ def _layers(plots: Any, log: RunLog) -> Any:
     found, axes = plots.subplots(figsize=(7.2, 1.2 + 0.13 * len(names)), layout="constrained")
     edges = [group[0]["iter"] for group in groups]
     edges.append(max(entries[-1]["iter"], edges[-1] + 1))
-    cmap = plots.get_cmap("viridis", 32)  # the bar of more colours would be a bitmap
+    cmap = plots.get_cmap("viridis", 32)  # with more colours matplotlib draws the colour bar as a bitmap
     norm = colors.LogNorm(min(known), max(max(known), 1.0001 * min(known)))
     drawn = axes.pcolormesh(edges, range(len(names) + 1), cells, norm=norm, cmap=cmap, edgecolors="face", linewidth=0.3)
     step = math.ceil(len(names) / 16)
@@ -220,7 +209,7 @@ def _layers(plots: Any, log: RunLog) -> Any:
     axes.set_xlabel("iteration")
     bar = found.colorbar(drawn, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
-    _logarithmic(bar.ax.yaxis)
+    logarithmic(bar.ax.yaxis)
     return found
 
 
@@ -237,13 +226,13 @@ def _update_ratios(plots: Any, log: RunLog) -> Any:
 
 
 def _histograms(log: RunLog) -> list[tuple[list[float], list[float]]]:
-    """Edges and shares of the entries that have both."""
+    """Returns edges and shares of the entries that have both."""
     found = []
     for entry in log["training_iterations"]:
         given = mapping(value_at(entry, "gradients", "histogram"))
         edges, shares = given.get("log2_edges"), given.get("shares")
         if isinstance(edges, list) and isinstance(shares, list) and 0 < len(edges) < 200:
-            values = [number(value) for value in (*edges, *shares)]
+            values = [finite(value) for value in (*edges, *shares)]
             if len(shares) == len(edges) + 1 and None not in values:
                 found.append((edges, shares))
     return found
@@ -256,10 +245,10 @@ def _histogram(plots: Any, log: RunLog) -> Any:
     (edges, shares), first = histograms[-1], histograms[0]
     found, axes = _axes(plots, label="magnitude; the outer bars hold all that is below and above")
     places = range(len(shares))
-    axes.bar(places, [100 * share for share in shares], width=0.92, color=_COLORS[0])
+    axes.bar(places, [100 * share for share in shares], width=0.92, color=BLUE)
     if len(histograms) > 1 and first[0] == edges:
         ends = [place - 0.5 for place in range(len(shares) + 1)]
-        axes.stairs([100 * share for share in first[1]], ends, color=page.TEXT, linewidth=0.9)
+        axes.stairs([100 * share for share in first[1]], ends, color=TEXT_COLOR, linewidth=0.9)
     step = math.ceil(len(edges) / 14)
     axes.set_xticks([i + 0.5 for i in range(0, len(edges), step)], [f"2^{edge:g}" for edge in edges[::step]])
     axes.set_ylabel("% of the elements")
@@ -271,7 +260,7 @@ def _zero_share(plots: Any, log: RunLog) -> Any:
     if not any(ys):
         return None
     found, axes = _axes(plots, _LOW)
-    _line(axes, xs, [100 * y for y in ys], _COLORS[0])
+    _line(axes, xs, [100 * y for y in ys], BLUE)
     axes.set_ylabel("% of the elements")
     axes.set_ylim(bottom=0)
     return found
@@ -288,8 +277,8 @@ def _speed(plots: Any, log: RunLog) -> Any:
     found, grid = plots.subplots(len(lines), sharex=True, squeeze=False, **size)
     for axes, (key, label, xs, ys) in zip(grid[:, 0], lines, strict=True):
         axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
-        _line(axes, xs, ys, _COLORS[0], "measured")
-        _dashed(axes, number(plan.get(key)), "plan")
+        _line(axes, xs, ys, BLUE, "measured")
+        _dashed(axes, finite(plan.get(key)), "plan")
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.margins(y=0.25)
@@ -307,14 +296,14 @@ def _memory(plots: Any, log: RunLog) -> Any:
     if not lines:
         return None
     found, axes = _axes(plots)
-    for color, (label, (xs, ys)) in zip(_COLORS, lines.items(), strict=False):
+    for color, (label, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
         _line(axes, xs, ys, color, label)
     plan = mapping(log["startup_info"].get("plan"))
-    planned, limit = number(plan.get("memory_gb")), number(plan.get("limit_gb"))
+    planned, limit = finite(plan.get("memory_gb")), finite(plan.get("limit_gb"))
     _dashed(axes, planned, "plan")
     top = max(max(ys) for _, ys in lines.values())
     if limit is not None and limit < 1.6 * top:
-        _dashed(axes, limit, "limit", _COLORS[4], ":")
+        _dashed(axes, limit, "limit", RED, ":")
         top = max(top, limit)
     axes.set_ylim(0, 1.08 * max(top, planned or 0) or 1)
     axes.set_ylabel("GB")
@@ -326,12 +315,12 @@ def _waterfall(plots: Any, log: RunLog) -> Any:
     profiles = [profile for profile in log["profiles"] if mapping(profile.get("waterfall"))]
     if not profiles:
         return None
-    given = {str(part): number(points) for part, points in profiles[-1]["waterfall"].items()}
+    given = {str(part): finite(points) for part, points in profiles[-1]["waterfall"].items()}
     order = [*(part for part in PARTS if part in given), *(part for part in given if part not in PARTS)][:12]
     points = {_label(part): given[part] or 0.0 for part in order}
     title = f"iterations to {profiles[-1]['iter']:,}"
-    timed, basis = number(log["summary"].get("mfu_percent")), log["startup_info"].get("peak_basis")
-    return page.waterfall(plots, title, points, timed, "sparse" if basis == "sparse" else "dense")
+    timed, basis = finite(log["summary"].get("mfu_percent")), log["startup_info"].get("peak_basis")
+    return waterfall(title, points, timed, "sparse" if basis == "sparse" else "dense")
 
 
 _CHARTS: dict[str, Callable[[Any, RunLog], Any]] = {

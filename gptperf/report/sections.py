@@ -1,52 +1,33 @@
-"""From a run's log to the sections of its report; what the log lacks has none."""
+"""Turns a run's log into the sections of its page; what the log lacks has no section."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gptperf import formats
 from gptperf.monitor.events import RunLog
-from gptperf.monitor.run_log import gaps, mapping, number, series, value_at
-from gptperf.report.page import Section, Table, Tile, clean
+from gptperf.monitor.run_log import finite, gaps, mapping, series, value_at
+from gptperf.report.page import Section, Tile, clean
+from gptperf.report.tables import Table, words
 
-__all__ = ["duration", "sections", "state"]
+__all__ = ["sections", "state"]
 
 _CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
+"""Most characters of a cell, and most rows of a table."""
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
 
 
 def text(value: Any) -> str:
     """A value of a log as a cell shows it."""
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "yes" if value else "no"
-        case int() if abs(value) < 10**18:
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
-        case float():
-            return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
-        case list() | tuple():
-            return clean(", ".join(map(text, value[:50])), _CELL)
-        case Mapping():
-            return clean(", ".join(f"{key} {text(item)}" for key, item in list(value.items())[:50]), _CELL)
-    return clean(str(value) if isinstance(value, str) else "a number of too many digits", _CELL)
+    return clean(formats.value_text(value), _CELL)
 
 
-def _figure(value: Any, digits: int = 2, unit: str = "") -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.{digits}f}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """ "42 s", "2 h 03 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+def _figure(value: Any, digits: int = 2) -> str:
+    return formats.number(finite(value), f",.{digits}f")
 
 
 def state(log: RunLog) -> tuple[str, bool]:
-    """In words, and whether that is how a run should end."""
+    """Returns the state of the run in words, and whether it is finished."""
     stopped = log["summary"].get("stopped")
     if not log["summary"]:
         return "running or killed", False
@@ -54,7 +35,7 @@ def state(log: RunLog) -> tuple[str, bool]:
 
 
 def sections(log: RunLog) -> list[Section]:
-    """All that there is to say; a section may still have nothing but charts that cannot be drawn."""
+    """Returns all sections; one may still have nothing but charts that cannot be drawn."""
     found = [_verdict(log)]
     makers = (_loss, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
     for make in (*makers, _built, _configuration, _environment, _messages, _checkpoints, _sample):
@@ -68,33 +49,33 @@ def _last(entries: Iterable[Mapping[str, Any]], *path: str) -> float | None:
 
 
 def _typical(log: RunLog, *path: str) -> float | None:
-    """The median over the entries."""
+    """Median over the entries."""
     ys = series(log["training_iterations"], *path)[1]
     return statistics.median(ys) if ys else None
 
 
 def _of_run(log: RunLog, key: str) -> tuple[float | None, str]:
-    """A figure of the speed, and how it was taken."""
-    whole = number(log["summary"].get(key))
+    """Returns a figure of the speed, and how it was taken."""
+    whole = finite(log["summary"].get(key))
     return (whole, "mean of the run") if whole is not None else (_typical(log, "mfu", key), "median")
 
 
 def _training_s(log: RunLog) -> float | None:
-    """Without evaluation and saving: every entry has the mean since the one before."""
+    """Seconds without evaluation and saving: the time of an entry is the mean since the entry before."""
     xs, ys = series(log["training_iterations"], "time_ms")
     return sum(y * (x - before) for x, y, before in zip(xs, ys, [0, *xs[:-1]], strict=True)) / 1e3 if xs else None
 
 
 def _verdict(log: RunLog) -> Section:
     info, summary, entries = log["startup_info"], log["summary"], log["training_iterations"]
-    words, good = state(log)
+    ended, good = state(log)
     started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
-    tiles = [Tile("State", words, f"started {started}", good)]
-    last, most = (entries[-1]["iter"] if entries else 0), number(info.get("max_iters"))
+    tiles = [Tile("State", ended, f"started {started}", good)]
+    last, most = (entries[-1]["iter"] if entries else 0), finite(info.get("max_iters"))
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
     tokens = _last(entries, "tokens")
     if tokens is not None:
-        tiles.append(Tile("Tokens", _compact(tokens), f"{tokens:,.0f}"))
+        tiles.append(Tile("Tokens", formats.short_count(tokens), f"{tokens:,.0f}"))
     loss = _last(entries, "loss")
     if loss is not None:
         tiles.append(Tile("Training loss", f"{loss:.4f}", "last entry"))
@@ -111,11 +92,11 @@ def _verdict(log: RunLog) -> Section:
     speed, how = _of_run(log, "tokens_per_sec")
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
-    wall, training = number(summary.get("wall_time_s")), _training_s(log)
+    wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
-        tiles.append(Tile("Wall time", duration(wall), "of the last process" if log["resumes"] else ""))
+        tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
     elif training is not None:
-        tiles.append(Tile("Training time", duration(training), "without evaluation and saving"))
+        tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
     peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
     if peaks:
         tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
@@ -136,13 +117,6 @@ def _remarks(log: RunLog) -> list[str]:
         hint = log["startup_info"].get("peak_hint")
         lines += [clean(text(hint), _CELL)] if hint else []
     return lines
-
-
-def _compact(value: float) -> str:
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
-        if value >= scale:
-            return f"{value / scale:.2f}{unit}"
-    return f"{value:,.0f}"
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -199,10 +173,9 @@ def _speed(log: RunLog) -> Iterator[Section]:
     labels = ("MFU %", "HFU %", "% of the measured ceiling", "TFLOP/s, of one GPU if any", "tokens/s")
     paths = [(label, ("mfu", key)) for label, key in zip(labels, _SPEED, strict=True)]
     for label, path in [*paths, ("ms an iteration", ("time_ms",)), ("ms waiting for data", ("data_wait_ms",))]:
-        ys = sorted(series(log["training_iterations"][1:], *path)[1])
+        ys = series(log["training_iterations"][1:], *path)[1]
         if ys:
-            spread = (ys[len(ys) // 10], statistics.median(ys), ys[-1 - len(ys) // 10], ys[0], ys[-1])
-            rows.append((label, *map(text, spread)))
+            rows.append((label, *map(text, (*formats.percentiles(ys), min(ys), max(ys)))))
     columns = ("without the first entry", "p10", "median", "p90", "smallest", "largest")
     yield Section("Speed", tables=[Table(columns, rows)] if rows else [], charts=["speed"])
 
@@ -267,20 +240,20 @@ def _plan(log: RunLog) -> Iterator[Section]:
     ]
     rows = []
     for label, planned, told, seen in pairs:
-        wanted, got = number(planned), number(told) or number(seen)
+        wanted, got = finite(planned), finite(told) or finite(seen)
         if wanted and got:
             rows.append((label, text(wanted), text(got), f"{got / wanted - 1:+.1%}"))
     tables = [Table(("", "planned", "measured", "off"), rows)] if rows else []
     parts = [(text(str(name)), _figure(ms)) for name, ms in list(mapping(plan.get("parts_ms")).items())[:30]]
     tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
-    band = number(plan.get("band"))
+    band = finite(plan.get("band"))
     lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
     if tables:
         yield Section("Plan against actual", lines, tables)
 
 
 def _flat(given: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Rows of a mapping, those of mappings in it too."""
+    """Returns the rows of a mapping and of the mappings in it."""
     rows = []
     for key, value in given.items():
         name = clean(str(key), 80).replace("_", " ")
@@ -300,14 +273,14 @@ def _built(log: RunLog) -> Iterator[Section]:
     tables = []
     components, kernels = mapping(info.get("components")), mapping(info.get("kernels"))
     if components:
-        tables.append(Table(("component", "what was built"), _flat(components), words=True))
+        tables.append(words(("component", "what was built"), _flat(components)))
     rows = _flat(info, _APART)
     if rows:
-        tables.append(Table(("size", "value"), rows, words=True))
+        tables.append(words(("size", "value"), rows))
     if kernels:
         reasons = mapping(info.get("kernel_reasons"))
         chosen = [(text(str(op)), text(impl), text(reasons.get(op, ""))) for op, impl in list(kernels.items())[:50]]
-        tables.append(Table(("op", "implementation", "why"), chosen, words=True))
+        tables.append(words(("op", "implementation", "why"), chosen))
     if tables:
         yield Section("What was built", tables=tables)
 
@@ -324,9 +297,9 @@ def _configuration(log: RunLog) -> Iterator[Section]:
     chosen = [row for row in rows if row[3] != "default"][:_CONFIG_ROWS]
     rest = [row for row in rows if row[3] == "default"][:_CONFIG_ROWS]
     if chosen:
-        yield Section("Configuration", tables=[Table(columns, chosen, words=True)])
+        yield Section("Configuration", tables=[words(columns, chosen)])
     if rest:
-        yield Section("Configuration: defaults", tables=[Table(columns, rest, words=True)], folded=True)
+        yield Section("Configuration: defaults", tables=[words(columns, rest)], folded=True)
 
 
 def _environment(log: RunLog) -> Iterator[Section]:
@@ -334,7 +307,7 @@ def _environment(log: RunLog) -> Iterator[Section]:
     rows = _flat({key: info[key] for key in _ABOUT_HARDWARE if key in info})
     rows += _flat(mapping(info.get("versions")))
     if rows:
-        yield Section("Environment", tables=[Table(("what", "value"), rows, words=True)])
+        yield Section("Environment", tables=[words(("what", "value"), rows)])
 
 
 def _messages(log: RunLog) -> Iterator[Section]:
@@ -347,7 +320,7 @@ def _messages(log: RunLog) -> Iterator[Section]:
         (text(entry.get("level")), text(entry.get("iter")), text(entry.get("time")), text(entry.get("text")))
         for entry in entries[-_TEXT_ROWS:]
     ]
-    tables = [Table(("level", "iteration", "time", "message"), rows, words=True)] if rows else []
+    tables = [words(("level", "iteration", "time", "message"), rows)] if rows else []
     if lines or tables:
         yield Section("Messages", lines, tables)
 

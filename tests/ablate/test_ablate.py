@@ -18,7 +18,7 @@ from run_helpers import ROOT
 
 from gptperf import flops, train
 from gptperf.ablate import __main__ as ablate
-from gptperf.ablate import page, runs
+from gptperf.ablate import page, results, runner, variants
 from gptperf.config import command_line
 from gptperf.errors import PREEMPTED, ConfigError
 from gptperf.monitor.journal import Journal, find_journal
@@ -26,11 +26,11 @@ from gptperf.monitor.journal import Journal, find_journal
 GPT2 = ["configs/gpt2_124m.toml", "--max_iters=5000", "--warmup_iters=100", "--lr_decay_iters=4000"]
 
 
-def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out") -> list[runs.Variant]:
-    return runs.variants(GPT2, vary, seeds, equal, Path(out))
+def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out") -> list[variants.Variant]:
+    return variants.variants(GPT2, vary, seeds, equal, Path(out))
 
 
-def finish(job: runs.Job, loss: float, *, end: bool = True) -> None:
+def finish(job: variants.Job, loss: float, *, end: bool = True) -> None:
     """The log of a run that has come to its end."""
     last = job.config.train.max_iters
     with Journal(job.out_dir, "run_20260102_030405") as journal:
@@ -100,7 +100,7 @@ def test_every_mistake_is_found_before_the_first_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)swigl.*n_head = 7"):
         made(["ffn_type=swigl", "n_head=7"])
     with pytest.raises(ConfigError, match="out_dir is set by the ablation"):
-        runs.variants([*GPT2, "--out_dir=x"], ["n_layer=6"], 1, "tokens", tmp_path)
+        variants.variants([*GPT2, "--out_dir=x"], ["n_layer=6"], 1, "tokens", tmp_path)
     for argv in (GPT2, [*GPT2, "--vary", "n_layer=6", "--seeds=0"]):
         with pytest.raises(ConfigError):
             ablate.main(argv)
@@ -115,28 +115,28 @@ def test_folders_have_plain_names_that_differ() -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     baseline = {1: 3.0, 2: 3.2, 3: 3.4}
-    found = runs.difference({1: 2.9, 2: 3.09, 3: 3.31}, baseline)  # -0.10, -0.11, -0.09
+    found = results.difference({1: 2.9, 2: 3.09, 3: 3.31}, baseline)  # -0.10, -0.11, -0.09
     assert found is not None
     assert found.mean == pytest.approx(-0.10)
     assert found.standard_error == pytest.approx(0.01 / math.sqrt(3))
     assert found.interval == pytest.approx(4.303 * 0.01 / math.sqrt(3))
     assert (found.low, found.high) == pytest.approx((-0.11, -0.09))
     assert found.verdict == "better"  # though the seeds lie further apart than the variants
-    noisy = runs.difference({1: 2.9, 2: 3.3, 3: 3.2}, baseline)
+    noisy = results.difference({1: 2.9, 2: 3.3, 3: 3.2}, baseline)
     assert noisy is not None
     assert noisy.verdict == "within the spread"
-    worse = runs.difference({2: 3.3, 3: 3.501}, baseline)
+    worse = results.difference({2: 3.3, 3: 3.501}, baseline)
     assert worse is not None
     assert (worse.verdict, list(worse.by_seed)) == ("worse", [2, 3])
-    single = runs.difference({1: 2.0}, baseline)
+    single = results.difference({1: 2.0}, baseline)
     assert single is not None
     assert (single.standard_error, single.verdict) == (None, "one seed, no spread")
-    assert runs.difference({9: 1.0}, baseline) is None
+    assert results.difference({9: 1.0}, baseline) is None
 
 
 @pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)])
 def test_quantiles_of_t(freedom: int, t: float) -> None:
-    assert runs._t95(freedom) == pytest.approx(t, rel=2e-3)
+    assert results._t95(freedom) == pytest.approx(t, rel=2e-3)
 
 
 def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
@@ -146,20 +146,20 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
             finish(job, 3.0 + 0.1 * place - 0.05 * number + 0.002 * place * number)
     finish(found[2].jobs[2], 9.0, end=False)
     failed = {found[2].jobs[2].out_dir: "exit code 5"}
-    results = runs.results(found)
-    assert results[0].mean == pytest.approx(3.1)
-    assert results[0].deviation == pytest.approx(0.1)
-    rope = results[1].difference
+    reached = results.results(found)
+    assert reached[0].mean == pytest.approx(3.1)
+    assert reached[0].deviation == pytest.approx(0.1)
+    rope = reached[1].difference
     assert rope is not None
     assert rope.mean == pytest.approx(-0.048)
-    assert (results[1].tokens_per_sec, results[1].mfu_percent) == (5e5, 40.0)
-    assert list(results[2].losses) == [1337, 1338]
-    text = page.text(results, "tokens", failed)
+    assert (reached[1].tokens_per_sec, reached[1].mfu_percent) == (5e5, 40.0)
+    assert list(reached[2].losses) == [1337, 1338]
+    text = page.text(reached, "tokens", failed)
     assert "-0.0480 +- 0.0012" in text
     assert "2 of 3" in text
     assert "exit code 5" in text
     assert "1 of 9 runs are not finished" in text
-    record = json.loads(json.dumps(page.record(results, "tokens", failed), allow_nan=False))
+    record = json.loads(json.dumps(page.record(reached, "tokens", failed), allow_nan=False))
     assert record["variants"][1]["difference"]["verdict"] == "better"
     assert record["variants"][2]["runs"][2] == {
         "seed": 1339,
@@ -167,9 +167,9 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
         "val_loss": None,
         "failed": "exit code 5",
     }
-    assert "| position_encoding=rope | 3 of 3 | 3.0520 |" in page.markdown(results, "tokens", failed)
-    html = page.html(results, "tokens", failed)
-    assert html.count('<div class="chart">') > 3
+    assert "| position_encoding=rope | 3 of 3 | 3.0520 |" in page.markdown(reached, "tokens", failed)
+    html = page.html(reached, "tokens", failed)
+    assert html.count("<figure>") > 3
     assert "http:" not in html
     assert "https:" not in html
 
@@ -203,7 +203,7 @@ def test_a_small_ablation_is_taken_up_again(
     assert capfd.readouterr().out.count(" 1,024 ") == 4
     assert not out.exists()
     with monkeypatch.context() as patch:  # in this process, where torch is loaded already
-        patch.setattr(ablate.Runner, "run", lambda self, line: train.main(line[line.index("gptperf.train") + 1 :]))
+        patch.setattr(runner.Runner, "run", lambda self, line: train.main(line[line.index("gptperf.train") + 1 :]))
         assert ablate.main(argv) == 0
     torch.set_num_threads(threads)
     first = json.loads((out / "ablation.json").read_text())
@@ -229,7 +229,7 @@ def test_a_small_ablation_is_taken_up_again(
 def test_a_run_that_fails_does_not_end_the_others(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablate.Runner, "run", lambda self, line: seen.append(line) or (3 if len(seen) == 1 else 0))
+    monkeypatch.setattr(runner.Runner, "run", lambda self, line: seen.append(line) or (3 if len(seen) == 1 else 0))
     seen: list[list[str]] = []
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1")) == 1
     assert len(seen) == 2
@@ -259,10 +259,10 @@ def test_a_request_to_stop_reaches_the_run_and_is_kept(corpus: Path, tmp_path: P
 
 
 def test_a_signal_before_the_command_starts_still_reaches_it() -> None:
-    runner = ablate.Runner()
-    runner.stop()
+    started = runner.Runner()
+    started.stop()
     start = time.monotonic()
-    assert runner.run([sys.executable, "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
+    assert started.run([sys.executable, "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
     assert time.monotonic() - start < 30
 
 
@@ -277,13 +277,13 @@ def test_runs_at_a_time_share_the_gpus_out(
 ) -> None:
     met, seen = threading.Barrier(parallel, timeout=30), []
 
-    def run(self: ablate.Runner, line: list[str], gpu: str, log: Path) -> int:
+    def run(self: runner.Runner, line: list[str], gpu: str, log: Path) -> int:
         met.wait()  # that so many are here at once
         seen.append((gpu, log))
         met.wait()
         return 3
 
-    monkeypatch.setattr(ablate.Runner, "run", run)
+    monkeypatch.setattr(runner.Runner, "run", run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=2", f"--parallel={parallel}")) == 1
@@ -300,7 +300,7 @@ def test_no_more_at_a_time_than_there_are_runs(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(ablate.Runner, "run", lambda self, line, gpu, log: seen.append(gpu) or 3)
+    monkeypatch.setattr(runner.Runner, "run", lambda self, line, gpu, log: seen.append(gpu) or 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")) == 1
@@ -311,12 +311,12 @@ def test_no_more_at_a_time_than_there_are_runs(
 
 
 def test_all_that_run_hear_of_a_signal(tmp_path: Path) -> None:
-    runner, sleep = ablate.Runner(), [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"]
+    started, sleep = runner.Runner(), [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"]
     logs = [tmp_path / name for name in ("a.txt", "b.txt")]
     with ThreadPoolExecutor(2) as pool:
-        codes = [pool.submit(runner.run, sleep, "", log) for log in logs]
+        codes = [pool.submit(started.run, sleep, "", log) for log in logs]
         while not all(log.exists() and log.read_text() for log in logs):
             time.sleep(0.05)
-        runner._ask(signal.SIGTERM, None)
+        started._ask(signal.SIGTERM, None)
         assert [code.result(timeout=30) for code in codes] == [-signal.SIGTERM] * 2
-    assert runner.asked()
+    assert started.asked()

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import __main__ as bench_main
-from bench import cells, results
+from bench import cells, results, session
 from bench.measure import serial
 from bench.measure.cases import OPS
 from bench.measure.models import DEFAULT_VARIANT, MODELS, STEP_VARIANTS, VARIANTS, config_of, resolve
@@ -45,7 +44,7 @@ def test_cells_are_chosen_by_the_start_of_their_names() -> None:
 
 def test_quick_fits_its_time() -> None:
     chosen = cells.select([], True)
-    assert sum(cell.seconds(True) for cell in chosen) < bench_main.QUICK_S < 180
+    assert sum(cell.seconds(True) for cell in chosen) < session.QUICK_S < 180
     kinds = {cell.name.partition("/")[0] for cell in chosen}
     assert {"ceilings", "waterfall", "ops", "loader", "micro"} <= kinds
 
@@ -163,7 +162,7 @@ def test_a_failed_cell_is_a_result_and_the_rest_goes_on(tmp_path: Path, capsys: 
     todo = [_cell("ops/good"), _cell("die"), _cell("ops/bad"), _cell("step/x", alone=True), _cell("loader")]
     shared = {key: value for key, value in _record("").items() if key in ("schema", "quick", "environment")}
     with fake() as worker:
-        failed, left_out = bench_main._run(todo, tmp_path, shared, worker, begun=bench_main.time.monotonic())
+        failed, left_out = session._run(todo, tmp_path, shared, worker, begun=session.time.monotonic())
     assert (failed, left_out) == (2, [])
     found = results.load_folder(tmp_path)
     assert {cell: record["status"] for cell, record in found.items()} == {
@@ -180,30 +179,30 @@ def test_a_failed_cell_is_a_result_and_the_rest_goes_on(tmp_path: Path, capsys: 
     assert "[5/5" in capsys.readouterr().out
 
     mark = results.identity({**shared})
-    stands = [cell.name for cell in todo if bench_main._stands(tmp_path, cell, mark)]
+    stands = [cell.name for cell in todo if session._stands(tmp_path, cell, mark)]
     assert stands == ["ops/good", "step/x", "loader"]  # what failed is measured again
     other = results.identity({**shared, "environment": {**shared["environment"], "driver": "1"}})
-    assert not any(bench_main._stands(tmp_path, cell, other) for cell in todo)
+    assert not any(session._stands(tmp_path, cell, other) for cell in todo)
 
 
 def test_quick_leaves_out_what_would_take_too_long(tmp_path: Path) -> None:
     shared = {"schema": results.SCHEMA, "quick": True, "environment": {"device": "cpu"}}
     todo = [_cell("long", quick_s=100.0), _cell("loader", quick_s=1.0)]
     with fake() as worker:
-        begun = bench_main.time.monotonic() - (bench_main.QUICK_S - 50)
-        assert bench_main._run(todo, tmp_path, shared, worker, begun) == (0, ["long"])
+        begun = session.time.monotonic() - (session.QUICK_S - 50)
+        assert session._run(todo, tmp_path, shared, worker, begun) == (0, ["long"])
     assert set(results.load_folder(tmp_path)) == {"loader"}
 
 
 def test_the_budget_is_what_it_took_before(tmp_path: Path) -> None:
     cell = _cell("loader", quick_s=0.5)
-    assert bench_main._expected(cell, tmp_path, False) == 1
-    assert bench_main._expected(cell, tmp_path, True) == 0.5
+    assert session._expected(cell, tmp_path, False) == 1
+    assert session._expected(cell, tmp_path, True) == 0.5
     results.write(tmp_path, _record("loader", seconds=33.0))
-    assert bench_main._expected(cell, tmp_path, False) == 33.0
-    assert bench_main._expected(cell, tmp_path, True) == 0.5
-    assert "33 s" in bench_main._budget([cell], [], tmp_path, False)[0]
-    assert "there" in bench_main._budget([cell], ["loader"], tmp_path, False)[0]
+    assert session._expected(cell, tmp_path, False) == 33.0
+    assert session._expected(cell, tmp_path, True) == 0.5
+    assert "33 s" in session._budget([cell], [], tmp_path, False)[0]
+    assert "there" in session._budget([cell], ["loader"], tmp_path, False)[0]
 
 
 @pytest.mark.parametrize("model", MODELS)

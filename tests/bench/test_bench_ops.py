@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measure import cases, ops, timing
-from bench.report import tables
+from bench.measure import cases, op_errors, ops, timing
+from bench.measure import op_tables as tables
 from gptperf.kernels import reference
 
 SMALL = st.integers(1, 5)
@@ -91,25 +91,25 @@ def test_the_loss_is_compared_with_its_products() -> None:
 
 
 def test_errors_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "kernel", lambda op: reference.rms_norm)
-    rows = ops.error_rows("rms_norm_add", (5, 16), "mixed", "cpu")
+    monkeypatch.setattr(op_errors, "kernel", lambda op: reference.rms_norm)
+    rows = op_errors.error_rows("rms_norm_add", (5, 16), "mixed", "cpu")
     assert [row["tensor"] for row in rows] == ["output 0", "output 1", "dx", "dweight", "dresidual"]
     assert all(row["ratio_rms"] in (1.0, None) and row["eager_rms"] < 2**-7 for row in rows)
 
     def doubled(*args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(2 * y for y in reference.rms_norm(*args, **kwargs))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ops, "kernel", lambda op: doubled)
+    monkeypatch.setattr(op_errors, "kernel", lambda op: doubled)
     assert all(
         row["triton_rms"] == pytest.approx(1, rel=0.02)
-        for row in ops.error_rows("rms_norm_add", (5, 16), "float32", "cpu")
+        for row in op_errors.error_rows("rms_norm_add", (5, 16), "float32", "cpu")
     )
 
     def broken(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no\nsuch kernel")
 
-    monkeypatch.setattr(ops, "kernel", lambda op: broken)
-    (row,) = ops.error_rows("rms_norm_add", (5, 16), "float16", "cpu")
+    monkeypatch.setattr(op_errors, "kernel", lambda op: broken)
+    (row,) = op_errors.error_rows("rms_norm_add", (5, 16), "float16", "cpu")
     assert row["error"] == "RuntimeError: no such kernel"
     assert "no such kernel" in tables.error_table([row])
 

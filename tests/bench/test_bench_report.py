@@ -13,8 +13,8 @@ import pytest
 from bench import results
 from bench.measure import serial
 from bench.measure.models import resolve
-from bench.report import __main__ as report
 from bench.report import charts, compare, crosscheck
+from bench.report import write as report
 from bench.report.metrics import metrics
 from bench.results import Record
 from gptperf import flops, hardware, plan
@@ -214,7 +214,7 @@ def test_a_missing_package_is_one_clear_error(package: str, tmp_path: Path, monk
     pytest.importorskip("jinja2")
     monkeypatch.setitem(sys.modules, package, None)
     results.write(tmp_path, everything()["ops/rms_norm/64x128"])
-    with pytest.raises(DeviceError, match=rf"needs {package}.*pip install 'gptperf\[bench\]'"):
+    with pytest.raises(DeviceError, match=rf"needs {package}.*pip install 'gptperf\[report\]'"):
         report.write_reports(tmp_path)
     assert (tmp_path / "report.md").exists()  # that one needs neither
     assert not (tmp_path / "report.html").exists()

@@ -14,18 +14,19 @@ from golden import PARAMETERS
 
 from gptperf import plan
 from gptperf.compare import __main__ as compare
-from gptperf.compare import curves, ranking
+from gptperf.compare import architectures, curves, page, ranking
 from gptperf.config import command_line
 from gptperf.errors import ConfigError, DataError, DeviceError
+from gptperf.formats import one_line
 from gptperf.monitor.journal import Journal, assemble, write_json
-from gptperf.monitor.runs import printable, read_runs
-from gptperf.report import tables as page
+from gptperf.monitor.runs import read_runs
+from gptperf.report import figures, tables
 
 FILES = [f"configs/{name}.toml" for name in ("gpt2_124m", "llama_124m", "llama_1.36b")]
 
 
 def test_counts_are_the_golden_ones() -> None:
-    facts = compare.compare(FILES, plan.find_gpu("H200"))
+    facts = architectures.compare(FILES, plan.find_gpu("H200"))
     for name in facts:
         assert facts[name]["parameters, total"] == PARAMETERS[name]
     assert facts["gpt2_124m"]["GFLOP a token, strict"] == facts["llama_124m"]["GFLOP a token, strict"] == 0.798087168
@@ -55,7 +56,7 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
     copy = tmp_path / "gpt2_124m.toml"
     copy.write_text(Path(FILES[0]).read_text())
     with pytest.raises(ConfigError, match="two files named gpt2_124m"):
-        compare.compare([FILES[0], str(copy)], plan.find_gpu("H200"))
+        architectures.compare([FILES[0], str(copy)], plan.find_gpu("H200"))
 
 
 def write_run(
@@ -183,16 +184,16 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, capsys: pytest.
     ids = re.findall(r'<clipPath id="(\w+)"', text)
     assert len(ids) == len(set(ids))
     assert len(text) < 600_000
-    charts = re.findall(r'<div class="chart">(.*?)</div>', text, re.DOTALL)
+    charts = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
     assert len(charts) == 6
     for svg in charts:
         xml.dom.minidom.parseString(svg)
 
 
 def test_text_in_a_chart_is_escaped_and_no_formula() -> None:
-    figure, axes = page.pyplot().subplots()
-    axes.set_yticks([0], [printable(HOSTILE)])
-    text = page.svg(figure, "hostile")
+    figure, axes = figures.pyplot().subplots()
+    axes.set_yticks([0], [one_line(HOSTILE)])
+    text = figures.svg(figure, "hostile")
     assert "<img" not in text
     assert "x$_{1}$&lt;img src=x" in text
     xml.dom.minidom.parseString(text)
@@ -247,4 +248,4 @@ def test_a_log_of_whatever_types_is_read(tmp_path: Path) -> None:
         assert len(runs) + len(left_out) == 2
         found = ranking.rank(runs, left_out)
         json.dumps(ranking.record(found, left_out), allow_nan=False)
-        page.aligned(ranking.ranking_table(found)).encode()
+        tables.aligned(page.ranking_table(found)).encode()

@@ -11,7 +11,7 @@ import pytest
 from console_helpers import RECORD, info, play
 
 from gptperf.config import ModelConfig
-from gptperf.monitor.blocks import duration, evaluation_lines, iteration_lines, startup_lines
+from gptperf.monitor.blocks import evaluation_lines, iteration_lines, startup_lines
 from gptperf.monitor.console import Console
 from gptperf.monitor.throughput import Throughput
 
@@ -79,21 +79,13 @@ def test_iteration_with_the_least() -> None:
     assert iteration_lines(record, 10, 1.0)[1:] == [
         " Iter      1  Loss: nan  Time: 1ms  LR: 0.00e+00",
         "-" * 80,
-        " Progress: 1/10 | Time left: 0:01",
+        " Progress: 1/10 | Time left: 1.0 s",
     ]
 
 
 def test_evaluation_line() -> None:
     record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "time_ms": 1250.0}
     assert evaluation_lines(record) == [" Evaluation at 2,000: loss 3.5000  best 3.2500  1.2 s"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0:00"), (42, "0:42"), (59.6, "1:00"), (3600, "1:00:00"), (93784, "1d 02:03:04"), (-1, "0:00")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_pipe_gets_plain_ascii_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The tables of `bench.measure.ops`. Reading a result needs no torch, but `bench.measure.cases` knows the ops."""
+"""The rows of ops, of their host time and of their errors as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one op at one shape, with the verdict."""
+    """Text of the rows of one op at one shape, with the verdict."""
     loss = rows[0]["op"] == LOSS_OP
     shape = "x".join(map(str, rows[0]["shape"]))
     lines = [f"{rows[0]['op']} {shape}"]
@@ -46,7 +46,7 @@ def _span(cell: Row, digits: int) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Ours against the fastest rival that does the same job; more than 1 is faster. Norms: against compiled too."""
+    """Compares ours with the fastest rival of the same work, norms also with compiled; above 1 ours is faster."""
     op, shape = rows[0]["op"], tuple(rows[0]["shape"])
     by_impl = {row["impl"]: row for row in rows if "error" not in row and row["impl"] not in YARDSTICKS}
     ours = by_impl.pop(OURS, {})
@@ -65,7 +65,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 
 def host_table(rows: Sequence[Row]) -> str:
-    """One op at one number of rows."""
+    """Text of the host times of one op at one number of rows."""
     lines = []
     for row in rows:
         text = row.get("error") or f"{row['forward']['us']:>12.1f}{row['forward_backward']['us']:>20.1f}"
@@ -74,7 +74,7 @@ def host_table(rows: Sequence[Row]) -> str:
 
 
 def error_table(rows: Sequence[Row]) -> str:
-    """One op at one shape and dtype."""
+    """Text of the errors of one op at one shape and dtype."""
     lines = []
     for row in rows:
         text = row.get("error")

@@ -1,9 +1,7 @@
-"""What an ablation is made of: variants at equal tokens or FLOPs, and paired differences over seeds. No torch here."""
+"""What an ablation trains: variants at equal tokens or FLOPs, each with several seeds. No torch here."""
 
 import hashlib
-import math
 import re
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +11,15 @@ from gptperf import flops
 from gptperf.config import KEYS, Config, command_line
 from gptperf.errors import ConfigError, DataError
 from gptperf.monitor.journal import find_journal
-from gptperf.monitor.runs import Run, read_run
+from gptperf.monitor.runs import LoggedRun, read_run
 
-__all__ = ["BASELINE", "Difference", "Job", "Result", "Variant", "changed_runs", "difference", "results", "variants"]
+__all__ = ["BASELINE", "Job", "Variant", "changed_runs", "variants"]
 
 BASELINE = "baseline"
 _SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
+"""Keys that the ablation sets; no change may name them."""
 _LENGTHS = ("warmup_iters", "lr_decay_iters")
+"""Lengths of the learning rate schedule, which are scaled with `max_iters`."""
 _OF_NO_EFFECT = frozenset(
     {
         *("out_dir", "init_from", "overwrite", "data_dir", "plugins", "debug", "collective_timeout_s", "ignore_plan"),
@@ -28,8 +28,7 @@ _OF_NO_EFFECT = frozenset(
         *(name for name, key in KEYS.items() if key.section == "log"),
     }
 )
-"""Keys that may differ between an interrupted run and the rest of it."""
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Keys that do not change what is trained: an interrupted run may go on with other values of them."""
 
 
 class Job(NamedTuple):
@@ -38,11 +37,11 @@ class Job(NamedTuple):
     seed: int
     out_dir: Path
     argv: tuple[str, ...]
-    """For `gptperf.train`."""
+    """Arguments for `gptperf.train`."""
     config: Config
 
-    def log(self) -> Run | None:
-        """What this run has logged; None before it has."""
+    def log(self) -> LoggedRun | None:
+        """The log of this run; None before it has written one."""
         path = find_journal(self.out_dir)
         try:
             return None if path is None else read_run(path, f"{self.out_dir.parent.name}, seed {self.seed}")
@@ -50,7 +49,7 @@ class Job(NamedTuple):
             return None
 
     def val_loss(self) -> float | None:
-        """Validation loss at the end; None while the run is not finished."""
+        """Validation loss of the last iteration; None while the run is not finished."""
         run = self.log()
         if run is None or not self.finished():
             return None
@@ -58,29 +57,29 @@ class Job(NamedTuple):
         return last.loss if last is not None and last.iter == run.iterations else None
 
     def finished(self) -> bool:
-        """Whether it has trained to its end and said so."""
+        """Whether the run has trained to its last iteration and logged its end."""
         run = self.log()
         return run is not None and run.state == "finished" and run.iterations == self.config.train.max_iters
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration of the ablation."""
+    """The baseline, or the baseline with changes."""
 
     name: str
     changes: dict[str, str]
     config: Config
-    """With the first seed."""
+    """Configuration of the run with the first seed."""
     jobs: tuple[Job, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """That each of its runs trains on."""
+        """Tokens that each run of this variant trains on."""
         return self.config.train.max_iters * self.config.tokens_per_iter
 
     @property
     def flops_per_token(self) -> float | None:
-        """Strict training FLOPs; None where a plugin's component has matmuls nobody knows here."""
+        """Strict training FLOPs a token; None where the matmuls of a plugin's component are unknown."""
         model = self.config.model
         if flops.uncountable_flops(model) is not None:
             return None
@@ -88,68 +87,23 @@ class Variant:
 
     @property
     def parameters(self) -> int | None:
-        """All of them."""
+        """Number of all parameters; None where those of a plugin's component are unknown."""
         model = self.config.model
         return None if flops.uncountable_parameters(model) else flops.parameters(model).total
 
 
-class Difference(NamedTuple):
-    """Of a variant's final validation losses to the baseline's, paired by seed."""
-
-    by_seed: dict[int, float]
-    mean: float
-    standard_error: float | None
-    """None with one seed."""
-    interval: float | None
-    """Half of the 95% interval of the mean, by Student's t."""
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """What follows."""
-        if self.interval is None:
-            return "one seed, no spread"
-        if abs(self.mean) <= self.interval:
-            return "within the spread"
-        return "better" if self.mean < 0 else "worse"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the runs of a variant came to."""
-
-    variant: Variant
-    losses: dict[int, float]
-    """Seed -> final validation loss, of the finished runs."""
-    difference: Difference | None
-    tokens_per_sec: float | None
-    mfu_percent: float | None
-    mfu_convention: str | None
-
-    @property
-    def mean(self) -> float | None:
-        """Mean final validation loss."""
-        return statistics.fmean(self.losses.values()) if self.losses else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the final validation loss over the seeds."""
-        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
-
-
 def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path) -> list[Variant]:
-    """Resolve the baseline and every change with all their seeds.
+    """Resolves the baseline and every change, with a run for each seed.
 
     Args:
-        argv: `[CONFIG.toml ...] [--key=value ...]` of the baseline.
-        vary: changes, `key=value[,key2=value2 ...]` each.
-        seeds: runs a variant; the first has the configuration's seed, the others the numbers after it.
-        equal: "tokens" or "flops", what every run gets as much of as the baseline.
-        out: folder of all runs.
+        argv: Arguments of the baseline, `[CONFIG.toml ...] [--key=value ...]`.
+        vary: Changes, each `key=value[,key2=value2 ...]`.
+        seeds: Runs of a variant; the first has the seed of the configuration, the others the numbers after it.
+        equal: "tokens" or "flops": every run gets as much of it as the baseline.
+        out: Folder of all runs.
 
     Raises:
-        ConfigError: whatever is wrong with any of them.
+        ConfigError: Lists everything that is wrong with any variant.
     """
     given = _keys_of(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
@@ -203,7 +157,7 @@ def _text(change: dict[str, str]) -> str:
 
 
 def _name(change: dict[str, str]) -> str:
-    """A folder's name; a change that has no such name, or a long one, is told apart by its hash."""
+    """Name of the folder of a change. A hash distinguishes changes whose text is too long or no file name."""
     text = _text(change)
     name = re.sub(r"[^A-Za-z0-9._=,-]", "_", text)[:100]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -226,16 +180,16 @@ def _same(a: Config, b: Config) -> bool:
 
 
 def _differing(values: dict[str, Any], config: Config) -> list[str]:
-    """Keys that give other numbers; one that `values` lacks has its default there."""
+    """Returns keys that change what is trained and differ; a key that `values` lacks has its default."""
     now = config.flat()
     return [key for key in now if key not in _OF_NO_EFFECT and values.get(key, KEYS[key].default) != now[key]]
 
 
 def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
-    """As many tokens or FLOPs as the baseline, and the lengths of the schedule with them.
+    """Gives a variant as many tokens or FLOPs as the baseline, and scales the lengths of its schedule with them.
 
     Raises:
-        ConfigError: FLOPs cannot be counted.
+        ConfigError: The FLOPs cannot be counted.
     """
     ratio = baseline.config.tokens_per_iter / variant.config.tokens_per_iter
     if equal == "flops":
@@ -267,7 +221,7 @@ def _with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path) -> 
 
 
 def changed_runs(found: Sequence[Variant]) -> list[str]:
-    """A line for each folder that holds a run of another configuration."""
+    """Returns a line for each folder that holds a run of another configuration."""
     lines = []
     for job in (job for variant in found for job in variant.jobs):
         run = job.log()
@@ -276,42 +230,3 @@ def changed_runs(found: Sequence[Variant]) -> list[str]:
             told = [f"{key}: {run.config.get(key)} there, {job.config.flat()[key]} here" for key in keys]
             lines.append(f"{job.out_dir}: holds a run of another configuration ({'; '.join(told)})")
     return lines
-
-
-def difference(losses: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Losses by seed against those of the baseline; None where no seed is in both."""
-    by_seed = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
-    if not by_seed:
-        return None
-    values, count = list(by_seed.values()), len(by_seed)
-    error = interval = None
-    if count > 1:
-        error = statistics.stdev(values) / math.sqrt(count)
-        interval = error * _t95(count - 1)
-    return Difference(by_seed, statistics.fmean(values), error, interval, min(values), max(values))
-
-
-def _t95(freedom: int) -> float:
-    """Student's t of a two-sided 95% interval; beyond the table by its expansion, to 0.1%."""
-    return _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
-
-
-def results(found: Sequence[Variant]) -> list[Result]:
-    """What the finished runs of every variant came to."""
-    made: list[Result] = []
-    for variant in found:
-        losses = {job.seed: loss for job in variant.jobs if (loss := job.val_loss()) is not None}
-        logs = [log for job in variant.jobs if job.seed in losses and (log := job.log()) is not None]
-        speeds = [log.tokens_per_sec for log in logs if log.tokens_per_sec is not None]
-        mfus = [log.mfu_percent for log in logs if log.mfu_percent is not None]
-        made.append(
-            Result(
-                variant,
-                losses,
-                difference(losses, made[0].losses) if made else None,
-                statistics.fmean(speeds) if speeds else None,
-                statistics.fmean(mfus) if mfus else None,
-                next((log.mfu_convention for log in logs if log.mfu_convention), None),
-            )
-        )
-    return made

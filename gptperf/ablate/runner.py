@@ -1,0 +1,156 @@
+"""Trains the runs of an ablation, one after another or several at a time. torch is loaded only to count GPUs."""
+
+import contextlib
+import importlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+from gptperf.ablate.variants import Job, Variant
+from gptperf.errors import PREEMPTED
+
+__all__ = ["Runner", "gpus_for", "run_all"]
+
+
+class Runner:
+    """Runs commands as child processes, and passes the signals on that ask them to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.RLock()  # reentrant: a signal handler may run in the thread that holds the lock
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Runner"]:
+        """Handles SIGTERM and Ctrl-C while the body runs."""
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether a signal or `stop` asked to stop."""
+        return self._asked
+
+    def stop(self) -> None:
+        """Asks to start no more commands."""
+        self._asked = True
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        with self._lock:
+            self._asked = True
+            for child in self._children:
+                child.send_signal(number)
+
+    def run(self, command: Sequence[str], gpu: str | None = None, log: Path | None = None) -> int:
+        """Runs a command to its end, and returns its exit code.
+
+        Args:
+            command: Program and arguments.
+            gpu: The only GPU that the command sees; default: all GPUs.
+            log: File for what the command prints; default: the console.
+        """
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        with contextlib.ExitStack() as stack:
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+            output = None if log is None else stack.enter_context(log.open("ab"))
+            with self._lock:
+                # In a process group of its own a child receives Ctrl-C once, from `_ask`: a second one from the
+                # terminal would end it before it has saved.
+                child = subprocess.Popen(command, process_group=0, env=environment, stdout=output, stderr=output)
+                if self._asked:  # the signal came before this child could receive it
+                    child.send_signal(signal.SIGTERM)
+                self._children.add(child)
+            code = child.wait()
+            with self._lock:
+                self._children.remove(child)
+            return code
+
+
+def run_all(
+    found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object], gpus: Sequence[str]
+) -> dict[Path, str]:
+    """Trains every run that is not finished: the first seed of every variant, then the second, and so on.
+
+    Args:
+        found: Variants with their runs.
+        runner: Runs the commands.
+        after: Called with the failures so far whenever a run has ended.
+        gpus: One GPU for each run that is trained at a time; empty: one run after another, on all GPUs.
+
+    Returns:
+        Folder -> how its run failed.
+    """
+    jobs: list[tuple[Variant, Job]] = [(v, v.jobs[i]) for i in range(len(found[0].jobs)) for v in found]
+    failed: dict[Path, str] = {}
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    ending = threading.Lock()
+
+    def run(number: int, variant: Variant, job: Job) -> None:
+        what = f"run {number} of {len(jobs)}: {variant.name}, seed {job.seed}"
+        if job.finished():
+            print(f"ablate: {what}: finished already", flush=True)
+            return
+        if runner.asked():
+            return
+        code = _run(runner, job, what, free if gpus else None)
+        with ending:
+            _ended(runner, job, what, code, failed)
+            after(failed)
+
+    if not gpus:  # in this thread, which receives the signals
+        for number, (variant, job) in enumerate(jobs, 1):
+            run(number, variant, job)
+        return failed
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        for future in [pool.submit(run, number, *pair) for number, pair in enumerate(jobs, 1)]:
+            future.result()
+    return failed
+
+
+def _run(runner: Runner, job: Job, what: str, free: "queue.SimpleQueue[str] | None") -> int:
+    """Trains one run, on a GPU of the queue if there is one, and returns its exit code."""
+    command = [sys.executable, "-m", "gptperf.train", *job.argv]
+    if free is None:
+        print(f"ablate: {what} -> {job.out_dir}", flush=True)
+        return runner.run(command)
+    gpu, log = free.get(), job.out_dir.with_name(f"{job.out_dir.name}.txt")
+    print(f"ablate: {what} -> {log}, on {f'GPU {gpu}' if gpu else 'the CPU'}", flush=True)
+    code = runner.run(command, gpu, log)
+    free.put(gpu)
+    return code
+
+
+def _ended(runner: Runner, job: Job, what: str, code: int, failed: dict[Path, str]) -> None:
+    """Judges a run by its exit code and its log, and adds it to `failed` if it failed."""
+    if code == PREEMPTED:  # the run was asked to stop, not this process: the request is for all of them
+        runner.stop()
+    elif runner.asked():
+        if not job.finished():
+            print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr)
+    elif code or not job.finished():
+        failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
+        print(f"ablate: {what} failed: {failed[job.out_dir]}; the others go on", file=sys.stderr, flush=True)
+
+
+def gpus_for(parallel: int) -> list[str]:
+    """Returns a value of `CUDA_VISIBLE_DEVICES` for each of `parallel` runs; none for one run after another."""
+    if parallel == 1:
+        return []
+    count = importlib.import_module("torch").cuda.device_count()
+    if not count:
+        return [""] * parallel
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return [visible[i % count] for i in range(parallel)]

@@ -1,0 +1,83 @@
+"""Facts of configurations side by side: components, parameters, FLOPs and what the plan predicts. No torch here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptperf import flops
+from gptperf.config import Config, command_line
+from gptperf.errors import ConfigError
+from gptperf.formats import value_text
+from gptperf.hardware import Gpu
+from gptperf.plan import plan, unplannable
+from gptperf.registry import KINDS
+
+__all__ = ["compare", "table"]
+
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
+_SWITCHES = ("bias", "weight_tying", "qk_norm", "dropout")
+
+
+def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
+    """Returns the facts of every configuration.
+
+    Args:
+        paths: TOML files, each a configuration of its own.
+        gpu: Predict memory and speed on one GPU of this kind; None predicts nothing.
+
+    Returns:
+        Name of the file without its ending -> name of the row -> value, None where it is unknown.
+
+    Raises:
+        ConfigError: A file is wrong, or two files have one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        name = Path(path).name.removesuffix(".toml")
+        if name in found:
+            raise ConfigError(f"command line: configs: found two files named {name}, wanted different names")
+        found[name] = _facts(command_line.resolve([path]).config, gpu)
+    return found
+
+
+def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
+    model = config.model
+    facts: dict[str, Any] = {key: getattr(model, key) for key in _SIZES}
+    facts |= {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width, "vocab_size": model.padded_vocab_size}
+    facts |= {key: getattr(model, key) for key in (*KINDS, *_SWITCHES)}
+    if model.ffn_type == "swiglu":
+        facts["activation"] = "silu"
+    count = None if flops.uncountable_parameters(model) else flops.parameters(model)
+    for part in ("embedding", "position", "attention", "ffn", "norm", "lm_head", "total", "non_embedding"):
+        facts[f"parameters, {part.replace('_', ' ')}"] = None if count is None else getattr(count, part)
+    for convention in ("strict", "palm"):
+        known = flops.uncountable_flops(model) is None
+        per_token = float(flops.flops_per_token(model, convention).training_per_token) / 1e9 if known else None
+        facts[f"GFLOP a token, {convention}"] = per_token
+    facts["attention / FFN"] = None if flops.uncountable_flops(model) else flops.attention_ffn_ratio(model)
+    facts |= {"batch_size": config.train.batch_size, "tokens an iteration": config.tokens_per_iter}
+    return facts if gpu is None else facts | _predicted(config, gpu)
+
+
+def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
+    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %")
+    if unplannable(config, gpu) is not None:
+        return {f"{gpu.name}: {name}": None for name in names}
+    planned = plan(config, gpu, recompute=config.system.recompute)
+    mfu = None if planned.mfu is None else 100 * planned.mfu
+    values = (planned.memory.total_gb, planned.fits, planned.step_ms, planned.tokens_per_sec, mfu)
+    return {f"{gpu.name}: {name}": value for name, value in zip(names, values, strict=True)}
+
+
+def table(facts: dict[str, dict[str, Any]]) -> str:
+    """The facts as text: rows that differ as a table, and below it what all configurations share."""
+    rows = {row: [value_text(of[row], 4) for of in facts.values()] for row in next(iter(facts.values()))}
+    differs = {row: values for row, values in rows.items() if len(set(values)) > 1 or len(facts) == 1}
+    shared = [f"{row} {values[0]}" for row, values in rows.items() if row not in differs]
+    first = max(len(row) for row in [*differs, ""])
+    columns = [[name, *(values[i] for values in differs.values())] for i, name in enumerate(facts)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [f"{'':<{first}}" + "".join(f"  {name:>{width}}" for name, width in zip(facts, widths, strict=True))]
+    for row, values in differs.items():
+        lines.append(f"{row:<{first}}" + "".join(f"  {v:>{width}}" for v, width in zip(values, widths, strict=True)))
+    return "\n".join(lines + (["", "the same in all: " + ", ".join(shared)] if shared else []))

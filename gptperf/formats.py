@@ -1,0 +1,89 @@
+"""Numbers, durations and values as text: every command prints them the same way. No torch here."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["duration", "number", "one_line", "percentiles", "short_count", "value_text", "with_unit"]
+
+_MOST_ITEMS = 50
+"""Items of a list or mapping that `value_text` shows."""
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+_LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def number(value: float | None, form: str, missing: str = "-") -> str:
+    """A number that may be missing: `format(value, form)`, or `missing` for None."""
+    return missing if value is None else format(value, form)
+
+
+def duration(seconds: float | None) -> str:
+    """ "12.3 s" below 100 seconds, then "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{max(seconds, 0):.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if not hours:
+        return f"{minute}:{second:02d}"
+    return (f"{days}d {hour:02d}" if days else f"{hour}") + f":{minute:02d}:{second:02d}"
+
+
+def with_unit(value: float, unit: str, digits: int = 4) -> str:
+    """ "0.798 GFLOPs": uses the largest SI prefix that leaves at least 0.1 before it, and k for small values."""
+    for prefix, scale in _PREFIXES:
+        if value >= 0.1 * scale:
+            return f"{value / scale:.{digits}g} {prefix}{unit}"
+    return f"{value / 1e3:.{digits}g} k{unit}"
+
+
+def short_count(value: float) -> str:
+    """ "1.57B": a count of tokens or parameters with three digits and a letter for its size."""
+    for letter, scale in _LETTERS:
+        if abs(value) >= 0.9995 * scale:  # 999,600 is 1M, not 1e+03k
+            return f"{value / scale:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the 10th percentile, the median and the 90th percentile of one or more values."""
+    ordered = sorted(values)
+    tenth = len(ordered) // 10
+    return ordered[tenth], statistics.median(ordered), ordered[-1 - tenth]
+
+
+def value_text(value: Any, digits: int = 5) -> str:
+    """Text of a value of any kind for a cell of a table.
+
+    Args:
+        value: None becomes "-", a bool "yes" or "no"; integers have commas from 10,000; the items of lists and
+            mappings are separated by commas.
+        digits: Significant digits of a float. One with as many digits before the point has commas and no fraction.
+    """
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int() if abs(value) < 10**18:
+            return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        case int():  # Python may refuse to print it
+            return "a number of too many digits"
+        case float():
+            whole = 10 ** (digits - 1) <= abs(value) < 1e15
+            return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
+        case list() | tuple():
+            return ", ".join(value_text(item, digits) for item in value[:_MOST_ITEMS])
+        case Mapping():
+            pairs = list(value.items())[:_MOST_ITEMS]
+            return ", ".join(f"{key} {value_text(item, digits)}" for key, item in pairs)
+    return str(value)
+
+
+def one_line(text: str, most: int = 60) -> str:
+    """Text on one line: control characters become escapes, and the middle of a text longer than `most` is left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

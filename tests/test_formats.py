@@ -1,0 +1,78 @@
+"""One way to print a number, a duration and a value."""
+
+import statistics
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptperf.formats import duration, number, one_line, percentiles, short_count, value_text, with_unit
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (-1, "0.0 s"), (42, "42.0 s"), (100, "1:40"), (600.6, "10:01"), (3600, "1:00:00")],
+)
+def test_a_duration_below_a_day(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_duration_of_days() -> None:
+    assert duration(93784) == "1d 02:03:04"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (999, "999"), (999_600, "1M"), (1_572_864_000, "1.57B"), (-2e12, "-2T")]
+)
+def test_a_count_has_three_digits_and_a_letter(value: float, text: str) -> None:
+    assert short_count(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.798e9, "0.798 GFLOPs"), (5e11, "0.5 TFLOPs"), (50, "0.05 kFLOPs")])
+def test_a_unit_has_the_prefix_that_leaves_a_tenth_before_it(value: float, text: str) -> None:
+    assert with_unit(value, "FLOPs") == text
+
+
+def test_what_is_missing_is_a_dash_unless_told_otherwise() -> None:
+    assert (number(None, ".1f"), number(None, ".1f", "nan"), number(0.123, ".1%")) == ("-", "nan", "12.3%")
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1))
+def test_percentiles_are_of_the_values_and_in_order(values: list[float]) -> None:
+    low, middle, high = percentiles(values)
+    assert {low, high} <= set(values)
+    assert low <= middle <= high
+    assert middle == statistics.median(values)
+    below = sum(value < low for value in values)
+    assert below <= len(values) // 10
+    assert sum(value > high for value in values) <= len(values) // 10
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (9_999, "9999"),
+        (10_000, "10,000"),
+        (10**400, "a number of too many digits"),
+        (0.000123456, "0.00012346"),
+        (12_345.6, "12,346"),
+        (1e30, "1e+30"),
+        ([1, None, "x"], "1, -, x"),
+        ({"torch": "2.11", "fits": False}, "torch 2.11, fits no"),
+    ],
+)
+def test_a_value_of_any_kind_is_a_cell(value: Any, text: str) -> None:
+    assert value_text(value) == text
+    assert value_text([value], 3) == value_text(value, 3)
+
+
+@given(st.text(max_size=200), st.integers(10, 80))
+def test_one_line_holds_no_control_character_and_is_short(text: str, most: int) -> None:
+    found = one_line(text, most)
+    assert found.isprintable()
+    assert len(found) <= most
+    if text.isprintable() and len(text) <= most:
+        assert found == text
