@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gptperf.compare.__main__ import compare
+from gptperf.compare.architectures import compare
 from gptperf.config import command_line
 from gptperf.config.presets import PRESETS
 from gptperf.errors import ConfigError
