@@ -8,14 +8,14 @@ import os
 import platform
 import stat
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptperf.errors import DataError, DeviceError, DiskError
+from gptperf.errors import DataError, DeviceError
+from gptperf.files import replacing
 
 __all__ = [
     "HUGGING_FACE",
@@ -138,7 +138,8 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
     """Download tiny Shakespeare to `data_dir`/.downloads, unless it is there, and return the file.
 
     Raises:
-        DataError: No network, or other content than expected.
+        DataError: The text cannot be downloaded, or its SHA-256 is not `SHAKESPEARE_SHA256`.
+        DiskError: The text cannot be written.
     """
     target = Path(data_dir) / ".downloads" / "shakespeare.txt"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
@@ -154,13 +155,8 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
         raise DataError(
             f"shakespeare: found SHA-256 {found} ({len(data)} bytes) at {url}, wanted {SHAKESPEARE_SHA256}; {remedy}"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            file.write(data)
-        Path(file.name).replace(target)
-    except OSError as error:
-        raise DiskError(f"{target}: cannot be written: {error.strerror}; choose another --data_dir") from error
+    with replacing(target) as temporary:
+        temporary.write_bytes(data)
     return target
 
 

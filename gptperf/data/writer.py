@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, Header, Manifest, Shard, Split, TokenizerInfo
 from gptperf.data.tokenizers import Tokenizer, token_dtype
 from gptperf.errors import DataError, DiskError
+from gptperf.files import sync_directory, sync_file
 
 __all__ = ["SHARD_TOKENS", "ShardWriter"]
 
@@ -80,9 +80,7 @@ class ShardWriter:
         self._splits = {split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         assert self._folder is not None
         try:
             if error is None:
@@ -151,11 +149,9 @@ class ShardWriter:
             split_method=self._split_method,
             splits=splits,
         )
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(folder)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        sync_file(folder / MANIFEST)
+        sync_directory(folder)
         self._check_target()  # again: another process may have been faster
         if self.path.exists():
             # Two renames: a crash between them leaves both data sets complete, the old one under the name
@@ -170,7 +166,7 @@ class ShardWriter:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             folder.rename(self.path)
-        _sync_folder(self.path.parent)
+        sync_directory(self.path.parent)
 
 
 class _SplitWriter:
@@ -248,14 +244,6 @@ class _SplitWriter:
         if self._file is not None:
             with contextlib.suppress(OSError):  # the flush of a full disk: its error is already on its way
                 self._file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
