@@ -59,18 +59,27 @@ def test_a_failed_write_keeps_the_old_file_and_no_temporary_file(
         monkeypatch.setattr(os, "replace", full)
     if step == "fsync":
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskError, match=r"page\.html cannot be written: .*No space left"), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        if step == "write":
-            full()
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            if step == "write":
+                full()
+
+    with pytest.raises(DiskError, match=r"page\.html cannot be written: .*No space left"):
+        write_half()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["page.html"]
 
 
 def test_an_error_of_the_body_passes_through(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "page.html") as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with replacing(tmp_path / "page.html") as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert os.listdir(tmp_path) == []
 
 
