@@ -8,7 +8,7 @@ import pytest
 import torch
 from run_helpers import run, run_argv, run_log
 
-from gptperf import checkpoint, hugging_face, sample
+from gptperf import api, checkpoint, hugging_face
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.model import GPT
@@ -50,7 +50,7 @@ def test_a_run_takes_the_weights_up(
     assert f"weights from {path.resolve()}" in capsys.readouterr().out
     log = run_log(tmp_path / "run")
     assert log["startup_info"]["total_parameters"] == theirs.num_parameters()
-    assert sample.sample(sample.SampleConfig(run=out, prompt="ab", tokens=3, device="cpu"))[0].startswith("ab")
+    assert api.generate(api.load_model(out, device="cpu"), "ab", tokens=3)[0].startswith("ab")
 
 
 @pytest.mark.parametrize(
