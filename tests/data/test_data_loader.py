@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.measure.loader import rss_bytes, write_sparse_dataset
-from gptperf.data.loader import BatchOrder, Loader, validation_batches
-from gptperf.data.shards import ShardWriter, TokenSource
+from gptperf.data.loader import Loader, validation_batches
+from gptperf.data.order import BatchOrder
+from gptperf.data.shards import TokenSource
+from gptperf.data.writer import ShardWriter
 from gptperf.errors import DataError
 
 
@@ -299,7 +301,7 @@ def test_shard_that_shrinks_during_training(tmp_path: Path) -> None:
         with loader:
             next(loader)
             os.truncate(path / "train_00003.bin", 100)
-            with pytest.raises(DataError, match=r"train_00003\.bin: found 100 bytes.*shrank"):
+            with pytest.raises(DataError, match=r"train_00003\.bin: found 100 bytes.*truncated"):
                 exhaust(loader)
 
 

@@ -18,8 +18,9 @@ import tiktoken
 
 from gptperf import prepare as command
 from gptperf.data import sources
+from gptperf.data.format import read_manifest
 from gptperf.data.prepare import KNOWN, prepare, summary
-from gptperf.data.shards import TokenSource, read_manifest, verify
+from gptperf.data.shards import TokenSource, verify
 from gptperf.errors import DataError, DeviceError
 
 
