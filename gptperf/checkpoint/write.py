@@ -88,15 +88,12 @@ def save(
         DiskError: The disk is full or cannot be written; the earlier checkpoints are unchanged.
         CheckpointError: A value cannot be stored: a dtype, a name, or a type that JSON does not have.
     """
-    hit = _failpoints()
     if not 0 <= step < 10**18 or keep < 1:
         raise ValueError(f"step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
-    text = state_text(state)
-    peers = peers or Alone()
-    failed = f"saving step {step} in {directory}"
-    suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
+    hit, text = _failpoints(), state_text(state)
+    peers, failed = peers or Alone(), f"saving step {step} in {directory}"
     headers = {}
     with together(peers, failed):
         for stem, named in tensors.items():
@@ -104,32 +101,51 @@ def save(
                 raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
             headers[stem] = header(stem, named)
             check_finite(stem, named)
-    directory = Path(directory)
     nonce = peers.exchange(secrets.token_hex(4))[0]  # every rank takes the name that rank 0 has drawn
-    tmp = directory / f".tmp-{step:08d}-{nonce}"
-    final = directory / f"step-{step:08d}"
+    tmp, final = Path(directory) / f".tmp-{step:08d}-{nonce}", Path(directory) / f"step-{step:08d}"
+
+    def publish(files: list[FileRecord]) -> None:
+        _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
+
     try:
-        with together(peers, failed):
-            if peers.rank == 0:
-                make_directory(directory)
-                tmp.mkdir(mode=0o700)
-                hit("tmp_made")
-        files = []
-        with together(peers, failed):
-            for stem, named in tensors.items():
-                half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
-                path = tmp / f"{stem}{suffix}.safetensors"
-                files.append(write_tensors(path, named, headers[stem], half=half, written=written))
-                hit("tensors_synced")
-        # The exchange is also a barrier: every file of every rank is synced before rank 0 seals the manifest.
-        files = [file for part in peers.exchange(files) for file in part]
-        with together(peers, failed):
-            if peers.rank == 0:
-                _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
+        _write_together(tmp, tensors, headers, peers, failed, publish, hit)
     finally:
         if peers.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is no such directory
     return final
+
+
+def _write_together(
+    tmp: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    headers: Mapping[str, tuple[list[str], bytes]],
+    peers: Peers,
+    failed: str,
+    publish: Callable[[list[FileRecord]], None],
+    hit: Callable[[str], None],
+) -> None:
+    """Writes the tensor files of every rank into `tmp`; rank 0 then calls `publish` with all of them.
+
+    Each `together` is a barrier that raises the error of any rank on every rank, with `failed` as its start.
+    """
+    suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
+    with together(peers, failed):
+        if peers.rank == 0:
+            make_directory(tmp.parent)
+            tmp.mkdir(mode=0o700)
+            hit("tmp_made")
+    files = []
+    with together(peers, failed):
+        for stem, named in tensors.items():
+            half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
+            path = tmp / f"{stem}{suffix}.safetensors"
+            files.append(write_tensors(path, named, headers[stem], half=half, written=written))
+            hit("tensors_synced")
+    # The manifest is sealed only now, when every file of every rank is synced.
+    files = [file for part in peers.exchange(files) for file in part]
+    with together(peers, failed):
+        if peers.rank == 0:
+            publish(files)
 
 
 def _seal_and_publish(

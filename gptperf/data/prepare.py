@@ -31,6 +31,7 @@ DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
 """Kind of source -> default fraction. 5% of some hundred documents is several; the others are nanoGPT's fractions for
 Shakespeare and OpenWebText."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TAIL, _HASH = "the tail of the text", "documents whose SHA-256 falls below val_fraction"
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 8 << 20
 
@@ -40,13 +41,13 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A source of text, and how it is split. Either `documents` or `text_file` is given."""
+    """A source of text, and how it is split. It has either documents or a single text."""
 
     name: str
     """Default name of the data set."""
     source: str
     """Description for the manifest."""
-    documents: Callable[[sources.Skipped], Iterator[bytes]] | None = None
+    documents: Callable[[sources.Skipped], Iterator[bytes]] = lambda skipped: iter(())
     """Yields the documents and counts the skipped files."""
     text_file: Callable[[], Path] | None = None
     """Returns the path of a single text."""
@@ -86,49 +87,51 @@ def prepare(
         text_field: Field of a Hugging Face data set or .jsonl file that has the text; None: "text".
 
     Raises:
-        DataError: `what` is unknown, not readable or too small to split, or has no such split or field; the data set
-            exists already; or a download failed.
+        DataError: `what` is unknown, unreadable, too small or lacks the field; the data set exists; a download failed.
         DeviceError: A Hugging Face data set, and the package `datasets` is not installed.
         DiskError: The disk is full or cannot be written.
     """
     begin = time.perf_counter()
     found = _find_source(what, data_dir, shakespeare_url, split or "train", text_field or "text")
-    if split is not None and found.kind != "hub":
-        raise DataError(f"--split: found {split!r}, wanted none: {what} is not a Hugging Face data set")
-    if text_field is not None and not found.has_fields:
-        raise DataError(f"--text_field: found {text_field!r}, wanted none: {what} has no fields")
     name = found.name if name is None else name
-    if not _NAME.fullmatch(name):
-        raise DataError(
-            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
-        )
     fraction = DEFAULT_VAL_FRACTION[found.kind] if val_fraction is None else val_fraction
-    if not 0 <= fraction < 1:
-        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
-    method = "the tail of the text" if found.text_file else "documents whose SHA-256 falls below val_fraction"
-    path = Path(data_dir) / name
+    _check_options(what, found, split, text_field, name, fraction)
+    path, encoder = Path(data_dir) / name, load_tokenizer(tokenizer)
     skipped: sources.Skipped = {}
-    encoder = load_tokenizer(tokenizer)
     writer = ShardWriter(
         path,
         tokenizer=encoder,
         source=found.source,
         val_fraction=fraction,
-        split_method=method,
+        split_method=_TAIL if found.text_file else _HASH,
         shard_tokens=shard_tokens,
         overwrite=overwrite,
     )
     with writer, _progress(name, quiet) as progress:
-        if found.text_file is not None:
+        if found.text_file:
             _write_tail_split(writer, encoder, found.text_file(), fraction, progress)
         else:
-            assert found.documents is not None
             _write_documents(writer, encoder, found.documents(skipped), fraction, progress)
     if not quiet:
         for reason, count in sorted(skipped.items()):
             print(f"skipped {count} files: {reason}")
         print(summary(path, time.perf_counter() - begin))
     return path
+
+
+def _check_options(
+    what: str, found: _Source, split: str | None, text_field: str | None, name: str, fraction: float
+) -> None:
+    if split is not None and found.kind != "hub":
+        raise DataError(f"--split: found {split!r}, wanted none: {what} is not a Hugging Face data set")
+    if text_field is not None and not found.has_fields:
+        raise DataError(f"--text_field: found {text_field!r}, wanted none: {what} has no fields")
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+        )
+    if not 0 <= fraction < 1:
+        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
 
 
 def summary(path: str | os.PathLike[str], seconds: float) -> str:
