@@ -1,6 +1,6 @@
-"""`python -m gptperf.doctor`: what this machine has, what gptperf would use of it and why, what is broken.
+"""Examine this machine: `python -m gptperf.doctor` prints what it has, what a default run would use, and problems.
 
-Exit code 0, or 6 when something that a default run needs is missing or broken.
+The exit code is 0, or 6 when something that a default run needs is missing or broken.
 """
 
 import argparse
@@ -33,8 +33,8 @@ _PEAK_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; returns the exit code."""
-    description = "Say what this machine has, what gptperf would use of it and why, and what is broken."
+    """Prints the report and returns the exit code."""
+    description = "Print what this machine has, what a default run would use of it and why, and what is broken."
     parser = argparse.ArgumentParser(prog="python -m gptperf.doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
@@ -46,13 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Look at the machine.
+    """Examines the machine.
 
-    Returns:
-        versions, extras (both name -> version or None), torch_error (why torch cannot be imported, or None),
-        unmeasured (a note on torch and triton, or None), driver, gpus (a list), disk_free_gb, compiler (for
-        torch.compile on a CPU), triton, and choices: what a default run would use, each with its reason, kernels op by
-        op.
+        Returns: A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch
+        cannot be imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
+        `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
+        `choices` (what a default run would use, each with its reason, the kernels op by op).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -64,7 +63,7 @@ def examine() -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
         "choices": {},
     }
-    report["torch_error"] = _look_at_torch(report)
+    report["torch_error"] = _examine_torch(report)
     device_type = "cuda" if report["gpus"] else "cpu"
     report["unmeasured"] = unmeasured_versions(device_type)
     report["triton"] = _triton(device_type)
@@ -80,11 +79,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _look_at_torch(report: dict[str, Any]) -> str | None:
-    """Add what only torch knows; returns why torch cannot be imported, or None."""
+def _examine_torch(report: dict[str, Any]) -> str | None:
+    """Adds what torch knows to the report; returns why torch cannot be imported, or None."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of it does not load
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries cannot be loaded
         return str(error)
     report["versions"] |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     if not torch.cuda.is_available():
@@ -99,6 +98,7 @@ def _look_at_torch(report: dict[str, Any]) -> str | None:
 
 
 def _gpu_facts(name: str, memory_gb: float, capability: tuple[int, int]) -> dict[str, Any]:
+    """Returns what torch and the GPU table know about a GPU; `row` is None where the table does not have it."""
     gpu = hardware.match_gpu(name, memory_gb)
     bfloat16 = hardware.has_bfloat16(capability)
     peaks = {
@@ -119,7 +119,7 @@ def _gpu_facts(name: str, memory_gb: float, capability: tuple[int, int]) -> dict
 
 
 def _triton(device_type: str) -> dict[str, Any]:
-    """Whether Triton works here, found out by running a kernel in a process of its own, which may crash."""
+    """Finds out whether Triton works by running a kernel in another process, which may crash."""
     if device_type != "cuda":
         return {"works": False, "reason": "not usable: Triton's kernels run on a CUDA GPU, and there is none"}
     if importlib.util.find_spec("triton") is None:
@@ -128,7 +128,7 @@ def _triton(device_type: str) -> dict[str, Any]:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_TRITON_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return {"works": False, "reason": f"no result of a kernel within {_TRITON_TIMEOUT_S} s"}
+        return {"works": False, "reason": f"a kernel gave no result within {_TRITON_TIMEOUT_S} s"}
     if run.returncode == 0:
         return {"works": True, "reason": "a kernel was compiled and gave the right numbers"}
     lines = run.stderr.strip().splitlines() or ["no message"]
@@ -136,10 +136,10 @@ def _triton(device_type: str) -> dict[str, Any]:
 
 
 def try_triton() -> None:
-    """Compile and run a kernel on the GPU.
+    """Compiles and runs a kernel on the GPU.
 
     Raises:
-        DeviceError: its result is wrong. Whatever Triton raises passes.
+        DeviceError: The result is wrong. The errors of Triton pass through.
     """
     import torch
     import triton
@@ -159,7 +159,7 @@ def try_triton() -> None:
 
 
 def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
-    """What a run with the default configuration would use, and why."""
+    """Returns what a run with the default configuration would use, and why."""
     system, model = SystemConfig(), ModelConfig()
     if device_type == "cuda":
         device = f"cuda: {report['gpus'][0]['name']}"
@@ -203,19 +203,19 @@ def _choice(condition: object, yes: str, no: str) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(2, 13) of "2.13.0+cpu"."""
+    """Returns the release of a version, such as (2, 13) for "2.13.0+cpu"."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """What keeps a run with the default configuration from working, each with its remedy."""
+    """Returns what prevents a run with the default configuration, each problem with its remedy."""
     found = []
     if report["torch_error"] is not None:
         found.append(f"torch cannot be imported ({report['torch_error']}); install torch >= 2.11")
     elif _release(report["versions"]["torch"]) < _OLDEST_TORCH:
         found.append(f"torch: found {report['versions']['torch']}, wanted 2.11 or newer; pip install -U torch")
     if report["gpus"] and not report["triton"]["works"]:
-        remedy = "--kernels=eager --compile=False does without"
+        remedy = "--kernels=eager --compile=False runs without it"
         found.append(f"Triton does not work: {report['triton']['reason']}; {remedy}")
     for gpu in report["gpus"]:
         if not gpu["bfloat16"]:
@@ -229,7 +229,7 @@ def problems(report: dict[str, Any]) -> list[str]:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report as text."""
+    """Returns the lines of the report."""
     lines = ["VERSIONS"]
     lines += [_line(name, version or "not found") for name, version in report["versions"].items()]
     lines.append(_line("driver", report["driver"] or "not found"))

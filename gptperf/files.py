@@ -1,4 +1,7 @@
-"""Files that survive a power cut, the lock of a run, room on the disk; no knowledge of what bytes mean."""
+"""Durable file writes, the lock of a run directory, and free disk space.
+
+Nothing here knows what the bytes mean.
+"""
 
 import contextlib
 import errno
@@ -10,10 +13,9 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gptperf.errors import CheckpointError, DiskError
@@ -28,7 +30,9 @@ __all__ = [
     "make_directory",
     "open_regular",
     "replace_text",
+    "replacing",
     "sync_directory",
+    "sync_file",
     "write_all",
     "write_file",
 ]
@@ -36,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Name, size and SHA-256 (hex) of a file."""
+    """Name, size in bytes and SHA-256 (hex) of a file."""
 
     name: str
     bytes: int
@@ -44,7 +48,7 @@ class FileRecord:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, whatever number of calls it takes."""
+    """Writes all of `data`; one `os.write` may write only a part of it."""
     view = memoryview(data)
     while len(view):
         view = view[os.write(fd, view) :]
@@ -58,17 +62,17 @@ def write_file(
     half: Callable[[], None] = lambda: None,
     written: Callable[[], None] = lambda: None,
 ) -> FileRecord:
-    """Write and sync a new file of `total` bytes, hashed on its way.
+    """Writes and syncs a new file, and hashes its bytes as they are written.
 
     Args:
-        path: The file; it must not exist.
-        chunks: Its content, C-contiguous and one byte an element.
-        total: Its size.
+        path: Path of the file, which must not exist.
+        chunks: Content of the file: C-contiguous buffers of one-byte elements.
+        total: Size of the file in bytes.
         half: Called when half of the bytes are written.
-        written: Called when all are written and none is synced.
+        written: Called when all bytes are written, before the sync.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The file cannot be created, written or synced.
     """
     digest = hashlib.sha256()
     done = 0
@@ -92,29 +96,53 @@ def write_file(
     return FileRecord(name=path.name, bytes=done, sha256=digest.hexdigest())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that others may read; a reader sees the old one or the new one, never a part.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replaces a file as a whole: a reader sees the old file or the new one, never a part.
+
+    Yields a temporary path beside `path`, where the body writes the new file by any means. When the body ends, the
+    temporary file is synced and renamed to `path`. When the body raises, `path` keeps its old content. The temporary
+    file is removed in either case. The parent directory is made if it is absent.
+
+    Example:
+        >>> with replacing(out / "memory.pickle") as temporary:
+        ...     torch.cuda.memory._dump_snapshot(str(temporary))
 
     Raises:
-        DiskError: It cannot be written.
+        DiskError: The file cannot be written. Every `OSError` of the body becomes a `DiskError`.
     """
+    # The name is random, so that two processes that replace the same file do not write into one temporary file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "x", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield temporary
+            # The content must be durable before the rename is: after a power cut the new name must not hold an empty
+            # file. The sync of the directory makes the rename itself durable.
+            sync_file(temporary)
             os.replace(temporary, path)
+            sync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error}") from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file by `text` in UTF-8, as a whole; see `replacing`.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
 def append_line(path: Path, line: bytes, *, half: Callable[[], None] = lambda: None) -> None:
-    """Append and sync one line, on a line of its own even where a killed process has left a torn one."""
+    """Appends one line and syncs the file.
+
+    Where the file does not end with a newline, because a process was killed as it wrote, the new line starts after one.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         size = os.fstat(fd).st_size
@@ -130,10 +158,10 @@ def append_line(path: Path, line: bytes, *, half: Callable[[], None] = lambda: N
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading: never through a link, never waiting on a pipe.
+    """Opens a regular file for reading; it does not follow a symbolic link and does not block on a pipe.
 
     Raises:
-        OSError: It cannot be opened, or it is a link or no regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -143,15 +171,24 @@ def open_regular(path: Path) -> int:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory that only its owner may enter; one that is there stays as it is."""
+    """Makes a directory with mode 0700 and its parents; an existing directory is left unchanged."""
     if not directory.is_dir():
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(directory.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Makes the content of a file that was written and closed durable."""
+    _sync(path, os.O_RDONLY)
+
+
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable; the sync of a file does not."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Makes the names in a directory durable: the sync of a file does not include its name."""
+    _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -159,7 +196,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def delete(path: Path, half: Callable[[], None] = lambda: None) -> None:
-    """Delete a file, a link (not what it names) or a directory; `half` is called after its first entry."""
+    """Deletes a file, a symbolic link (not its target) or a directory with its content.
+
+    `half` is called after the first entry of a directory is deleted.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
@@ -171,10 +211,10 @@ def delete(path: Path, half: Callable[[], None] = lambda: None) -> None:
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that this user may still write where `directory` is or will be (a quota is not seen).
+    """Returns the free bytes of the file system that holds `directory`, or will hold it; quotas are not considered.
 
     Raises:
-        DiskError: No parent can be asked.
+        DiskError: The free space cannot be determined.
     """
     path = Path(directory).absolute()
     while not path.exists() and path != path.parent:
@@ -187,13 +227,13 @@ def free_bytes(directory: Path) -> int:
 
 
 def check_space(directory: Path, bytes_needed: int) -> int:
-    """Ask before a run whether two checkpoints of `bytes_needed` fit: one is complete before another goes.
+    """Checks that two checkpoints of `bytes_needed` fit: a save completes before an older checkpoint is deleted.
 
     Returns:
-        How many fit; fewer than the run keeps deserves a warning.
+        The number of checkpoints that fit. The caller warns when a run keeps more than that.
 
     Raises:
-        DiskError: Fewer than two fit.
+        DiskError: Fewer than two checkpoints fit.
     """
     free = free_bytes(directory)
     if free < 2 * bytes_needed:
@@ -205,10 +245,11 @@ def check_space(directory: Path, bytes_needed: int) -> int:
 
 
 class RunLock:
-    """Lets one process at a time write to a run's directory.
+    """Allows one process at a time to write to a run directory.
 
-    The lock is the kernel's (flock on `run.lock`), so it ends with the process, however that dies; what the
-    file says is only for the message. A fork does not keep it alive: children close their copy.
+    The lock is an flock on `run.lock`, which the kernel releases when the process ends, however it ends. The content of
+    the file is used only for the error message. A child of a fork closes its copy of the descriptor, because an flock
+    lives as long as any copy is open.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -216,13 +257,13 @@ class RunLock:
         self._fd: int | None = None
 
     def __enter__(self) -> "RunLock":
-        """Take the lock.
+        """Takes the lock.
 
         Raises:
-            CheckpointError: Another process, or another lock of this one, holds it.
-            DiskError: The directory cannot be written, or its file system has no locks.
+            CheckpointError: Another `RunLock`, in this process or another one, holds the lock.
+            DiskError: The directory cannot be written, or its file system does not support locks.
         """
-        assert self._fd is None, "the lock is taken already"
+        assert self._fd is None, "the lock is already taken"
         try:
             make_directory(self.path.parent)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -237,7 +278,7 @@ class RunLock:
         except BlockingIOError:
             text = _holder(fd)
             os.close(fd)
-            raise CheckpointError(f"run is live on {text}; {self.path.parent} takes one writer") from None
+            raise CheckpointError(f"run is live on {text}; only one process may write to {self.path.parent}") from None
         except OSError as error:
             os.close(fd)
             raise DiskError(f"{self.path} cannot be locked: {error}") from error
@@ -245,11 +286,9 @@ class RunLock:
         os.register_at_fork(after_in_child=self._forget)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._fd is not None:
-            with contextlib.suppress(OSError):  # an empty file names no holder; a stale name harms nobody
+            with contextlib.suppress(OSError):  # an outdated holder in the file is harmless: the lock decides
                 os.ftruncate(self._fd, 0)
             self._forget()
 
@@ -267,7 +306,7 @@ def _boot_id() -> str:
 
 
 def _holder(fd: int) -> str:
-    """`HOST (pid N)` out of a lock file; its holder may be about to write it."""
+    """Returns "HOST (pid N, since TIME)" from a lock file, and waits up to 0.2 s for the holder to write it."""
     for _ in range(20):
         try:
             holder: Any = json.loads(os.pread(fd, 4096, 0))

@@ -1,9 +1,9 @@
 """Start from a Hugging Face model: `python -m gptperf.hugging_face hf:openai-community/gpt2 --out_dir=out/gpt2`.
 
-Writes a checkpoint of the weights of a GPT-2 or LLaMA, and OUT_DIR/model.toml, its architecture. Then:
+The command writes a checkpoint with the weights of a GPT-2 or LLaMA, and its architecture to OUT_DIR/model.toml. Then:
 
     python -m gptperf.train OUT_DIR/model.toml --init_from=OUT_DIR --out_dir=OTHER --dataset=...
-    python -m gptperf.sample OUT_DIR --prompt="..."    # of a GPT-2: a LLaMA's tokenizer is none that gptperf knows
+    python -m gptperf.sample OUT_DIR --prompt="..."    # GPT-2 only: gptperf has no tokenizer of LLaMA
 
 The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]').
 """
@@ -33,12 +33,15 @@ __all__ = ["convert", "main", "model_config", "weights"]
 _FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Masks and tables that some files hold."""
+"""Ends of the names of masks and tables that some files hold; they are not weights."""
+# Hugging Face's name of a part of a GPT-2 block -> its name here.
 _GPT2 = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.out"}
 _GPT2 |= {"ln_1": "norm1", "ln_2": "norm2"}
 
 Described = Mapping[str, Any]
+"""Content of a config.json."""
 Find = Callable[[str], Tensor]
+"""Returns a tensor by its name in Hugging Face's model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,16 @@ class ConvertConfig:
     out_dir: Path
     """Folder for the checkpoint."""
     tokenizer: str = ""
-    """What the model reads; default: gpt2 for a vocabulary of 50257, else unknown."""
+    """Tokenizer of the model; default: gpt2 for a vocabulary of 50257, else unknown."""
     debug: bool = False
     """Show the stack of an error."""
 
 
 def model_config(described: Described) -> ModelConfig:
-    """The architecture that a config.json describes.
+    """Returns the architecture that a config.json describes.
 
     Raises:
-        CheckpointError: it is neither GPT-2 nor LLaMA, or has a part that gptperf has not.
+        CheckpointError: The model is neither a GPT-2 nor a LLaMA, or has a part that gptperf does not have.
     """
     kind = described.get("model_type")
     if kind not in ("gpt2", "llama"):
@@ -71,7 +74,7 @@ def model_config(described: Described) -> ModelConfig:
     except KeyError as error:
         raise CheckpointError(f"config.json: found no {error}, which a {kind} has") from error
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"config.json: it describes no {kind}: {error}") from error
+        raise CheckpointError(f"config.json: does not describe a {kind}: {error}") from error
 
 
 def _gpt2_keys(described: Described) -> dict[str, Any]:
@@ -139,17 +142,18 @@ def _llama_keys(described: Described) -> dict[str, Any]:
 
 
 def _want(described: Described, key: str, wanted: object) -> None:
+    """Raises an error where a key has another value than the only one that gptperf has an equivalent of."""
     found = described.get(key, wanted)
     if found != wanted:
         raise CheckpointError(f"config.json: {key}: found {json.dumps(found)}, wanted {json.dumps(wanted)}")
 
 
 def weights(model: ModelConfig, find: Find) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of gptperf's model, by its name, out of Hugging Face's.
+    """Yields the name and value of every parameter of gptperf's model, made from the tensors of Hugging Face's model.
 
     Args:
-        model: as `model_config` gives it.
-        find: a tensor by its name there, without "transformer." or "model." before it.
+        model: What `model_config` returned.
+        find: Returns a tensor by its name in Hugging Face's model, without the prefix "transformer." or "model.".
     """
     blocks = range(model.n_layer)
     if model.ffn_type == "swiglu":
@@ -169,15 +173,15 @@ def weights(model: ModelConfig, find: Find) -> Iterator[tuple[str, Tensor]]:
         yield "position.wpe.weight", find("wpe.weight")
         for kind in ("weight", "bias"):
             for i in blocks:
-                for theirs, ours in _GPT2.items():  # its linear layers hold the transpose; .t() leaves vectors alone
+                for theirs, ours in _GPT2.items():  # GPT-2 stores transposed matrices; .t() does not change a vector
                     yield f"blocks.{i}.{ours}.{kind}", find(f"h.{i}.{theirs}.{kind}").t()
             yield f"norm.{kind}", find(f"ln_f.{kind}")
     if not model.weight_tying:
         yield "lm_head.weight", find("lm_head.weight")
 
 
-class _Stored:
-    """Tensors of the *.safetensors files of a folder, by name, one at a time."""
+class _StoredTensors:
+    """Reads tensors of the *.safetensors files of a folder by name, one at a time."""
 
     def __init__(self, folder: Path):
         self.folder, self.used = folder, set[str]()
@@ -187,11 +191,11 @@ class _Stored:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - the file is not a dict
                 self.places[name.removeprefix("transformer.").removeprefix("model.")] = (file, name)
 
     def _paths(self) -> list[Path]:
-        """The files of the index, or the one file: a folder may hold other variants of the weights too."""
+        """Returns the files that the index names, or the only file; the folder may hold other variants too."""
         index = self.folder / _FILES[2]
         if index.exists():
             try:
@@ -208,7 +212,7 @@ class _Stored:
         return paths
 
     def find(self, name: str) -> Tensor:
-        """A tensor, in float32."""
+        """Returns a tensor in float32."""
         if name not in self.places:
             raise CheckpointError(f"{self.folder}: found no tensor {name}")
         self.used.add(name)
@@ -217,38 +221,43 @@ class _Stored:
         return tensor.float()
 
     def unused(self) -> list[str]:
-        """What is stored and was not asked for; lm_head may be stored beside the embedding that it is."""
+        """Returns the names of the tensors that `find` has not returned, except a tied lm_head."""
         left = self.places.keys() - self.used - {"lm_head.weight"}
         return sorted(name for name in left if not name.endswith(_NO_WEIGHTS))
 
 
 def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, ModelConfig]:
-    """Write the checkpoint and model.toml.
+    """Writes the checkpoint and model.toml.
+
+    Args:
+        folder: Folder of the Hugging Face model.
+        out_dir: Folder for the checkpoint and model.toml.
+        tokenizer: Name of the tokenizer; "": gpt2 for a vocabulary of 50257, else unknown.
 
     Returns:
         Folder of the checkpoint, and the architecture.
 
     Raises:
-        CheckpointError: the model is none that gptperf has, or its files are damaged; or out_dir has checkpoints.
-        DataError: the tokenizer is not known, or cannot be loaded.
-        DiskError: the checkpoint cannot be written.
+        CheckpointError: gptperf does not have such a model, its files are corrupt, or `out_dir` has checkpoints.
+        DataError: The tokenizer is unknown, or cannot be loaded.
+        DiskError: The checkpoint cannot be written.
     """
     try:
         described = json.loads((folder / _FILES[0]).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / _FILES[0]}: cannot be read: {error}") from error
     if not isinstance(described, dict):
-        raise CheckpointError(f"{folder / _FILES[0]}: found no object, wanted a model's description")
+        raise CheckpointError(f"{folder / _FILES[0]}: found no object, wanted the description of a model")
     model = model_config(described)
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
-    stored = _Stored(folder)
+    stored = _StoredTensors(folder)
     found = {name: tensor.contiguous() for name, tensor in weights(model, stored.find)}
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise CheckpointError(f"{folder}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")
     if stored.unused():
-        raise CheckpointError(f"{folder}: found weights that this model has not: {', '.join(stored.unused()[:5])}")
+        raise CheckpointError(f"{folder}: found weights that the model does not have: {', '.join(stored.unused()[:5])}")
     tokenizer = tokenizer or ("gpt2" if model.vocab_size == 50257 else "unknown")
     fingerprint = "" if tokenizer == "unknown" else load_tokenizer(tokenizer).fingerprint
     config = Config(model=model)
@@ -268,7 +277,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a model of the hub."""
+    """Downloads a model of the hub and returns its folder."""
     repo = name.removeprefix("hf:")
     try:
         hub: Any = importlib.import_module("huggingface_hub")
@@ -282,7 +291,7 @@ def _downloaded(name: str) -> Path:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     with main_guard(debug="--debug" in sys.argv):
         config = tyro.cli(ConvertConfig, prog="python -m gptperf.hugging_face", use_underscores=True)
         folder = _downloaded(config.model) if config.model.startswith("hf:") else Path(config.model)

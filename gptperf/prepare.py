@@ -1,4 +1,4 @@
-"""Command: turn text into a data set. `python -m gptperf.prepare --help` tells its use."""
+"""Turn text into a data set: `python -m gptperf.prepare WHAT [--name=NAME] ...`; see `--help`."""
 
 import argparse
 import signal
@@ -11,14 +11,15 @@ __all__ = ["main"]
 
 _EXAMPLES = """\
 WHAT is one of
-  python_stdlib             the running Python's own .py files, about 11 MB; needs no download
+  python_stdlib             the .py files of the running Python, about 11 MB; needs no download
   shakespeare               tiny Shakespeare, 1 MB, downloaded
   openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
                             streamed from Hugging Face; needs pip install gptperf[hf]
-  PATH                      a text file (split at its tail), a .jsonl file with a document a line,
-                            or a folder whose text files are the documents
+  PATH                      a text file, a .jsonl file with a document per line, or a folder whose text files are
+                            the documents
 
-validation: by document hash, 5% of documents (Hugging Face: 0.05%); the last 10% of a single text file
+The validation split is 5% of the documents, chosen by their hash (Hugging Face: 0.05%), or the last 10% of a single
+text file.
 
 examples
   python -m gptperf.prepare python_stdlib
@@ -30,7 +31,7 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default the process's."""
+    """Runs the command with the arguments `argv`, or with those of the process."""
     args = _parser().parse_args(argv)
     with main_guard(debug=args.debug):
         if args.verify:
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         from gptperf.data.prepare import prepare
 
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written stays
+        # SIGTERM ends the process by an exception, so that the writer removes what is half written.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         optional = {} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}
         prepare(
             args.what,
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    """Compares the tokens of an existing data set with its checksums."""
     from gptperf.data.shards import resolve_dataset, verify
 
     path = resolve_dataset(args.name or args.what, args.data_dir)
@@ -74,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
     )
-    parser.add_argument("--val_fraction", type=float, help="share of validation, 0 to below 1 (default: see below)")
+    parser.add_argument("--val_fraction", type=float, help="validation fraction, 0 to below 1 (default: see below)")
     parser.add_argument("--split", help="split of a Hugging Face data set (default: train)")
-    parser.add_argument("--text_field", help="field with the text, of Hugging Face or .jsonl (default: text)")
-    parser.add_argument("--shard_tokens", type=int, help="tokens a shard (default: 100000000)")
+    parser.add_argument("--text_field", help="text field of a Hugging Face data set or .jsonl file (default: text)")
+    parser.add_argument("--shard_tokens", type=int, help="tokens per shard (default: 100000000)")
     for flag, text in (
-        ("overwrite", "replace a data set that exists"),
-        ("verify", "prepare nothing: compare an existing data set with its checksums"),
+        ("overwrite", "replace an existing data set"),
+        ("verify", "compare an existing data set with its checksums instead"),
         ("debug", "show the stack of an error"),
     ):
         parser.add_argument(f"--{flag}", type=_boolean, nargs="?", const=True, default=False, help=text)

@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Fixtures and hooks of all tests."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which nothing here has done yet
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at its import, which has not happened yet
 
 from run_helpers import SMALL
 
@@ -16,7 +16,7 @@ from gptperf.data.prepare import prepare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so in the summary."""
+    """Skips the tests marked `gpu` where there is no GPU; the summary has the reason."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' own processes are not part of a job that may surround them."""
+    """Clears the variables of a torchrun job that may surround the tests, and the failpoint."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GPTPERF_FAILPOINT"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,9 +1,12 @@
-"""The lock of a run and the room on its disk."""
+"""Files that are replaced as a whole, the lock of a run directory, and free disk space."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,99 @@ from checkpoint_helpers import in_child
 
 from gptperf import files
 from gptperf.errors import CheckpointError, DiskError
-from gptperf.files import RunLock
+from gptperf.files import RunLock, append_line, replace_text, replacing
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "log.json"
+    texts = {letter * 300_000 for letter in "abcd"}
+    replace_text(path, "a" * 300_000)
+    done = threading.Event()
+
+    def write() -> None:
+        for _ in range(2):
+            for text in texts:
+                replace_text(path, text)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not done.is_set() or reads == 0:
+        assert path.read_text() in texts
+        reads += 1
+    writer.join()
+    assert os.listdir(path.parent) == ["log.json"]
+
+
+def test_the_text_comes_back_unchanged(tmp_path: Path) -> None:
+    text = "one\r\ntwo\nthree\r\u00e9"
+    replace_text(tmp_path / "text", text)
+    assert (tmp_path / "text").read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "rename"])
+def test_a_failed_write_keeps_the_old_file_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "page.html"
+    replace_text(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "rename":
+        monkeypatch.setattr(os, "replace", full)
+    if step == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            if step == "write":
+                full()
+
+    with pytest.raises(DiskError, match=r"page\.html cannot be written: .*No space left"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def test_an_error_of_the_body_passes_through(tmp_path: Path) -> None:
+    def fail() -> None:
+        with replacing(tmp_path / "page.html") as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, events = tmp_path / "page.html", []
+    fsync, rename = os.fsync, os.replace
+
+    def logged_fsync(fd: int) -> None:
+        events.append("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else f"{os.fstat(fd).st_size} bytes")
+        fsync(fd)
+
+    def logged_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_rename)
+    replace_text(path, "12345")
+    assert events == ["5 bytes", "rename", "directory"]
+
+
+def test_a_line_after_a_torn_one_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "index.jsonl"
+    path.write_bytes(b"whole\nto")
+    append_line(path, b"next")
+    append_line(path, b"last")
+    assert path.read_bytes() == b"whole\nto\nnext\nlast\n"
 
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:

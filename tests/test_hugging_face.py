@@ -8,7 +8,7 @@ import pytest
 import torch
 from run_helpers import run, run_argv, run_log
 
-from gptperf import checkpoint, hugging_face, sample
+from gptperf import api, checkpoint, hugging_face
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.model import GPT
@@ -50,7 +50,7 @@ def test_a_run_takes_the_weights_up(
     assert f"weights from {path.resolve()}" in capsys.readouterr().out
     log = run_log(tmp_path / "run")
     assert log["startup_info"]["total_parameters"] == theirs.num_parameters()
-    assert sample.sample(sample.SampleConfig(run=out, prompt="ab", tokens=3, device="cpu"))[0].startswith("ab")
+    assert api.generate(api.load_model(out, device="cpu"), "ab", tokens=3)[0].startswith("ab")
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_a_run_takes_the_weights_up(
         ("llama", {"attention_bias": True}, "attention_bias: found true, wanted false"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE: found 'llama3'"),
         ("llama", {"rope_scaling": {"factor": 8.0}}, "wanted no scaling"),
-        ("llama", {"rope_scaling": [1]}, "it describes no llama"),
-        ("llama", {"num_attention_heads": 0}, "it describes no llama"),
-        ("llama", {"hidden_size": "32"}, "it describes no llama"),
+        ("llama", {"rope_scaling": [1]}, "does not describe a llama"),
+        ("llama", {"num_attention_heads": 0}, "does not describe a llama"),
+        ("llama", {"hidden_size": "32"}, "does not describe a llama"),
         ("llama", {"head_dim": 16}, "head_dim: found 16"),
         ("llama", {"num_hidden_layers": 3}, "found no tensor layers.2"),
-        ("llama", {"num_hidden_layers": 1}, "weights that this model has not: layers.1"),
+        ("llama", {"num_hidden_layers": 1}, "weights that the model does not have: layers.1"),
         ("llama", {"intermediate_size": 64}, r"found \(96, 32\) for blocks.0.ffn.gate_up.weight, wanted \(128, 32\)"),
     ],
 )

@@ -25,13 +25,14 @@ report
 compare
 ablate
 training
+api
 sample prepare hugging_face doctor
 train
 """
 """From the ground up: a module imports its own package and the packages on lines above its own, nothing else."""
 
 WITHOUT_TORCH = [
-    "errors files formats registry ops config config.command_line train sample prepare doctor",
+    "errors files formats registry ops config config.command_line api train sample prepare doctor",
     "flops flops.__main__ hardware hardware.__main__ hardware.ceilings plan plan.__main__",
     "monitor.waterfall monitor.schema monitor.trackers monitor.runs monitor.run_log",
     "report.__main__ compare.__main__ ablate.__main__",

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, Header, Manifest, Shard, Split, TokenizerInfo
+from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, DatasetManifest, Header, Shard, Split, TokenizerInfo
 from gptperf.data.loader import Loader
 from gptperf.data.shards import TokenSource
 
@@ -78,7 +78,7 @@ def _write_dataset(path: Path, *, dtype: str, sizes: list[int], fill: np.random.
                 )
             )
         splits[split] = Split(tokens=sum(split_sizes), documents=len(shards), shards=tuple(shards))
-    manifest = Manifest(
+    manifest = DatasetManifest(
         name=path.name,
         tokenizer=TokenizerInfo(name="bench", vocab_size=vocab_size, fingerprint="0" * 64, eot=0),
         dtype=dtype,

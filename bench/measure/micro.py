@@ -9,7 +9,8 @@ import torch
 from bench.measure.loader import write_random_dataset
 from gptperf import checkpoint
 from gptperf.config import command_line
-from gptperf.data.loader import BatchOrder, Loader
+from gptperf.data.loader import Loader
+from gptperf.data.order import BatchOrder
 from gptperf.data.shards import TokenSource
 from gptperf.ops import resolve_ops
 

@@ -1,8 +1,11 @@
-"""Checkpoints: written atomically, verified before use, without pickle."""
+"""Checkpoints: saved atomically, verified before use, without pickle."""
 
-from gptperf.checkpoint.manifest import SCHEMA, CheckpointInfo
+from gptperf.checkpoint.background import Saved, Saver
+from gptperf.checkpoint.listing import CheckpointInfo
+from gptperf.checkpoint.manifest import SCHEMA
 from gptperf.checkpoint.read import Checkpoint, best, checkpoints, latest, load, load_latest, stored
-from gptperf.checkpoint.write import FAILPOINTS, JSON, clean, prune, save
+from gptperf.checkpoint.strict_json import JSON
+from gptperf.checkpoint.write import FAILPOINTS, clean, prune, save
 
 __all__ = [
     "FAILPOINTS",
@@ -10,6 +13,8 @@ __all__ = [
     "SCHEMA",
     "Checkpoint",
     "CheckpointInfo",
+    "Saved",
+    "Saver",
     "best",
     "checkpoints",
     "clean",

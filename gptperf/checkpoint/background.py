@@ -1,7 +1,19 @@
 """Checkpoints that are written while training goes on.
 
-The state of an iteration is copied to the host, for which training waits; a thread writes it, together with the threads
-of the other processes. One save at a time: the next one waits for it.
+A save has two phases. The copy: the main thread copies the state of this step to host memory, and training waits for
+it. The write: a thread writes the copies to the disk, together with the threads of the other ranks, while training goes
+on and overwrites the weights that were copied.
+
+Invariants:
+
+- One save at a time. `save` first waits for the save before. So there is one set of host buffers, there is at most one
+  writing thread, and a disk that is slower than the save interval slows training instead of filling the host memory.
+- Ownership. Between the start and the end of the thread, the buffers belong to it, and the main thread neither reads
+  nor writes them. The thread touches no tensor of the model and makes no CUDA call. `_ended` is written by the thread
+  and read by the main thread after `join`, so neither needs a lock.
+- Ranks in step. Every rank calls `save` at the same step, so the threads meet in the same order in every collective of
+  `checkpoint.save`. They use a process group of their own (`peers`), because the main threads run collectives of
+  training at the same time, in an order that the threads do not know.
 """
 
 import threading
@@ -13,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptperf.checkpoint import write as checkpoint
-from gptperf.checkpoint.write import JSON
+from gptperf.checkpoint import write
+from gptperf.checkpoint.strict_json import JSON
 from gptperf.distributed.agreement import Peers
 from gptperf.errors import DiskError, GptperfError
 
@@ -23,26 +35,27 @@ __all__ = ["Saved", "Saver"]
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended, the same in every process."""
+    """The result of a save; step, metric and success are the same on every rank."""
 
     step: int
     metric: float | None
     path: Path | None
+    """Directory of the checkpoint; None after an error."""
     error: GptperfError | None
     stall_ms: float
-    """How long training waited."""
+    """Time that training waited for the copy, or without a thread for the whole save."""
     time_ms: float
-    """From the begin to the last byte."""
+    """Time from the start of the copy to the end of the write."""
 
 
 class Saver:
     """Writes the checkpoints of a run.
 
     Args:
-        directory: of the checkpoints.
-        keep: how many of the newest stay.
-        peers: the processes that save together, each in a `Saver` of its own.
-        in_background: let a thread write; if not, `save` returns when all is on the disk.
+        directory: Directory of the checkpoints.
+        keep: Number of the newest checkpoints that stay.
+        peers: The ranks that save together, each with its own `Saver`.
+        in_background: Whether a thread writes; otherwise `save` returns when the checkpoint is on the disk.
     """
 
     def __init__(self, directory: Path, keep: int, peers: Peers, in_background: bool = True):
@@ -54,26 +67,29 @@ class Saver:
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON], metric: float | None
     ) -> Saved | None:
-        """Begin to save a step.
+        """Starts to save a step, after the save before has ended. Collective: every rank must call it.
 
         Args:
-            step, tensors, state, metric: as for `checkpoint.save`; they are copied, and may change afterwards.
+            step: As in `checkpoint.save`.
+            tensors: As in `checkpoint.save`; they may change when this call returns.
+            state: As in `checkpoint.save`; it must not change until the save has ended.
+            metric: As in `checkpoint.save`.
 
         Returns:
-            How the save before ended, if there was one.
+            The result of the save before, if `poll` or `wait` has not returned it yet.
         """
-        before = self.wait()
+        before = self.wait()  # from here on the buffers belong to this thread again
         begun = time.perf_counter()
-        copies = self._copied(tensors) if self.in_background else tensors
+        copies = self._copy_to_host(tensors) if self.in_background else tensors
         stall_ms = 1e3 * (time.perf_counter() - begun)
 
-        def write() -> None:
+        def write_copies() -> None:
             path, error = None, None
             try:
                 path = self._write(step, copies, state, metric)
             except GptperfError as caught:
                 error = caught
-            except Exception as caught:  # noqa: BLE001 - a thread has nobody else to tell
+            except Exception as caught:  # noqa: BLE001 - an exception would end the thread and be lost: `wait` returns it
                 error = DiskError(f"saving step {step} failed: {caught!r}")
                 error.__cause__ = caught
             time_ms = 1e3 * (time.perf_counter() - begun)
@@ -81,28 +97,34 @@ class Saver:
             self._ended = Saved(step, metric, path, error, stalled, time_ms)
 
         if self.in_background:
-            self._thread = threading.Thread(target=write, name=f"save-{step}")
+            # Not a daemon: a process that ends normally waits for its last checkpoint.
+            self._thread = threading.Thread(target=write_copies, name=f"save-{step}")
             self._thread.start()
         else:
-            write()
+            write_copies()
         return before
 
     def poll(self) -> Saved | None:
-        """How the last save ended, once, if it has; this process may know it before others do."""
+        """Returns the result of the last save once, if it has ended; other ranks may still be writing."""
         if self._thread is not None and self._thread.is_alive():
             return None
         return self.wait()
 
     def wait(self) -> Saved | None:
-        """The same, after waiting for it."""
+        """Waits for the last save and returns its result, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         ended, self._ended = self._ended, None
         return ended
 
-    def _copied(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies on the host, in page-locked memory that stays for the next save."""
+    def _copy_to_host(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Copies tensors to host buffers, page-locked for tensors of a GPU, that later saves use again.
+
+        The buffers are kept because pinning pages is slower than copying into them, and because memory that was found
+        at the first save cannot be missing at a later one. A copy from a GPU to pageable memory would be staged
+        through a small pinned buffer and could not be asynchronous.
+        """
         copies: dict[str, dict[str, Tensor]] = {}
         on_gpu = False
         for stem, named in tensors.items():
@@ -113,8 +135,12 @@ class Saver:
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                     self._buffers[stem, name] = buffer
+                # The copies are queued on the current stream, behind the kernels that compute these tensors and before
+                # the kernels of the next step that overwrite them.
                 copies[stem][name] = buffer.copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
+            # An asynchronous copy has no result until the device has run it, and the thread reads the buffers on the
+            # host without asking the device. One synchronization covers all copies.
             torch.cuda.synchronize()
         return copies
 
@@ -125,10 +151,10 @@ class Saver:
         state: Mapping[str, JSON],
         metric: float | None,
     ) -> Path:
-        """Save; on a full disk once more, after older checkpoints have made room."""
-        for again in (True, False):
+        """Saves; on a full disk it deletes older checkpoints and tries once more."""
+        for may_retry in (True, False):
             try:
-                return checkpoint.save(
+                return write.save(
                     self.directory,
                     step=step,
                     tensors=tensors,
@@ -138,13 +164,15 @@ class Saver:
                     peers=self.peers,
                 )
             except DiskError as error:
-                if not any(self.peers.exchange(error.full and again and self._made_room())):
+                # An error of one rank is raised on every rank, so every rank comes here and exchanges. Only rank 0
+                # deletes, and all ranks follow its answer: they try again together or raise together.
+                if not any(self.peers.exchange(error.full and may_retry and self._make_room())):
                     raise
         raise AssertionError
 
-    def _made_room(self) -> bool:
-        """Whether the first process could delete older checkpoints."""
+    def _make_room(self) -> bool:
+        """Deletes all but the newest and the best checkpoint; whether this is rank 0 and it has deleted any."""
         try:
-            return self.peers.rank == 0 and bool(checkpoint.prune(self.directory, keep=1))
+            return self.peers.rank == 0 and bool(write.prune(self.directory, keep=1))
         except DiskError:
-            return False  # the full disk is what is told
+            return False  # the error that is reported is the full disk

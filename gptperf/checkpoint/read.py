@@ -1,4 +1,4 @@
-"""Reading checkpoints: what a run has, and the newest good one; every byte is verified before a tensor is used."""
+"""Reading checkpoints. Every byte is verified before a tensor is used."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,20 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptperf.checkpoint.listing import CheckpointInfo, best_of, list_checkpoints
 from gptperf.checkpoint.manifest import (
     MANIFEST,
     STATE,
-    STATE_LIMIT,
-    CheckpointInfo,
     NewerSchemaError,
-    best_of,
     check_files,
     check_hash,
-    list_checkpoints,
-    parse_json,
     read_file,
     read_manifest,
 )
+from gptperf.checkpoint.strict_json import STATE_LIMIT, parse_json
 from gptperf.checkpoint.tensor_file import Part, join, parts, read_tensors
 from gptperf.errors import CheckpointError
 
@@ -31,79 +28,83 @@ __all__ = ["Checkpoint", "best", "checkpoints", "latest", "load", "load_latest",
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint in memory: `tensors` by file stem and name, `state` as it was given to `save`."""
+    """A verified checkpoint in memory."""
 
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
+    """File stem to named tensors, as they were given to `save`."""
     state: dict[str, Any]
+    """The JSON values that were given to `save`."""
     metric: float | None
 
 
 def checkpoints(directory: Path, *, strict: bool = False) -> list[CheckpointInfo]:
-    """All checkpoints of a run, oldest first, not yet verified; what has no manifest is none.
+    """Lists the checkpoints of a run, oldest first, without verifying them; see `list_checkpoints`.
 
     Raises:
-        CheckpointError: see `list_checkpoints`.
+        CheckpointError: As `list_checkpoints` does.
     """
     return list_checkpoints(Path(directory), strict=strict)
 
 
 def latest(directory: Path) -> CheckpointInfo | None:
-    """The checkpoint of the greatest step."""
+    """Returns the checkpoint of the greatest step, or None."""
     found = checkpoints(directory)
     return found[-1] if found else None
 
 
 def best(directory: Path) -> CheckpointInfo | None:
-    """The checkpoint of the lowest metric, of equal ones the newest; None where none has a metric."""
+    """Returns the checkpoint of the lowest metric, the newest one of several; None where none has a metric."""
     return best_of(checkpoints(directory))
 
 
 def load(
     path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] | None = None, later: Sequence[str] = ()
 ) -> Checkpoint:
-    """Load a checkpoint; every file is verified before a tensor of it is used.
+    """Loads a checkpoint, after verifying every file that it reads.
 
     Args:
-        path: Its directory.
-        device: Where the tensors shall lie.
-        only: File stems to read, such as ("model",); of the others the size alone is checked. None: all.
-        later: File stems that are verified, but left to `stored`.
+        path: Directory of the checkpoint.
+        device: Device of the tensors.
+        only: File stems to read, such as ("model",); of the other files only the sizes are checked. None: all files.
+        later: File stems that are verified but not loaded; `stored` reads them part by part.
 
     Raises:
-        CheckpointError: Damaged, incomplete or of a newer schema; names the file, wanted and found bytes.
+        CheckpointError: The checkpoint is corrupt, incomplete or of a newer schema; the message names the file.
     """
     path = Path(path)
     manifest = read_manifest(path)
     check_files(path, manifest)
-    wanted = [f for f in manifest.files if only is None or _group(f.name) in only or f.name == STATE]
+    wanted = [f for f in manifest.files if only is None or _stem(f.name) in only or f.name == STATE]
     for file in wanted:
         check_hash(path, file)
     state = parse_json(read_file(path / STATE, STATE_LIMIT), path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}; wanted an object")
-    names = [file.name for file in wanted if file.name != STATE and _group(file.name) not in later]
+    names = [file.name for file in wanted if file.name != STATE and _stem(file.name) not in later]
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in names:
-        tensors.setdefault(_group(name), {}).update(read_tensors(path / name, device))
+        tensors.setdefault(_stem(name), {}).update(read_tensors(path / name, device))
     joined = {stem: join(named, f"{path}: {stem}") for stem, named in tensors.items()}
     return Checkpoint(path=path, step=manifest.step, tensors=joined, state=state, metric=manifest.metric)
 
 
-def _group(file: str) -> str:
-    """The stem that a file's tensors were saved under, whichever process wrote it."""
+def _stem(file: str) -> str:
+    """Returns the stem that the tensors of a file were saved under, without the rank that wrote it."""
     return re.sub(r"(-\d{5})?\.safetensors$", "", file)
 
 
 def stored(path: Path, stem: str) -> Iterator[Part]:
-    """What the files of a stem hold, each part until the next one is asked for: no more than one is in memory.
+    """Yields the parts of tensors that the files of a stem hold, with one part in memory at a time.
+
+    A part is valid until the next one is requested. `load` must have verified the files.
 
     Raises:
-        CheckpointError: A file is none that gptperf writes.
+        CheckpointError: A file is not one that gptperf wrote.
     """
     for file in read_manifest(path).files:
-        if _group(file.name) == stem:
+        if _stem(file.name) == stem:
             yield from parts(path / file.name)
 
 
@@ -114,22 +115,25 @@ def load_latest(
     device: str | torch.device = "cpu",
     later: Sequence[str] = (),
 ) -> Checkpoint | None:
-    """Load the newest good checkpoint; None where the run has none.
+    """Loads the newest intact checkpoint; corrupt ones are skipped with a warning.
 
     Args:
-        directory: Where the checkpoints of the run lie.
-        warn: Gets one line for each directory that is passed over.
-        device: Where the tensors shall lie.
-        later: As for `load`.
+        directory: Directory of the checkpoints of the run.
+        warn: Called with one line for each directory that is skipped.
+        device: Device of the tensors.
+        later: As in `load`.
+
+    Returns:
+        The checkpoint, or None where the run has none.
 
     Raises:
-        CheckpointError: All that there are are damaged, or the newest undamaged one needs a newer gptperf.
+        CheckpointError: Every checkpoint is corrupt, or the newest intact one needs a newer gptperf.
     """
     directory = Path(directory)
     found = checkpoints(directory, strict=True)
     for path in sorted(directory.glob("step-*")):
         if path not in [info.path for info in found]:
-            warn(f"{path} is not a checkpoint (no {MANIFEST} of its own) and is passed over")
+            warn(f"{path} is skipped: it is not a checkpoint (no {MANIFEST} of its own)")
     failure: CheckpointError | None = None
     if not found and (others := sorted(path.name for path in directory.glob("step-*"))):
         raise CheckpointError(
@@ -141,10 +145,10 @@ def load_latest(
         except NewerSchemaError:
             raise
         except CheckpointError as error:
-            warn(f"CHECKPOINT DAMAGED, going back to the one before step {info.step}: {error}")
+            warn(f"CHECKPOINT CORRUPT, going back to the one before step {info.step}: {error}")
             failure = error
         else:
             return loaded
     if failure is not None:
-        raise CheckpointError(f"all {len(found)} checkpoints in {directory} are damaged; the oldest: {failure}")
+        raise CheckpointError(f"all {len(found)} checkpoints in {directory} are corrupt; the oldest: {failure}")
     return None

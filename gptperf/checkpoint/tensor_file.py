@@ -1,8 +1,12 @@
-"""One safetensors file: streamed out of tensors wherever they lie, read through the library's own parser.
+"""One safetensors file of a checkpoint: written in chunks from any device, read by the safetensors library.
 
-Written here and not by `safetensors.torch.save_file`, which refuses overlapping views of one storage and
-writes in one call: no hash on the way, and all of a GPU's tensors copied to the host at once.
+`safetensors.torch.save_file` does not write these files for two reasons. It refuses overlapping views of one storage,
+which the parameters of a flat bucket may be. It also writes in one call, so the bytes cannot be hashed as they are
+written, and all tensors of a GPU are copied to the host at once.
 Format: https://github.com/huggingface/safetensors#format
+
+A rank that holds only a part of a tensor stores the part as a flat tensor named `NAME@START:SHAPE` (`part_name`);
+`join` puts the parts of all ranks together.
 """
 
 import json
@@ -23,7 +27,9 @@ __all__ = ["Part", "check_finite", "header", "join", "part_name", "parts", "read
 __all__ += ["write_tensors"]
 
 HEADER_LIMIT = 1 << 24
+"""Longest header in bytes."""
 CHUNK = 1 << 24
+"""Bytes that are copied to the host and written at a time."""
 _PART = re.compile(r"(.+)@(\d+):(\d+(?:x\d+)*)", re.ASCII)
 _DTYPES = {
     torch.float64: "F64",
@@ -40,16 +46,17 @@ _DTYPES = {
 
 
 def tensor_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Bytes of these tensors, by file stem and name; the files are longer by their headers."""
+    """Returns the bytes of tensors by file stem and name, without the headers of their files."""
     return sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
 
 
 def check_finite(stem: str, named: Mapping[str, Tensor]) -> None:
-    """The final gate of a save. `aminmax` propagates NaN and allocates nothing.
+    """Checks that every element is finite, so that no checkpoint holds a NaN or an infinity.
 
     Raises:
-        NonFiniteError: Names the tensor.
+        NonFiniteError: An element is not; the message names the tensor.
     """
+    # aminmax propagates NaN, and allocates no tensor of the input's size as isfinite does.
     for name, tensor in named.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
@@ -58,18 +65,18 @@ def check_finite(stem: str, named: Mapping[str, Tensor]) -> None:
 
 
 def header(stem: str, named: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """Order of the tensors in the file, and the bytes before the first of them.
+    """Returns the names of the tensors in the order of the file, and the bytes before the first tensor.
 
     Raises:
-        CheckpointError: A name, a dtype or a layout that cannot be stored.
+        CheckpointError: A name, a dtype or a layout cannot be stored, or the header is longer than `HEADER_LIMIT`.
     """
     for name, tensor in named.items():
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
                 f"tensor {name!r} of {stem!r} is {tensor.layout} {tensor.dtype} on {tensor.device}; "
-                f"wanted a dense one of {', '.join(_DTYPES.values())}"
+                f"wanted a dense tensor of one of {', '.join(_DTYPES.values())}"
             )
-    # Wide elements first, as safetensors itself writes: each tensor then starts aligned to its elements.
+    # Wide elements come first, as in files of the library: every tensor then starts at a multiple of its element size.
     names = sorted(named, key=lambda name: (-named[name].element_size(), name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -95,17 +102,17 @@ def write_tensors(
     half: Callable[[], None] = lambda: None,
     written: Callable[[], None] = lambda: None,
 ) -> FileRecord:
-    """Write and sync one file; at most 16 MiB, or one tensor that is not contiguous, are copied at a time.
+    """Writes and syncs one file, and copies at most `CHUNK` bytes, or one non-contiguous tensor, at a time.
 
     Args:
-        path: The new file.
-        named: Tensors on any device; views of one storage, overlapping or not, become tensors of their own.
-        head: What `header` returned for them.
+        path: Path of the new file.
+        named: Tensors on any device. Views of one storage, overlapping or not, become separate tensors.
+        head: What `header` returned for these tensors.
         half: Called when half of the file is written.
-        written: Called before the sync.
+        written: Called when the file is written, before the sync.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The file cannot be created, written or synced.
     """
     names, start = head
 
@@ -113,63 +120,68 @@ def write_tensors(
         yield start
         for name in names:
             flat = named[name].detach().contiguous().reshape(-1).view(torch.uint8)
-            for piece in flat.split(CHUNK):
-                yield memoryview(piece.cpu().numpy())
+            for chunk in flat.split(CHUNK):
+                yield memoryview(chunk.cpu().numpy())
 
     total = len(start) + tensor_bytes({path.stem: named})
     return write_file(path, chunks(), total, half=half, written=written)
 
 
 def part_name(name: str, shape: Sequence[int], start: int) -> str:
-    """Under which elements of a tensor are stored, flat, when a file has not all of them."""
+    """Returns the name in a file of the elements of a tensor from `start` on, where the file has not all of them."""
     return f"{name}@{start}:{'x'.join(map(str, shape))}"
 
 
 def join(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Whole tensors, of tensors and parts of them.
+    """Puts parts of tensors together; whole tensors are returned unchanged.
+
+    Args:
+        named: Tensors by their names in the files of a stem: plain names, or names of `part_name`.
+        where: What the error message names.
 
     Raises:
-        CheckpointError: parts are missing, or overlap.
+        CheckpointError: Parts of a tensor are missing or overlap.
     """
     whole: dict[str, Tensor] = {}
-    parts: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+    parts_of: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
     for name, tensor in named.items():
         found = _PART.fullmatch(name)
         if found is None:
             whole[name] = tensor
         else:
-            parts.setdefault((found[1], found[3]), []).append((int(found[2]), tensor))
-    for (name, text), pieces in parts.items():
+            parts_of.setdefault((found[1], found[3]), []).append((int(found[2]), tensor))
+    for (name, text), found_parts in parts_of.items():
         shape = [int(size) for size in text.split("x")]
-        pieces.sort(key=lambda piece: piece[0])
-        at = 0
-        for start, tensor in pieces:
-            if start != at or name in whole:
-                raise CheckpointError(f"{where}: elements {at} to {start} of {name!r} are missing or there twice")
-            at += tensor.numel()
-        if at != math.prod(shape):
-            raise CheckpointError(f"{where}: found {at} elements of {name!r}, wanted {math.prod(shape)}")
-        whole[name] = torch.cat([tensor for _, tensor in pieces]).view(shape)
+        found_parts.sort(key=lambda part: part[0])
+        end = 0  # of the elements so far
+        for start, tensor in found_parts:
+            if start != end or name in whole:
+                raise CheckpointError(f"{where}: elements {end} to {start} of {name!r} are missing or stored twice")
+            end += tensor.numel()
+        if end != math.prod(shape):
+            raise CheckpointError(f"{where}: found {end} elements of {name!r}, wanted {math.prod(shape)}")
+        whole[name] = torch.cat([tensor for _, tensor in found_parts]).view(shape)
     return whole
 
 
 class Part(NamedTuple):
-    """Elements of a tensor that a file holds."""
+    """Consecutive elements of a tensor that a file holds: all of them, or the part that one rank wrote."""
 
     name: str
+    """Name of the whole tensor."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
-    """First element."""
+    """Index of the first element in the flattened tensor."""
     values: Tensor
-    """Flat."""
+    """The elements, flat."""
 
 
 def parts(path: Path) -> Iterator[Part]:
-    """The tensors of a file that was verified, one after another; each is part of the file until the next one.
+    """Yields the tensors of a verified file, one after another; `values` maps the file and is valid until the next.
 
     Raises:
-        CheckpointError: It is no safetensors file.
+        CheckpointError: The file is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as opened:
@@ -180,14 +192,14 @@ def parts(path: Path) -> Iterator[Part]:
                 else:
                     yield Part(found[1], tuple(map(int, found[3].split("x"))), int(found[2]), tensor.reshape(-1))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file that gptperf wrote: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file that gptperf wrote: {error}") from error
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    """Read a file that was verified, into memory of its own.
+    """Reads a verified file into new memory on `device`.
 
     Raises:
-        CheckpointError: It is no safetensors file, or its header is longer than gptperf writes.
+        CheckpointError: The file is not a safetensors file, or its header is longer than gptperf writes.
     """
     try:
         with open(open_regular(path), "rb") as stream:
@@ -195,10 +207,10 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         if length > HEADER_LIMIT:
             raise CheckpointError(f"{path} announces a header of {length} bytes; wanted at most {HEADER_LIMIT}")
         with safe_open(path, framework="pt") as opened:
-            # `copy` ends the mapping of the file: a file cut short later would be a SIGBUS.
+            # The copy leaves no tensor on the mapped file: if the file is truncated later, reading it is a SIGBUS.
             names = list(opened.keys())
             return {name: opened.get_tensor(name).to(device, copy=True) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no safetensors file that gptperf wrote: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file that gptperf wrote: {error}") from error

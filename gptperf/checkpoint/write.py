@@ -1,11 +1,11 @@
-"""Checkpoints: atomic to save, verified before use, free of pickle.
+"""Saving checkpoints atomically, and deleting old ones.
 
-    DIRECTORY/step-00000042/   a safetensors file a group of tensors and process, state.json, MANIFEST.json
-    DIRECTORY/index.jsonl      what was saved when, for people; nothing reads it
+    DIRECTORY/step-00000042/   safetensors files (one a group of tensors and rank), state.json, MANIFEST.json
+    DIRECTORY/index.jsonl      what was saved when, for people; no code reads it
 
-`save` writes and syncs every file in `.tmp-00000042-NONCE` and renames that directory: `step-*` is complete
-or absent whatever kills the process. `MANIFEST.json` holds the bytes and the SHA-256 of every file and seals
-itself; `load` hands out nothing that it has not checked. The newest checkpoint is computed, never a link.
+`save` writes and syncs every file in `.tmp-00000042-NONCE`, then renames that directory. So `step-*` is complete or
+absent, whatever kills the process. `MANIFEST.json` holds the bytes and the SHA-256 of every file, and of itself.
+No link names the newest checkpoint: it is the one of the greatest step.
 """
 
 import errno
@@ -17,43 +17,20 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
 
 from torch import Tensor
 
-from gptperf.checkpoint.manifest import (
-    MANIFEST,
-    SET_ASIDE,
-    STATE,
-    STEM,
-    CheckpointInfo,
-    best_of,
-    has_all_bytes,
-    list_checkpoints,
-    seal,
-    state_text,
-)
-from gptperf.checkpoint.tensor_file import (
-    check_finite,
-    header,
-    write_tensors,
-)
+from gptperf.checkpoint.listing import SET_ASIDE, CheckpointInfo, best_of, has_all_bytes, list_checkpoints
+from gptperf.checkpoint.manifest import MANIFEST, STATE, STEM, seal
+from gptperf.checkpoint.strict_json import JSON, state_text
+from gptperf.checkpoint.tensor_file import check_finite, header, write_tensors
 from gptperf.distributed.agreement import Alone, Peers, together
 from gptperf.errors import CheckpointError, DiskError, NonFiniteError
-from gptperf.files import (
-    FileRecord,
-    append_line,
-    delete,
-    make_directory,
-    sync_directory,
-    write_file,
-)
+from gptperf.files import FileRecord, append_line, delete, make_directory, sync_directory, write_file
 
-__all__ = ["FAILPOINTS", "JSON", "clean", "prune", "save"]
-
-JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+__all__ = ["FAILPOINTS", "clean", "prune", "save"]
 
 FAILPOINTS = (
     "tmp_made",
@@ -74,7 +51,7 @@ FAILPOINTS = (
     "prune_half_deleted",
     "pruned",
 )
-"""Where `GPTPERF_FAILPOINT=save.N` (N from 1) kills `save`, or `save.N:enospc` finds the disk full."""
+"""Points of a save. `GPTPERF_FAILPOINT=save.N` kills the process at point N, from 1; `save.N:enospc` fills the disk."""
 
 
 def save(
@@ -87,38 +64,36 @@ def save(
     metric: float | None = None,
     peers: Peers | None = None,
 ) -> Path:
-    """Save one step; afterwards the disk holds the whole checkpoint, or what it held before.
+    """Saves one step. Afterwards the disk holds the whole checkpoint, or what it held before.
 
-    Several processes, on a file system that they share, write their tensors side by side; the first one seals and
-    renames when all have. What one of them cannot do fails for all.
+    Collective: every rank of `peers` must call it with its own tensors. The ranks share a file system and write their
+    files side by side; when all have written, rank 0 seals the manifest and renames the directory. An error of one rank
+    is raised on every rank.
 
     Args:
-        directory: Where the checkpoints of the run lie; made if absent. The caller holds its `RunLock`.
-        step: Names the checkpoint; a complete one of the same step is replaced.
-        tensors: File stem ("model", "optimizer") to named tensors, on any device; views of a shared storage
-            are welcome. At most 16 MiB, or one tensor that is not contiguous, are copied at a time.
+        directory: Directory of the checkpoints of the run; it is made if absent. The caller holds its `RunLock`.
+        step: Step of the checkpoint; a complete checkpoint of the same step is replaced.
+        tensors: File stem ("model", "optimizer") to named tensors on any device. Views may share a storage. At most
+            16 MiB, or one non-contiguous tensor, are copied at a time.
         state: JSON values; a float comes back with the same bits.
-        keep: How many of the newest checkpoints stay, beside the best one and this one.
-        metric: Lower is better, for `best`.
-        peers: who saves besides; default: nobody.
+        keep: Number of the newest checkpoints that stay; the best one and this one stay as well.
+        metric: Value for `best`; lower is better.
+        peers: The ranks that save together; None for a single process.
 
     Returns:
-        The checkpoint's directory.
+        Directory of the checkpoint.
 
     Raises:
         NonFiniteError: A tensor, a float of `state` or `metric` is not finite; nothing was written.
-        DiskError: The disk is full or cannot be written; the earlier checkpoints are untouched.
-        CheckpointError: A value cannot be stored: a dtype, a name, a type that JSON lacks.
+        DiskError: The disk is full or cannot be written; the earlier checkpoints are unchanged.
+        CheckpointError: A value cannot be stored: a dtype, a name, or a type that JSON does not have.
     """
-    hit = _failpoints()
     if not 0 <= step < 10**18 or keep < 1:
         raise ValueError(f"step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
-    text = state_text(state)
-    peers = peers or Alone()
-    failed = f"saving step {step} in {directory}"
-    suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
+    hit, text = _failpoints(), state_text(state)
+    peers, failed = peers or Alone(), f"saving step {step} in {directory}"
     headers = {}
     with together(peers, failed):
         for stem, named in tensors.items():
@@ -126,31 +101,51 @@ def save(
                 raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
             headers[stem] = header(stem, named)
             check_finite(stem, named)
-    directory = Path(directory)
-    nonce = peers.exchange(secrets.token_hex(4))[0]
-    tmp = directory / f".tmp-{step:08d}-{nonce}"
-    final = directory / f"step-{step:08d}"
+    nonce = peers.exchange(secrets.token_hex(4))[0]  # every rank takes the name that rank 0 has drawn
+    tmp, final = Path(directory) / f".tmp-{step:08d}-{nonce}", Path(directory) / f"step-{step:08d}"
+
+    def publish(files: list[FileRecord]) -> None:
+        _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
+
     try:
-        with together(peers, failed):
-            if peers.rank == 0:
-                make_directory(directory)
-                tmp.mkdir(mode=0o700)
-                hit("tmp_made")
-        files = []
-        with together(peers, failed):
-            for stem, named in tensors.items():
-                half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
-                path = tmp / f"{stem}{suffix}.safetensors"
-                files.append(write_tensors(path, named, headers[stem], half=half, written=written))
-                hit("tensors_synced")
-        files = [file for part in peers.exchange(files) for file in part]
-        with together(peers, failed):
-            if peers.rank == 0:
-                _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
+        _write_together(tmp, tensors, headers, peers, failed, publish, hit)
     finally:
         if peers.rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
+            shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is no such directory
     return final
+
+
+def _write_together(
+    tmp: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    headers: Mapping[str, tuple[list[str], bytes]],
+    peers: Peers,
+    failed: str,
+    publish: Callable[[list[FileRecord]], None],
+    hit: Callable[[str], None],
+) -> None:
+    """Writes the tensor files of every rank into `tmp`; rank 0 then calls `publish` with all of them.
+
+    Each `together` is a barrier that raises the error of any rank on every rank, with `failed` as its start.
+    """
+    suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
+    with together(peers, failed):
+        if peers.rank == 0:
+            make_directory(tmp.parent)
+            tmp.mkdir(mode=0o700)
+            hit("tmp_made")
+    files = []
+    with together(peers, failed):
+        for stem, named in tensors.items():
+            half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
+            path = tmp / f"{stem}{suffix}.safetensors"
+            files.append(write_tensors(path, named, headers[stem], half=half, written=written))
+            hit("tensors_synced")
+    # The manifest is sealed only now, when every file of every rank is synced.
+    files = [file for part in peers.exchange(files) for file in part]
+    with together(peers, failed):
+        if peers.rank == 0:
+            publish(files)
 
 
 def _seal_and_publish(
@@ -163,7 +158,12 @@ def _seal_and_publish(
     keep: int,
     hit: Callable[[str], None],
 ) -> None:
-    """Make a checkpoint of the files that all processes have written."""
+    """Completes the checkpoint in `tmp`, renames it to `final` and deletes old checkpoints.
+
+    The order is what makes a save atomic. The manifest is written last, so a directory with a manifest has all its
+    files; the directory is synced before the rename, so that no file can be missing from it after a power cut; and old
+    checkpoints are deleted only when the new one is durable.
+    """
     directory, nonce = final.parent, tmp.name.rpartition("-")[2]
     files = [*files, write_file(tmp / STATE, [text], len(text), half=lambda: hit("state_half_written"))]
     hit("state_synced")
@@ -185,9 +185,9 @@ def _seal_and_publish(
 
 
 def prune(directory: Path, *, keep: int) -> list[str]:
-    """Delete all but the newest `keep` checkpoints and the best one; returns the deleted names.
+    """Deletes all checkpoints but the newest `keep` and the best one, and returns the deleted names.
 
-    A checkpoint whose files lack bytes is not counted, so that `keep` usable ones stay.
+    A checkpoint with a missing or short file does not count, so that `keep` usable ones stay.
 
     Raises:
         DiskError: The directory cannot be written.
@@ -201,12 +201,12 @@ def prune(directory: Path, *, keep: int) -> list[str]:
 
 
 def clean(directory: Path) -> list[str]:
-    """Remove what killed saves left behind, and put back a checkpoint that one had set aside.
+    """Removes what killed saves left, and gives a checkpoint that a killed save had set aside its name back.
 
-    To be called at the start of a run that holds the `RunLock`, by one process.
+    One process calls it, at the start of a run, while it holds the `RunLock`.
 
     Returns:
-        The names that are gone.
+        The names that no longer exist.
 
     Raises:
         DiskError: The directory cannot be written.
@@ -231,7 +231,7 @@ def clean(directory: Path) -> list[str]:
 
 
 def _failpoints() -> Callable[[str], None]:
-    """Read `GPTPERF_FAILPOINT` and return the function that `save` calls at each point."""
+    """Returns the function that `save` calls at each of its points, according to `GPTPERF_FAILPOINT`."""
     text = os.environ.get("GPTPERF_FAILPOINT", "")
     if not text.startswith("save."):
         return lambda name: None
@@ -250,10 +250,10 @@ def _failpoints() -> Callable[[str], None]:
 
 
 def _publish(tmp: Path, final: Path, aside: Path, hit: Callable[[str], None]) -> None:
-    """Rename the complete `tmp` to `final`; a checkpoint that is there gives way only now.
+    """Renames the complete `tmp` to `final`; an older checkpoint of the same step is renamed to `aside` first.
 
-    rename(2) does not replace a directory that has entries, so the old one steps aside first. Between the two
-    renames `checkpoints` finds it under that name, and `clean` puts it back.
+    rename(2) does not replace a directory that has entries. Between the two renames `checkpoints` lists the older one
+    under its other name, and `clean` renames it back.
     """
     replaces = os.path.lexists(final)
     try:
@@ -273,6 +273,7 @@ def _publish(tmp: Path, final: Path, aside: Path, hit: Callable[[str], None]) ->
 
 
 def _prune(directory: Path, keep: int, saved: Path | None, hit: Callable[[str], None]) -> list[str]:
+    """Deletes old checkpoints, but not `saved`; see `prune`."""
     whole: list[CheckpointInfo] = []
     doomed: list[CheckpointInfo] = []
     for info in reversed(list_checkpoints(directory)):
@@ -289,7 +290,7 @@ def _prune(directory: Path, keep: int, saved: Path | None, hit: Callable[[str], 
         os.rename(info.path, trash[-1])
         hit("prune_renamed")
     if trash:
-        sync_directory(directory)  # a half deleted directory must not come back under its old name
+        sync_directory(directory)  # a half deleted checkpoint must not have its old name after a power cut
     for path in trash:
         delete(path, lambda: hit("prune_half_deleted"))
         hit("pruned")

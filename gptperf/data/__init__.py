@@ -1,1 +1,1 @@
-"""Text to batches: tokenizers, the shard format, preparation, the resumable loader, an n-gram baseline."""
+"""From text to batches: sources, tokenizers, the shard format, preparation, the loader, and an n-gram baseline."""

@@ -1,9 +1,8 @@
-"""The one shard format: the header of a shard and the manifest of a data set.
+"""The shard format: the header of a shard and the manifest of a data set.
 
-A data set is a folder: `manifest.json` and the shards `train_00000.bin`, `val_00000.bin`, ... A shard is a
-header of 64 bytes, little-endian, and its tokens as uint16 or uint32; the shards of a split, in the
-manifest's order, are one stream of tokens in which every document is followed by the tokenizer's `eot`. A
-document may span shards.
+A data set is a folder with `manifest.json` and the shards `train_00000.bin`, `val_00000.bin`, ... A shard is a header
+of 64 bytes and its tokens as uint16 or uint32, all little-endian. The shards of a split, in the manifest's order, are
+one stream of tokens in which the tokenizer's `eot` follows every document. A document may span shards.
 
     offset  size  header field
          0     8  magic, b"GPTPERF\\0"
@@ -14,8 +13,8 @@ document may span shards.
         32     8  largest token id
         40    24  zeros
 
-The manifest's `sha256` is over the tokens alone (the header is known only at the end, and each field of it is
-compared with the manifest).
+The `sha256` of a shard in the manifest covers its tokens only: the header is known only when the shard is complete, and
+each of its fields is compared with the manifest.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ __all__ = [
     "HEADER_BYTES",
     "Header",
     "MANIFEST",
-    "Manifest",
+    "DatasetManifest",
     "SCHEMA_VERSION",
     "SPLITS",
     "Shard",
@@ -62,50 +61,59 @@ class Header:
     """The first 64 bytes of a shard."""
 
     itemsize: int
+    """Bytes of a token."""
     tokens: int
     documents: int
+    """Documents that end in this shard."""
     max_id: int
+    """Largest token id."""
 
     def pack(self) -> bytes:
-        """Return the header's 64 bytes."""
+        """Returns the header's 64 bytes."""
         return _HEADER.pack(MAGIC, SCHEMA_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b"")
 
     @classmethod
     def unpack(cls, data: bytes, where: Path) -> Self:
-        """Read the header of the shard `where` from its first bytes.
+        """Reads the header of the shard `where` from its first bytes.
 
         Raises:
-            DataError: Too short, or wrong magic, version, dtype code or padding.
+            DataError: The data is too short, or the magic, version, dtype code or padding is wrong.
         """
         if len(data) < HEADER_BYTES:
             raise DataError(f"{where}: found {len(data)} bytes, wanted at least the {HEADER_BYTES} of a shard header")
         magic, version, itemsize, tokens, documents, max_id, zeros = _HEADER.unpack(data[:HEADER_BYTES])
         if magic != MAGIC:
-            raise DataError(f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or damaged")
+            raise DataError(f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or corrupt")
         if version != SCHEMA_VERSION:
             raise DataError(f"{where}: found format version {version}, wanted {SCHEMA_VERSION}")
         if itemsize not in (2, 4):
             raise DataError(f"{where}: found dtype code {itemsize}, wanted 2 (uint16) or 4 (uint32)")
         if any(zeros):
-            raise DataError(f"{where}: found non-zero bytes in the header's padding (40..63), wanted zeros: damaged")
+            raise DataError(
+                f"{where}: found non-zero bytes in the header's padding (40..63), wanted zeros: it is corrupt"
+            )
         return cls(itemsize=itemsize, tokens=tokens, documents=documents, max_id=max_id)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One shard as the manifest describes it; `bytes` is the file's size, `sha256` is over its tokens."""
+    """A shard as the manifest describes it."""
 
     file: str
     tokens: int
     documents: int
+    """Documents that end in this shard."""
     max_id: int
+    """Largest token id."""
     bytes: int
+    """Size of the file, with its header."""
     sha256: str
+    """SHA-256 (hex) of the tokens, without the header."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """The training or the validation part of a data set."""
+    """The training or the validation tokens of a data set."""
 
     tokens: int
     documents: int
@@ -114,7 +122,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
-    """The tokenizer that made the ids."""
+    """The tokenizer that made the token ids."""
 
     name: str
     vocab_size: int
@@ -123,28 +131,30 @@ class TokenizerInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The content of `manifest.json`; `split_method` says in words how validation was chosen."""
+class DatasetManifest:
+    """The content of `manifest.json`."""
 
     name: str
     tokenizer: TokenizerInfo
     dtype: str
     source: str
+    """Where the text came from, in words."""
     val_fraction: float
     split_method: str
+    """How the validation documents were chosen, in words."""
     splits: dict[str, Split]
 
     def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
+        """Returns the text of `manifest.json`."""
         head = {"format": FORMAT, "schema_version": SCHEMA_VERSION}
         return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read and check `manifest.json` of the data set in the folder `path`.
+def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
+    """Reads and checks `manifest.json` of the data set in the folder `path`.
 
     Raises:
-        DataError: Missing, not JSON, of another format or a newer schema, or a field is missing or wrong.
+        DataError: The file is missing, not JSON, of another format or schema, or has a missing or wrong field.
     """
     where = Path(path) / MANIFEST
     try:
@@ -168,7 +178,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     splits = _get(data, "splits", dict, where)
     if set(splits) != set(SPLITS):
         raise DataError(f"{where}: splits: found {sorted(splits)}, wanted {list(SPLITS)}")
-    return Manifest(
+    return DatasetManifest(
         tokenizer=TokenizerInfo(**_fields(TokenizerInfo, _get(data, "tokenizer", dict, where), where)),
         dtype=dtype,
         splits={name: _read_split(_get(splits, name, dict, where), DTYPES[dtype], where) for name in SPLITS},
@@ -197,7 +207,7 @@ def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Spli
     for key in ("tokens", "documents"):
         total = sum(getattr(shard, key) for shard in shards)
         if getattr(split, key) != total:
-            raise DataError(f"{where}: {key}: found {getattr(split, key)} in a split, wanted its shards' sum {total}")
+            raise DataError(f"{where}: {key}: found {getattr(split, key)} in a split, wanted {total} as in its shards")
     return split
 
 

@@ -1,126 +1,58 @@
-"""Batches that depend on nothing but the seed and the step, prefetched by one thread.
+"""Batches of training, prefetched by one thread, and the fixed batches of validation.
 
-The order of the data is a pure function (`BatchOrder`), so there is no loader state to save: a run resumes at
-step k by starting at step k, and the tokens of a step are the same on any number of GPUs. An epoch is a
-permutation of disjoint blocks; the grid of blocks is shifted by another offset in each epoch.
+The order of the data is a pure function of seed and sample number (`order.BatchOrder`), so the loader has no state to
+save: a run resumes at step k by starting at step k, and the tokens of a step are the same on any number of GPUs.
 """
 
 import collections
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from gptperf.data.order import BatchOrder, Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
-__all__ = ["BatchOrder", "Loader", "validation_batches"]
+__all__ = ["Loader", "validation_batches"]
 
-Offsets = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-
-_FEISTEL_ROUNDS = 6
-"""Four rounds are a strong pseudorandom permutation for an ideal round function (Luby and Rackoff, 1988); six
-leave room for a half of few bits."""
 _ORDER_CHUNK = 4096
-"""Samples whose order is computed at once: numpy's overhead of ~150 us a call becomes 0.04 us a sample."""
-
-
-class BatchOrder:
-    """The order in which training reads a stream of tokens: sample number -> token offset.
-
-    Sample g is block `g % n_blocks`, permuted, of epoch `g // n_blocks`. Block i of an epoch covers the
-    tokens `offset + i * block_size + [0, block_size]`: its inputs, and one more for the last target. The
-    offset, in [0, block_size), and the permutation, a keyed Feistel network with cycle walking, are derived
-    from seed and epoch.
-
-    Args:
-        tokens: Length of the stream.
-        block_size: Inputs of a sample.
-        seed: Any integer; taken modulo 2**64.
-
-    Raises:
-        DataError: The stream has fewer than 2 * block_size tokens, which hold one block at every offset.
-    """
-
-    def __init__(self, tokens: int, block_size: int, seed: int) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size: found {block_size}, wanted at least 1")
-        self.block_size = block_size
-        self.n_blocks = (tokens - block_size) // block_size
-        if self.n_blocks < 1:
-            raise DataError(
-                f"training data: found {tokens} tokens, wanted at least 2 * block_size = {2 * block_size}; "
-                f"use more text or block_size <= {tokens // 2}"
-            )
-        self._seed = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))
-        bits = (self.n_blocks - 1).bit_length()  # the network permutes [0, 2**bits), less than twice n_blocks
-        self._low_bits = np.uint64(bits // 2)
-        self._low_mask = np.uint64((1 << bits // 2) - 1)
-        self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-
-    def offset(self, epoch: int) -> int:
-        """Return the first token of the epoch's grid of blocks, in [0, block_size)."""
-        return int(self.offsets(np.array([epoch * self.n_blocks], np.int64))[0]) % self.block_size
-
-    def offsets(self, samples: Offsets) -> Offsets:
-        """Return the first token of each sample number, (n,) int64 -> (n,) int64."""
-        epochs, blocks = np.divmod(samples.astype(np.uint64), np.uint64(self.n_blocks))
-        counter = np.arange(_FEISTEL_ROUNDS + 1, dtype=np.uint64)[:, None]
-        keys = _mix(_mix(self._seed ^ epochs) + counter)  # (1 + rounds, n)
-        grid = keys[0] % np.uint64(self.block_size)
-        return (grid + self._permute(blocks, keys[1:]) * np.uint64(self.block_size)).astype(np.int64)
-
-    def _permute(self, blocks: Words, keys: Words) -> Words:
-        values = self._feistel(blocks, keys)
-        # Cycle walking (Black and Rogaway, 2002): values beyond the range go round again, less than half
-        # of them each time on average.
-        while len(beyond := np.flatnonzero(values >= self.n_blocks)):
-            values[beyond] = self._feistel(values[beyond], keys[:, beyond])
-        return values
-
-    def _feistel(self, values: Words, keys: Words) -> Words:
-        low, high = values & self._low_mask, values >> self._low_bits
-        for i in range(0, _FEISTEL_ROUNDS, 2):
-            high = high ^ (_mix(low ^ keys[i]) & self._high_mask)
-            low = low ^ (_mix(high ^ keys[i + 1]) & self._low_mask)
-        return (high << self._low_bits) | low
+"""Samples whose order is computed at once: the overhead of ~150 us per call becomes 0.04 us per sample."""
 
 
 class Loader:
-    """Iterate over a rank's micro-batches of training, for ever, from step `start_step` on.
+    """Yields the micro-batches of a rank without end, from step `start_step` on.
 
-    Global micro-batch m of step s holds the samples `(s * micro_batches + m) * batch_size + [0, batch_size)`
-    of the order, and rank r of w takes m = r, r + w, r + 2w, ...: the content of a step does not depend on w.
+    Micro-batch m of step s of the whole job holds the samples `(s * micro_batches + m) * batch_size + [0, batch_size)`
+    of the order. Rank r of w takes m = r, r + w, r + 2w, ..., so the content of a step does not depend on w.
 
-    Each item is a new torch.int64 tensor of shape (2, batch_size, block_size): inputs, and the tokens that
-    follow them. One daemon thread reads ahead; its errors are raised by the iteration. No global random state
-    is touched.
+    Each item is a new int64 tensor (2, B, T): the inputs, and for each input the token that follows it. One daemon
+    thread reads ahead; the iteration raises its errors. No global random state is read or changed.
 
     Args:
-        source: The tokens; used by the prefetch thread until `close`.
+        source: The tokens; the prefetch thread reads them until `close`.
         block_size: T, tokens of a sequence.
         batch_size: B, sequences of a micro-batch.
         micro_batches: Micro-batches of a step of the whole job.
         seed: Seed of the order.
-        rank: This process among the job's.
-        world_size: Number of processes.
-        start_step: The first step to yield.
-        pin_memory: Allocate in page-locked memory, for asynchronous copies to the GPU.
-        prefetch: Micro-batches to keep ready.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        start_step: First step to yield.
+        pin_memory: Whether batches are in page-locked memory, for asynchronous copies to the GPU.
+        prefetch: Number of micro-batches that are kept ready.
         timeout_s: Longest wait for one micro-batch.
 
     Attributes:
+        order: Order of the samples.
         wait_s: Seconds that the consumer has waited for data so far.
 
     Raises:
         ValueError: `micro_batches` is not divisible by `world_size`, or a count is not positive.
-        DataError: The data is too short; later, a damaged shard, or no batch within `timeout_s`.
+        DataError: The data is too short. While iterating: a shard is corrupt, or no batch came within `timeout_s`.
     """
 
     def __init__(
@@ -155,7 +87,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._start_step = start_step
-        # A new thread starts on GPU 0: without this every rank would open a context there.
+        # The current device of a new thread is GPU 0: without this every rank would create a context there.
         self._device = torch.cuda.current_device() if pin_memory else None
         self._timeout_s = timeout_s
         self._ready: collections.deque[torch.Tensor] = collections.deque()
@@ -170,7 +102,7 @@ class Loader:
         return self
 
     def __next__(self) -> torch.Tensor:
-        """Return the next micro-batch, (2, B, T) int64, in the order of steps."""
+        """Returns the next micro-batch, (2, B, T) int64."""
         begin = time.perf_counter()
         with self._changed:
             arrived = self._changed.wait_for(
@@ -179,7 +111,7 @@ class Loader:
             self.wait_s += time.perf_counter() - begin
             if self._closed:
                 raise RuntimeError("the loader is closed")
-            if self._ready:  # batches before the error are good ones
+            if self._ready:  # batches from before an error are good
                 batch = self._ready.popleft()
                 self._changed.notify_all()
                 return batch
@@ -187,12 +119,11 @@ class Loader:
                 raise self._error
             assert not arrived
         raise DataError(
-            f"{self._source.path}: found no batch within {self._timeout_s:g} s, wanted one: the storage is "
-            "slow or stuck"
+            f"{self._source.path}: found no batch within {self._timeout_s:g} s: the storage is slow or stuck"
         )
 
     def close(self) -> None:
-        """Stop the prefetch thread and drop what it has read; a read that is stuck is left behind."""
+        """Stops the prefetch thread and drops its batches; a thread in a read that does not return is left running."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -202,12 +133,11 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _produce(self) -> None:
+        """Reads batches ahead, in the prefetch thread, until `close`."""
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
@@ -220,17 +150,17 @@ class Loader:
                         return
                     self._ready.append(batch)
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - handed over whole: the consumer raises it
+        except BaseException as error:  # noqa: BLE001 - the consumer raises it unchanged
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _micro_batch_offsets(self) -> Iterator[Offsets]:
-        """Yield the token offsets of this rank's micro-batches, (B,) int64, without end."""
+        """Yields the token offsets of this rank's micro-batches, (B,) int64, without end."""
         per_step = self._micro_batches // self._world_size
         within = np.arange(self._batch_size, dtype=np.int64)
         chunk = max(1, _ORDER_CHUNK // self._batch_size)
-        first = self._start_step * per_step  # number of a micro-batch among this rank's
+        first = self._start_step * per_step  # index among the micro-batches of this rank, over all steps
         while True:
             step, index = np.divmod(np.arange(first, first + chunk, dtype=np.int64), per_step)
             micro_batch = step * self._micro_batches + self._rank + index * self._world_size
@@ -248,11 +178,11 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[torch.Tensor]:
-    """Yield this rank's share of the fixed validation batches, (2, B, T) int64: inputs and targets.
+    """Yields this rank's share of the fixed validation batches, (2, B, T) int64: inputs and targets.
 
-    The batches are disjoint blocks, evenly spread over the split and the same in every run; batch i goes to
-    rank `i % world_size`, so a rank may have one batch fewer than another (or none). Only a split of fewer than
-    `batch_size` blocks gives a smaller batch.
+    The batches are disjoint blocks, evenly spread over the split, and the same in every run. Batch i belongs to rank
+    `i % world_size`, so a rank may have one batch less than another one, or none. A split with fewer than `batch_size`
+    blocks gives one smaller batch.
 
     Raises:
         ValueError: A count is not positive, or the rank is out of range.
@@ -264,8 +194,7 @@ def validation_batches(
     if available < 1:
         raise DataError(
             f"{source.path}: found {len(source)} tokens in the split {source.split!r}, wanted at least "
-            f"block_size + 1 = {block_size + 1}; use more text, a larger --val_fraction or a smaller "
-            "block_size"
+            f"block_size + 1 = {block_size + 1}; use more text, a larger --val_fraction or a smaller block_size"
         )
     batch_size = min(batch_size, available)
     count = min(max_batches, available // batch_size) * batch_size
@@ -276,20 +205,13 @@ def validation_batches(
 
 
 def _read_batch(source: TokenSource, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool) -> torch.Tensor:
+    """Reads the blocks at `offsets` through the buffer `rows`, (B, T + 1), into a new tensor (2, B, T) int64."""
     source.read_rows(offsets, rows)
     batch = torch.empty((2, rows.shape[0], rows.shape[1] - 1), dtype=torch.int64, pin_memory=pin_memory)
     view = batch.numpy()
     view[0] = rows[:, :-1]
     view[1] = rows[:, 1:]
     return batch
-
-
-def _mix(words: Words) -> Words:
-    """Return splitmix64 (Steele, Lea and Flood, 2014) of each word: every bit affects every other."""
-    words = words + np.uint64(0x9E37_79B9_7F4A_7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _check_counts(**counts: int) -> None:

@@ -1,12 +1,12 @@
-"""Losses of unigram, bigram and trigram models: what a language model must beat to have learnt more than
-counts.
+"""Losses of unigram, bigram and trigram models, the baselines of a language model of bytes.
 
-Smoothing is Witten and Bell's (1991), interpolated: with `count` and `types` (distinct successors) of a
-context h,
+They are smoothed by the interpolated method of Witten and Bell (1991). For a context h with `count(h)` occurrences and
+`types(h)` distinct successors,
 
     p(c | h) = (count(h, c) + types(h) * p(c | shorter h)) / (count(h) + types(h))
 
-down to the uniform distribution over the vocabulary. It has no parameter to fit and sums to one.
+and the shortest context has the uniform distribution over the vocabulary. The method has no parameter to fit, and the
+probabilities sum to one.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gptperf.data.shards import TokenSource
 __all__ = ["MAX_VOCAB_SIZE", "NgramLosses", "ngram_losses", "trigram_loss"]
 
 MAX_VOCAB_SIZE = 512
-"""The counts are a dense cube over the ids that occur: 8 bytes * 257**3 = 136 MB at most for bytes."""
+"""The trigram counts are a dense cube over the ids that occur: at most 8 bytes * 257**3 = 136 MB for bytes."""
 _CHUNK = 1 << 23
 
 Array = npt.NDArray[Any]
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NgramLosses:
-    """Validation losses, nats a token: means over the tokens that have the model's whole context."""
+    """Mean validation losses in nats per token, over the tokens that have a whole context of the model."""
 
     unigram: float
     bigram: float
@@ -37,12 +37,12 @@ class NgramLosses:
 
 
 def trigram_loss(train: TokenSource, val: TokenSource) -> float:
-    """Return the trigram loss of `ngram_losses`, nats a token."""
+    """Returns the trigram loss of `ngram_losses` in nats per token."""
     return ngram_losses(train, val).trigram
 
 
 def ngram_losses(train: TokenSource, val: TokenSource) -> NgramLosses:
-    """Count n-grams on `train` and evaluate them on `val`.
+    """Counts n-grams on `train` and evaluates them on `val`.
 
     Raises:
         ValueError: The vocabulary is larger than `MAX_VOCAB_SIZE`, or a split has fewer than 3 tokens.
@@ -68,7 +68,7 @@ def ngram_losses(train: TokenSource, val: TokenSource) -> NgramLosses:
 
 
 class _Level:
-    """The counts of the n-grams of one order, indexed by key: the ids as digits, the newest last."""
+    """Counts of the n-grams of one order, indexed by key: a number whose digits are the ids, the newest id last."""
 
     def __init__(self, source: TokenSource, dense: Array, size: int, order: int) -> None:
         self._counts = np.zeros(size**order, np.int64)
@@ -80,15 +80,20 @@ class _Level:
         self._types = np.count_nonzero(by_context, axis=1)
 
     def interpolate(self, keys: Array, lower: Array) -> Array:
-        """Return p(newest | context), (n,), from keys of this or a higher order and the lower order's p."""
+        """Returns p(newest id | context), (n,).
+
+        Args:
+            keys: Keys of n-grams of this order or a higher one, (n,).
+            lower: Probabilities of the next lower order, (n,).
+        """
         keys = keys % len(self._counts)
         context = keys // self._size
-        weight = self._totals[context] + self._types[context]  # 0 for a context that was never seen
+        weight = self._totals[context] + self._types[context]  # 0 for a context that does not occur
         return np.where(weight > 0, (self._counts[keys] + self._types[context] * lower) / np.maximum(weight, 1), lower)
 
 
 def _dense_ids(*sources: TokenSource) -> tuple[Array, int]:
-    """Number the ids that occur in the sources; return the table id -> number, and how many there are."""
+    """Numbers the ids that occur in the sources; returns the table id -> number, and how many ids occur."""
     present = np.zeros(max(source.max_id for source in sources) + 1, bool)
     for source in sources:
         for tokens in _chunks(source, overlap=0):
@@ -97,7 +102,7 @@ def _dense_ids(*sources: TokenSource) -> tuple[Array, int]:
 
 
 def _keys(source: TokenSource, dense: Array, size: int, order: int) -> Iterator[Array]:
-    """Yield the keys of all n-grams of a source in order, chunk by chunk, (n,) int64."""
+    """Yields the keys of all n-grams of a source in order, chunk by chunk, (n,) int64."""
     for tokens in _chunks(source, overlap=order - 1):
         ids = dense[tokens]
         count = len(ids) - order + 1
@@ -108,7 +113,7 @@ def _keys(source: TokenSource, dense: Array, size: int, order: int) -> Iterator[
 
 
 def _chunks(source: TokenSource, overlap: int) -> Iterator[Array]:
-    """Yield the tokens in pieces of `_CHUNK`, each with the `overlap` tokens after it, (n,)."""
+    """Yields the tokens in chunks of `_CHUNK`, each with the `overlap` tokens after it, (n,)."""
     for begin in range(0, len(source) - overlap, _CHUNK):
         tokens = np.empty(min(_CHUNK + overlap, len(source) - begin), source.dtype)
         source.read_into(begin, tokens)

@@ -1,10 +1,8 @@
-"""Turn text into a data set: the standard library's own sources, a file, a folder, JSON lines, or Hugging
-Face.
+"""Preparing a data set from text: a file, a folder, JSON lines, the standard library, or Hugging Face.
 
-Validation is chosen by content: a document goes to validation when the first 64 bits of its SHA-256, as a
-fraction of 2**64, lie below `val_fraction`. So the split depends neither on the order of the files nor on a
-random state, and copies of a document never lie on both sides. A single text file has one document and is
-split at its tail instead.
+Validation documents are chosen by content: a document is one when the first 64 bits of its SHA-256, divided by 2**64,
+are below `val_fraction`. So the split does not depend on the order of the files or on a random state, and copies of a
+document are always in the same split. A single text file is one document, and its tail is the validation split.
 """
 
 import contextlib
@@ -20,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptperf.data import sources
-from gptperf.data.shards import SPLITS, read_manifest
+from gptperf.data.format import SPLITS, read_manifest
 from gptperf.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from gptperf.data.writer import SHARD_TOKENS, ShardWriter
 from gptperf.errors import DataError
@@ -28,27 +26,35 @@ from gptperf.errors import DataError
 __all__ = ["KNOWN", "prepare", "summary"]
 
 KNOWN = ("python_stdlib", "shakespeare", *sources.HUGGING_FACE)
-"""Data sets with a name of their own."""
+"""Data sets that have a name instead of a path."""
 DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
-"""5% of some hundred documents holds several; the others are nanoGPT's for Shakespeare and OpenWebText."""
+"""Kind of source -> default fraction. 5% of some hundred documents is several; the others are nanoGPT's fractions for
+Shakespeare and OpenWebText."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TAIL, _HASH = "the tail of the text", "documents whose SHA-256 falls below val_fraction"
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 8 << 20
 
 Progress = Callable[[int, int], None]
-"""Called with the documents and the tokens so far."""
+"""Called with the numbers of documents and tokens so far."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What to read and how to split it."""
+class _Source:
+    """A source of text, and how it is split. It has either documents or a single text."""
 
     name: str
+    """Default name of the data set."""
     source: str
-    documents: Callable[[sources.Skipped], Iterator[bytes]] | None = None
+    """Description for the manifest."""
+    documents: Callable[[sources.Skipped], Iterator[bytes]] = lambda skipped: iter(())
+    """Yields the documents and counts the skipped files."""
     text_file: Callable[[], Path] | None = None
+    """Returns the path of a single text."""
     kind: str = "documents"
+    """Key of `DEFAULT_VAL_FRACTION`."""
     has_fields: bool = False
+    """Whether a document is one field of a record."""
 
 
 def prepare(
@@ -65,60 +71,47 @@ def prepare(
     split: str | None = None,
     text_field: str | None = None,
 ) -> Path:
-    """Prepare the data set `what` and return its folder, `data_dir`/`name`.
+    """Prepares the data set `what` and returns its folder, `data_dir`/`name`.
 
     Args:
         what: A name of `KNOWN`, "hf:REPO[:CONFIG]", or the path of a text file, a .jsonl file or a folder.
-        data_dir: Where data sets lie.
-        name: The data set's name; by default that of `what`.
+        data_dir: Folder of data sets.
+        name: Name of the data set; None: that of `what`.
         tokenizer: "byte" or an encoding of tiktoken.
-        val_fraction: Share of validation, 0 to below 1; by default `DEFAULT_VAL_FRACTION` of its kind.
-        overwrite: Replace a data set that is there already.
-        shard_tokens: Tokens a shard.
-        quiet: Print nothing.
-        shakespeare_url: Where "shakespeare" is downloaded from.
-        split: That of a Hugging Face data set; by default "train".
-        text_field: Field of a Hugging Face data set or .jsonl file that has the text; by default "text".
+        val_fraction: Fraction of the validation split, 0 to below 1; None: see `DEFAULT_VAL_FRACTION`.
+        overwrite: Whether an existing data set is replaced.
+        shard_tokens: Number of tokens in a full shard.
+        quiet: Whether nothing is printed.
+        shakespeare_url: URL of "shakespeare".
+        split: Split of a Hugging Face data set; None: "train".
+        text_field: Field of a Hugging Face data set or .jsonl file that has the text; None: "text".
 
     Raises:
-        DataError: `what` is unknown, unreadable or too small to split, or has no split or field; the data set
-            exists; offline.
-        DeviceError: A Hugging Face data set without the package `datasets`.
+        DataError: `what` is unknown, unreadable, too small or lacks the field; the data set exists; a download failed.
+        DeviceError: A Hugging Face data set, and the package `datasets` is not installed.
         DiskError: The disk is full or cannot be written.
     """
     begin = time.perf_counter()
-    plan = _plan(what, data_dir, shakespeare_url, split or "train", text_field or "text")
-    if split is not None and plan.kind != "hub":
-        raise DataError(f"--split: found {split!r}, wanted none: {what} is no Hugging Face data set")
-    if text_field is not None and not plan.has_fields:
-        raise DataError(f"--text_field: found {text_field!r}, wanted none: {what} has no fields")
-    name = plan.name if name is None else name
-    if not _NAME.fullmatch(name):
-        raise DataError(
-            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
-        )
-    fraction = DEFAULT_VAL_FRACTION[plan.kind] if val_fraction is None else val_fraction
-    if not 0 <= fraction < 1:
-        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
-    method = "the tail of the text" if plan.text_file else "documents whose SHA-256 falls below val_fraction"
-    path = Path(data_dir) / name
+    found = _find_source(what, data_dir, shakespeare_url, split or "train", text_field or "text")
+    name = found.name if name is None else name
+    fraction = DEFAULT_VAL_FRACTION[found.kind] if val_fraction is None else val_fraction
+    _check_options(what, found, split, text_field, name, fraction)
+    path, encoder = Path(data_dir) / name, load_tokenizer(tokenizer)
     skipped: sources.Skipped = {}
-    encoder = load_tokenizer(tokenizer)
     writer = ShardWriter(
         path,
         tokenizer=encoder,
-        source=plan.source,
+        source=found.source,
         val_fraction=fraction,
-        split_method=method,
+        split_method=_TAIL if found.text_file else _HASH,
         shard_tokens=shard_tokens,
         overwrite=overwrite,
     )
     with writer, _progress(name, quiet) as progress:
-        if plan.text_file is not None:
-            _write_tail_split(writer, encoder, plan.text_file(), fraction, progress)
+        if found.text_file:
+            _write_tail_split(writer, encoder, found.text_file(), fraction, progress)
         else:
-            assert plan.documents is not None
-            _write_documents(writer, encoder, plan.documents(skipped), fraction, progress)
+            _write_documents(writer, encoder, found.documents(skipped), fraction, progress)
     if not quiet:
         for reason, count in sorted(skipped.items()):
             print(f"skipped {count} files: {reason}")
@@ -126,8 +119,23 @@ def prepare(
     return path
 
 
+def _check_options(
+    what: str, found: _Source, split: str | None, text_field: str | None, name: str, fraction: float
+) -> None:
+    if split is not None and found.kind != "hub":
+        raise DataError(f"--split: found {split!r}, wanted none: {what} is not a Hugging Face data set")
+    if text_field is not None and not found.has_fields:
+        raise DataError(f"--text_field: found {text_field!r}, wanted none: {what} has no fields")
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+        )
+    if not 0 <= fraction < 1:
+        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
+
+
 def summary(path: str | os.PathLike[str], seconds: float) -> str:
-    """Return what the data set in the folder `path` holds, in a few lines; `seconds` is what it took."""
+    """Returns a description of the data set in the folder `path`, in a few lines; `seconds` is the time it took."""
     manifest = read_manifest(path)
     lines = [f"{path}: {manifest.source}; tokenizer {manifest.tokenizer.name}, {manifest.dtype}, {seconds:.1f} s"]
     total = sum(split.tokens for split in manifest.splits.values())
@@ -141,15 +149,15 @@ def summary(path: str | os.PathLike[str], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, split: str, field: str) -> _Plan:
+def _find_source(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, split: str, field: str) -> _Source:
     if what == "python_stdlib":
-        return _Plan(
+        return _Source(
             name=what,
             source=f"standard library of {sources.python_version()}",
             documents=sources.python_stdlib,
         )
     if what == "shakespeare":
-        return _Plan(
+        return _Source(
             name=what,
             source=shakespeare_url,
             text_file=lambda: sources.download_shakespeare(shakespeare_url, data_dir),
@@ -158,7 +166,7 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, spl
     if what in sources.HUGGING_FACE or what.startswith("hf:"):
         repo, config = sources.HUGGING_FACE.get(what) or sources.parse_hub_name(what)
         name = what if what in sources.HUGGING_FACE else repo.rpartition("/")[2]
-        return _Plan(
+        return _Source(
             name=name,
             source=", ".join(filter(None, (f"Hugging Face {repo}", config, "" if split == "train" else split))),
             documents=lambda skipped: sources.hub_documents(repo, config, split, field),
@@ -167,7 +175,7 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, spl
         )
     path = Path(what)
     if os.path.isdir(path):
-        return _Plan(
+        return _Source(
             name=path.resolve().name,
             source=f"folder {path.name}",
             documents=lambda skipped: sources.folder_documents(path, skipped, without=Path(data_dir)),
@@ -175,14 +183,14 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, spl
     if os.path.isfile(path) and not os.access(path, os.R_OK):
         raise DataError(f"{path}: cannot be read: permission denied")
     if os.path.isfile(path) and path.suffix == ".jsonl":
-        return _Plan(
+        return _Source(
             name=path.stem,
             source=f"file {path.name}",
             documents=lambda skipped: sources.jsonl_documents(path, field),
             has_fields=True,
         )
     if os.path.isfile(path):
-        return _Plan(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")
+        return _Source(name=path.stem, source=f"file {path.name}", text_file=lambda: path, kind="tail")
     near = difflib.get_close_matches(what, KNOWN, n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise DataError(f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}")
@@ -191,44 +199,38 @@ def _plan(what: str, data_dir: str | os.PathLike[str], shakespeare_url: str, spl
 def _write_documents(
     writer: ShardWriter, tokenizer: Tokenizer, documents: Iterable[bytes], fraction: float, progress: Progress
 ) -> None:
+    """Writes documents to both splits; see the module for the choice of the validation documents."""
     count, low, high = 0, 1.0, 0.0
-    # tiktoken encodes without the GIL, so threads use all cores; bytes need none.
+    # tiktoken encodes without the GIL, so threads use all cores; bytes need no encoding.
     threads = 1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(documents):
             encode = map if threads == 1 else pool.map
             for document, tokens in zip(batch, encode(tokenizer.encode, batch), strict=True):
-                place = _hash_fraction(document)
-                low, high = min(low, place), max(high, place)
-                writer.add("val" if place < fraction else "train", tokens)
+                position = _hash_fraction(document)
+                low, high = min(low, position), max(high, position)
+                writer.add("val" if position < fraction else "train", tokens)
             count += len(batch)
             progress(count, sum(writer.counts(split)[0] for split in SPLITS))
     if count == 0:
         raise DataError("prepare: found no document, wanted at least one")
     if high < fraction or (0 < fraction <= low):
-        empty, limit = (
-            ("training", _fraction(high - 1e-4)) if high < fraction else ("validation", _fraction(low + 1e-4))
-        )
+        empty, limit = ("training", high - 1e-4) if high < fraction else ("validation", low + 1e-4)
         raise DataError(
-            f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, "
-            "wanted at "
-            f"least one document in each; {limit} puts one there, or give the text as a single file, which "
-            "is split "
-            "at its tail"
+            f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, wanted at least "
+            f"one document in each; --val_fraction={min(max(limit, 0.0), 0.9999):.4f} puts one there, or give the text "
+            "as a single file, whose tail is the validation split"
         )
-
-
-def _fraction(fraction: float) -> str:
-    return f"--val_fraction={min(max(fraction, 0.0), 0.9999):.4f}"
 
 
 def _write_tail_split(
     writer: ShardWriter, tokenizer: Tokenizer, path: Path, fraction: float, progress: Progress
 ) -> None:
+    """Writes a single text: its head to the training split, its tail to the validation split."""
     size = path.stat().st_size
     if size < 2:
         raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
-    # The same place as nanoGPT's int(n * 0.9): characters there, bytes here, the same for ASCII.
+    # nanoGPT cuts at int(n * 0.9) characters; this is the same place for ASCII, where a character is a byte.
     cut = size if fraction == 0 else sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
     for split, begin, end in (("train", 0, cut), ("val", cut, size)):
         if begin == end:
@@ -240,6 +242,7 @@ def _write_tail_split(
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yields documents in lists, which the threads of the tokenizer encode at a time."""
     batch: list[bytes] = []
     size = 0
     for document in documents:
@@ -253,12 +256,13 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _hash_fraction(document: bytes) -> float:
+    """Returns the first 64 bits of the document's SHA-256, divided by 2**64."""
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") / 2**64
 
 
 @contextlib.contextmanager
 def _progress(name: str, quiet: bool) -> Iterator[Progress]:
-    """Show a line of progress on a terminal, and nothing elsewhere."""
+    """Shows a line of progress on a terminal, and nothing elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)

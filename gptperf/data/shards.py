@@ -1,7 +1,7 @@
-"""Read a data set in the shard format (`format.py`), after checking everything cheap before the first step.
+"""Finding and reading a data set in the shard format (`format.py`, written by `writer.py`).
 
-Shards are read with `preadv`, never mapped: resident memory stays flat, and a shard that shrinks under a run
-is an error in words, not SIGBUS. `writer.py` writes the format; both sides of it are importable from here.
+Opening a split checks everything that takes no pass over the tokens. Shards are read with `preadv` instead of being
+mapped: resident memory stays constant, and a shard that is truncated during a run raises an error instead of SIGBUS.
 """
 
 import difflib
@@ -10,55 +10,28 @@ import os
 import stat
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from gptperf.data.format import (
-    DTYPES,
-    HEADER_BYTES,
-    MANIFEST,
-    SPLITS,
-    Header,
-    Manifest,
-    Shard,
-    Split,
-    TokenizerInfo,
-    read_manifest,
-)
-from gptperf.data.writer import ShardWriter
+from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
 from gptperf.errors import DataError
 
-__all__ = [
-    "HEADER_BYTES",
-    "Header",
-    "MANIFEST",
-    "Manifest",
-    "SPLITS",
-    "Shard",
-    "ShardWriter",
-    "Split",
-    "TokenSource",
-    "TokenizerInfo",
-    "read_manifest",
-    "resolve_dataset",
-    "verify",
-]
+__all__ = ["TokenSource", "resolve_dataset", "verify"]
 
 MAX_OPEN_SHARDS = 512
-"""Open files of one source, half of the usual limit of a process; further shards are opened at each read."""
+"""Files that one source keeps open, half of the usual limit of a process; other shards are opened at each read."""
 
 
 class _OpenFile:
-    """A descriptor that closes when its last user drops it: eviction cannot pull it from under a read."""
+    """A file descriptor that is closed when its last user drops it, so eviction cannot close it during a read."""
 
     __slots__ = ("fd",)
 
     def __init__(self, path: Path) -> None:
-        self.fd = -1  # for __del__, when open raises
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in a shard's place must not block
+        self.fd = -1  # for __del__, if open raises
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in the place of a shard must not block
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -66,21 +39,21 @@ class _OpenFile:
 
 
 class TokenSource:
-    """The tokens of one split as one long array on disk. Use `TokenSource.open`.
+    """The tokens of one split as one array on disk. `TokenSource.open` makes one.
 
-    Reads are safe from several threads. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened
-    again must be the file it was (size, mtime, inode).
+    Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened again
+    must be the same file (size, mtime, inode).
 
     Attributes:
-        manifest: The data set's manifest.
-        path: The data set's folder.
+        manifest: Manifest of the data set.
+        path: Folder of the data set.
         split: "train" or "val".
         dtype: Little-endian uint16 or uint32.
         max_id: Largest token id of the split, from the headers.
-        fingerprint: SHA-256 (hex) over names, sizes, headers and checksums of the split's shards.
+        fingerprint: SHA-256 (hex) over the names, sizes, headers and checksums of the shards of the split.
     """
 
-    def __init__(self, manifest: Manifest, path: Path, split: str) -> None:
+    def __init__(self, manifest: DatasetManifest, path: Path, split: str) -> None:
         self.manifest = manifest
         self.path = path
         self.split = split
@@ -101,16 +74,16 @@ class TokenSource:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], split: str, vocab_size: int | None = None) -> Self:
-        """Open the split `split` of the data set in the folder `path`, after checking every shard of it.
+        """Opens the split `split` of the data set in the folder `path`, and checks the header of every shard.
 
         Args:
             path: Folder with `manifest.json`.
             split: "train" or "val".
-            vocab_size: The model's vocabulary; by default the tokenizer's.
+            vocab_size: Vocabulary size of the model; None: that of the tokenizer.
 
         Raises:
-            DataError: A shard is missing, of the wrong size, magic, version or dtype, or differs from the
-                manifest; the split is empty; or a token id is not below `vocab_size`.
+            DataError: A shard is missing, has the wrong size, magic, version or dtype, or differs from the manifest;
+                the split is empty; or a token id is not below `vocab_size`.
         """
         if split not in SPLITS:
             raise DataError(f"split: found {split!r}, wanted one of {', '.join(SPLITS)}")
@@ -131,20 +104,20 @@ class TokenSource:
         return source
 
     def __len__(self) -> int:
-        """Return the number of tokens."""
+        """Returns the number of tokens."""
         return self._tokens
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids of the tokenizer that made the data."""
+        """Vocabulary size of the tokenizer that made the data."""
         return self.manifest.tokenizer.vocab_size
 
     def read_into(self, offset: int, out: npt.NDArray[Any]) -> None:
-        """Fill `out`, (n,) of the source's dtype and contiguous, with the tokens from `offset` on.
+        """Fills `out`, (n,) of the source's dtype and contiguous, with the tokens from `offset` on.
 
         Raises:
-            ValueError: The range does not lie within the source, or `out` has another dtype or layout.
-            DataError: A shard shrank or changed during the run, or holds an id above its header's maximum.
+            ValueError: The range is not within the source, or `out` has another dtype or layout.
+            DataError: A shard was truncated or changed during the run, or holds an id above the maximum of its header.
         """
         self._check_out(out, ndim=1)
         if not 0 <= offset <= self._tokens - len(out):
@@ -153,10 +126,9 @@ class TokenSource:
         self._check_ids(out)
 
     def read_rows(self, offsets: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        """Fill row r of `out`, (R, W) of the source's dtype and contiguous, with the W tokens from
-        `offsets[r]` on.
+        """Fills row r of `out`, (R, W) of the source's dtype and contiguous, with the W tokens from `offsets[r]` on.
 
-        The same as R calls of `read_into`, and raises the same, with less work a row.
+        It does the same as R calls of `read_into`, and raises the same errors, with less work per row.
         """
         self._check_out(out, ndim=2)
         width = out.shape[1]
@@ -172,20 +144,18 @@ class TokenSource:
         columns = (offsets.tolist(), shards.tolist(), positions.tolist(), spans.tolist())
         for row, offset, shard, position, spanning in zip(out, *columns, strict=True):
             if spanning or os.preadv(self._file(shard).fd, (row,), position) != row_bytes:
-                self._fill(offset, row)  # over several shards, or the rest of a short read: one place for the error
+                self._fill(offset, row)  # several shards, or a short read, whose error `_fill` raises
         self._check_ids(out)
 
     def close(self) -> None:
-        """Close the shards; a later read opens them again."""
+        """Closes the shards; a later read opens them again."""
         with self._lock:
             self._files.clear()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _check_out(self, out: npt.NDArray[Any], ndim: int) -> None:
@@ -195,13 +165,12 @@ class TokenSource:
             )
 
     def _check_ids(self, out: npt.NDArray[Any]) -> None:
-        # A damaged payload must not reach an embedding as an id out of range. One vectorised pass, 1% of a
-        # read.
+        # A corrupt token must not reach an embedding as an id out of range. This is one vectorised pass, 1% of a read.
         if out.size and int(out.max()) > self.max_id:
             raise DataError(
                 f"{self.path}: found token id {int(out.max())} in the split {self.split!r}, wanted at most "
-                f"{self.max_id} as its headers say: damaged; python -m gptperf.prepare NAME --verify finds "
-                "the shard"
+                f"{self.max_id}, the maximum of its headers: the data is corrupt; "
+                "python -m gptperf.prepare NAME --verify finds the shard"
             )
 
     def _fill(self, offset: int, out: npt.NDArray[Any]) -> None:
@@ -218,9 +187,8 @@ class TokenSource:
                 if got == 0:
                     shard = self._shards[index]
                     raise DataError(
-                        f"{self.path / shard.file}: found {os.fstat(file.fd).st_size} bytes, wanted "
-                        f"{shard.bytes}: "
-                        "the shard shrank during the run"
+                        f"{self.path / shard.file}: found {os.fstat(file.fd).st_size} bytes, wanted {shard.bytes}: "
+                        "the shard was truncated during the run"
                     )
                 view, position = view[got:], position + got
             done += count
@@ -247,10 +215,10 @@ class TokenSource:
         try:
             file = _OpenFile(where)
         except OSError as error:
-            raise DataError(f"{where}: {error.strerror}: the manifest names this shard") from error
+            raise DataError(f"{where}: {error.strerror}; the manifest names this shard") from error
         found = os.fstat(file.fd)
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{where}: found something that is not a regular file, wanted a shard")
+            raise DataError(f"{where}: this is not a regular file, wanted a shard")
         return file, (found.st_size, found.st_mtime_ns, found.st_ino)
 
     def _check_shard(self, index: int) -> bytes:
@@ -266,8 +234,7 @@ class TokenSource:
         for key in ("tokens", "documents", "max_id"):
             if getattr(header, key) != getattr(shard, key):
                 raise DataError(
-                    f"{where}: found {key} = {getattr(header, key)} in the header, wanted "
-                    f"{getattr(shard, key)} "
+                    f"{where}: found {key} = {getattr(header, key)} in the header, wanted {getattr(shard, key)} "
                     "(the manifest's)"
                 )
         if identity[0] != shard.bytes:
@@ -279,13 +246,13 @@ class TokenSource:
 
 
 def verify(path: str | os.PathLike[str]) -> int:
-    """Read every token of the data set in the folder `path` and compare it with the manifest.
+    """Reads every token of the data set in the folder `path` and compares checksums and counts with the manifest.
 
     Returns:
         The number of tokens read.
 
     Raises:
-        DataError: What `TokenSource.open` raises, or a checksum, largest id or number of documents differs.
+        DataError: A checksum, largest id or number of documents differs, or `TokenSource.open` raises it.
     """
     manifest = read_manifest(path)
     total = 0
@@ -312,14 +279,13 @@ def _verify_shard(source: TokenSource, shard: Shard, begin: int) -> None:
     for key, value in found.items():
         if value != getattr(shard, key):
             raise DataError(
-                f"{source.path / shard.file}: found {key} = {value} in its tokens, wanted "
-                f"{getattr(shard, key)} "
-                "(the manifest's): damaged; prepare the data set again"
+                f"{source.path / shard.file}: found {key} = {value} in its tokens, wanted {getattr(shard, key)} "
+                "(the manifest's): the shard is corrupt; prepare the data set again"
             )
 
 
 def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
-    """Return the folder of the data set `dataset`: `data_dir`/`dataset`, or `dataset` itself as a path.
+    """Returns the folder of the data set `dataset`: `data_dir`/`dataset`, or `dataset` itself as a path.
 
     Raises:
         DataError: Neither holds a data set; the message names the command that prepares it.

@@ -1,4 +1,7 @@
-"""Where documents come from: each function yields them one by one as UTF-8 bytes."""
+"""Sources of text: files, folders, the standard library, tiny Shakespeare and Hugging Face data sets.
+
+A source yields its documents one by one as UTF-8 bytes.
+"""
 
 import codecs
 import hashlib
@@ -8,14 +11,14 @@ import os
 import platform
 import stat
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptperf.errors import DataError, DeviceError, DiskError
+from gptperf.errors import DataError, DeviceError
+from gptperf.files import replacing
 
 __all__ = [
     "HUGGING_FACE",
@@ -40,21 +43,21 @@ HUGGING_FACE: dict[str, tuple[str, str | None]] = {
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "slimpajama_627b": ("cerebras/SlimPajama-627B", None),
 }
-"""Name -> repository and configuration on the Hugging Face hub; the text is in the field "text"."""
+"""Name of a data set -> its repository and configuration on the Hugging Face hub; the text is in the field "text"."""
 _PIECE_BYTES = 1 << 24
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 Skipped = dict[str, int]
-"""Reason -> number of files that were left out for it."""
+"""Reason -> number of files that were skipped for it."""
 
 
 def python_version() -> str:
-    """Return e.g. "CPython 3.11.7"."""
+    """Returns the name and version of the running Python, such as "CPython 3.11.7"."""
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
 def python_stdlib(skipped: Skipped) -> Iterator[bytes]:
-    """Yield every .py file of the running Python's standard library, without its tests, by relative path."""
+    """Yields the .py files of the running Python's standard library, without its tests, sorted by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _files(root, without_names=_STDLIB_WITHOUT):
         if path.suffix == ".py":
@@ -62,20 +65,20 @@ def python_stdlib(skipped: Skipped) -> Iterator[bytes]:
 
 
 def folder_documents(root: Path, skipped: Skipped, without: Path) -> Iterator[bytes]:
-    """Yield every text file under `root`, by relative path; hidden, empty and binary ones are counted in
-    `skipped`.
+    """Yields the text files under `root`, sorted by relative path.
 
-    The folder `without` (where data sets are written) is not entered.
+    Hidden, empty and binary files are counted in `skipped`. The folder `without`, where data sets are written, is
+    not entered.
     """
     for path in _files(root, skipped=skipped, without=without.resolve()):
         yield from _text_document(path, skipped)
 
 
 def jsonl_documents(path: Path, field: str = "text") -> Iterator[bytes]:
-    """Yield a field of each line of a JSON lines file.
+    """Yields one field of each line of a JSON lines file.
 
     Raises:
-        DataError: A line is not a JSON object with a string there.
+        DataError: A line is not a JSON object with a string in that field.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -89,11 +92,12 @@ def jsonl_documents(path: Path, field: str = "text") -> Iterator[bytes]:
 
 
 def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB that end after a line where one
-    ends.
+    """Yields the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB, which end at the end of a line.
+
+    A line of more than 16 MB is not cut.
 
     Raises:
-        DataError: The text is not UTF-8.
+        DataError: The text is not UTF-8, or the file shrank.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest = b""
@@ -109,8 +113,7 @@ def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path}: found bytes that are not UTF-8 near offset {begin - len(data) + error.start}, "
-                    "wanted a "
-                    "text; convert it first, e.g. with iconv"
+                    "wanted a text; convert it first, e.g. with iconv"
                 ) from error
             cut = len(data) if begin == end else data.rfind(b"\n") + 1
             if cut:
@@ -123,7 +126,7 @@ def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
 
 
 def character_start(path: Path, offset: int) -> int:
-    """Return `offset`, or up to 3 bytes before it, where a UTF-8 character begins; at least 1."""
+    """Returns the start of the UTF-8 character that holds the byte `offset`: up to 3 bytes before it, at least 1."""
     begin = max(1, offset - 3)
     with path.open("rb") as file:
         file.seek(begin)
@@ -135,10 +138,11 @@ def character_start(path: Path, offset: int) -> int:
 
 
 def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
-    """Download tiny Shakespeare to `data_dir`/.downloads, unless it is there, and return the file.
+    """Downloads tiny Shakespeare to `data_dir`/.downloads, unless it is there, and returns the path of the file.
 
     Raises:
-        DataError: No network, or other content than expected.
+        DataError: The text cannot be downloaded, or its SHA-256 is not `SHAKESPEARE_SHA256`.
+        DiskError: The text cannot be written.
     """
     target = Path(data_dir) / ".downloads" / "shakespeare.txt"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
@@ -147,28 +151,23 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             data = reply.read(1 << 24)
-    except (OSError, ValueError) as error:  # URLError is an OSError; a malformed URL is a ValueError
+    except (OSError, ValueError) as error:  # a URLError is an OSError; a malformed URL raises ValueError
         raise DataError(f"shakespeare: cannot download {url} ({error}); {remedy}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise DataError(
             f"shakespeare: found SHA-256 {found} ({len(data)} bytes) at {url}, wanted {SHAKESPEARE_SHA256}; {remedy}"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            file.write(data)
-        Path(file.name).replace(target)
-    except OSError as error:
-        raise DiskError(f"{target}: cannot be written: {error.strerror}; choose another --data_dir") from error
+    with replacing(target) as temporary:
+        temporary.write_bytes(data)
     return target
 
 
 def parse_hub_name(what: str) -> tuple[str, str | None]:
-    """Split "hf:REPO[:CONFIG]" into repository and configuration.
+    """Splits "hf:REPO[:CONFIG]" into repository and configuration.
 
     Raises:
-        DataError: There is no repository in it.
+        DataError: It names no repository.
     """
     repo, _, config = what.removeprefix("hf:").partition(":")
     if not repo:
@@ -177,10 +176,10 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
 
 
 def hub_documents(repo: str, config: str | None, split: str = "train", field: str = "text") -> Iterator[bytes]:
-    """Stream a field of a split of a Hugging Face data set.
+    """Yields one field of each record of a split of a Hugging Face data set, which is streamed.
 
     Raises:
-        DeviceError: A package that it takes is not installed.
+        DeviceError: The package `datasets`, or a package that it needs, is not installed.
         DataError: The data set cannot be reached, does not exist, or has no such split or field.
     """
     try:
@@ -200,13 +199,13 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
         if "Compression type" in first_line:
             raise DeviceError(f"hf:{repo}: {first_line}: pip install gptperf[hf]") from error
         raise DataError(
-            f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); is there a network, and is "
-            "the name "
-            "of the data set and of its configuration right?"
+            f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); check the network, and the names of "
+            "the data set and its configuration"
         ) from error
 
 
 def _text_field(record: object, field: str, where: str) -> bytes:
+    """Returns a field of a record as UTF-8; `where` names the record in the error."""
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         strings = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
@@ -221,7 +220,7 @@ def _files(
     skipped: Skipped | None = None,
     without: Path | None = None,
 ) -> list[Path]:
-    """Return the files below `root` that are not hidden, sorted by relative path."""
+    """Returns the files below `root` that are not hidden, sorted by relative path."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [
@@ -238,7 +237,7 @@ def _files(
 
 
 def _text_document(path: Path, skipped: Skipped) -> Iterator[bytes]:
-    """Yield the content of one file, or nothing and a count in `skipped`."""
+    """Yields the content of a text file; another file yields nothing and is counted in `skipped`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
             _count(skipped, "not a regular file")

@@ -1,7 +1,7 @@
-"""Tokenizers: raw bytes, and tiktoken's vocabularies, behind one small protocol.
+"""Tokenizers of raw bytes and of tiktoken's vocabularies.
 
-A tokenizer is named in a data set's manifest together with a fingerprint of its vocabulary, so that a model
-is never trained on ids whose meaning has changed. Special tokens that occur in a document are plain text.
+The manifest of a data set names its tokenizer, with a fingerprint of the vocabulary, so that a model is never trained
+on ids whose meaning has changed. The text of a special token in a document is encoded as ordinary text.
 """
 
 import difflib
@@ -24,38 +24,38 @@ Tokens = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest shard dtype, little-endian uint16 or uint32, that holds ids below `vocab_size`."""
+    """Returns the smallest shard dtype, little-endian uint16 or uint32, that holds ids below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Tokenizer(Protocol):
-    """What preparation and sampling ask of a tokenizer."""
+    """A tokenizer, as preparation and sampling use it."""
 
     @property
     def name(self) -> str:
-        """The name that `load_tokenizer` knows."""
+        """Name under which `load_tokenizer` finds it."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids; every id is below it."""
+        """Numbers of ids; the ids are 0 to `vocab_size - 1`."""
 
     @property
     def eot(self) -> int:
-        """The id that ends a document."""
+        """Id that ends a document."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the vocabulary: equal if and only if every id means the same bytes."""
+        """SHA-256 (hex) over the vocabulary: equal if and only if every id has the same bytes."""
 
     def encode(self, text: bytes | str) -> Tokens:
-        """Return the ids of one document, (n,) uint16 or uint32, without `eot`."""
+        """Returns the ids of one document, (n,) uint16 or uint32, without `eot`."""
 
     def decode(self, ids: Iterable[int] | Tokens) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer:
-    """Ids 0..255 are the bytes of the text, 256 ends a document."""
+    """A tokenizer whose ids 0 to 255 are the bytes of the text; id 256 ends a document."""
 
     name = "byte"
     vocab_size = 257
@@ -67,22 +67,21 @@ class ByteTokenizer:
         return _fingerprint((bytes([i]) for i in range(256)), self.eot)
 
     def encode(self, text: bytes | str) -> Tokens:
-        """Return the bytes of `text` (a str as UTF-8, lone surrogates as "?") as ids, (n,) uint16."""
+        """Returns the bytes of `text` as ids, (n,) uint16; a str is encoded as UTF-8, with "?" for lone surrogates."""
         data = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int] | Tokens) -> str:
-        """Return the text of `ids`; ids of 256 and above have no bytes and are dropped."""
+        """Returns the text of `ids`; ids of 256 and above have no bytes and are dropped."""
         values = _as_array(ids)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
 class TiktokenTokenizer:
-    """One of tiktoken's encodings, by its name ("gpt2", "cl100k_base", ...).
+    """An encoding of tiktoken, by its name ("gpt2", "cl100k_base", ...).
 
     Raises:
-        DataError: The vocabulary is not in tiktoken's cache and cannot be downloaded, or has no end-of-text
-            token.
+        DataError: The vocabulary is not in tiktoken's cache and cannot be downloaded, or it has no end-of-text token.
     """
 
     def __init__(self, name: str) -> None:
@@ -99,12 +98,13 @@ class TiktokenTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the vocabulary; an id without bytes counts as a gap."""
+        """SHA-256 (hex) over the vocabulary; an id without bytes has an entry of its own."""
         return _fingerprint((self._token_bytes(i) for i in range(self.vocab_size)), self.eot)
 
     def encode(self, text: bytes | str) -> Tokens:
-        """Return the ids of `text`, (n,) uint16 or uint32; special tokens in it are plain text, lone
-        surrogates "?".
+        """Returns the ids of `text`, (n,) uint16 or uint32.
+
+        The text of a special token is encoded as ordinary text, and a lone surrogate as "?".
 
         Raises:
             DataError: `text` is bytes and not UTF-8.
@@ -119,13 +119,13 @@ class TiktokenTokenizer:
                 ) from error
         try:
             ids = self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, as JSON's "\\ud800" yields
+        except UnicodeEncodeError:  # a lone surrogate, as from "\\ud800" in JSON
             clean = text.encode("utf-8", errors="replace").decode("utf-8")
             ids = self.encoding.encode_to_numpy(clean, allowed_special=set(), disallowed_special=())
         return ids.astype(self._dtype)
 
     def decode(self, ids: Iterable[int] | Tokens) -> str:
-        """Return the text of `ids`; ids without bytes (padding of the vocabulary) are dropped."""
+        """Returns the text of `ids`; ids without bytes (padding of the vocabulary) are dropped."""
         pieces = (self._token_bytes(int(i)) for i in _as_array(ids))
         return b"".join(piece for piece in pieces if piece is not None).decode("utf-8", errors="replace")
 
@@ -137,10 +137,10 @@ class TiktokenTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer called `name`: "byte" or an encoding of tiktoken.
+    """Returns the tokenizer called `name`: "byte" or an encoding of tiktoken.
 
     Raises:
-        DataError: The name is unknown, or the vocabulary cannot be had offline.
+        DataError: The name is unknown, or the vocabulary is not available offline.
     """
     if name == ByteTokenizer.name:
         return ByteTokenizer()
@@ -159,15 +159,14 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
 
     try:
         return tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors of every kind are OSErrors, and so is an unreadable cache
+    except OSError as error:  # every error of requests is an OSError, and so is an unreadable cache
         raise DataError(
             f"tokenizer {name!r}: its vocabulary is not in the cache and cannot be downloaded "
-            f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that "
-            "holds "
-            "it, or use --tokenizer=byte, which needs no vocabulary"
+            f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it, "
+            "or use --tokenizer=byte, which needs no vocabulary"
         ) from error
-    except ValueError as error:  # unknown name, or a download that fails tiktoken's own checksum
-        raise DataError(f"tokenizer {name!r}: tiktoken refuses it: {str(error).splitlines()[0]}") from error
+    except ValueError as error:  # an unknown name, or a download that does not have tiktoken's checksum
+        raise DataError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error
 
 
 def _as_array(ids: Iterable[int] | Tokens) -> Tokens:
@@ -179,8 +178,7 @@ def _as_array(ids: Iterable[int] | Tokens) -> Tokens:
 def _fingerprint(vocabulary: Iterable[bytes | None], eot: int) -> str:
     digest = hashlib.sha256(b"gptperf vocabulary 1\n")
     for piece in vocabulary:
-        # A length before the bytes, so that no two vocabularies give the same stream; -1 is an id without
-        # bytes.
+        # The length before the bytes makes the streams of two vocabularies differ; -1 stands for an id without bytes.
         size = -1 if piece is None else len(piece)
         digest.update(size.to_bytes(4, "little", signed=True) + (piece or b""))
     digest.update(eot.to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""Write a data set in the shard format (`format.py`): streaming, and visible only when it is complete."""
+"""Writing a data set in the shard format (`format.py`). It is streamed, and visible only when it is complete."""
 
 import contextlib
 import hashlib
@@ -7,39 +7,49 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, Header, Manifest, Shard, Split, TokenizerInfo
+from gptperf.data.format import (
+    DTYPES,
+    HEADER_BYTES,
+    MANIFEST,
+    SPLITS,
+    DatasetManifest,
+    Header,
+    Shard,
+    Split,
+    TokenizerInfo,
+)
 from gptperf.data.tokenizers import Tokenizer, token_dtype
 from gptperf.errors import DataError, DiskError
+from gptperf.files import sync_directory, sync_file
 
 __all__ = ["SHARD_TOKENS", "ShardWriter"]
 
 SHARD_TOKENS = 100_000_000
-"""Default tokens a shard: 200 MB of uint16, so that 10 billion tokens are 100 files."""
+"""Default number of tokens in a shard: 200 MB of uint16, so 10 billion tokens are 100 files."""
 
 
 class ShardWriter:
-    """Write one data set into a folder aside and rename it into place at the end.
+    """Writes one data set into a temporary folder and renames it to its name at the end.
 
-    A context manager: leaving it without an error commits (each file, then the folder, fsynced before the
-    rename); leaving it with one removes what was written. Memory is constant.
+    It is a context manager. Leaving it without an error syncs each file, then the folder, and renames the folder;
+    leaving it with an error removes what was written. Its memory use is constant.
 
     Args:
-        path: The data set's folder; its last part is the data set's name.
-        tokenizer: Gives the dtype, the `eot` after each document, and the manifest's fingerprint.
-        source: Where the text came from, in words.
-        val_fraction: Share of the validation split, 0 to 1, for the manifest.
-        split_method: How validation was chosen, in words.
-        shard_tokens: A shard is closed when it holds this many tokens.
-        overwrite: Replace a data set that is there already.
+        path: Folder of the data set; its last part is the name of the data set.
+        tokenizer: Tokenizer of the ids; it determines the dtype, and the `eot` after each document.
+        source: Where the text came from, in words, for the manifest.
+        val_fraction: Fraction of the validation split, 0 to 1, for the manifest.
+        split_method: How the validation documents were chosen, in words, for the manifest.
+        shard_tokens: Number of tokens in a full shard.
+        overwrite: Whether an existing data set is replaced.
 
     Raises:
-        DataError: On entering, or at the commit: `path` exists and `overwrite` is false, or it is none.
+        DataError: On entering or leaving: `path` exists and `overwrite` is false, or `path` is not a data set.
         DiskError: The disk is full or cannot be written.
     """
 
@@ -56,9 +66,8 @@ class ShardWriter:
     ) -> None:
         if shard_tokens < 1:
             raise DataError(f"shard_tokens: found {shard_tokens}, wanted at least 1")
-        self.path = Path(
-            path
-        ).resolve()  # a link to another disk stays one: the temporary folder lies beside its target
+        # Where the path is a link to another disk, the link stays, and the temporary folder is made beside its target.
+        self.path = Path(path).resolve()
         self._name = Path(path).name
         self._tokenizer = tokenizer
         self._source = source
@@ -80,9 +89,7 @@ class ShardWriter:
         self._splits = {split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         assert self._folder is not None
         try:
             if error is None:
@@ -91,18 +98,18 @@ class ShardWriter:
         finally:
             for split in self._splits.values():
                 split.abandon()
-            shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is none
+            shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is no such folder
 
     def add(self, split: str, tokens: npt.NDArray[Any]) -> None:
-        """Add one document, (n,) integer ids without `eot`, to "train" or "val"."""
+        """Adds one document, (n,) integer ids without `eot`, to the split "train" or "val"."""
         self.append(split, tokens)
         self.end_document(split)
 
     def append(self, split: str, tokens: npt.NDArray[Any]) -> None:
-        """Add a piece of a document, (n,) integer ids; `end_document` ends it.
+        """Adds a part of a document, (n,) integer ids; `end_document` ends the document.
 
         Raises:
-            ValueError: An id is outside of the tokenizer's vocabulary, or is `eot`.
+            ValueError: An id is not in the tokenizer's vocabulary, or is `eot`.
         """
         if len(tokens) == 0:
             return
@@ -115,20 +122,20 @@ class ShardWriter:
             self._splits[split].append(tokens.astype(self._dtype, copy=False), high)
 
     def end_document(self, split: str) -> None:
-        """End the current document of "train" or "val" with `eot`."""
+        """Ends the current document of the split "train" or "val" with `eot`."""
         with _disk_errors(self.path):
             self._splits[split].append(self._eot, self._tokenizer.eot)
         self._splits[split].documents += 1
 
     def counts(self, split: str) -> tuple[int, int]:
-        """Return the tokens and the documents written to "train" or "val" so far."""
+        """Returns the numbers of tokens and documents written to the split "train" or "val" so far."""
         return self._splits[split].total()
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
             return
         if not (self.path / MANIFEST).is_file():
-            raise DataError(f"{self.path}: exists and is not a data set (no {MANIFEST}); it is never replaced")
+            raise DataError(f"{self.path}: exists and is not a data set (it has no {MANIFEST}); it is never replaced")
         if not self._overwrite:
             raise DataError(
                 f"{self.path}: this data set exists; to replace it: --overwrite=True, or choose another --name"
@@ -137,7 +144,7 @@ class ShardWriter:
     def _commit(self, folder: Path) -> None:
         splits = {name: writer.finish() for name, writer in self._splits.items()}
         tokenizer = self._tokenizer
-        manifest = Manifest(
+        manifest = DatasetManifest(
             name=self._name,
             tokenizer=TokenizerInfo(
                 name=tokenizer.name,
@@ -151,15 +158,13 @@ class ShardWriter:
             split_method=self._split_method,
             splits=splits,
         )
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(folder)
-        self._check_target()  # again: another process may have been faster
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        sync_file(folder / MANIFEST)
+        sync_directory(folder)
+        self._check_target()  # again, because another process may have written it in the meantime
         if self.path.exists():
-            # Two renames: a crash between them leaves both data sets complete, the old one under the name
-            # `aside`.
+            # rename(2) does not replace a folder with entries. A crash between these two renames leaves both data sets
+            # complete, the old one under the name `aside`.
             aside = folder.with_name(folder.name.replace(".tmp-", ".old-"))
             self.path.rename(aside)
             try:
@@ -170,11 +175,11 @@ class ShardWriter:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             folder.rename(self.path)
-        _sync_folder(self.path.parent)
+        sync_directory(self.path.parent)
 
 
 class _SplitWriter:
-    """The shards of one split: one open file, its counts and its running checksum."""
+    """Writes the shards of one split, with one open file, its counts and its running checksum."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._folder = folder
@@ -190,21 +195,21 @@ class _SplitWriter:
         self.tokens = self.documents = self._max_id = 0
 
     def append(self, tokens: npt.NDArray[Any], max_id: int) -> None:
-        """Write ids of the shard's dtype; `max_id` bounds them from above and is one of them."""
+        """Writes ids of the shard's dtype; `max_id` is the largest of them."""
         while len(tokens):
             if self.tokens == self._shard_tokens:
                 self._end_shard()
-            piece = tokens[: self._shard_tokens - self.tokens]
+            part = tokens[: self._shard_tokens - self.tokens]
             if self._file is None:
                 path = self._folder / f"{self._split}_{len(self._shards):05d}.bin"
                 self._file = path.open("wb", buffering=1 << 20)
-                self._file.write(bytes(HEADER_BYTES))
-            data = np.ascontiguousarray(piece).data.cast("B")
+                self._file.write(bytes(HEADER_BYTES))  # `_end_shard` overwrites it with the header
+            data = np.ascontiguousarray(part).data.cast("B")
             self._file.write(data)
             self._digest.update(data)
-            self.tokens += len(piece)
-            self._max_id = max(self._max_id, max_id if len(piece) == len(tokens) else int(piece.max()))
-            tokens = tokens[len(piece) :]
+            self.tokens += len(part)
+            self._max_id = max(self._max_id, max_id if len(part) == len(tokens) else int(part.max()))
+            tokens = tokens[len(part) :]
             if len(tokens):
                 max_id = int(tokens.max())
 
@@ -232,30 +237,22 @@ class _SplitWriter:
         self._begin()
 
     def total(self) -> tuple[int, int]:
-        """Return the tokens and the documents written so far."""
+        """Returns the numbers of tokens and documents written so far."""
         tokens = sum(shard.tokens for shard in self._shards) + self.tokens
         return tokens, sum(shard.documents for shard in self._shards) + self.documents
 
     def finish(self) -> Split:
-        """Close the last shard and return the split's part of the manifest."""
+        """Closes the last shard and returns the entry of this split in the manifest."""
         if self._file is not None:
             self._end_shard()
         tokens, documents = self.total()
         return Split(tokens=tokens, documents=documents, shards=tuple(self._shards))
 
     def abandon(self) -> None:
-        """Close the open file, if any, of a data set that is given up."""
+        """Closes the open file of a data set that is not committed."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # the flush of a full disk: its error is already on its way
+            with contextlib.suppress(OSError):  # the flush fails on a full disk, whose error is being raised already
                 self._file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

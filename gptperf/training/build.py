@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from gptperf.config import DataConfig, ModelConfig, SystemConfig
+from gptperf.data.format import DatasetManifest, read_manifest
 from gptperf.data.prepare import prepare
-from gptperf.data.shards import Manifest, TokenSource, read_manifest, resolve_dataset
+from gptperf.data.shards import TokenSource, resolve_dataset
 from gptperf.distributed.process import Process
 from gptperf.errors import DataError, DeviceError
 from gptperf.model import GPT
@@ -39,7 +40,9 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
             )
 
 
-def open_dataset(data: DataConfig, model: ModelConfig, process: Process) -> tuple[Manifest, TokenSource, TokenSource]:
+def open_dataset(
+    data: DataConfig, model: ModelConfig, process: Process
+) -> tuple[DatasetManifest, TokenSource, TokenSource]:
     """Manifest, training and validation tokens of a data set, all checked; the built-in one is prepared if missing.
 
     Raises:

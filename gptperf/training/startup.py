@@ -7,7 +7,7 @@ import torch
 
 from gptperf import __version__, flops
 from gptperf.config import Config
-from gptperf.data.format import Manifest
+from gptperf.data.format import DatasetManifest
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
 from gptperf.errors import OutOfMemoryError
@@ -112,7 +112,7 @@ def against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) ->
 
 
 def startup_info(
-    engine: Engine, manifest: Manifest, peak: Peak | None, compiled: str, planned: Plan | None
+    engine: Engine, manifest: DatasetManifest, peak: Peak | None, compiled: str, planned: Plan | None
 ) -> StartupInfo:
     """Everything that was built, and what follows from it before anything is measured."""
     config, process = engine.config, engine.process

@@ -124,10 +124,10 @@ def test_a_weight_that_is_not_finite_saves_nothing_anywhere(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("names", "what"),
     [
-        (["x@0:4", "x@3:4"], "missing or there twice"),
+        (["x@0:4", "x@3:4"], "missing or stored twice"),
         (["x@0:4"], "found 2 elements of 'x', wanted 4"),
-        (["x@2:4"], "missing or there twice"),
-        (["x", "x@0:2"], "missing or there twice"),
+        (["x@2:4"], "missing or stored twice"),
+        (["x", "x@0:2"], "missing or stored twice"),
     ],
 )
 def test_parts_that_do_not_fit(names: list[str], what: str) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gptperf.data import ngram
 from gptperf.data.ngram import ngram_losses, trigram_loss
-from gptperf.data.shards import ShardWriter, TokenSource
+from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.data.writer import ShardWriter
 
 
 def write(path: Path, train: list[int], val: list[int]) -> tuple[TokenSource, TokenSource]:

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptperf.data import shards
-from gptperf.data.shards import ShardWriter, TokenSource, read_manifest, verify
+from gptperf.data.format import read_manifest
+from gptperf.data.shards import TokenSource, verify
 from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.data.writer import ShardWriter
 from gptperf.errors import DataError
 
 BYTE = ByteTokenizer()
@@ -281,7 +283,7 @@ def _set(*keys: Any, value: Any) -> Any:
         (_set("tokenizer", "eot", value=True), "eot: found True, wanted a count"),
         (_set("tokenizer", value=[]), "tokenizer: found \\[\\], wanted a dict"),
         (_set("splits", "val", value=None), "wanted \\['train', 'val'\\]"),
-        (_set("splits", "train", "tokens", value=41), "tokens: found 41 .* sum 40"),
+        (_set("splits", "train", "tokens", value=41), "tokens: found 41 .* wanted 40"),
         (_set("splits", "train", "documents", value=-1), "documents: found -1, wanted a count"),
         (_set("splits", "train", "shards", 0, value="x"), "found str, wanted an object"),
         (_set("splits", "train", "shards", 0, "file", value="../train_00000.bin"), "wanted a name like"),
@@ -352,7 +354,7 @@ def test_shard_that_shrinks_while_it_is_read(data: Path) -> None:
         out = np.empty(30, source.dtype)
         source.read_into(0, out)
         os.truncate(data / "train_00001.bin", 64 + 2 * 5)
-        message = r"train_00001\.bin: found 74 bytes, wanted 96: the shard shrank"
+        message = r"train_00001\.bin: found 74 bytes, wanted 96: the shard was truncated"
         with pytest.raises(DataError, match=message):
             source.read_into(0, out)
         with pytest.raises(DataError, match=message):

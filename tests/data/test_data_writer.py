@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from gptperf.data import writer
-from gptperf.data.shards import ShardWriter, read_manifest, resolve_dataset, verify
+from gptperf.data.format import read_manifest
+from gptperf.data.shards import resolve_dataset, verify
 from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.data.writer import ShardWriter
 from gptperf.errors import DataError, DiskError
 
 BYTE = ByteTokenizer()

@@ -1,6 +1,6 @@
-"""What the tests of checkpoints share.
+"""Helpers for the tests of checkpoints: small checkpoints, comparisons, and kills in a forked child.
 
-Kills happen in a forked child, which has torch imported already: a new process costs more than a test.
+A fork already has torch imported; a new process takes longer to start than a test takes.
 """
 
 import hashlib
@@ -63,10 +63,10 @@ def leftovers(directory: Path) -> list[str]:
 
 
 def in_child(work: Callable[[], None], seconds: float = 20) -> int:
-    """Run `work` in a fork; returns the exit status, negative for a signal."""
+    """Runs `work` in a fork and returns its exit status, which is negative for a signal."""
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's thread pool is not in the child
+        torch.set_num_threads(1)  # the threads of the parent's pool do not exist in the child
         code = 1
         try:
             work()
@@ -90,7 +90,7 @@ def no_warning(text: str) -> None:
 
 
 def reseal(path: Path, **changes: Any) -> None:
-    """Write the manifest anew, with the hashes of the files as they are: a forger's work, not damage."""
+    """Writes a manifest for the files as they are: a forged checkpoint instead of a corrupt one."""
     names = sorted(name for name in os.listdir(path) if name != "MANIFEST.json")
     files = []
     for name in names:

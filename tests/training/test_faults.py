@@ -176,7 +176,7 @@ def test_a_manifest_that_nobody_may_look_at_is_not_absent(
 
     monkeypatch.setattr(Path, "lstat", refused)
     for how in ("scratch", "auto", "resume"):
-        with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be looked at: .*Permission denied"):
+        with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be examined: .*Permission denied"):
             run(corpus, tmp_path, "--max_iters=2", f"--init_from={how}")
 
 

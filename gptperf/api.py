@@ -1,0 +1,228 @@
+"""The public Python API: train a model, load a checkpoint, and generate text.
+
+Example:
+    >>> from gptperf import api
+    >>> config = api.load_config("configs/tiny.toml", "--max_iters=200", "--out_dir=out/short")
+    >>> api.train(config)
+    0
+    >>> loaded = api.load_model("out/short")
+    >>> print(api.generate(loaded, "def ", tokens=100)[0])
+
+`gptperf.data.prepare.prepare` prepares a data set. A mistake of the caller, a missing device or a full disk is a
+`gptperf.errors.GptperfError` of its own class, where a command prints one line and ends with an exit code. Importing
+this module loads no torch.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gptperf.config import KEYS, Config, ModelConfig, command_line
+from gptperf.errors import CheckpointError, ConfigError
+from gptperf.ops import resolve_ops, without_triton
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptperf.data.tokenizers import Tokenizer
+    from gptperf.model import GPT
+
+__all__ = ["LoadedModel", "check_sampling", "generate", "load_config", "load_model", "train"]
+
+
+def load_config(*arguments: str) -> Config:
+    """Reads and checks a configuration, written as on the command line of `python -m gptperf.train`.
+
+    Args:
+        arguments: TOML files and flags, "CONFIG.toml" and "--key=value". Files are read from left to right, then the
+            flags; the last value of a key wins. `--show_config` has no effect here.
+
+    Returns:
+        The configuration. `config.sections()` has every value.
+
+    Raises:
+        ConfigError: Everything that is wrong with the files and flags, one mistake a line.
+        SystemExit: After `--help`.
+
+    Example:
+        >>> load_config("configs/tiny.toml", "--n_layer=6").model.n_layer
+        6
+    """
+    return command_line.resolve(arguments, world_size=command_line.world_size()).config
+
+
+def train(config: Config) -> int:
+    """Trains a model, from the start or from the checkpoint that `config.train.init_from` names.
+
+    Checkpoints, logs and plots go to `config.train.out_dir`. It must be called in the main thread, because it handles
+    SIGTERM and Ctrl-C: they save a checkpoint and end the run. Collective: under torchrun every rank must call it.
+
+    Args:
+        config: What `load_config` returned, or a `Config` made in Python. The latter is checked when it is made.
+
+    Returns:
+        0, or `gptperf.errors.PREEMPTED` where a signal ended the run after its checkpoint was saved.
+
+    Raises:
+        GptperfError: The run failed; the class says what was wrong.
+
+    Example:
+        >>> train(load_config("configs/tiny.toml", "--max_iters=10", "--device=cpu"))
+        0
+    """
+    from gptperf.training import trainer
+
+    origins = {key: "default" if value == KEYS[key].default else "Python" for key, value in config.flat().items()}
+    return trainer.train(config, origins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A trained model with the tokenizer of its training data."""
+
+    model: "GPT"
+    """The model, on `device` and in evaluation mode."""
+    tokenizer: "Tokenizer"
+    device: "torch.device"
+    dtype: "torch.dtype"
+    """Compute dtype: the training's on a GPU, float32 on a CPU. Call the model under torch.autocast with it."""
+    path: Path
+    """Directory of the checkpoint."""
+    step: int
+    """Iterations that the model was trained for."""
+
+
+def load_model(
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: Literal["latest", "best"] = "latest",
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+) -> LoadedModel:
+    """Loads a trained model and its tokenizer.
+
+    A model with components of a plugin needs them registered first: import the plugin's modules.
+
+    Args:
+        run: Directory of a run, of its checkpoints, or of one checkpoint.
+        checkpoint: Which checkpoint of a run: the newest one, or the one with the lowest validation loss.
+        device: "auto" is the GPU where there is one.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is corrupt.
+        ConfigError: The model has a component that is not registered.
+        DataError: The tokenizer is unknown, or its vocabulary is not available.
+        DeviceError: "cuda", and there is no usable GPU.
+
+    Example:
+        >>> loaded = load_model("out/tiny", checkpoint="best", device="cpu")
+        >>> ids = torch.tensor([loaded.tokenizer.encode("def ").tolist()])
+        >>> with torch.no_grad():
+        ...     logits = loaded.model(ids)  # (B, T, padded vocab_size)
+    """
+    import torch
+
+    from gptperf.checkpoint import load
+    from gptperf.data.tokenizers import load_tokenizer
+    from gptperf.distributed.process import start_process
+    from gptperf.distributed.replicated import Replicated
+    from gptperf.model import GPT
+    from gptperf.training import selftest
+    from gptperf.training.build import DTYPES
+    from gptperf.training.resume import restore_weights
+
+    found = load(_checkpoint_path(Path(run), checkpoint), only=("model", "buffers"))
+    saved = found.state["config"]
+    here = start_process(device).device
+    dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
+    config = ModelConfig(**saved["model"])
+    ops = resolve_ops("auto", here.type)
+    ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
+    with here:
+        model = GPT(config, ops).eval()
+    restore_weights(found, model, Replicated(model, dtype))
+    tokenizer = load_tokenizer(found.state["tokenizer"]["name"])
+    return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
+
+
+def _checkpoint_path(run: Path, which: str) -> Path:
+    from gptperf.checkpoint import best, latest
+
+    directory = run / "checkpoints" if os.path.isdir(run / "checkpoints") else run
+    if os.path.isfile(directory / "MANIFEST.json"):
+        return directory
+    found = (latest if which == "latest" else best)(directory)
+    if found is None:
+        raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint")
+    return found.path
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    num_samples: int = 1,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 1337,
+) -> list[str]:
+    """Continues a text.
+
+    Args:
+        loaded: What `load_model` returned.
+        prompt: Text to continue; "" stands for the start of a document.
+        tokens: Tokens to generate in each sample.
+        num_samples: Number of samples.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Number of the likeliest tokens to draw from; 0 draws from all.
+        seed: Seed of the draws. The same seed gives the same samples on the same device.
+
+    Returns:
+        The prompt with its continuation, for each sample.
+
+    Raises:
+        ConfigError: A number is below its smallest value.
+
+    Example:
+        >>> generate(load_model("out/tiny"), "def ", tokens=20, temperature=0)
+        ['def __init__(self, *args']
+    """
+    import torch
+
+    from gptperf.model.generate import generate as generate_ids
+
+    check_sampling(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k)
+    tokenizer = loaded.tokenizer
+    ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.eot], device=loaded.device)
+    generator = torch.Generator(loaded.device).manual_seed(seed)
+    texts = []
+    with torch.no_grad(), torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
+        for _ in range(num_samples):
+            new = generate_ids(
+                loaded.model,
+                ids,
+                tokens,
+                vocab_size=tokenizer.vocab_size,
+                temperature=temperature,
+                top_k=top_k,
+                generator=generator,
+            )
+            texts.append(prompt + tokenizer.decode(new.tolist()))
+    return texts
+
+
+def check_sampling(*, tokens: int, num_samples: int, temperature: float, top_k: int) -> None:
+    """Checks the numbers that `generate` takes, so that a command can refuse them before it loads a model.
+
+    Raises:
+        ConfigError: A number is below its smallest value.
+    """
+    for name, value, lowest in (
+        ("tokens", tokens, 1),
+        ("num_samples", num_samples, 1),
+        ("temperature", temperature, 0),
+        ("top_k", top_k, 0),
+    ):
+        if value < lowest:
+            raise ConfigError(f"{name}: found {value}, wanted {lowest} or more; nearest: {lowest}")

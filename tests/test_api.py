@@ -1,0 +1,121 @@
+"""The public Python API, from a configuration to generated text, and the sample command on top of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import SMALL, run_argv, run_log
+
+from gptperf import api, sample
+from gptperf.config import KEYS, Config, DataConfig, LogConfig, ModelConfig, SystemConfig, TrainConfig
+from gptperf.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 iterations with a learning rate so high that its checkpoint of iteration 2 is the best."""
+    out = tmp_path_factory.mktemp("api") / "out"
+    flags = ["--max_iters=6", "--save_interval=2", "--eval_interval=2", "--sample_tokens=0"]
+    flags += ["--learning_rate=0.3", "--lr_schedule=constant", "--warmup_iters=1"]
+    assert api.train(api.load_config(*run_argv(corpus, out, *flags))) == 0
+    return out
+
+
+def sample_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sample.sys, "argv", ["sample", *map(str, arguments)])
+    return sample.main()
+
+
+def test_generate_gives_the_text_of_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = api.generate(
+        api.load_model(run, device="cpu"), "abc", tokens=40, num_samples=2, temperature=0.9, top_k=9, seed=3
+    )
+    assert [text[:3] for text in texts] == ["abc", "abc"]
+    assert len(set(texts)) == 2
+    flags = ["--prompt=abc", "--tokens=40", "--num_samples=2", "--temperature=0.9", "--top_k=9", "--seed=3"]
+    capsys.readouterr()
+    assert sample_command(monkeypatch, run, "--device=cpu", *flags) == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(text.encode(errors="backslashreplace").decode() + "\n" for text in texts)
+
+
+def test_defaults_are_those_of_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (text,) = api.generate(api.load_model(run, device="cpu"), "\n")
+    capsys.readouterr()
+    assert sample_command(monkeypatch, run, "--device=cpu") == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_generation_is_a_function_of_the_seed(run: Path) -> None:
+    loaded = api.load_model(run, device="cpu")
+    torch.manual_seed(1)
+    first = api.generate(loaded, "", tokens=30, seed=1)
+    torch.manual_seed(2)
+    assert api.generate(loaded, "", tokens=30, seed=1) == first
+    assert api.generate(loaded, "", tokens=30, seed=2) != first
+    likeliest = {api.generate(loaded, "a", tokens=30, temperature=0, seed=seed)[0] for seed in range(3)}
+    assert len(likeliest) == 1
+
+
+def test_the_loaded_model_is_the_trained_one(run: Path) -> None:
+    loaded = api.load_model(run, device="cpu")
+    assert (loaded.step, loaded.path.name, loaded.device.type) == (6, "step-00000006", "cpu")
+    assert not loaded.model.training
+    assert loaded.tokenizer.name == "byte"
+    ids = torch.tensor([loaded.tokenizer.encode("abcdef").tolist()])
+    with torch.no_grad():
+        assert loaded.model(ids).shape == (1, 6, 264)  # vocab_size 257, padded to a multiple of 8
+    for path in (run / "checkpoints", loaded.path):
+        same = api.load_model(path, device="cpu")
+        weights = zip(loaded.model.parameters(), same.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_the_best_checkpoint(run: Path) -> None:
+    losses = {entry["iter"]: entry["val_loss"] for entry in run_log(run)["eval_steps"]}
+    best = api.load_model(run, checkpoint="best", device="cpu")
+    assert best.step == min(losses, key=lambda step: losses[step]) < 6
+
+
+def test_a_configuration_made_in_python_trains(corpus: Path, tmp_path: Path) -> None:
+    config = Config(
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257),
+        data=DataConfig(dataset="text", data_dir=str(corpus / "data")),
+        train=TrainConfig(batch_size=2, max_iters=2, eval_iters=1, out_dir=str(tmp_path / "out")),
+        system=SystemConfig(device="cpu", dtype="float32", compile=False),
+        log=LogConfig(sample_tokens=0),
+    )
+    assert api.train(config) == 0
+    origins = run_log(tmp_path / "out")["config"]["origins"]
+    assert origins.keys() == KEYS.keys()
+    assert (origins["n_layer"], origins["min_lr"]) == ("Python", "default")
+    assert api.load_model(tmp_path / "out", device="cpu").step == 2
+
+
+def test_load_config_is_the_command_line(corpus: Path) -> None:
+    config = api.load_config(str(corpus / "small.toml"), "--n_layer=3")
+    assert (config.model.n_layer, config.model.n_embd, config.data.dataset) == (3, 32, "text")
+    assert "n_embd = 32" in SMALL
+    with pytest.raises(ConfigError, match=r"2 mistakes\n.*n_lear.*\n.*batch_size"):
+        api.load_config("--n_lear=3", "--batch_size=0")
+
+
+@pytest.mark.parametrize("name", ["tokens", "num_samples", "temperature", "top_k"])
+def test_numbers_that_are_too_small(
+    name: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: found -1, wanted . or more; nearest: ."):
+        api.generate(api.load_model(run, device="cpu"), "a", **{name: -1})  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as caught:  # before it looks for a checkpoint
+        sample_command(monkeypatch, tmp_path / "absent", f"--{name}=-1")
+    assert caught.value.code == 2
+    assert f"{name}: found -1" in capsys.readouterr().err
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found no checkpoint, wanted the folder of a run or of a checkpoint"):
+        api.load_model(tmp_path)
