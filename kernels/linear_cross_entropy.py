@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gptperf.kernels.checks import check_linear_cross_entropy, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.linear import dgrad, linear, operand_dtype, wgrad
 from gptperf.kernels.logit_chunks import chunk_rows, padded
 
 __all__ = ["linear_cross_entropy"]
@@ -114,31 +115,19 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
-            logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
+            logits = linear(x[part], weight, out=buffer[: part.stop - start])
             constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **shape_of(V)}
             tensors = (logits, targets[part], losses[part])
             launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
             if needs_x:
-                _gemm(logits, weight, dx[part], add=False)
+                dgrad(logits, weight, out=dx[part])
             if needs_weight:
-                _gemm(logits.t(), x[part], dweight, add=start > 0)
+                wgrad(logits, x[part], out=dweight, add=start > 0)
     if not M:
         dweight.zero_()
     count = (targets != ignore_index).sum().clamp(min=1)
     loss = losses.sum() / count
     return loss, dx, dweight[:V], torch.full_like(loss, 2.0**-log2_scale) / count
-
-
-def _gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a b, or out += a b; out has a's dtype or float32, and is rounded once."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif not a.is_cuda:  # the interpreter's tensors: PyTorch has no such product there
-        torch.addmm(out, a.float(), b.float(), out=out) if add else torch.mm(a.float(), b.float(), out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _forward_fake(
@@ -218,9 +207,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     """
     check_linear_cross_entropy(x, weight, targets, ignore_index)
     check_triton("linear_cross_entropy", x)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    dtype = operand_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     return _linear_cross_entropy(
         x.flatten(0, -2) if x.dim() > 1 else x[None], weight, targets.flatten(), ignore_index, *needs

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptperf.kernels.checks import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+from gptperf.kernels.linear import linear
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
 
@@ -133,7 +134,7 @@ def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = 
     check_swiglu(gate_up, weight, bias)
     gate, up = gate_up.chunk(2, dim=-1)
     product = F.silu(gate) * up
-    return product if weight is None else F.linear(product, weight, bias)
+    return product if weight is None else linear(product, weight, bias)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -149,7 +150,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         A float32 scalar; 0 where every target is ignored, NaN where one is out of range and on a GPU.
     """
     check_linear_cross_entropy(x, weight, targets, ignore_index)
-    logits = F.linear(x, weight)
+    logits = linear(x, weight)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     missing = (targets < 0) | (targets >= weight.shape[0])
     bad = missing & (targets != ignore_index)

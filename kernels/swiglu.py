@@ -12,7 +12,6 @@ Eager reference: `gptperf.kernels.reference.swiglu`. Source: Shazeer, 2020, eq. 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from gptperf.kernels.checks import check_swiglu, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, wgrad
 
 __all__ = ["swiglu"]
 
@@ -113,17 +113,16 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
-        return F.linear(_swiglu(gate_up), weight, bias)
+        return linear(_swiglu(gate_up), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weight = ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad
-        dgate_up, product = _swiglu_backward(dout @ weight, gate_up, needs_weight)
-        dout = dout.reshape(-1, weight.shape[0])
-        dweight = dout.t() @ product.view(-1, weight.shape[1]) if needs_weight else None
-        return dgate_up, dweight, dout.sum(0) if needs_bias else None
+        dgate_up, product = _swiglu_backward(dgrad(dout, weight), gate_up, needs_weight)
+        dweight = wgrad(dout, product) if needs_weight else None
+        return dgate_up, dweight, bias_grad(dout) if needs_bias else None
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -135,8 +134,6 @@ def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = 
     check_triton("swiglu", gate_up)
     if weight is None:
         return _swiglu(gate_up)
-    if torch.is_autocast_enabled(gate_up.device.type):
-        dtype = torch.get_autocast_dtype(gate_up.device.type)
-        gate_up, weight = gate_up.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _SwiGLULinear.apply(gate_up, weight, bias)
+    dtype = operand_dtype(gate_up)
+    bias = None if bias is None else bias.to(dtype)
+    return _SwiGLULinear.apply(gate_up.to(dtype), weight.to(dtype), bias)

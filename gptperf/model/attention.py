@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptperf.config import ModelConfig
+from gptperf.model.linear import Linear
 from gptperf.model.position import NoPosition
 from gptperf.registry import built_in, component
 
@@ -126,8 +127,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, D, K = config.n_embd, config.head_dim, config.kv_heads
-        self.qkv = nn.Linear(C, C + 2 * K * D, bias=config.bias)
-        self.out = nn.Linear(C, C, bias=config.bias)
+        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias)
+        self.out = Linear(C, C, bias=config.bias)
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.backend = component("attention_backend", config.attention_backend)(config)

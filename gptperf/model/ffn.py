@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
+from gptperf.model.linear import Linear
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
 
@@ -15,8 +16,8 @@ class StandardFFN(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.activation = component("activation", config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,8 +31,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
-        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.gate_up = Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
+        self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.op = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptperf.config import ModelConfig
 from gptperf.model.attention import KVCache
+from gptperf.model.linear import Linear
 from gptperf.model.recompute import CHECKPOINT_OPTIONS
 from gptperf.ops import Ops, resolve_ops
 from gptperf.registry import component
@@ -45,7 +46,7 @@ class GPT(nn.Module):
         block = component("norm_position", config.norm_position)
         self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
         self.norm = component("normalization", config.normalization)(config, ops)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
