@@ -46,7 +46,7 @@ def digest_of(folder: Traversable) -> str:
 def _definitions(source: str) -> Iterator[str]:
     """Yields the text of every top-level statement that computes, decorators included."""
     tree = ast.parse(source)
-    left_out = {node.lineno for node in ast.walk(tree) if _computes_nothing(node)}
+    left_out = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and _computes_nothing(node)}
     lines = [line for line in _logical_lines(source) if line.row not in left_out]
     for statement in tree.body:
         first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
@@ -56,8 +56,8 @@ def _definitions(source: str) -> Iterator[str]:
             yield text
 
 
-def _computes_nothing(node: ast.AST) -> bool:
-    """Whether a node is an import, a docstring (also that of a constant) or `__all__`."""
+def _computes_nothing(node: ast.stmt) -> bool:
+    """Whether a statement is an import, a docstring (also that of a constant) or `__all__`."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if isinstance(node, ast.Assign | ast.AugAssign):
