@@ -1,15 +1,17 @@
-"""The three matrix products of a linear layer, in plain PyTorch: every GEMM of the model and of the fused ops is one.
+"""The three matrix products of a linear layer, for the linear layers of the model and for the fused ops.
 
     forward:    y = x W^T (+ b)
     backward:   dx = dy W  (`dgrad`),   dW = dy^T x  (`wgrad`),   db = sum of dy over its rows  (`bias_grad`)
 
 This file alone decides the precision of a product: the operands have one dtype (`operand_dtype`), sums are in float32,
-and each result is rounded once to its own dtype. The functions are compositions of aten
-ops instead of an op of their own, so autograd, torch.compile, selective recomputation and FlopCounterMode see every
-matrix product. Elements moved for M rows of K columns and N outputs: M K + N K + M N for each of the three.
+and each result is rounded once to its own dtype. The functions call aten ops and are no registered op themselves, so
+that autograd, torch.compile, selective recomputation and FlopCounterMode see every matrix product. Elements moved for M
+rows of K columns and N outputs: M K + N K + M N for each product.
 
-PyTorch differentiates `linear`, by the products that `dgrad` and `wgrad` compute, to the bit; an op that has a backward
-of its own calls these two. Reference: `torch.nn.functional.linear`.
+PyTorch differentiates `linear`; its gradients have the bits of `dgrad`, `wgrad` and `bias_grad`. An op that has a
+backward of its own calls these three.
+
+Reference: `torch.nn.functional.linear`.
 """
 
 import torch
@@ -20,13 +22,13 @@ __all__ = ["bias_grad", "dgrad", "linear", "operand_dtype", "wgrad"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """y = x W^T (+ b).
+    """Computes y = x W^T (+ b).
 
     Args:
         x: `(..., K)`; `(M, K)` with `out`.
         weight: `(N, K)`.
         bias: `(N,)` or None; None with `out`.
-        out: `(M, N)`, where y is written; there is no gradient then.
+        out: `(M, N)`, where y is written; y then has no gradient.
 
     Returns:
         y `(..., N)`.
@@ -37,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 
 def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx = dy W.
+    """Computes dx = dy W.
 
     Args:
         dy: `(..., N)`; `(M, N)` with `out`.
@@ -53,7 +55,7 @@ def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """dW = dy^T x, summed over all rows.
+    """Computes dW = dy^T x over all rows.
 
     Args:
         dy: `(..., N)`; `(M, N)` with `out`.
@@ -70,14 +72,14 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -
 
 
 def bias_grad(dy: Tensor) -> Tensor:
-    """The gradient `(N,)` of the bias: the sum of dy `(..., N)` over its rows."""
+    """Returns db `(N,)`, the sum of dy `(..., N)` over all rows."""
     return _rows(dy).sum(0)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the operands of a product with x enter it: that of autocast where it is on, else x's.
+    """Returns the dtype of the operands of a product with x: the dtype of autocast if it is on, else that of x.
 
-    An op with an autograd function of its own casts to it, because autocast casts for PyTorch's own ops only.
+    An op that has an autograd function of its own casts them itself, because autocast only casts for PyTorch's ops.
     """
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
@@ -88,7 +90,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
-    """out = a b, or out += a b; out has a's dtype or float32, and is rounded once."""
+    """Computes out = a b or out += a b, rounded once; out has a's dtype or float32."""
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if not a.is_cuda:  # PyTorch has a product with an out_dtype on CUDA only

@@ -12,7 +12,7 @@ __all__ = ["StandardFFN", "SwiGLU"]
 
 @built_in("ffn_type", "standard")
 class StandardFFN(nn.Module):
-    """up, activation, down."""
+    """The FFN of GPT-2: up projection, activation, down projection."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -27,7 +27,7 @@ class StandardFFN(nn.Module):
 
 @built_in("ffn_type", "swiglu")
 class SwiGLU(nn.Module):
-    """silu(gate) * up, down; gate and up are one projection."""
+    """SwiGLU (Shazeer, 2020, eq. 6): silu(gate) * up and the down projection; gate and up are one projection."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()

@@ -8,7 +8,7 @@ __all__ = ["Linear"]
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whose product is that of `gptperf.kernels.linear`, where the precision of every GEMM is decided."""
+    """nn.Linear that calls `gptperf.kernels.linear`, which decides the precision of every GEMM."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in_features)` -> `(..., out_features)`."""
