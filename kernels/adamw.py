@@ -1,10 +1,11 @@
-"""AdamW: one pass over gradient, moments, float32 weights and the copy that the model reads.
+"""AdamW in one pass over the gradient, both moments, the float32 master weights and the compute copy.
 
     g' = g / divisor,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
     w = w (1 - lr decay) - (lr / (1 - b1^t)) m / (sqrt(v / (1 - b2^t)) + eps)
 
-In float32, in place; where the step is to be skipped nothing changes. What depends on the step is read from the GPU, so
-that nothing waits. Bytes moved for P weights: 28 P, with a copy in 16 bits 30 P.
+The update is in float32 and in place; a step that is skipped changes nothing. The kernel reads every number that
+depends on the step from a tensor on the GPU, so the host never waits. Elements moved for P weights: 7 P of float32, and
+P more with a compute copy (28 P bytes, 30 P with a copy in 16 bits).
 
 Eager reference: `gptperf.kernels.reference.adamw`. Source: Loshchilov and Hutter, 2019, algorithm 2.
 """
@@ -19,6 +20,7 @@ from gptperf.kernels.launch import ceil_div, launch, register
 __all__ = ["adamw"]
 
 BLOCK = 1024
+"""Elements of a program."""
 
 
 @triton.jit
@@ -51,17 +53,13 @@ def _update(
     exp_avg_sq: Tensor,
     compute: Tensor | None,
     scalars: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    *hyperparameters: float,
 ) -> None:
     if master.numel():
         programs = ceil_div(master.numel(), BLOCK)
         tensors = (master, grad, exp_avg, exp_avg_sq, master if compute is None else compute, scalars)
-        numbers = (master.numel(), beta1, beta2, eps, weight_decay)
         constants = {"HAS_COMPUTE": compute is not None, "BLOCK": BLOCK, "num_warps": 4}
-        launch(_adamw_kernel, (programs,), tensors, numbers, constants)
+        launch(_adamw_kernel, (programs,), tensors, (master.numel(), *hyperparameters), constants)
 
 
 _adamw = register(
@@ -84,7 +82,7 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place; arguments and errors as `gptperf.kernels.reference.adamw`. The gradient is only read."""
+    """Updates in place; see `gptperf.kernels.reference.adamw` for arguments and errors. It only reads the gradient."""
     check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
     check_triton("adamw", master)
     _adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, beta1, beta2, eps, weight_decay)

@@ -1,7 +1,12 @@
-"""Sum of the rows of a float32 matrix in an order that depends on its shape alone.
+"""Sums the rows of a float32 matrix in an order that depends on its shape alone.
 
-Backward kernels leave one row of partial sums a program instead of adding with atomics; this makes the gradients of the
-weights of them. Reads P N, writes N elements; the rows are still in the L2 cache.
+    y[n] = x[0, n] + x[1, n] + ... + x[P - 1, n]
+
+Each program of a backward kernel writes one row of partial sums instead of adding with atomics; this kernel adds the
+rows up to the gradient of a weight. The sums are in float32, and each result is rounded once. Elements moved: P N read
+and N written; the rows are still in the L2 cache.
+
+Reference: `torch.sum(x, 0)`. There is no backward.
 """
 
 import torch
@@ -14,32 +19,33 @@ from gptperf.kernels.launch import ceil_div, launch, power_of_2
 __all__ = ["column_sum"]
 
 ROWS = 1024
-"""Rows that one program sums at once; more are summed in a second pass."""
+"""The most rows that one program sums; more rows take a second pass."""
 COLUMNS = 16
-"""Columns of a program: 64 bytes, two sectors; narrow, so that N = 768 still makes 48 programs."""
+"""Columns of a program: 64 bytes, which are two sectors. They are few, so that N = 768 still makes 48 programs."""
 
 
 @triton.jit
-def _column_sum_kernel(X, Y, Z, P, N, SPLIT, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+def _column_sum_kernel(X, Y, Z, P, N, split, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     part = tl.program_id(1).to(tl.int64)
     rows = part * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     mask = (rows < P)[:, None] & (cols < N)[None, :]
     sums = tl.sum(tl.load(X + rows[:, None] * N + cols[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(Y + part * SPLIT + cols, sums.to(Y.dtype.element_ty), mask=cols < SPLIT)
-    tl.store(Z + part * (N - SPLIT) + (cols - SPLIT), sums.to(Z.dtype.element_ty), mask=(cols >= SPLIT) & (cols < N))
+    tl.store(Y + part * split + cols, sums.to(Y.dtype.element_ty), mask=cols < split)
+    tl.store(Z + part * (N - split) + (cols - split), sums.to(Z.dtype.element_ty), mask=(cols >= split) & (cols < N))
 
 
 def column_sum(x: Tensor, split: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums over the first dimension, of the columns before and from `split` on.
+    """Sums over the first dimension, and splits the result in two.
 
     Args:
         x: `(P, N)` float32, contiguous, P >= 1.
-        split: 0..N.
-        dtypes: of both results, the last for those that have none; they are rounded once.
+        split: where the result is split, 0..N.
+        dtypes: the dtypes of the two results, or one dtype for both.
 
     Returns:
-        `(split,)` and `(N - split,)`, the same bits for the same x on every GPU.
+        The sums of the first `split` columns `(split,)` and those of the others `(N - split,)`. The same x gives the
+        same bits on every GPU.
     """
     P, N = x.shape
     while P > ROWS:

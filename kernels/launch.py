@@ -1,8 +1,9 @@
-"""How an op is registered with torch.library, and how its kernels are launched, with little work on the host.
+"""Registers an op with torch.library and launches its kernels, with little work on the host.
 
-A small model waits for the host: PyTorch's dispatcher costs a Python op some 30 us each way, Triton's launcher about as
-much again. So an op called on plain tensors goes straight to its implementation, and a kernel that was launched before
-with arguments of the same kind is not looked up again. Compilers and tracers see the registered op.
+A small model waits for the host: PyTorch's dispatcher costs a Python op about 30 us in each direction, and Triton's
+launcher about as much again. So an op that is called on plain tensors calls its implementation directly, and a kernel
+that was launched before with arguments of the same kind is not looked up again. Compilers and tracers see the
+registered op.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,11 @@ __all__ = ["ceil_div", "launch", "power_of_2", "register"]
 
 _library = torch.library.Library("gptperf", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_OPTIONS = ("num_warps", "maxnreg")  # of Triton's compiler
+_COMPILER_OPTIONS = ("num_warps", "maxnreg")
+"""Constants of a launch that Triton's compiler takes instead of the kernel."""
 _registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}
+"""What Triton compiles a kernel for -> the compiled kernel."""
 
 
 def register(
@@ -29,17 +32,17 @@ def register(
     save: Callable[..., None] | None = None,
     differentiate: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register an op in the namespace gptperf.
+    """Registers an op in the namespace `gptperf`.
 
     Args:
-        schema: as torch.library wants it, without the namespace.
+        schema: the schema that torch.library takes, without the namespace.
         forward: the implementation.
-        fake: outputs of the right shape and dtype, contiguous.
+        fake: returns contiguous outputs of the right shape and dtype without computing them.
         save: `setup_context` of an autograd function, for an op that has a gradient.
-        differentiate: its `backward`; once differentiable.
+        differentiate: `backward` of that function; it cannot be differentiated again.
 
     Returns:
-        The op as a function.
+        A function that calls the op.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.needs_exact_strides)
@@ -67,10 +70,11 @@ def register(
 
 @torch.compiler.assume_constant_result
 def _introduce_to_inductor() -> bool:
-    """Give Inductor a lowering of every op, while it traces the first call of one.
+    """Gives Inductor a lowering of every op while it traces the first call of one.
 
-    PyTorch 2.11 makes one itself when it meets an op without, but first formats a log line with all that the inputs
-    were computed from. With residual adds that doubles with every layer, and the loss of 12 layers never compiles.
+    PyTorch 2.11 makes the lowering itself when it meets an op that has none, but first formats a log line with all that
+    the inputs were computed from. Every residual add doubles the length of that line, so the loss of a model with 12
+    layers never compiles.
     """
     from torch._inductor import lowering
 
@@ -83,7 +87,7 @@ def _introduce_to_inductor() -> bool:
 def _autograd_function(
     name: str, forward: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Forward and save in one: with a `setup_context` of its own PyTorch would look at the signature in every call."""
+    """Joins forward and save, because PyTorch inspects the signature in every call of a separate `setup_context`."""
 
     def forward_and_save(ctx: Any, *arguments: Any) -> Any:
         outputs = forward(*arguments)
@@ -96,12 +100,12 @@ def _autograd_function(
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up; Triton's own takes microseconds, being for kernels too."""
+    """Returns a / b rounded up. Triton's own function takes microseconds, because it also works in kernels."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is n or more; n >= 1."""
+    """Returns the smallest power of two that is at least n; n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -112,29 +116,31 @@ def launch(
     scalars: Sequence[float],
     constants: Mapping[str, Any],
 ) -> None:
-    """kernel[grid](*tensors, *scalars, **constants), on the device of the first tensor.
+    """Runs kernel[grid](*tensors, *scalars, **constants) on the device of the first tensor.
 
     Args:
-        kernel: a Triton kernel whose parameters are pointers, then numbers, then constants, in the order given.
-        grid: programs.
-        tensors: of the pointers.
-        scalars: of the numbers.
-        constants: by name: the constants in the kernel's order, then what `_OPTIONS` names.
+        kernel: a Triton kernel whose parameters are pointers, then numbers, then constants.
+        grid: the number of programs in each dimension.
+        tensors: the pointers, in the kernel's order.
+        scalars: the numbers, in the kernel's order.
+        constants: the constants by name, in the kernel's order, then options of Triton's compiler.
     """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, scalars, constants)
-    if not isinstance(kernel, triton.JITFunction) or any(x.data_ptr() % 16 for x in tensors):  # the interpreter; views
+    # Triton's own launcher runs in two cases: its interpreter has no compiled kernel, and a kernel that is compiled for
+    # addresses that are multiples of 16 is wrong for other addresses, which views may have.
+    if not isinstance(kernel, triton.JITFunction) or any(x.data_ptr() % 16 for x in tensors):
         kernel[grid](*tensors, *scalars, **constants)
         return None
-    # What Triton compiles a kernel for: dtypes, which integers are 1, divisible by 16 or wide, and the constants.
+    # Triton compiles a kernel for the dtypes, for which integers are 1, divisible by 16 or wide, and for the constants.
     kinds = [(x == 1, x % 16 == 0, -(2**31) <= x < 2**31) if type(x) is int else None for x in scalars]
     key = (id(kernel), device.index, *(x.dtype for x in tensors), *kinds, *constants.values())
     compiled = _launched.get(key)
     if compiled is None:
         _launched[key] = kernel[grid](*tensors, *scalars, **constants)
     else:
-        values = [value for name, value in constants.items() if name not in _OPTIONS]
+        values = [value for name, value in constants.items() if name not in _COMPILER_OPTIONS]
         compiled[(*grid, 1, 1)[:3]](*tensors, *scalars, *values)
     return None

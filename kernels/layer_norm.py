@@ -1,7 +1,10 @@
-"""LayerNorm with a weight and an optional bias, with or without the residual add fused in.
+"""LayerNorm with a weight and an optional bias, with or without the residual add in the same kernel.
 
-y = (s - mean(s)) / sqrt(var(s) + eps) * w (+ b) with s = x (+ residual); the kernels, their formulas and what they move
-are in `gptperf.kernels.norm`. Eager reference: `gptperf.kernels.reference.layer_norm`.
+    y = (s - mean(s)) / sqrt(var(s) + eps) * w (+ b)  with s = x (+ residual)
+
+`gptperf.kernels.norm` has the kernels, the formulas of backward, the precision and the elements moved.
+
+Eager reference: `gptperf.kernels.reference.layer_norm`. Source: Ba, Kiros and Hinton, 2016, eq. 4.
 """
 
 from typing import Any
@@ -83,9 +86,9 @@ _layer_norm = register(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension; arguments, results and errors as `gptperf.kernels.reference.layer_norm`.
+    """Computes LayerNorm over the last dimension; see `gptperf.kernels.reference.layer_norm` for arguments and errors.
 
-    Rows wider than 16384 are left to the reference, which is said once.
+    Rows wider than 16384 run in the reference, with one warning.
     """
     check_norm("layer_norm", x, weight, bias, residual)
     check_triton("layer_norm", x)

@@ -1,15 +1,19 @@
 """lm_head and mean cross-entropy without the (M, V) logits in memory.
 
-Rows are taken in chunks. For each: logits = x W^T; one kernel turns them into the loss of each row and, in place, into
-d = softmax(logits) - onehot(target); then dx = d W and dW += d^T x. Backward scales dx and dW by the incoming gradient
-over the number of targets that count. Where V is no multiple of 8, a copy of W has rows of zeros up to the next one, as
-cuBLAS's fast products want it; the logits have columns of zeros then, which the kernel leaves alone.
+    logits = x W^T,  loss = sum(logsumexp(logits) - logits[target]) / count
+    d = softmax(logits) - onehot(target),  dx = d W,  dW = d^T x,  both times dloss / count
 
-Log-sum-exp, losses and dW in float32; logits, d and dx are in x's dtype (float16: d is kept times 2^14, so that small
-probabilities do not vanish, and dx in float32). FLOPs: three GEMMs of 2 M C V where gradients are wanted, one where
-not. Elements that the kernel moves: M V read and M V written, besides dW, V C, read and written once a chunk.
+Forward takes the rows in chunks. For each chunk it computes the logits; one kernel turns them into the loss of each row
+and overwrites them with d; then it computes dx and adds to dW. Backward only scales dx and dW. If V is not a multiple
+of 8, the op copies W and appends rows of zeros up to the next multiple, because cuBLAS's fast products need it; the
+logits then have columns of zeros, which the kernel does not touch.
 
-Eager reference: `gptperf.kernels.reference.linear_cross_entropy`.
+Log-sum-exp, losses and dW are in float32; logits, d and dx are in x's dtype. In float16 d is stored times 2^14, so that
+small probabilities do not vanish, and dx is in float32. FLOPs: three GEMMs of 2 M C V with gradients, one without.
+Elements moved: M V read and M V written by the kernel, besides dW, V C, which is read and written once for each chunk.
+
+Eager reference: `gptperf.kernels.reference.linear_cross_entropy`. Source of the running maximum and sum: Milakov and
+Gimelshein, 2018, algorithm 3.
 """
 
 import math
@@ -24,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gptperf.kernels.checks import check_linear_cross_entropy, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.linear import dgrad, linear, operand_dtype, wgrad
 from gptperf.kernels.logit_chunks import chunk_rows, padded
 
 __all__ = ["linear_cross_entropy"]
@@ -31,10 +36,11 @@ __all__ = ["linear_cross_entropy"]
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-def shape_of(V: int) -> dict[str, int]:
-    """Columns that a program takes at a time, columns left over, and warps.
+def program_shape(V: int) -> dict[str, int]:
+    """Returns the columns that a program takes at a time, the columns of the tail, and the warps.
 
-    On an H200, as a fraction of a copy: 32000 .90, 50304 .89 (.87 with 16384 columns), 128256 .80 (.75 with 16384).
+    Measured on an H200, as a fraction of the speed of a copy: V = 32000 .90, 50304 .89 (.87 with 16384 columns at a
+    time), 128256 .80 (.75 with 16384).
     """
     block, warps = (4096, 16) if V <= 32768 else (8192, 32) if V <= 65536 else (32768, 32)
     return {"BLOCK_V": block, "BLOCK_TAIL": power_of_2(V % block) if V % block else 0, "num_warps": warps}
@@ -42,9 +48,9 @@ def shape_of(V: int) -> dict[str, int]:
 
 @triton.jit
 def _softmax_step(x, top, total):
-    """Take x (..., n) into the maximum and the sum of exp2((x - maximum) log2 e) of each row, both (...)."""
+    """Adds x (..., n) to the running maximum and sum of exp2((x - maximum) log2 e) of each row, both (...)."""
     higher = tl.maximum(top, tl.max(x, axis=len(x.shape) - 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf minus -inf is no number
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf minus -inf would be NaN
     terms = tl.exp2((x - tl.expand_dims(base, len(x.shape) - 1)) * LOG2_E)
     return higher, total * tl.exp2((top - base) * LOG2_E) + tl.sum(terms, axis=len(x.shape) - 1)
 
@@ -59,8 +65,8 @@ def _cross_entropy_kernel(
     target = tl.load(TARGETS + row)
     counts = (target >= 0) & (target < V) & (target != ignore_index)
     target_logit = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
-    # Whole blocks as rows of 8 neighbours, which one thread holds, as STRIDE is a multiple of 8: each thread keeps its
-    # own maximum and sum, and all meet once, after the last block.
+    # A whole block is a tile with rows of 8 neighbouring columns, which one thread holds, because STRIDE is a multiple
+    # of 8. Each thread keeps its own maximum and sum, and all are joined once, after the last block.
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     lanes = tl.arange(0, BLOCK_V // 8).to(tl.int64)[:, None] * 8 + tl.arange(0, 8).to(tl.int64)[None, :]
     tail = WHOLE + tl.arange(0, max(BLOCK_TAIL, 1)).to(tl.int64)
@@ -77,19 +83,19 @@ def _cross_entropy_kernel(
     missing = tl.where(target == ignore_index, 0.0, float("nan"))  # NaN for a target out of range
     tl.store(LOSS + row, tl.where(counts, tl.log(total) + (peak - target_logit), missing))
     if GRADIENT:
-        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        tl.debug_barrier()  # every thread must have read the target's logit before one of them overwrites it
         shift = log2_scale - tl.log2(total)
         if BLOCK_TAIL:
             rest = tl.where(counts, tl.exp2((rest - peak) * LOG2_E + shift), 0.0)
             tl.store(LOGITS + tail, rest.to(LOGITS.dtype.element_ty), mask=tail < V)
-        for start in range(0, WHOLE, BLOCK_V):  # backwards: what was read last is still in the L2 cache
+        for start in range(0, WHOLE, BLOCK_V):  # from the last block on, which is still in the L2 cache
             block = LOGITS + (WHOLE - BLOCK_V - start) + lanes
             x = tl.load(block, eviction_policy="evict_first").to(tl.float32)
             x = tl.where(counts, tl.exp2((x - peak) * LOG2_E + shift), 0.0)
             tl.store(block, x.to(LOGITS.dtype.element_ty))
         if counts:
-            tl.debug_barrier()  # the target's probability is there before it is overwritten
-            d = (tl.exp2((target_logit - peak) * LOG2_E) - total) / total  # exact where the target is the peak
+            tl.debug_barrier()  # the target's probability must be written before it is overwritten
+            d = (tl.exp2((target_logit - peak) * LOG2_E) - total) / total  # exact if the target is the maximum
             tl.store(LOGITS + target, (d * tl.exp2(log2_scale)).to(LOGITS.dtype.element_ty))
 
 
@@ -103,7 +109,7 @@ def _scale_kernel(X, Y, DLOSS, SCALE, n, BLOCK: tl.constexpr):
 def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, unscaled dx `(M, C)` and dW `(V, C)` (empty where not needed), and what they have to be multiplied by."""
+    """Returns the loss, the unscaled dx `(M, C)` and dW `(V, C)` (empty if not needed), and their scale."""
     M, V = x.shape[0], weight.shape[0]
     x, targets = x.contiguous(), targets.contiguous()
     weight = F.pad(weight, (0, 0, 0, padded(V) - V)) if padded(V) > V else weight.contiguous()
@@ -114,31 +120,19 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
-            logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
-            constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **shape_of(V)}
+            logits = linear(x[part], weight, out=buffer[: part.stop - start])
+            constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **program_shape(V)}
             tensors = (logits, targets[part], losses[part])
             launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
             if needs_x:
-                _gemm(logits, weight, dx[part], add=False)
+                dgrad(logits, weight, out=dx[part])
             if needs_weight:
-                _gemm(logits.t(), x[part], dweight, add=start > 0)
+                wgrad(logits, x[part], out=dweight, add=start > 0)
     if not M:
         dweight.zero_()
     count = (targets != ignore_index).sum().clamp(min=1)
     loss = losses.sum() / count
     return loss, dx, dweight[:V], torch.full_like(loss, 2.0**-log2_scale) / count
-
-
-def _gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a b, or out += a b; out has a's dtype or float32, and is rounded once."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif not a.is_cuda:  # the interpreter's tensors: PyTorch has no such product there
-        torch.addmm(out, a.float(), b.float(), out=out) if add else torch.mm(a.float(), b.float(), out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _forward_fake(
@@ -212,15 +206,14 @@ def _flops(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean loss; arguments, results and errors as `gptperf.kernels.reference.linear_cross_entropy`.
+    """Returns the mean loss; see `gptperf.kernels.reference.linear_cross_entropy` for arguments and errors.
 
-    The gradients are computed in forward, where x and weight need them, and only scaled in backward.
+    Forward computes the gradients of x and weight, if they need any; backward only scales them.
     """
     check_linear_cross_entropy(x, weight, targets, ignore_index)
     check_triton("linear_cross_entropy", x)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    dtype = operand_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     return _linear_cross_entropy(
         x.flatten(0, -2) if x.dim() > 1 else x[None], weight, targets.flatten(), ignore_index, *needs

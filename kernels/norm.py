@@ -1,14 +1,15 @@
-"""The kernels under rms_norm and layer_norm: one forward, one backward, over rows of N elements.
+"""The kernels of rms_norm and layer_norm: one forward and one backward, over rows of N elements.
 
-Forward, s = x (+ residual):    h = (s - mean(s)) r,  r = 1 / sqrt(mean((s - mean(s))^2) + eps),  y = h w (+ b).
-RMSNorm is the same with 0 in place of mean(s).
-Backward, g = dy w:    ds = r (g - mean(g) - h mean(g h)) (+ the gradient that reaches s from elsewhere),
-    dw = sum(dy h),  db = sum(dy).  RMSNorm: without mean(g).
+Forward, with s = x (+ residual):    h = (s - mean(s)) r,  r = 1 / sqrt(mean((s - mean(s))^2) + eps),  y = h w (+ b).
+RMSNorm has 0 in place of mean(s).
+Backward, with g = dy w:    ds = r (g - mean(g) - h mean(g h)) (+ the gradient of s as an output),
+    dw = sum(dy h),  db = sum(dy).  RMSNorm has no mean(g).
 
-Statistics and sums in float32, each output rounded once; the sum s is rounded to x's dtype before it is normalised, as
-in eager PyTorch. Elements moved for M rows: forward 2 M N, with the add 4 M N; backward 3 M N, with the add 4 M N (the
-gradients of x and of the residual are one tensor). A backward program takes rows a fixed step apart, loads the next
-ones while it works on these, and leaves one row of partial sums of dw and db.
+Statistics and sums are in float32, and each output is rounded once. The sum s is rounded to x's dtype before it is
+normalised, as in eager PyTorch. Elements moved for M rows: forward 2 M N, with the add 4 M N; backward 3 M N, with the
+add 4 M N, because the gradients of x and of the residual are one tensor. A program of the backward kernel takes rows a
+fixed step apart, loads the next rows while it works on the current ones, and writes one row of partial sums of dw and
+db at its end.
 
 Eager references: `gptperf.kernels.reference.rms_norm` and `layer_norm`. Sources: Ba, Kiros and Hinton, 2016, eq. 4;
 Zhang and Sennrich, 2019, eq. 4.
@@ -28,21 +29,22 @@ from gptperf.kernels.launch import ceil_div, launch, power_of_2
 __all__ = ["MAX_N", "norm_backward", "norm_forward", "warn_too_wide"]
 
 MAX_N = 16384
-"""Widest row that a program holds in registers."""
+"""The widest row that a program holds in registers."""
 SHARED_BYTES = 98304
-"""For the backward pipeline: what Ada and the small Blackwells have, 99 KB a program, less what reductions take."""
+"""Shared memory that the backward pipeline may use: the 99 KB a program of Ada and of the small Blackwells, less what
+reductions take."""
 
 
 def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | bool]:
-    """Rows, warps and registers of a program, and whether it reads its rows twice.
+    """Returns the rows, warps and registers of a program, and whether it reads its rows twice (`AGAIN`).
 
-    Several narrow rows or one; more warps the fewer reductions wait for others. On an H200, as a fraction of a copy:
+    A program has several narrow rows or one wide row. Measured on an H200, as a fraction of the speed of a copy:
 
     - up to 1024 columns: 4096 elements in 4 warps .98 and LayerNorm .965, one row in one or two warps .975 and .957
     - 2048 and 4096 columns: RMSNorm .976 and .978 with a warp for 512, .972 and .959 for 1024; LayerNorm .965 and .960
       for 1024, .952 and .895 for 512; with the add .989 and .967 for 256
     - 8192 columns: RMSNorm .989 in 16 warps that read twice, the best of 216 variants, with registers for four programs
-      a multiprocessor, and .933 with two more, for three; LayerNorm .885 with three and .953 with four
+      on a multiprocessor, and .933 with two registers more, for three; LayerNorm .885 with three and .953 with four
     """
     block_n = power_of_2(N)
     shape = {"BLOCK_M": max(1, 512 // block_n), "BLOCK_N": block_n, "AGAIN": False}
@@ -58,12 +60,12 @@ def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | b
 
 
 def backward_shape(M: int, N: int, element_size: int, center: bool, has_dsum: bool) -> tuple[int, dict[str, int]]:
-    """Programs, and rows, warps and pipeline stages of each.
+    """Returns the number of programs, and the rows, warps and pipeline stages of each.
 
-    A pipeline stage is a tile of every tensor read, in shared memory. The number of programs is that of an H200's
-    multiprocessors, up to three times, and the same on every GPU: so are the bits. There, of eleven shapes each, as a
-    fraction of a copy, RMSNorm and LayerNorm, then both with the add, beside what 264 programs of 4096 elements with
-    four stages reach:
+    A pipeline stage holds a tile of every tensor that is read, in shared memory. The number of programs is one to three
+    times the number of an H200's multiprocessors on every GPU, so that every GPU gives the same bits. The best of
+    eleven shapes on an H200, as a fraction of the speed of a copy, for RMSNorm and LayerNorm and then for both with the
+    add, compared with 264 programs of 4096 elements with four stages:
 
     - 65536x512: .911 .895 .939 .926, instead of .877 .845 .916 .883
     - 65536x768: .963 .916 .964 .953, instead of .880 .960 .953 .949; LayerNorm without the add keeps the latter
@@ -71,7 +73,7 @@ def backward_shape(M: int, N: int, element_size: int, center: bool, has_dsum: bo
     - 16384x4096: LayerNorm takes 102 us with 132 programs of 8192 elements, 108 with 264
     """
     block_n = power_of_2(N)
-    if block_n <= 256:  # several rows a thread: more registers for each element
+    if block_n <= 256:  # a thread has elements of several rows, which takes more registers for each element
         tile, warps, most, stages = 2048, 4, 264, 4
     elif block_n == 512:
         tile, warps, most, stages = 2048, 2, 396, 4
@@ -97,7 +99,7 @@ def _norm_forward_kernel(
 ):  # fmt: skip
     tl.static_assert(not (AGAIN and (CENTER or HAS_RESIDUAL)), "what is read again is x, neither centred nor a sum")
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    # Runs of 4: 16 bytes of float32 weights and 8 of x a thread, in one layout for both.
+    # A thread has 4 neighbouring columns: 16 bytes of float32 weights and 8 bytes of x, in one layout for both.
     cols = tl.max_contiguous(tl.arange(0, BLOCK_N), 4).to(tl.int64)[None, :]
     mask = cols < N
     if BLOCK_M > 1:
@@ -115,12 +117,13 @@ def _norm_forward_kernel(
     if CENTER:
         mean = tl.sum(h, axis=1) / N
         tl.store(MEAN + rows, mean, mask=rows < M)
-        h = tl.where(mask, h - mean[:, None], 0.0)  # a masked column is no element of the row
+        h = tl.where(mask, h - mean[:, None], 0.0)  # a masked column does not count in the variance
     rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + eps)
     tl.store(RSTD + rows, rstd, mask=rows < M)
-    if AGAIN:  # from the cache, instead of holding a wide row in registers
+    if AGAIN:  # read the row from the cache instead of holding a wide row in registers
         h = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    # Loaded late and kept in the L1 cache, which x leaves alone: earlier they would take registers from other programs.
+    # The weights are loaded late, because earlier they would take registers from other programs, and they stay in the
+    # L1 cache, which the loads of x bypass.
     weight = tl.load(WEIGHT + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
     y = h * rstd[:, None] * weight
     if HAS_BIAS:
@@ -156,7 +159,7 @@ def _norm_backward_kernel(
         if CENTER:
             h -= tl.load(MEAN + rows, mask=rows < M, other=0.0)[:, None]
         h *= rstd
-        g = dy * weight  # 0 in a masked column, whatever h is there
+        g = dy * weight  # dy is 0 in a masked column, so h does not matter there
         if CENTER:
             gh, g_sum = tl.reduce((g * h, g), 1, _add_pairs)
             dx = g - (g_sum / N)[:, None] - h * (gh / N)[:, None]
@@ -178,16 +181,16 @@ def _norm_backward_kernel(
 def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel.
+    """Launches the forward kernel.
 
     Args:
-        x, residual: `(..., N)` in one dtype.
-        weight, bias: `(N,)`.
+        x, residual: `(..., N)` in one dtype; residual may be None.
+        weight, bias: `(N,)`; bias may be None.
         eps: added to the variance.
-        center: LayerNorm; else RMSNorm.
+        center: True for LayerNorm, False for RMSNorm.
 
     Returns:
-        y and s like x, mean and rstd `(...)` float32; s is empty without a residual, mean without `center`.
+        y and s like x, and mean and rstd `(...)` float32. Without a residual s is empty; without `center` mean is.
     """
     N = x.shape[-1]
     M = x.numel() // max(N, 1)
@@ -214,19 +217,20 @@ def norm_backward(
     rstd: Tensor,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel and add up its partial sums.
+    """Launches the backward kernel and adds up its partial sums.
 
     Args:
-        dy: gradient of y, `(..., N)`.
-        dsum: the gradient that reaches s from elsewhere, like dy, or None.
-        x: what was normalised: x, or s where there was a residual.
+        dy: the gradient of y, `(..., N)`.
+        dsum: the gradient of s as an output, like dy, or None.
+        x: the tensor that was normalised: s where there was a residual, else x.
         weight: `(N,)`.
-        mean: as `norm_forward` left it; empty for RMSNorm.
-        rstd: likewise.
-        bias_dtype: of the bias, or None without one.
+        mean: the mean that `norm_forward` returned; empty for RMSNorm.
+        rstd: the rstd that `norm_forward` returned.
+        bias_dtype: the dtype of the bias, or None if there is no bias.
 
     Returns:
-        The gradients of s like x, of the weight like it, and of the bias `(N,)`, empty without one.
+        The gradient of s like x, that of the weight like the weight, and that of the bias `(N,)`, which is empty if
+        there is no bias.
     """
     N = x.shape[-1]
     M = x.numel() // max(N, 1)
@@ -246,11 +250,12 @@ def norm_backward(
 
 
 def warn_too_wide(op: str, N: int) -> None:
-    """Say, once a width, that the op runs in eager PyTorch; a compiler cannot, and leaves it out."""
+    """Warns, once for each width, that the op runs in eager PyTorch; no warning is possible in a compiled graph."""
     if not torch.compiler.is_compiling():
         _warn_too_wide(op, N)
 
 
 @functools.cache
 def _warn_too_wide(op: str, N: int) -> None:
-    warnings.warn(f"{op}: rows of {N} are wider than the Triton kernel's {MAX_N}; eager PyTorch runs", stacklevel=4)
+    message = f"{op}: found rows of {N}, wanted at most {MAX_N} for the Triton kernel; eager PyTorch runs instead"
+    warnings.warn(message, stacklevel=4)

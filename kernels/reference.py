@@ -1,7 +1,7 @@
-"""Eager PyTorch of every op: the fallback where no kernel runs, the oracle of the tests, the baseline of the bench.
+"""Every op in eager PyTorch: the fallback where no kernel runs, the oracle of the tests, the baseline of the bench.
 
-Statistics, rotations and the log-sum-exp are computed in float32 (float64 for float64 input) and rounded once to the
-dtype of the input; weights of the norms may be float32 beside activations of a lower precision.
+Statistics, rotations and the log-sum-exp are computed in float32 (in float64 for float64 input) and rounded once to the
+dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
 """
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptperf.kernels.checks import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+from gptperf.kernels.linear import linear
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
 
@@ -20,16 +21,19 @@ def _accumulator(x: Tensor) -> torch.dtype:
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight.
+    """Computes RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
         x: `(..., N)`.
         weight: `(N,)`, in x's dtype or float32.
         eps: added to the mean square.
-        residual: like x; where given, x + residual is normalised.
+        residual: like x; if given, x + residual is normalised.
 
     Returns:
         y like x; with `residual` the pair (y, x + residual).
+
+    Raises:
+        ValueError: a dtype, shape or device does not match x.
 
     Source: Zhang and Sennrich, 2019, eq. 4.
     """
@@ -48,17 +52,20 @@ def layer_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
+    """Computes LayerNorm over the last dimension: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
     Args:
         x: `(..., N)`.
         weight: `(N,)`, in x's dtype or float32.
         bias: `(N,)` or None.
         eps: added to the (biased) variance.
-        residual: like x; where given, x + residual is normalised.
+        residual: like x; if given, x + residual is normalised.
 
     Returns:
         y like x; with `residual` the pair (y, x + residual).
+
+    Raises:
+        ValueError: a dtype, shape or device does not match x.
 
     Source: Ba, Kiros and Hinton, 2016, eq. 4.
     """
@@ -81,20 +88,23 @@ def rope(
     eps: float = 1e-5,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a packed projection into heads, normalise queries and keys if asked, and rotate them by their position.
+    """Splits a packed projection into heads, and rotates queries and keys by the angles of their positions.
 
     Args:
         qkv: `(B, T, (H + 2 K) D)`: H query heads, then K key heads, then K value heads.
-        cos, sin: `(T, D / 2)` float32, of the positions 0..T-1 (more rows are ignored).
+        cos, sin: `(T, D / 2)` float32, for the positions 0..T-1; further rows are ignored.
         n_head, n_kv_head: H and K.
-        q_weight, k_weight: `(D,)`; where given, RMSNorm of each head comes first (QK-norm).
-        eps: of that norm.
-        interleaved: rotate elements 2i and 2i + 1 together rather than i and i + D/2.
+        q_weight, k_weight: `(D,)`; if given, each query and key head is RMS-normalised first (QK-norm).
+        eps: added to the mean square of that norm.
+        interleaved: a pair is the elements 2i and 2i + 1 instead of i and i + D/2.
 
     Returns:
         q `(B, T, H, D)`, k `(B, T, K, D)`, v `(B, T, K, D)` in qkv's dtype.
 
-    Source: Su et al., 2021, eq. 34; the half-split pairs are those of Hugging Face's LLaMA.
+    Raises:
+        ValueError: the projection does not divide into the heads, head_dim is odd, or tables or weights do not fit.
+
+    Source: Su et al., 2021, eq. 34; pairs of i and i + D/2 are those of Hugging Face's LLaMA.
     """
     check_rope(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight)
     B, T, width = qkv.shape
@@ -110,7 +120,7 @@ def rope(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the pairs of x `(B, T, H, D)` by the angles of cos and sin `(T, 1, D/2)`."""
+    """Rotates the pairs of x `(B, T, H, D)` by the angles whose cos and sin `(T, 1, D/2)` are given."""
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
     one, two = pairs.unbind(-1 if interleaved else -2)
     rotated = (one * cos - two * sin, one * sin + two * cos)
@@ -118,38 +128,44 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up on the packed projection; with a weight, its down projection.
+    """Computes silu(gate) * up on the packed projection; with a weight also the down projection of the product.
 
     Args:
         gate_up: `(..., 2 F)`: F gate columns, then F up columns.
-        weight: `(C, F)` of the projection that follows, or None.
-        bias: `(C,)` of that projection, or None.
+        weight: `(C, F)`, the weight of the down projection, or None.
+        bias: `(C,)`, the bias of the down projection, or None.
 
     Returns:
-        `(..., F)`, or `(..., C)` where there is a weight.
+        `(..., F)`, or `(..., C)` with a weight.
+
+    Raises:
+        ValueError: the last dimension of gate_up is odd, or the weight or bias does not fit.
 
     Source: Shazeer, 2020, eq. 6.
     """
     check_swiglu(gate_up, weight, bias)
     gate, up = gate_up.chunk(2, dim=-1)
     product = F.silu(gate) * up
-    return product if weight is None else F.linear(product, weight, bias)
+    return product if weight is None else linear(product, weight, bias)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy of the logits x weight^T against targets.
+    """Returns the mean cross-entropy of the logits x weight^T against targets.
 
     Args:
         x: `(..., C)`.
         weight: `(V, C)` in x's dtype.
         targets: `(...)` int64, 0..V-1 or `ignore_index`.
-        ignore_index: targets that count neither in the sum nor in the mean.
+        ignore_index: a target that does not count, neither in the sum nor in the mean.
 
     Returns:
-        A float32 scalar; 0 where every target is ignored, NaN where one is out of range and on a GPU.
+        A float32 scalar. It is 0 if every target is ignored, and NaN if a target on a GPU is out of range.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or, on the CPU, a target is out of range.
     """
     check_linear_cross_entropy(x, weight, targets, ignore_index)
-    logits = F.linear(x, weight)
+    logits = linear(x, weight)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     missing = (targets < 0) | (targets >= weight.shape[0])
     bad = missing & (targets != ignore_index)
@@ -170,21 +186,26 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update in place, and the copy of the weights that the model reads.
+    """Does one AdamW update in place, and writes the copy of the weights that the model reads.
 
     Args:
-        master, exp_avg, exp_avg_sq: float32, any shape; updated.
+        master, exp_avg, exp_avg_sq: the master weights and both moments, float32, any shape; updated.
         grad: like master, float32; may be overwritten.
-        compute: like master in the compute dtype, overwritten with the rounded weights; or None.
-        scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, what the gradient is divided by, and 0 or
-            else the update is left out. t counts updates from 1.
-        beta1, beta2, eps, weight_decay: of the update.
+        compute: like master, in the compute dtype, overwritten with the rounded weights; or None.
+        scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, the divisor of the gradient, and a flag
+            that skips the update unless it is 0. t counts updates from 1.
+        beta1, beta2: decay of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: multiplied with the learning rate.
+
+    Raises:
+        ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
 
     Source: Loshchilov and Hutter, 2019, algorithm 2.
     """
     check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
     lr, t, bias1, bias2, divisor, skip = scalars.unbind()
-    if not torch.compiler.is_compiling():  # PyTorch's own kernel; compiled, the lines below become one kernel
+    if not torch.compiler.is_compiling():  # PyTorch's own kernel; torch.compile makes one kernel of the formula below
         torch._fused_adamw_(
             [master],
             [grad],
@@ -216,14 +237,14 @@ def adamw(
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:
-    """Write, or add to `out`, the sum of the shares of all processes, in the order of their ranks.
+    """Writes the sum of the shards of all n ranks, in rank order, to `out`, or adds it.
 
     Args:
         out: `(P,)` float32; it may be `own`.
-        own: `(P,)`, this process's, in any dtype.
-        pulled: `(n - 1, P)`, those of the others by rank, in the same dtype.
-        rank: of this process.
-        add: to what `out` holds.
+        own: `(P,)`, this rank's shard, in any dtype.
+        pulled: `(n - 1, P)`, the shards of the other ranks in rank order, in own's dtype.
+        rank: this rank.
+        add: add the sum to `out` instead of overwriting it.
     """
     total = torch.zeros_like(out)
     for x in (*pulled[:rank], own, *pulled[rank:]):

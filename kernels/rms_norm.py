@@ -1,7 +1,10 @@
-"""RMSNorm with a weight, with or without the residual add fused in.
+"""RMSNorm with a weight, with or without the residual add in the same kernel.
 
-y = s / sqrt(mean(s^2) + eps) * w with s = x (+ residual); the kernels, their formulas and what they move are in
-`gptperf.kernels.norm`. Eager reference: `gptperf.kernels.reference.rms_norm`.
+    y = s / sqrt(mean(s^2) + eps) * w  with s = x (+ residual)
+
+`gptperf.kernels.norm` has the kernels, the formulas of backward, the precision and the elements moved.
+
+Eager reference: `gptperf.kernels.reference.rms_norm`. Source: Zhang and Sennrich, 2019, eq. 4.
 """
 
 from typing import Any
@@ -70,9 +73,9 @@ _rms_norm = register(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension; arguments, results and errors as `gptperf.kernels.reference.rms_norm`.
+    """Computes RMSNorm over the last dimension; see `gptperf.kernels.reference.rms_norm` for arguments and errors.
 
-    Rows wider than 16384 are left to the reference, which is said once.
+    Rows wider than 16384 run in the reference, with one warning.
     """
     check_norm("rms_norm", x, weight, None, residual)
     check_triton("rms_norm", x)

@@ -1,14 +1,17 @@
-"""Rotary position encoding on packed queries, keys and values, with QK-norm in the same pass where asked.
+"""Rotary position encoding of packed queries, keys and values, optionally with QK-norm in the same kernel.
 
-Forward, for a pair (a, b) of a query or key head and its position's angle:    a' = a cos - b sin,  b' = b cos + a sin.
-With QK-norm a and b are first those of x r w, r = 1 / sqrt(mean(x^2) + eps) over the head. Values are copied, so that
-the packed projection need not stay in memory for the attention's backward.
-Backward: the rotation by the opposite angle, and through the norm where there is one, with g = da w and h = x r:
-    dx = r (g - h mean(g h)),  dw = sum(da h);
-all of it is written straight into the packed gradient.
+Forward, for a pair (a, b) of a query or key head and the angle of its position:
+    a' = a cos - b sin,  b' = b cos + a sin.
+With QK-norm, a and b are elements of x r w, with r = 1 / sqrt(mean(x^2) + eps) over the head x.
+Backward is the rotation by the opposite angle:
+    da = da' cos + db' sin,  db = db' cos - da' sin.
+With QK-norm it continues through the norm, where y is a head of da and db, g = y w and h = x r:
+    dx = r (g - h mean(g h)),  dw = sum(y h).
 
-Angles, statistics and sums in float32, each output rounded once. Elements moved for S = B T (H + 2 K) D: forward 2 S,
-backward 2 S; with QK-norm 3 S less the values, and D float32 partial sums of each program, written and read.
+Forward copies the values, so that the packed projection does not have to stay in memory for the backward of attention.
+Backward writes into the packed gradient. Angles, statistics and sums are in float32, and each output is rounded once.
+Elements moved for S = B T (H + 2 K) D: forward 2 S, backward 2 S; with QK-norm 3 S less the values, and D float32
+partial sums for each program, written and read.
 
 Eager reference: `gptperf.kernels.reference.rope`. Source: Su et al., 2021, eq. 34.
 """
@@ -27,10 +30,11 @@ from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 __all__ = ["rope"]
 
 
-def shape_of(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str, int]:
-    """Tokens, heads and warps of a program of so many pairs. Its heads are all queries, all keys or all values.
+def program_shape(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str, int]:
+    """Returns the tokens, heads and warps of a program that has this number of pairs.
 
-    512 pairs and one warp are among the best of 512 to 4096 pairs and 1 to 8 warps on an H200, .97 to .99 of a copy.
+    The heads of a program are all queries, all keys or all values. 512 pairs and one warp are among the best of 512 to
+    4096 pairs and 1 to 8 warps on an H200, at .97 to .99 of the speed of a copy.
     """
     heads = math.gcd(n_head, n_kv_head)
     heads = min(heads & -heads, 4)  # a power of two that divides both
@@ -40,7 +44,7 @@ def shape_of(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str
 
 @triton.jit
 def _load_pairs(X, at, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Two float32 tiles (BLOCK_T, BLOCK_H, BLOCK_D) of the elements that turn together; `at` are the heads' offsets."""
+    """Loads the elements of each pair as two float32 tiles (BLOCK_T, BLOCK_H, BLOCK_D); `at` has the heads' offsets."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D).to(tl.int64)[None, None, :]
         x = tl.load(X + at + both, mask=mask & (both < D), other=0.0)
@@ -54,6 +58,7 @@ def _load_pairs(X, at, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED
 
 @triton.jit
 def _store_pairs(Y, at, mask, a, b, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Stores what `_load_pairs` loads."""
     a, b = a.to(Y.dtype.element_ty), b.to(Y.dtype.element_ty)
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D).to(tl.int64)[None, None, :]
@@ -67,7 +72,7 @@ def _store_pairs(Y, at, mask, a, b, D: tl.constexpr, BLOCK_D: tl.constexpr, INTE
 
 @triton.jit
 def _weight_columns(D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Offsets of both elements of each pair in a head."""
+    """Returns the offsets of both elements of each pair in a head."""
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
     if INTERLEAVED:
         return cols * 2, cols * 2 + 1
@@ -76,7 +81,10 @@ def _weight_columns(D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.cons
 
 @triton.jit
 def _place(T, H: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Batch, tokens (BLOCK_T,) and first packed head of this program; those of one token block stand side by side."""
+    """Returns the batch, the tokens (BLOCK_T,) and the first packed head of this program.
+
+    The programs of one block of tokens are neighbours, because they read the same angles.
+    """
     head_blocks: tl.constexpr = (H + 2 * K) // BLOCK_H
     token_block = tl.program_id(0) // head_blocks
     head = tl.program_id(0) % head_blocks * BLOCK_H
@@ -177,10 +185,10 @@ def _forward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    q, k, v = _forward_fake(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps, interleaved)
+    q, k, v = _forward_fake(qkv, cos, sin, n_head, n_kv_head)
     B, T, H, D = q.shape
     if qkv.numel():
-        shape = shape_of(H, n_kv_head, D, pairs=512)
+        shape = program_shape(H, n_kv_head, D, pairs=512)
         programs = B * ceil_div(T, shape["BLOCK_T"]) * ((H + 2 * n_kv_head) // shape["BLOCK_H"])
         weights = [cos if w is None else w.contiguous() for w in (q_weight, k_weight)]
         sizes = {"H": H, "K": n_kv_head, "D": D, "HAS_NORM": q_weight is not None, "INTERLEAVED": interleaved}
@@ -190,15 +198,7 @@ def _forward(
 
 
 def _forward_fake(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    n_head: int,
-    n_kv_head: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    interleaved: bool,
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, width = qkv.shape
     D = width // (n_head + 2 * n_kv_head)
@@ -221,7 +221,8 @@ def _backward(
     B, T, H, D = dq.shape
     K = dk.shape[2]
     dqkv = dq.new_empty((B, T, (H + 2 * K) * D))
-    shape = shape_of(H, K, D, pairs=512 if q_weight is None else 256)  # the norm holds twice as much in registers
+    # QK-norm holds twice as much in registers.
+    shape = program_shape(H, K, D, pairs=512 if q_weight is None else 256)
     blocks = B * ceil_div(T, shape["BLOCK_T"])
     has_norm = q_weight is not None
     partials = [cos.new_empty((blocks * n // shape["BLOCK_H"] if has_norm else 0, D)) for n in (H, K)]
@@ -300,7 +301,7 @@ def rope(
     eps: float = 1e-5,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split, normalise and rotate; arguments, results and errors as `gptperf.kernels.reference.rope`.
+    """Splits, normalises and rotates; arguments, results and errors are those of `gptperf.kernels.reference.rope`.
 
     q, k and v are new tensors; the tables get no gradient.
     """

@@ -1,11 +1,11 @@
-"""Sum of a share of a buffer over processes, in the order of their ranks, in float32.
+"""Sums the shards of all ranks in the order of their ranks, in float32.
 
-    out = x_0 + x_1 + ... + x_{n-1}  (+ out),  where x_rank lies here and the others were copied here
+    out = x_0 + x_1 + ... + x_{n-1}  (+ out),  where x_rank is this rank's own and the others were copied to this GPU
 
-One pass: for shares of P elements of s bytes in n processes, reads s n P and writes 4 P bytes, and with `add` reads 4 P
-more. The sum is the same bits in whichever process it is taken.
+The sum has the same bits on every rank. Elements moved for n shards of P elements: n P read and P of float32 written;
+with `add` P more of float32 read.
 
-Eager reference: `gptperf.kernels.reference.sum_shares`.
+Eager reference: `gptperf.kernels.reference.sum_shares`. There is no backward.
 """
 
 import triton
@@ -17,6 +17,7 @@ from gptperf.kernels.launch import ceil_div, launch, register
 __all__ = ["sum_shares"]
 
 BLOCK = 2048
+"""Elements of a program."""
 
 
 @triton.jit
@@ -49,13 +50,13 @@ _sum_shares = register(
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:
-    """Write, or add to `out`, the sum of the shares of all processes.
+    """Writes the sum of the shards of all n ranks to `out`, or adds it.
 
     Args:
         out: `(P,)` float32; it may be `own`.
-        own: `(P,)`, this process's, in any dtype.
-        pulled: `(n - 1, P)`, those of the others by rank, contiguous, in the same dtype.
-        rank: of this process.
-        add: to what `out` holds.
+        own: `(P,)`, this rank's shard, in any dtype.
+        pulled: `(n - 1, P)`, the shards of the other ranks in rank order, contiguous, in own's dtype.
+        rank: this rank.
+        add: add the sum to `out` instead of overwriting it.
     """
     _sum_shares(out, own, pulled, rank, add)

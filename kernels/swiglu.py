@@ -1,10 +1,11 @@
-"""silu(gate) * up on the packed projection.
+"""silu(gate) * up on the packed projection, optionally with the down projection that follows.
 
-Forward, s = 1 / (1 + exp(-g)):    y = g s u.
-Backward:    dg = dy u s (1 + g (1 - s)),  du = dy g s, written straight into the packed gradient; y can be written
-again in the same pass, so that a down projection that follows need not keep it.
+Forward, with s = 1 / (1 + exp(-g)):    y = g s u.
+Backward:    dg = dy u s (1 + g (1 - s)),  du = dy g s.
 
-In float32, each output rounded once. Elements moved for M rows of F: forward 3 M F, backward 5 M F, with y 6 M F.
+Backward writes dg and du into the packed gradient. It can write y again in the same pass, so that the down projection
+does not keep y in memory. The arithmetic is in float32, and each output is rounded once. Elements moved for M rows of
+F columns: forward 3 M F, backward 5 M F, and 6 M F with y.
 
 Eager reference: `gptperf.kernels.reference.swiglu`. Source: Shazeer, 2020, eq. 6.
 """
@@ -12,7 +13,6 @@ Eager reference: `gptperf.kernels.reference.swiglu`. Source: Shazeer, 2020, eq. 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,18 +20,22 @@ from torch.autograd.function import once_differentiable
 
 from gptperf.kernels.checks import check_swiglu, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, wgrad
 
 __all__ = ["swiglu"]
 
 
-def shape_of(F: int) -> dict[str, int]:
-    """Columns and warps of a program, which has one row; 512 to 4096 columns are within 1% on an H200."""
+def program_shape(F: int) -> dict[str, int]:
+    """Returns the columns and warps of a program, which has one row.
+
+    512 to 4096 columns are within 1% of each other on an H200.
+    """
     return {"BLOCK_N": min(1024, max(16, power_of_2(F))), "num_warps": 4}
 
 
 @triton.jit
 def _place(F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row and columns of this program."""
+    """Returns the row and the columns of this program."""
     blocks: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // blocks).to(tl.int64)
     return row, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -67,7 +71,7 @@ def _forward(gate_up: Tensor) -> Tensor:
     y = _forward_fake(gate_up)
     if y.numel():
         width = y.shape[-1]
-        shape = shape_of(width)
+        shape = program_shape(width)
         programs = y.numel() // width * ceil_div(width, shape["BLOCK_N"])
         launch(_swiglu_forward_kernel, (programs,), (gate_up, y), (), {"F": width, **shape})
     return y
@@ -82,7 +86,7 @@ def _backward(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor, Tenso
     dgate_up, y = _backward_fake(dy, gate_up, product)
     if dy.numel():
         width = dy.shape[-1]
-        shape = shape_of(width)
+        shape = program_shape(width)
         programs = dy.numel() // width * ceil_div(width, shape["BLOCK_N"])
         constants = {"F": width, "PRODUCT": product, **shape}
         launch(_swiglu_backward_kernel, (programs,), (dy, gate_up, dgate_up, y), (), constants)
@@ -108,35 +112,33 @@ _swiglu = register("swiglu(Tensor gate_up) -> Tensor", _forward, _forward_fake, 
 
 
 class _SwiGLULinear(torch.autograd.Function):
-    """The down projection of the product, which is computed again in backward rather than kept."""
+    """The product and its down projection; backward computes the product again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
-        return F.linear(_swiglu(gate_up), weight, bias)
+        return linear(_swiglu(gate_up), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weight = ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad
-        dgate_up, product = _swiglu_backward(dout @ weight, gate_up, needs_weight)
-        dout = dout.reshape(-1, weight.shape[0])
-        dweight = dout.t() @ product.view(-1, weight.shape[1]) if needs_weight else None
-        return dgate_up, dweight, dout.sum(0) if needs_bias else None
+        dgate_up, product = _swiglu_backward(dgrad(dout, weight), gate_up, needs_weight)
+        dweight = wgrad(dout, product) if needs_weight else None
+        return dgate_up, dweight, bias_grad(dout) if needs_bias else None
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, and its down projection; arguments, results and errors as `gptperf.kernels.reference.swiglu`.
+    """Computes silu(gate) * up; arguments, results and errors are those of `gptperf.kernels.reference.swiglu`.
 
-    With a weight the product is not kept for backward but computed again: M F elements less in memory, M F more moved.
+    With a weight, backward computes the product again instead of keeping it, which saves M F elements of memory and
+    moves M F more.
     """
     check_swiglu(gate_up, weight, bias)
     check_triton("swiglu", gate_up)
     if weight is None:
         return _swiglu(gate_up)
-    if torch.is_autocast_enabled(gate_up.device.type):
-        dtype = torch.get_autocast_dtype(gate_up.device.type)
-        gate_up, weight = gate_up.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _SwiGLULinear.apply(gate_up, weight, bias)
+    dtype = operand_dtype(gate_up)
+    bias = None if bias is None else bias.to(dtype)
+    return _SwiGLULinear.apply(gate_up.to(dtype), weight.to(dtype), bias)

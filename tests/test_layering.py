@@ -110,10 +110,10 @@ def test_modules_before_the_configuration_load_no_torch() -> None:
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
-    """And one another; the reference and the checks of arguments do without Triton, which is not everywhere."""
+    """And one another; the reference, its products and the checks run without Triton, which is not everywhere."""
     standard = {"math", "collections", "functools", "typing", "warnings"}
     for path in KERNELS:
-        everywhere = path.name in ("reference.py", "checks.py")
+        everywhere = path.name in ("reference.py", "checks.py", "linear.py")
         tree = ast.parse(path.read_text())
         for node in tree.body if everywhere else ast.walk(tree):
             names = []

@@ -1,4 +1,4 @@
-"""The model: norm, position encoding, attention, FFN, block, GPT. Importing it registers the built-in components."""
+"""The model: norms, position encodings, attention, FFNs, blocks and the GPT. The import registers these components."""
 
 from gptperf.model import activation
 from gptperf.model.attention import SDPA, Attention, FlashAttention, KVCache, ManualAttention, prefers_cudnn

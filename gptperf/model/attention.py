@@ -1,6 +1,7 @@
-"""Causal self-attention: backends, the layer, and its key-value cache.
+"""Causal self-attention: the backends, the layer and its key-value cache.
 
-Shapes: B batch, T query tokens, S key tokens, C n_embd, H query heads, K key and value heads, D head_dim.
+Shapes: B batch, T query tokens, S key tokens, C n_embd, H query heads, K key and value heads, D head_dim. The queries
+are the last T of the S tokens; a query attends to its own token and to those before it.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptperf.config import ModelConfig
+from gptperf.model.linear import Linear
 from gptperf.model.position import NoPosition
 from gptperf.registry import built_in, component
 
@@ -20,9 +22,10 @@ __all__ = ["Attention", "FlashAttention", "KVCache", "ManualAttention", "SDPA", 
 
 
 def prefers_cudnn(capability: tuple[int, int]) -> bool:
-    """Whether SDPA tries cuDNN's kernel first: on Hopper and on Blackwell's data-centre GPUs.
+    """Returns whether SDPA tries cuDNN's kernel first, which it does on Hopper and on Blackwell's data-centre GPUs.
 
-    On an H200 it is 1.6 to 1.8 times as fast as FlashAttention-2, both directions, head_dim 64 and 128.
+    On an H200 that kernel is 1.6 to 1.8 times as fast as FlashAttention-2, forward and backward, with head_dim 64 and
+    128.
     """
     return capability[0] in (9, 10)
 
@@ -44,7 +47,7 @@ class SDPA(nn.Module):
         self.grouped = config.kv_heads != config.n_head
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, causal from the last row -> `(B, T, H, D)`."""
+        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         causal = q.shape[2] == k.shape[2]
         mask = None if causal or q.shape[2] == 1 else _causal_mask(q.shape[2], k.shape[2], q.device)
@@ -55,7 +58,7 @@ class SDPA(nn.Module):
         return y.transpose(1, 2)
 
     def _backends(self, q: Tensor) -> contextlib.AbstractContextManager[None]:
-        if self.training and self.dropout == 1:  # the fused kernels divide by what is left
+        if self.training and self.dropout == 1:  # the fused kernels divide by 1 - dropout
             return sdpa_kernel(SDPBackend.MATH)
         if q.is_cuda and prefers_cudnn(torch.cuda.get_device_capability(q.device)):
             return sdpa_kernel(self.PREFER_CUDNN, set_priority=True)
@@ -64,14 +67,14 @@ class SDPA(nn.Module):
 
 @built_in("attention_backend", "manual")
 class ManualAttention(nn.Module):
-    """Attention written out; the score matrix is kept in memory."""
+    """Attention written out, for reading and testing; it keeps the matrix of scores in memory."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, causal from the last row -> `(B, T, H, D)`."""
+        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
         groups = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k)
@@ -83,7 +86,7 @@ class ManualAttention(nn.Module):
 
 @built_in("attention_backend", "flash_attn")
 class FlashAttention(nn.Module):
-    """The package flash-attn."""
+    """The attention of the package flash-attn, which has to be installed."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -93,17 +96,17 @@ class FlashAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, causal from the last row -> `(B, T, H, D)`."""
+        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
         return self.function(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True)
 
 
 def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """`(T, S)`, true where the query may look; the last query sees every key."""
+    """Returns `(T, S)`, true where a query attends to a key; the last query attends to every key."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class KVCache:
-    """Keys and values of one attention layer during generation."""
+    """The keys and values of one attention layer during generation."""
 
     def __init__(self) -> None:
         self.k: Tensor | None = None
@@ -111,31 +114,35 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """The number of cached positions."""
         return 0 if self.k is None else self.k.shape[1]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k and v `(B, T, K, D)`; returns those of every position so far."""
+        """Appends k and v `(B, T, K, D)`, and returns the keys and values of all positions `(B, S, K, D)`."""
         self.k = k if self.k is None else torch.cat([self.k, k], dim=1)
         self.v = v if self.v is None else torch.cat([self.v, v], dim=1)
         return self.k, self.v
 
 
 class Attention(nn.Module):
-    """Packed projection, position encoding, attention, output projection."""
+    """The attention layer: packed projection, position encoding, attention, output projection.
+
+    With `qk_norm`, queries and keys are RMS-normalised over each head before they are rotated.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, D, K = config.n_embd, config.head_dim, config.kv_heads
-        self.qkv = nn.Linear(C, C + 2 * K * D, bias=config.bias)
-        self.out = nn.Linear(C, C, bias=config.bias)
+        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias)
+        self.out = Linear(C, C, bias=config.bias)
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.backend = component("attention_backend", config.attention_backend)(config)
 
     def forward(self, x: Tensor, position: NoPosition, cache: KVCache | None = None) -> Tensor:
-        """x `(B, T, C)` -> `(B, T, C)`."""
+        """x `(B, T, C)` -> `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
         start = 0 if cache is None else cache.length
-        q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)
+        q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.out(self.backend(q, k, v).flatten(2))

@@ -1,7 +1,7 @@
 """Transformer blocks: pre-norm and post-norm. Shapes: B batch, T tokens, C n_embd.
 
-A block passes on a branch and the residual stream apart from each other, so that every residual add runs inside the
-norm that follows it.
+A block passes the output of its last branch and the residual stream on as two tensors, so that the norm that follows
+adds them in its own kernel.
 """
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ __all__ = ["PostNormBlock", "PreNormBlock"]
 
 @built_in("norm_position", "pre")
 class PreNormBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); the second add is left to the next norm."""
+    """Computes x + attention(norm(x)), then x + ffn(norm(x)); the norm of the next block does the second add."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -31,7 +31,17 @@ class PreNormBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, position: NoPosition, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Branch x and residual `(B, T, C)`, whose sum is the block's input -> those whose sum is its output."""
+        """Computes the block.
+
+        Args:
+            x: `(B, T, C)`, the output of the branch before.
+            residual: `(B, T, C)`, the residual stream, or None in the first block. x + residual is the block's input.
+            position: the position encoding.
+            cache: keys and values of the tokens before x, or None.
+
+        Returns:
+            The output of the last branch and the residual stream, whose sum is the block's output.
+        """
         x, residual = self.norm1(x, residual)
         x = self.dropout(self.attention(x, position, cache))
         x, residual = self.norm2(x, residual)
@@ -40,12 +50,12 @@ class PreNormBlock(nn.Module):
 
 @built_in("norm_position", "post")
 class PostNormBlock(PreNormBlock):
-    """norm(x + attention(x)), then norm(x + ffn(x)); the residual stream is the last norm's output."""
+    """Computes norm(x + attention(x)), then norm(x + ffn(x)); the output of a norm is also the residual stream."""
 
     def forward(
         self, x: Tensor, residual: Tensor | None, position: NoPosition, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Input x `(B, T, C)`, no residual -> the output, no residual."""
+        """Computes the block: x `(B, T, C)` -> the output `(B, T, C)`; the residual is None before and after."""
         x, _ = self.norm1(self.dropout(self.attention(x, position, cache)), x)
         x, _ = self.norm2(self.dropout(self.ffn(x)), x)
         return x, None

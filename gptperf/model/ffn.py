@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
+from gptperf.model.linear import Linear
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
 
@@ -11,12 +12,12 @@ __all__ = ["StandardFFN", "SwiGLU"]
 
 @built_in("ffn_type", "standard")
 class StandardFFN(nn.Module):
-    """up, activation, down."""
+    """The FFN of GPT-2: up projection, activation, down projection."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.activation = component("activation", config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,12 +27,12 @@ class StandardFFN(nn.Module):
 
 @built_in("ffn_type", "swiglu")
 class SwiGLU(nn.Module):
-    """silu(gate) * up, down; gate and up are one projection."""
+    """SwiGLU (Shazeer, 2020, eq. 6): silu(gate) * up and the down projection; gate and up are one projection."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
-        self.out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.gate_up = Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
+        self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.op = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:

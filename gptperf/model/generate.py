@@ -19,19 +19,21 @@ def generate(
     top_k: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Continue a prompt, with a key-value cache; past `block_size` the cache starts again from the last half block.
+    """Continues a prompt.
+
+    When the cache holds `block_size` tokens, it is built anew from the last half of them.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         prompt: `(P,)` int64, P >= 1, on the model's device.
-        tokens: how many to add.
-        vocab_size: ids that the tokenizer knows; the model's padding is never drawn.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: likeliest tokens to draw among; 0: all.
-        generator: of the draws, on the model's device.
+        tokens: the number of tokens to generate.
+        vocab_size: the size of the tokenizer's vocabulary; ids of the model's padding are never drawn.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draws from this number of the most likely tokens; 0 draws from all.
+        generator: the source of random numbers, on the model's device.
 
     Returns:
-        `(tokens,)` int64, without the prompt.
+        The generated tokens `(tokens,)` int64, without the prompt.
     """
     block = model.config.block_size
     ids = prompt

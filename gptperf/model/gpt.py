@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptperf.config import ModelConfig
 from gptperf.model.attention import KVCache
+from gptperf.model.linear import Linear
 from gptperf.model.recompute import CHECKPOINT_OPTIONS
 from gptperf.ops import Ops, resolve_ops
 from gptperf.registry import component
@@ -18,13 +19,16 @@ __all__ = ["GPT", "Units"]
 
 
 class Units(Protocol):
-    """Who provides the weights of a model that are not always there."""
+    """Provides the weights of a model that are not always in memory, such as those of FSDP.
+
+    Unit 0 is the embeddings, unit i + 1 is block i, and the last unit is the rest: the last norm and the head.
+    """
 
     def enter(self, unit: int) -> None:
-        """The weights of a unit are about to be read."""
+        """Is called before the weights of a unit are read."""
 
     def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
-        """A block has given its outputs; their gradients come when its backward is about to begin."""
+        """Is called with the outputs of a block; its backward begins when their gradients arrive."""
 
 
 class GPT(nn.Module):
@@ -32,7 +36,7 @@ class GPT(nn.Module):
 
     Args:
         config: sizes and components.
-        ops: implementations of the fused ops; default: eager PyTorch.
+        ops: the implementations of the fused ops; default: eager PyTorch.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops | None = None):
@@ -45,20 +49,25 @@ class GPT(nn.Module):
         block = component("norm_position", config.norm_position)
         self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
         self.norm = component("normalization", config.normalization)(config, ops)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
+        """Runs a block that backward computes again."""
         self.units: Units | None = None
-        """Is told before the weights of a unit are read: 0 before the blocks, i + 1 block i, then the rest."""
+        """Provides the weights of each unit, or None if they are always in memory."""
         self.recompute = "none"
-        """What backward computes again: "none", "selective" (norms and activations) or "full" (the blocks)."""
+        """What backward computes again: "none", "selective" (norms and activations) or "full" (whole blocks)."""
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices N(0, 0.02), the projections into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases 0."""
+        """Draws matrices from N(0, 0.02) and zeroes biases.
+
+        The projections into the residual stream, two for each block, are drawn from N(0, 0.02 / sqrt(2 n_layer))
+        (Radford et al., 2019, section 2.3).
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 into_residual = name.endswith(("attention.out.weight", "ffn.out.weight"))
@@ -68,8 +77,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile_blocks(self) -> None:
-        """Compile every block, the last norm and the loss apart from each other."""
-        if self.recompute == "selective":  # what is kept is chosen among the ops of a block, so in its graph
+        """Compiles every block, the last norm and the loss, each as a graph of its own."""
+        if self.recompute == "selective":  # the choice among a block's ops has to be part of the block's graph
             self.recomputed = torch.compile(checkpoint)
         for block in self.blocks:
             block.compile()
@@ -77,15 +86,15 @@ class GPT(nn.Module):
         self.loss = torch.compile(self.loss)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
-        """Mean loss where targets are given, logits otherwise.
+        """Computes the mean loss if targets are given, else the logits.
 
         Args:
             tokens: `(B, T)` int64.
-            targets: `(B, T)` int64; -100 is left out of the mean.
-            caches: one a block; tokens are then those after the cached ones.
+            targets: `(B, T)` int64, or None; -100 does not count in the mean.
+            caches: one cache for each block, or None; tokens are then the ones after the cached tokens.
 
         Returns:
-            A float32 scalar, or logits `(B, T, V)`.
+            The loss as a float32 scalar, or logits `(B, T, V)`.
         """
         start = caches[0].length if caches else 0
         if self.units is not None:

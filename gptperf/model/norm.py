@@ -1,4 +1,4 @@
-"""Norms; each also adds the residual that comes before it. C is n_embd."""
+"""Norms; each also adds the residual before it normalises. Shapes: B batch, T tokens, C n_embd."""
 
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ __all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
 
 @built_in("normalization", "rmsnorm")
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight; with a residual, of the sum."""
+    """RMSNorm with a weight."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -23,15 +23,15 @@ class RMSNorm(nn.Module):
         self.op = ops.rms_norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual `(B, T, C)` -> the normed sum and the sum."""
-        return (
-            (self.op(x, self.weight, self.eps), x) if residual is None else self.op(x, self.weight, self.eps, residual)
-        )
+        """x, residual `(B, T, C)` -> the norm of their sum, and the sum; without a residual, of x alone."""
+        if residual is None:
+            return self.op(x, self.weight, self.eps), x
+        return self.op(x, self.weight, self.eps, residual)
 
 
 @built_in("normalization", "layernorm")
 class LayerNorm(nn.Module):
-    """LayerNorm with weight and bias; with a residual, of the sum."""
+    """LayerNorm with a weight and a bias."""
 
     has_bias: ClassVar[bool] = True
 
@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
         self.op = ops.layer_norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual `(B, T, C)` -> the normed sum and the sum."""
+        """x, residual `(B, T, C)` -> the norm of their sum, and the sum; without a residual, of x alone."""
         if residual is None:
             return self.op(x, self.weight, self.bias, self.eps), x
         return self.op(x, self.weight, self.bias, self.eps, residual)
@@ -51,6 +51,6 @@ class LayerNorm(nn.Module):
 
 @built_in("normalization", "layernorm_nobias")
 class LayerNormNoBias(LayerNorm):
-    """LayerNorm with a weight alone."""
+    """LayerNorm with a weight and no bias."""
 
     has_bias = False

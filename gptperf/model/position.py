@@ -12,7 +12,7 @@ __all__ = ["LearnedAbsolute", "NoPosition", "RoPE"]
 
 @built_in("position_encoding", "none")
 class NoPosition(nn.Module):
-    """No position encoding: heads are split, queries and keys normalised if asked, nothing is added."""
+    """No position encoding; it splits the heads, and normalises queries and keys with QK-norm."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -21,11 +21,20 @@ class NoPosition(nn.Module):
         self.norm = ops.rms_norm
 
     def embed(self, x: Tensor, start: int) -> Tensor:
-        """Token embeddings `(B, T, C)` of positions start, start + 1, ... -> the model's input."""
+        """Token embeddings `(B, T, C)` at positions start, start + 1, ... -> the model's input `(B, T, C)`."""
         return x
 
     def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
-        """Packed projection `(B, T, (H + 2K) D)` -> q `(B, T, H, D)`, k and v `(B, T, K, D)`."""
+        """Splits the packed projection of positions start, start + 1, ... into heads.
+
+        Args:
+            qkv: `(B, T, (H + 2K) D)`: H query heads, then K key heads, then K value heads.
+            q_weight, k_weight: `(D,)`, the weights of QK-norm, or None without it.
+            start: position of the first token.
+
+        Returns:
+            q `(B, T, H, D)`, k and v `(B, T, K, D)`.
+        """
         H, K = self.heads
         q, k, v = qkv.unflatten(-1, (H + 2 * K, -1)).split([H, K, K], dim=2)
         if q_weight is not None:
@@ -35,7 +44,7 @@ class NoPosition(nn.Module):
 
 @built_in("position_encoding", "learned_absolute")
 class LearnedAbsolute(NoPosition):
-    """A learned vector for each position, added to the token embedding."""
+    """Adds a learned vector for each position to the token embedding."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__(config, ops)
@@ -47,7 +56,7 @@ class LearnedAbsolute(NoPosition):
 
 @built_in("position_encoding", "rope")
 class RoPE(NoPosition):
-    """Rotary position encoding of queries and keys; one pair of float32 tables for the whole model."""
+    """Rotary position encoding of queries and keys (Su et al., 2021); the model has one pair of float32 tables."""
 
     cos: Tensor
     sin: Tensor

@@ -1,4 +1,4 @@
-"""Activation recomputation: what backward computes again instead of keeping."""
+"""Activation recomputation: which activations of a block backward computes again instead of keeping them."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
 }
-"""Ops whose outputs selective recomputation keeps: matrix products and attention."""
+"""The ops whose outputs selective recomputation keeps: matrix products and attention."""
 
 
 def _selective(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -32,3 +32,4 @@ CHECKPOINT_OPTIONS: dict[str, dict[str, Any]] = {
         "context_fn": partial(create_selective_checkpoint_contexts, _selective),
     },
 }
+"""Value of `recompute` -> the keyword arguments of `torch.utils.checkpoint.checkpoint`."""

@@ -5,14 +5,12 @@ iteration. The random states are saved besides, for components from outside that
 """
 
 import dataclasses
-import hashlib
 import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from gptperf.distributed.process import Process
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
+from gptperf.training.kernel_digest import kernel_digest
 from gptperf.training.optimizers.adamw import AdamW
 from gptperf.training.step import Engine
 
@@ -175,18 +174,9 @@ def versions(engine: Engine) -> dict[str, str]:
         "threads": "" if on_gpu else str(torch.get_num_threads()),
         "processes": str(process.world_size),
         "kernels": ",".join(f"{op}={chosen}" for op, chosen in engine.ops.chosen.items()),
-        "kernel_sources": _kernel_sources() if "triton" in engine.ops.chosen.values() else "",
+        "kernel_code": kernel_digest() if "triton" in engine.ops.chosen.values() else "",
         "communication": engine.weights.collectives.name,
     }
-
-
-def _kernel_sources() -> str:
-    """A digest: another shape of program adds up in another order."""
-    digest = hashlib.sha256()
-    for path in sorted(resources.files("gptperf.kernels").iterdir(), key=str):
-        if path.name.endswith(".py"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool = False) -> list[str]:
@@ -218,13 +208,9 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
 
 
 def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
-    """`what: saved -> now` for what the bits depend on beside the configuration."""
-    now = versions(engine)
-    return [
-        f"{name}: {saved['versions'].get(name)} -> {now[name]}"
-        for name in now
-        if saved["versions"].get(name, "") != now[name]
-    ]
+    """`what: saved -> now` for what the bits depend on beside the configuration, where the checkpoint records it."""
+    before, now = saved["versions"], versions(engine)
+    return [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainState:

@@ -1,13 +1,13 @@
-"""Compile every launch of the kernels for GPUs that are not there, and say what came out: one JSON object a line.
+"""Compiles every launch of the kernels for GPUs that are not there, and prints one JSON object a line on each.
 
-    PYTHONPATH=. python tests/helpers/aot.py sm_80 sm_90
+    PYTHONPATH=.:tests/helpers python tests/helpers/aot.py sm_80 sm_90
 
-The registered ops run on CPU tensors whose memory nothing touches. Triton's driver is replaced by one that names the
-GPU asked for, and a launch compiles and goes no further; so the launch configurations and the specialisations of the
-arguments are those of real launches. Needs neither a GPU nor a CUDA driver; TRITON_INTERPRET must not be set.
+The registered ops run on CPU tensors whose memory is never read. A replacement of Triton's driver names the GPU asked
+for, and a launch only compiles; so launch configurations and specialisations of the arguments are those of real
+launches. It needs neither a GPU nor a CUDA driver; TRITON_INTERPRET must not be set.
 
-To save time only sm_90 gets every dtype, variant and shape; the others get the variants that take most registers and
-shared memory, in bfloat16 (sm_70, which has none: float16), and layer_norm in float32 too.
+To save time only sm_90 gets every dtype, variant and shape. The others get the variants that take most registers and
+shared memory, in bfloat16 (in float16 on sm_70, which has no bfloat16), and layer_norm in float32 too.
 """
 
 import contextlib
@@ -20,180 +20,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
+from aot_lint import lint, wide_share
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Case", "cases", "compile_cases", "jit_functions", "lint"]
+__all__ = ["Case", "cases", "compile_cases", "jit_functions"]
 
-NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
-LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
 LEAST_BYTES = {"norm._norm_forward_kernel": 8}
-"""A thread's access counts as wide from here on; 16 where nothing is said. The norm takes 4 elements."""
-
-
-class Span(NamedTuple):
-    """What an integer may be, and the 32-bit product on its way that may have wrapped round."""
-
-    low: int = -(2**63)
-    high: int = 2**63 - 1
-    wrapped: str = ""
-
-
-class Region(NamedTuple):
-    """The inside of a loop or a branch: its line, what its results are called, and what it has yielded so far."""
-
-    line: int
-    results: list[str]
-    yielded: list[list[Span]]
-    loop: bool
-
-
-def lint(ttir: str) -> list[str]:
-    """What is wrong with the addresses in a kernel's TTIR.
-
-    Follows the range of every integer from where it is made to the pointers: an offset of 32 bits has to lie between
-    constants, and no 32-bit product that may pass 2^31 may reach an offset. Atomics are wrong, and so are loads with a
-    mask but without a value for what is masked.
-    """
-    lines = [LOCATION.sub("", line).strip() for line in ttir.splitlines() if not line.startswith("#")]
-    carried: dict[tuple[int, int], str] = {}
-    while True:  # until no more products are known to go round a loop
-        known = len(carried)
-        findings = _walk(lines, carried)
-        if len(carried) == known:
-            return findings
-
-
-def _walk(lines: list[str], carried: dict[tuple[int, int], str]) -> list[str]:
-    spans: dict[str, Span] = {}
-    regions: list[Region] = []
-    findings = []
-    for number, line in enumerate(lines):
-        target, _, text = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        name, _, count = target.partition(":")
-        results = [f"{name}#{i}" for i in range(int(count))] if count else [name] if name else []
-        operation = re.match(r'"?([\w.]+)', text)
-        op = operation[1] if operation else ""
-        operands = [spans.get(x, Span()) for x in NAME.findall(text)]
-        if line.startswith("}") and regions:
-            region = regions.pop()
-            for result, values in zip(region.results, zip(*region.yielded, strict=True), strict=False):
-                spans[result] = _union(values)
-            if line.startswith("} else"):
-                regions.append(region)
-        elif op == "scf.for":
-            names = NAME.findall(text)
-            low, high = spans.get(names[1], Span()), spans.get(names[2], Span())
-            spans[names[0]] = Span(low.low, max(high.high - 1, low.low), low.wrapped)
-            first = [spans.get(x, Span()) for x in names[5::2]]
-            for i, inside in enumerate(names[4::2]):
-                spans[inside] = Span(wrapped=first[i].wrapped or carried.get((number, i), ""))
-            regions.append(Region(number, results, [first], True))
-        elif op == "scf.yield" and regions:
-            regions[-1].yielded.append(operands)
-            if regions[-1].loop:
-                carried |= {(regions[-1].line, i): x.wrapped for i, x in enumerate(operands) if x.wrapped}
-        else:
-            findings += _faults(op, text, operands)
-            for result in results:
-                spans[result] = _span(op, text, operands)
-            if text.endswith(("{", "({")):
-                regions.append(Region(number, results if op == "scf.if" else [], [], False))
-    return findings
-
-
-def _faults(op: str, text: str, operands: list[Span]) -> list[str]:
-    if op.startswith("tt.atomic"):
-        return [f"atomic: {text}"]
-    if op in ("scf.while", "tt.call"):
-        return [f"not followed here: {text}"]
-    if op == "tt.load" and len(operands) == 2:
-        return [f"masked load without other: {text}"]
-    if op == "tt.addptr":
-        offset = operands[1]
-        if offset.wrapped:
-            return [f"32-bit product in an address: {offset.wrapped}"]
-        if text.endswith(("i32", "i32>")) and not -(2**31) < offset.low <= offset.high < 2**31 - 1:
-            return [f"32-bit offset: {text}"]
-    return []
-
-
-def _span(op: str, text: str, operands: list[Span]) -> Span:
-    """Of the result of one operation; anything not known here may be any number."""
-    wrapped = next((x.wrapped for x in operands if x.wrapped), "")
-    width = re.search(r"i(\d+)>?(?: to .*)?$", text)
-    bits = int(width[1]) if width else 64
-    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    a, b = ([Span(max(x.low, least), min(x.high, most)) for x in operands] + [Span(), Span()])[:2]
-    match op:
-        case "arith.constant":
-            found = re.match(r"arith\.constant (?:dense<\[?)?(-?\d[-\d, ]*)(?:\]?>)? : .*i\d+>?$", text)
-            values = [int(x) for x in found[1].split(",")] if found else []
-            return Span(min(values), max(values)) if values else Span()
-        case "tt.make_range":
-            start, end = (int(re.search(rf"{key} = (\d+)", text)[1]) for key in ("start", "end"))
-            return Span(start, end - 1)
-        case "tt.get_program_id" | "tt.get_num_programs":
-            return Span(0, 2**31 - 1)
-        case "tt.load" | "arith.cmpi" | "arith.cmpf":
-            return Span()
-        case "arith.select":
-            return _union(operands[1:])
-        case "tt.splat" | "tt.broadcast" | "tt.expand_dims" | "tt.reshape" | "tt.trans" | "arith.extsi":
-            return Span(a.low, a.high, wrapped)
-        case "arith.minsi":
-            return Span(min(a.low, b.low), min(a.high, b.high), wrapped)
-        case "arith.maxsi":
-            return Span(max(a.low, b.low), max(a.high, b.high), wrapped)
-        case "arith.divsi" if b.low > 0:
-            ends = [abs(x) // y * (1 if x >= 0 else -1) for x in (a.low, a.high) for y in (b.low, b.high)]
-            return Span(min(ends), max(ends), wrapped)
-        case "arith.remsi" if b.low > 0:
-            return Span(max(a.low, 1 - b.high) if a.low < 0 else 0, max(0, min(a.high, b.high - 1)), wrapped)
-        case "arith.addi":
-            ends = [a.low + b.low, a.high + b.high]
-        case "arith.subi":
-            ends = [a.low - b.high, a.high - b.low]
-        case "arith.muli":
-            ends = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
-        case "arith.shli" if b.low >= 0 and b.high < 64:
-            ends = [x << y for x in (a.low, a.high) for y in (b.low, b.high)]
-        case "arith.trunci":
-            ends = [a.low, a.high]
-            bits, least, most = 32, -(2**31), 2**31 - 1
-        case _:
-            return Span(wrapped=wrapped)
-    if least <= min(ends) and max(ends) <= most:
-        return Span(min(ends), max(ends), wrapped)
-    product = op in ("arith.muli", "arith.shli", "arith.trunci") and bits == 32
-    return Span(least, most, wrapped or (text if product else ""))
-
-
-def _union(spans: Iterable[Span]) -> Span:
-    spans = list(spans)
-    wrapped = next((x.wrapped for x in spans if x.wrapped), "")
-    return Span(min(x.low for x in spans), max(x.high for x in spans), wrapped) if spans else Span()
-
-
-def wide_share(ptx: str, access: str, least: int) -> float:
-    """Of the bytes of loads ("ld") or stores ("st") of global memory, the share that goes by `least` or more."""
-    sizes = []
-    for modifiers in re.findall(rf"\b{access}\.global([\w.:]*)", ptx):
-        vector = re.search(r"\.v(\d)", modifiers)
-        sizes.append(int(vector[1] if vector else 1) * int(re.search(r"\.[bfsu](\d+)$", modifiers)[1]) // 8)
-    if access == "ld":
-        sizes += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\S+ \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
-    return sum(size for size in sizes if size >= least) / max(sum(sizes), 1)
+"""The least bytes of a wide access of a thread; default: 16. The norm accesses 4 elements at a time."""
 
 
 class Chip:
-    """In place of Triton's driver: a GPU of that compute capability is there."""
+    """Replaces Triton's driver: it says that a GPU of this compute capability is there."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -202,7 +46,7 @@ class Chip:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it has compiled by device
+        return self.capability  # Triton's cache of compiled kernels has the device in its key
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -210,19 +54,19 @@ class Chip:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op, in a shape and dtype."""
+    """One call of an op in one shape and dtype."""
 
     label: str
     call: Callable[[], object]
     forward_2048: bool = False
     """A forward pass in 16 bits whose rows divide into whole wide accesses."""
     widest: bool = False
-    """Rows as wide as the kernel takes any, wider than a model's."""
+    """The widest rows that the kernel takes, wider than those of any model."""
 
 
 @dataclass
 class Compiled:
-    """A kernel as Triton compiled it, ptxas's words on it, and the cases that launch it."""
+    """A kernel that Triton compiled, the log of ptxas, and the cases that launch it."""
 
     function: JITFunction
     kernel: Any
@@ -230,12 +74,12 @@ class Compiled:
     cases: list[Case] = field(default_factory=list)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        """A launch of what an earlier one compiled; it has to be what Triton finds for these arguments."""
+        """Returns a launch of the compiled kernel, which raises if Triton has another kernel for the arguments."""
 
         def launch(*args: Any) -> None:
             metadata = self.kernel.metadata
             options = {"num_warps": metadata.num_warps}
-            if metadata.maxnreg is not None:  # None that was passed is other than None that was not
+            if metadata.maxnreg is not None:  # Triton distinguishes an option that is None from a missing one
                 options["maxnreg"] = metadata.maxnreg
             found = self.function.run(*args, grid=grid, warmup=True, **options)
             if found is not self:
@@ -248,7 +92,7 @@ class Compiled:
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", self.log)
         name = function_name(self.function)
         if not registers or not spills:
-            raise RuntimeError(f"{name}: ptxas has said nothing of registers: {self.log!r}")
+            raise RuntimeError(f"{name}: found no registers in the log of ptxas: {self.log!r}")
         asm, metadata = self.kernel.asm, self.kernel.metadata
         least = LEAST_BYTES.get(name, 16)
         return {
@@ -272,7 +116,7 @@ def function_name(function: JITFunction) -> str:
 
 
 def compile_cases(capability: int, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
-    """Run the cases with launches that only compile: a report of each kernel, and of each case that did not compile."""
+    """Runs the cases with launches that only compile; yields a report on each kernel and on each case that failed."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     run = JITFunction.run
@@ -314,7 +158,7 @@ EPS = 1e-5
 def norm_case(
     op: str, N: int, x_dtype: torch.dtype, w_dtype: torch.dtype, add: bool = False, bias: bool = False, rows: int = ROWS
 ) -> Case:
-    """Forward and backward; `add`: with the residual, whose gradient then comes in too."""
+    """Forward and backward of a norm; `add`: with the residual and its gradient."""
 
     def call() -> None:
         ops = torch.ops.gptperf
@@ -334,7 +178,7 @@ def norm_case(
 def rope_case(
     heads: tuple[int, int, int], dtype: torch.dtype, w_dtype: torch.dtype | None, interleaved: bool, T: int = ROWS
 ) -> Case:
-    """Without w_dtype without QK-norm; the gradients come with the strides that attention gives them."""
+    """Forward and backward of rope, with QK-norm if w_dtype is given; the gradients have the strides of attention."""
     H, K, D = heads
 
     def call() -> None:
@@ -360,7 +204,7 @@ def swiglu_case(F: int, dtype: torch.dtype) -> Case:
 
 
 def cross_entropy_case(V: int, dtype: torch.dtype) -> Case:
-    """16 rows of 16: the products really run, and the kernels do not see these sizes."""
+    """16 rows of 16 columns, because the matrix products really run; the kernels do not depend on these sizes."""
 
     def call() -> None:
         x, weight, targets = torch.zeros(16, 16, dtype=dtype), torch.zeros(V, 16, dtype=dtype), torch.zeros(16).long()
@@ -390,7 +234,7 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """Of that GPU; see the module's docstring."""
+    """Yields the cases for a GPU of this compute capability; see the module's docstring."""
     half = HALF if capability < 80 else BRAIN
     yield from every_case() if capability == 90 else representative_cases(half)
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
@@ -442,7 +286,7 @@ def representative_cases(half: torch.dtype) -> Iterator[Case]:
 
 
 def jit_functions() -> list[str]:
-    """Every Triton function of gptperf.kernels; imports all of its modules."""
+    """Returns the name of every Triton function of gptperf.kernels; imports all of its modules."""
     package = importlib.import_module("gptperf.kernels")
     found = set()
     for module in pkgutil.iter_modules(package.__path__, "gptperf.kernels."):
@@ -452,7 +296,7 @@ def jit_functions() -> list[str]:
 
 
 def main(targets: list[str]) -> None:
-    if len(targets) != 1:  # a process each: what has been launched is remembered
+    if len(targets) != 1:  # a process for each GPU, because `launch` remembers the kernels of the first one
         for target in targets:
             subprocess.run([sys.executable, __file__, target], check=True)
         return

@@ -1,4 +1,4 @@
-"""Inputs of every op for the tests of kernels: variants, sizes, layouts, values; and how one case is run and compared.
+"""Inputs of every op for the tests of kernels: variants, sizes, values; runs a case and compares the results.
 
 A case holds the tensors that get gradients and the rest of the arguments, by name. It is run three times: the eager
 reference on float64 copies, the eager reference, and the kernel; `tests/helpers/kernel_rule.py` says how far apart they
@@ -17,8 +17,12 @@ from torch import Tensor
 
 from gptperf.kernels import reference
 
-__all__ = ["EPS", "LAYOUTS", "VARIANTS", "Case", "Result", "build", "compare", "gradients_for", "kernel", "laid_out"]
-__all__ += ["HEADS", "IGNORE", "eager", "rope_case", "run", "truth", "verify"]
+__all__ = ["DEVICE", "EPS", "EVERY_LINE", "EVERY_OPTION", "HEADS", "IGNORE", "ONE_EACH", "ON_GPU", "PRECISIONS"]
+__all__ += ["VARIANTS", "Case", "Result", "build", "case_of", "compare", "eager", "gradients_for", "kernel"]
+__all__ += ["rope_case", "run", "truth", "verify"]
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 EPS = 1e-5
 IGNORE = -100
@@ -41,11 +45,27 @@ VARIANTS = {
     "linear_cross_entropy": "linear_cross_entropy",
 }
 """Variant -> op, which is the name of a public function in `gptperf.kernels.<op>` and in the reference."""
+EVERY_LINE = ["rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope", "rope_qk_norm_interleaved", "swiglu"]
+EVERY_LINE += ["swiglu_linear_bias", "linear_cross_entropy"]
+"""Variants that together run every line of every kernel."""
+EVERY_OPTION = ["rms_norm", "rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope_interleaved", "rope_qk_norm"]
+EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "linear_cross_entropy"]
+"""Variants that together call every public function with and without its options."""
+ONE_EACH = ["rms_norm_add", "layer_norm_add", "rope_qk_norm", "swiglu", "swiglu_linear_bias", "linear_cross_entropy"]
+"""One variant of every autograd function."""
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float16": (torch.float16, None),
+    "float16, weight float32": (torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, None),
+    "bfloat16, weight float32": (torch.bfloat16, torch.float32),
+}
+"""The dtype of the activation, and that of the weight if it differs. bfloat16 is for the GPU."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op."""
+    """The arguments of one call of an op."""
 
     variant: str
     tensors: dict[str, Tensor]
@@ -60,15 +80,19 @@ class Case:
     def activation(self) -> Tensor:
         return next(iter(self.tensors.values()))
 
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Every argument that is a tensor, by name."""
+        return {k: x for k, x in {**self.tensors, **self.others}.items() if isinstance(x, Tensor)}
+
     @property
     def rows(self) -> int:
-        """Rows that a gradient of a weight sums over."""
+        """The number of rows that the gradient of a weight sums over."""
         x = self.activation
         per_row = max(self.others.get("n_head", 1), 1)  # a weight of the queries sums over heads too
         return x.numel() // max(x.shape[-1], 1) * per_row
 
     def having(self, **tensors: Any) -> "Case":
-        """The same with other tensors or arguments."""
+        """Returns the same case with other tensors or arguments."""
         mine = {name: x for name, x in tensors.items() if name in self.tensors}
         others = {name: x for name, x in tensors.items() if name not in self.tensors}
         return replace(self, tensors={**self.tensors, **mine}, others={**self.others, **others})
@@ -85,18 +109,18 @@ class Result:
         return {**{f"output {i}": x for i, x in enumerate(self.outputs)}, **self.gradients}
 
     def same_bits(self, other: "Result") -> bool:
-        """NaN equal to NaN."""
+        """Whether all bits are equal, those of NaN included."""
         pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
         return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
 
 
 def eager(op: str) -> Callable[..., Any]:
-    """The eager function of an op."""
+    """Returns the eager function of an op."""
     return getattr(reference, op)
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    """The Triton function of an op."""
+    """Returns the Triton function of an op."""
     return getattr(importlib.import_module(f"gptperf.kernels.{op}"), op)
 
 
@@ -111,17 +135,17 @@ def build(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    """A case with normal values.
+    """Returns a case with normally distributed values.
 
     Args:
-        variant: of `VARIANTS`.
-        shape: rows (...) and columns N of the activation; for swiglu F of 2 F columns, for rope (B, T) and the head_dim
-            of 3 heads, rounded up to an even one.
-        dtype, device: of the activation.
-        weight_dtype: of the weights of norms and heads; dtype unless given.
+        variant: a key of `VARIANTS`.
+        shape: rows (...) and columns N of the activation; for swiglu N is F of 2 F columns; for rope the rows are
+            (B, T) and N, rounded up to an even number, is the head_dim of 3 heads.
+        dtype, device: dtype and device of the activation.
+        weight_dtype: dtype of the weights of norms and heads; default: dtype.
         classes: V of the cross-entropy.
-        scale: of the activation.
-        seed: of the values.
+        scale: factor of the activation.
+        seed: seed of the values.
     """
     op = VARIANTS[variant]
     if op == "rope":
@@ -151,6 +175,13 @@ def build(
     return Case(variant, tensors, {"eps": EPS})
 
 
+def case_of(variant: str, shape: tuple[int, ...], precision: str = "float32", **how: Any) -> Case:
+    """Returns `build` on the tests' device, in one of `PRECISIONS`."""
+    dtype, weight_dtype = PRECISIONS[precision]
+    weight_dtype = weight_dtype if VARIANTS[variant].endswith("_norm") or "qk_norm" in variant else None
+    return build(variant, shape, dtype, DEVICE, weight_dtype=weight_dtype, **how)
+
+
 def rope_case(
     variant: str,
     rows: tuple[int, int],
@@ -162,7 +193,7 @@ def rope_case(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    """A case of rope: rows are (B, T), heads (H, K); the tables have two rows more than the sequence."""
+    """Returns a case of rope with rows (B, T) and heads (H, K); the tables have two rows more than the sequence."""
     make = _maker(device, seed)
     H, K = heads
     tensors = {"qkv": make(*rows, (H + 2 * K) * head_dim).mul(scale).to(dtype)}
@@ -187,14 +218,14 @@ def run(
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
 ) -> Result:
-    """Call, then backward from the incoming gradients (None: sum of everything, whose gradients have stride 0).
+    """Calls a function with a case, and runs backward.
 
     Args:
         function: `eager(op)` or `kernel(op)`.
-        case: what to call it with; its tensors stay as they are.
-        incoming: one gradient an output.
-        dtype: of copies of the tensors and the incoming gradients, if not their own.
-        autocast: dtype of autocast around the call, backward is outside.
+        case: the arguments; its tensors are not changed.
+        incoming: one gradient for each output; None: `.sum().backward()`, whose gradients have stride 0.
+        dtype: converts copies of the tensors and of the incoming gradients to this dtype first.
+        autocast: dtype of autocast around the call; backward runs outside of it.
     """
     tensors = {name: (x.to(dtype) if dtype else x).detach().requires_grad_() for name, x in case.tensors.items()}
     with torch.autocast(case.activation.device.type, autocast, enabled=autocast is not None):
@@ -211,7 +242,7 @@ def run(
 
 
 def gradients_for(case: Case, seed: int = 1, autocast: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Normal incoming gradients, one an output of the case."""
+    """Returns normally distributed incoming gradients, one for each output of the case."""
     with torch.no_grad(), torch.autocast(case.activation.device.type, autocast, enabled=autocast is not None):
         outputs = eager(case.op)(**case.tensors, **case.others)
     make = _maker(str(case.activation.device), seed)
@@ -219,13 +250,13 @@ def gradients_for(case: Case, seed: int = 1, autocast: torch.dtype | None = None
 
 
 def truth(case: Case, incoming: tuple[Tensor, ...] | None) -> Result:
-    """The eager reference in float64. Where the op itself rounds the sum of x and the residual, so does the truth."""
+    """Runs the eager reference in float64, but rounds the sum of x and the residual where the op rounds it."""
     function = _rounds_the_sum(case) if "residual" in case.tensors else eager(case.op)
     return run(function, case, incoming, torch.float64)
 
 
 def _rounds_the_sum(case: Case) -> Callable[..., Any]:
-    """The sum is an output of its own, in x's dtype, and the norm is that of what is stored."""
+    """Returns the eager function of a norm with the sum as an output in x's dtype; it normalises the rounded sum."""
 
     def function(residual: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
         exact = arguments["x"] + residual
@@ -243,12 +274,12 @@ def compare(
     autocast: torch.dtype | None = None,
     truncates: bool = False,
 ) -> None:
-    """Every output and gradient of a kernel by the rule.
+    """Checks every output and gradient of a kernel by the rule.
 
     Args:
-        case, incoming: what the kernel was run with; incoming None: `.sum().backward()`.
-        triton: its result.
-        autocast: dtype of autocast around it, and around eager.
+        case, incoming: the arguments of `run`.
+        triton: the kernel's result.
+        autocast: dtype of autocast around the kernel, and around eager.
         truncates: see `check`.
     """
     exact, unfused = truth(case, incoming), _plain(case, incoming, autocast)
@@ -279,7 +310,7 @@ def compare(
 
 
 def _logits(case: Case) -> Tensor:
-    """Of the rows whose target counts, in float64."""
+    """Returns the logits of the rows whose target counts, in float64."""
     x, weight, targets = case.tensors["x"].double(), case.tensors["weight"].double(), case.others["targets"]
     return (x @ weight.T).reshape(-1, weight.shape[0])[targets.flatten() != case.others["ignore_index"]]
 
@@ -291,11 +322,11 @@ def verify(
     autocast: torch.dtype | None = None,
     truncates: bool = False,
 ) -> Result:
-    """Run a case with its kernel and compare.
+    """Runs a case with its kernel and compares.
 
     Args:
-        case: what to run.
-        incoming: gradients of the outputs; normal ones unless given.
+        case: the case.
+        incoming: gradients of the outputs; default: normally distributed ones.
         ones: `.sum().backward()` instead.
         autocast, truncates: see `compare`.
 
@@ -309,7 +340,7 @@ def verify(
 
 
 def _plain(case: Case, incoming: tuple[Tensor, ...] | None, autocast: torch.dtype | None = None) -> Result:
-    """Eager PyTorch, its products added up in float32."""
+    """Runs eager PyTorch, whose matrix products are summed in float32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
     matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
@@ -320,7 +351,7 @@ def _plain(case: Case, incoming: tuple[Tensor, ...] | None, autocast: torch.dtyp
 
 
 def _terms(case: Case, incoming: tuple[Tensor, ...] | None) -> dict[str, float]:
-    """Result -> magnitude of the terms whose difference it is; a result that is missing is no small difference."""
+    """Returns, for each result that is a small difference of large terms, the magnitude of the terms."""
     tensors = {name: x.detach().double() for name, x in case.tensors.items()}
     x = next(iter(tensors.values()))
     if not x.numel():
@@ -356,73 +387,3 @@ def _terms(case: Case, incoming: tuple[Tensor, ...] | None) -> dict[str, float]:
 def _magnitude(x: Tensor) -> float:
     x = x.abs()
     return float(x[x.isfinite()].max()) if x.isfinite().any() else 0.0
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _every_other_row(x: Tensor) -> Tensor:
-    return x.repeat_interleave(2, dim=1)[:, ::2]
-
-
-def _column_slice(x: Tensor) -> Tensor:
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), math.nan)
-    wide[..., 2:-3] = x
-    return wide[..., 2:-3]
-
-
-def _offset(x: Tensor) -> Tensor:
-    flat = x.new_full((x.numel() + 1,), math.nan)
-    flat[1:] = x.flatten()
-    return flat[1:].view(x.shape)
-
-
-def _odd_strides(x: Tensor) -> Tensor:
-    return x[:1].contiguous().as_strided((1, *x.shape[1:]), (3, x.shape[-1], 1))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    four = x.expand(3, *x.shape) + torch.arange(3.0, device=x.device, dtype=x.dtype).view(3, 1, 1, 1)
-    return four.contiguous(memory_format=torch.channels_last)
-
-
-def _packed(x: Tensor) -> Tensor:
-    return torch.stack([x, -x, x / 2], dim=2).unbind(2)[1]
-
-
-def _overlapping(x: Tensor) -> Tensor:
-    B, T, N = x.shape
-    return x.flatten()[: N + B * T].clone().as_strided((B, T, N), (T, 1, 1))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": _transposed,
-    "every other row": _every_other_row,
-    "column slice": _column_slice,
-    "offset storage": _offset,
-    "stride 0": lambda x: x[:1, :1, :1].expand(x.shape),
-    "broadcast batch": lambda x: x[:1].expand(x.shape),
-    "channels last": _channels_last,
-    "size 1, odd strides": _odd_strides,
-    "packed qkv": _packed,
-    "overlapping rows": _overlapping,
-    "DTensor local": lambda x: _dtensor_local(x),
-}
-"""Name -> a tensor that lies like that, made from a contiguous `(B, T, N)` one; values and shape may change."""
-
-
-def laid_out(name: str, x: Tensor) -> Tensor:
-    """`x` in the layout of that name, which is really another one than contiguous where it says so."""
-    y = LAYOUTS[name](x)
-    assert name in ("contiguous", "offset storage", "size 1, odd strides", "DTensor local") or not y.is_contiguous()
-    return y
-
-
-def _dtensor_local(x: Tensor) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh(x.device.type, (1,))
-    return distribute_tensor(x, mesh, [Shard(0)]).to_local()

@@ -1,19 +1,19 @@
-"""How far a kernel may be from the truth: the one place with tolerances.
+"""The rule for the error of a kernel: the one place with tolerances.
 
 For a result T of a kernel, the reference R in float64 from the same inputs and the result E of eager PyTorch:
 
     rms(T - R) <= 2 rms(E - R) + u    and    max|T - R| <= 3 max|E - R| + 2 u
 
-so nothing is tuned: eager's own error is the measure. u is what one rounding costs:
+so nothing is tuned: the measure is eager's own error. u is the error of one rounding:
 
 - outputs, and gradients of a row:      u = eps(dtype) max|R| / 2
 - sums over the rows (dw, db):          u = eps(float32) sqrt(rows) rms(R)
-- where larger terms cancel (`terms`):  u + eps(float32) terms / 2, for statistics are kept in float32
+- where larger terms cancel (`terms`):  u + eps(float32) terms / 2, because statistics are kept in float32
 
-Eager must not be the excuse: where it adds up in low precision, hand over `eager_accumulated`, its result from float32
-sums, and the smaller error counts. Fewer than `FEW` values say little about eager's spread (its error may be 0 by
-luck), so there eager is taken to be u off at least. NaN and infinities have to be where eager has them, or where the
-truth has them if eager overflows on the way.
+Where eager sums in low precision, `eager_accumulated` is its result with float32 sums, and the smaller of the two
+errors counts. Fewer than `FEW` values say little about eager's error, which may be 0 by chance, so eager's error counts
+as at least u there. NaN and infinities must be where eager has them, or where the truth has them if eager overflows on
+the way.
 """
 
 import math
@@ -26,7 +26,7 @@ __all__ = ["check", "check_close", "check_loss", "check_target_gradient"]
 FEW = 256
 ACCUMULATOR = torch.float32
 PROBABILITIES = (0.01, 0.5, 0.9, 0.99, 0.999, 1 - 1e-5)
-"""Of the target class, in `check_target_gradient`."""
+"""Probabilities of the target class in `check_target_gradient`."""
 
 
 def check(
@@ -42,17 +42,18 @@ def check(
     eager_accumulated: Tensor | None = None,
     truncates: bool = False,
 ) -> None:
-    """Hold one result of a kernel to the rule above.
+    """Checks one result of a kernel by the rule above.
 
     Args:
-        op: what is checked, for the message.
-        triton, eager, reference: T, E and R; T and E have one dtype and shape.
-        dtype: precision of T, if not that of the tensor (autocast rounds inside and returns float32).
+        op: names the result in the message.
+        triton, eager, reference: T, E and R; T and E have the same dtype and shape.
+        dtype: precision of T, if it is not the tensor's dtype (autocast rounds inside and returns float32).
         kind: "output", or "column" for a sum over the rows.
-        rows: how many, for "column".
-        terms: magnitude of the terms whose difference the result is, where that is more than the result's.
-        eager_accumulated: E with sums in float32, where eager's are in a lower precision.
-        truncates: Triton's interpreter rounds float32 to bfloat16 towards zero: the error of one rounding doubles.
+        rows: the number of rows of a "column".
+        terms: magnitude of the terms whose difference the result is, if it is larger than the result's.
+        eager_accumulated: E with sums in float32, if eager sums in a lower precision.
+        truncates: allows twice the error of one rounding, because Triton's interpreter rounds float32 to bfloat16
+            towards zero.
 
     Raises:
         AssertionError: with the figures.
@@ -81,10 +82,10 @@ def check(
 
 
 def check_loss(op: str, triton: Tensor, eager: Tensor, reference: Tensor, logits: Tensor, dtype: torch.dtype) -> None:
-    """The rule for the mean over the rows of a loss: one number, whose error in eager may be 0 by luck.
+    """Checks the mean of a loss over the rows: one number, whose error in eager may be 0 by chance.
 
     Args:
-        op: for the message.
+        op: names the result in the message.
         triton, eager, reference: scalars.
         logits: `(rows, V)` float64 of the rows that count; each is rounded to `dtype` once, independently.
         dtype: of the logits in eager.
@@ -95,10 +96,10 @@ def check_loss(op: str, triton: Tensor, eager: Tensor, reference: Tensor, logits
 
 
 def check_target_gradient(op: str, triton: Tensor, eager: Tensor, reference: Tensor) -> None:
-    """The gradient p - 1 of the target's logit, p from 0.01 to 1 - 1e-5: a relative error of at most twice eager's.
+    """Checks that the gradient p - 1 of the target's logit has at most twice eager's relative error.
 
     Args:
-        op: for the message.
+        op: names the result in the message.
         triton, eager, reference: `(len(PROBABILITIES), samples)`, the gradients of one probability in a row.
     """
     dtype = triton.dtype
@@ -110,13 +111,13 @@ def check_target_gradient(op: str, triton: Tensor, eager: Tensor, reference: Ten
 
 
 def check_close(op: str, found: Tensor, wanted: Tensor, terms: float = 0.0, roundings: float = 4.0) -> None:
-    """Two results of one implementation that are equal but for a few roundings, as before and after a rotation.
+    """Checks that two results of one implementation differ by a few roundings at most.
 
     Args:
-        op: for the message.
-        found, wanted: of one shape and dtype.
-        terms: as in `check`.
-        roundings: how many.
+        op: names the result in the message.
+        found, wanted: the two results, of one shape and dtype.
+        terms: see `check`.
+        roundings: the number of roundings.
     """
     assert found.shape == wanted.shape
     assert found.dtype == wanted.dtype
@@ -137,7 +138,7 @@ def _unit(R: Tensor, dtype: torch.dtype, kind: str, rows: int) -> float:
 
 
 def _same_non_finite(op: str, T: Tensor, E: Tensor, R: Tensor) -> None:
-    """Every element is finite, NaN or an infinity as eager's is, or as the rounded truth is where eager overflows."""
+    """Checks that NaN and infinities are where eager, or the rounded truth where eager overflows, has them."""
     t, e, r = (torch.where(x.isfinite(), 0.0, x).nan_to_num(nan=9.0, posinf=1.0, neginf=-1.0) for x in (T, E, R))
     wrong = ((t != e) & (t != r)).nonzero()
     if len(wrong):

@@ -26,7 +26,7 @@ SHAPES = [(7, 123), (16, 768)]
 
 
 def kernel_names() -> list[str]:
-    """Of every Triton kernel of the package."""
+    """Returns the name of every Triton kernel of the package."""
     modules = [
         importlib.import_module(x.name) for x in pkgutil.iter_modules(gptperf.kernels.__path__, "gptperf.kernels.")
     ]

@@ -21,7 +21,7 @@ import triton.language as tl
 SHARED_KB = {"sm_90": 227, "sm_70": 96, "sm_80": 163, "sm_89": 99, "sm_100": 227, "sm_120": 99}
 """Shared memory that a block may have: CUDA C++ Programming Guide, technical specifications by compute capability."""
 WIDE = 0.7
-"""Of the bytes; the rest are one statistic a row, a target's logit and small tables."""
+"""Least share of bytes in wide accesses; the rest are a statistic for each row, a target's logit and small tables."""
 LOADS_WIDE = {
     "norm._norm_forward_kernel",
     "rope._rope_forward_kernel",

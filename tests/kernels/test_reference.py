@@ -189,7 +189,7 @@ def test_rope_scores_depend_on_the_distance(get: Any, rows: int, columns: int, s
 
 @holds()
 def test_swiglu_of_zero_is_zero(get: Any, rows: int, columns: int, seed: int) -> None:
-    """And it is linear in the second half."""
+    """It is 0 if either half is 0, and linear in the second half."""
     gate, up = normal(seed, rows, columns), normal(seed + 1, rows, columns)
     swiglu = get("swiglu")
     zero = torch.zeros_like(gate)

@@ -70,7 +70,7 @@ def write() -> None:
     kept = FROZEN / "checkpoints" / "step-00000004"
     shutil.copytree(Path("out/checkpoints/step-00000004"), kept)
     state = json.loads((kept / "state.json").read_text())
-    del state["train_state"]["validation"], state["versions"]["kernel_sources"]  # which came later
+    del state["train_state"]["validation"], state["versions"]["kernel_code"]  # which came later
     (kept / "state.json").write_text(json.dumps(state))
     reseal(kept, metric=losses["evaluated"][0])
 

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ from gptperf import registry
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
 from gptperf.training import resume, trainer
+from gptperf.training.kernel_digest import kernel_digest
 
 KILLER = """
 import os, signal
@@ -214,20 +214,27 @@ def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
-def test_the_sources_of_kernels_count_where_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _engine_for_versions(kernels: str) -> Any:
+    return SimpleNamespace(
+        process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
+        ops=SimpleNamespace(chosen={"rms_norm": kernels}),
+        weights=SimpleNamespace(collectives=SimpleNamespace(name="process_group")),
+    )
+
+
+def test_the_code_of_kernels_counts_where_they_run() -> None:
     """Their bits depend on shapes of programs, which a version of gptperf may change."""
+    assert resume.versions(_engine_for_versions("eager"))["kernel_code"] == ""
+    assert resume.versions(_engine_for_versions("triton"))["kernel_code"] == kernel_digest()
 
-    def sources(chosen: str) -> str:
-        engine: Any = SimpleNamespace(
-            process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
-            ops=SimpleNamespace(chosen={"rms_norm": chosen}),
-            weights=SimpleNamespace(collectives=SimpleNamespace(name="process_group")),
-        )
-        return resume.versions(engine)["kernel_sources"]
 
-    assert sources("eager") == ""
-    now = sources("triton")
-    assert re.fullmatch("[0-9a-f]{12}", now)
-    (tmp_path / "norm.py").write_text("programs = 396\n")
-    monkeypatch.setattr(resume.resources, "files", lambda package: tmp_path)
-    assert sources("triton") != now
+def test_a_version_that_a_checkpoint_does_not_record_is_unknown() -> None:
+    engine = _engine_for_versions("triton")
+    saved = resume.versions(engine)
+    assert resume.changed_versions({"versions": saved}, engine) == []
+    assert resume.changed_versions({"versions": saved | {"kernel_code": "0"}}, engine) == [
+        f"kernel_code: 0 -> {saved['kernel_code']}"
+    ]
+    del saved["kernel_code"]
+    older = saved | {"kernel_sources": "0123456789ab"}  # a digest over the files as they were
+    assert resume.changed_versions({"versions": older}, engine) == []

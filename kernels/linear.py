@@ -1,0 +1,100 @@
+"""The three matrix products of a linear layer, for the linear layers of the model and for the fused ops.
+
+    forward:    y = x W^T (+ b)
+    backward:   dx = dy W  (`dgrad`),   dW = dy^T x  (`wgrad`),   db = sum of dy over its rows  (`bias_grad`)
+
+This file alone decides the precision of a product: the operands have one dtype (`operand_dtype`), sums are in float32,
+and each result is rounded once to its own dtype. The functions call aten ops and are no registered op themselves, so
+that autograd, torch.compile, selective recomputation and FlopCounterMode see every matrix product. Elements moved for M
+rows of K columns and N outputs: M K + N K + M N for each product.
+
+PyTorch differentiates `linear`; its gradients have the bits of `dgrad`, `wgrad` and `bias_grad`. An op that has a
+backward of its own calls these three.
+
+Reference: `torch.nn.functional.linear`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["bias_grad", "dgrad", "linear", "operand_dtype", "wgrad"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Computes y = x W^T (+ b).
+
+    Args:
+        x: `(..., K)`; `(M, K)` with `out`.
+        weight: `(N, K)`.
+        bias: `(N,)` or None; None with `out`.
+        out: `(M, N)`, where y is written; y then has no gradient.
+
+    Returns:
+        y `(..., N)`.
+    """
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out)
+
+
+def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Computes dx = dy W.
+
+    Args:
+        dy: `(..., N)`; `(M, N)` with `out`.
+        weight: `(N, K)`.
+        out: `(M, K)` in dy's dtype or float32, where dx is written.
+
+    Returns:
+        dx `(..., K)`.
+    """
+    if out is None:
+        return dy @ weight
+    return _mm(dy, weight, out, add=False)
+
+
+def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Computes dW = dy^T x over all rows.
+
+    Args:
+        dy: `(..., N)`; `(M, N)` with `out`.
+        x: `(..., K)`; `(M, K)` with `out`.
+        out: `(N, K)` in dy's dtype or float32, where dW is written.
+        add: add dW to what `out` holds.
+
+    Returns:
+        dW `(N, K)`.
+    """
+    if out is None:
+        return _rows(dy).t() @ _rows(x)
+    return _mm(dy.t(), x, out, add)
+
+
+def bias_grad(dy: Tensor) -> Tensor:
+    """Returns db `(N,)`, the sum of dy `(..., N)` over all rows."""
+    return _rows(dy).sum(0)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of the operands of a product with x: the dtype of autocast if it is on, else that of x.
+
+    An op that has an autograd function of its own casts them itself, because autocast only casts for PyTorch's ops.
+    """
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
+    """Computes out = a b or out += a b, rounded once; out has a's dtype or float32."""
+    if out.dtype == a.dtype:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if not a.is_cuda:  # PyTorch has a product with an out_dtype on CUDA only
+        return torch.addmm(out, a.float(), b.float(), out=out) if add else torch.mm(a.float(), b.float(), out=out)
+    if add:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
