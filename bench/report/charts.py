@@ -9,9 +9,8 @@ from typing import Any
 from bench.measure.models import config_of
 from bench.report.sections import ops_rows
 from bench.results import Record
-from gptperf import hardware
-from gptperf.flops.elementwise import COSTS
-from gptperf.hardware.ceilings import gemm_list
+from gptperf import hardware, registry
+from gptperf.hardware.workload import gemm_list
 from gptperf.monitor.waterfall import PARTS
 from gptperf.report import page
 
@@ -20,7 +19,13 @@ __all__ = ["draw", "figure", "roofline_points"]
 _EXTRA = "bench"
 _COLORS = {"triton": "#2a8fbd", "compiled": "#d08a2e", "eager": "#8a8a8a", "liger": "#a05fb0"}
 _OTHER = {"torch_native": "#5a9e57", "cudnn": "#c25b5b", "gemm": "#d08a2e", "liger_separate": "#c9a5d1"}
-_PER_ELEMENT = {"rms_norm": "rmsnorm", "layer_norm": "layernorm", "rope": "rope", "swiglu": "swiglu"}
+_COMPONENT = {
+    "rms_norm": ("normalization", "rmsnorm"),
+    "layer_norm": ("normalization", "layernorm"),
+    "rope": ("position_encoding", "rope"),
+    "swiglu": ("ffn_type", "swiglu"),
+}
+"""Op -> the component whose card states its FLOPs per element."""
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
@@ -58,8 +63,8 @@ def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float
     points = []
     for row in ops_rows(records):
         op = row["op"].removesuffix("_add")
-        if row["impl"] == "triton" and "forward" in row and op in _PER_ELEMENT:
-            cost = COSTS[_PER_ELEMENT[op]].flops + row["op"].endswith("_add")
+        if row["impl"] == "triton" and "forward" in row and op in _COMPONENT:
+            cost = registry.card(*_COMPONENT[op]).cost.flops + row["op"].endswith("_add")
             moved = row["forward"]["gb_s"] * row["forward"]["ms"] * 1e6
             work = cost * _elements(op, row["shape"])
             label = f"{row['op']} {'x'.join(map(str, row['shape']))}"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptperf.errors import ConfigError, main_guard
+from gptperf.hardware import measure_command
 from gptperf.hardware.gpu_table import DOCUMENTS, GPUS
 from gptperf.hardware.peaks import match_gpu, no_peak_hint
 from gptperf.hardware.state import GpuState, gpu_states
@@ -31,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.measure:
-        from gptperf.hardware import ceilings
-
-        return ceilings.command(rest, as_json=arguments.json, again=arguments.again)
+        return measure_command.command(rest, as_json=arguments.json, again=arguments.again)
     if rest or arguments.again:
         found = " ".join(rest) or "--again"
         raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")

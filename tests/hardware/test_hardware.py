@@ -302,7 +302,7 @@ def test_memory_record_on_cpu_sees_an_allocation() -> None:
 
 
 def test_no_torch_at_import() -> None:
-    modules = "gptperf.flops, gptperf.hardware, gptperf.hardware.ceilings, gptperf.monitor.throughput"
+    modules = "gptperf.flops, gptperf.hardware, gptperf.hardware.ceiling_cache, gptperf.monitor.throughput"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

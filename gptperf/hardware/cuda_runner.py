@@ -1,14 +1,16 @@
-"""Runs the works of `gptperf.hardware.ceilings` on the current CUDA device."""
+"""Runs the works of `gptperf.hardware.workload` on the current CUDA device."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
+import gptperf.model  # noqa: F401 - registers the built-in attention backends
 from gptperf.config import ModelConfig
 from gptperf.errors import DeviceError, OutOfMemoryError
-from gptperf.hardware.ceilings import Attention, Copy, Gemm, Machine, Timer, Work
+from gptperf.hardware.ceilings import Machine
 from gptperf.hardware.peaks import has_bfloat16
 from gptperf.hardware.state import gpu_state
+from gptperf.hardware.workload import CausalAttention, Copy, Gemm, Timer, Work
 from gptperf.registry import component
 
 __all__ = ["CudaRunner", "current_machine"]
@@ -93,7 +95,7 @@ class CudaRunner:
         b = b.view(n, k).t() if gemm.kind == "forward" else b.view(k, n)
         return lambda: torch.mm(a, b, out=c)
 
-    def _attention(self, attention: Attention) -> Callable[[], object]:
+    def _attention(self, attention: CausalAttention) -> Callable[[], object]:
         """The model's own backend, without dropout; forward keeps what backward needs."""
         backend = component("attention_backend", self.model.attention_backend)(self.model).eval()
         rows, D = (attention.batch_size, attention.tokens), attention.head_dim
