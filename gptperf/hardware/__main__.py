@@ -1,6 +1,6 @@
-"""`python -m gptperf.hardware`: the table of GPUs, those of this machine marked, and what this card reaches.
+"""`python -m gptperf.hardware`: the table of GPUs, with those of this machine marked, and their state.
 
-With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.ceilings`).
+With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.measure`).
 """
 
 import argparse
@@ -20,7 +20,14 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or measure this card's ceilings."""
+    """Print the table, or measure this card's ceilings.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or the measurement failed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m gptperf.hardware",
         description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",

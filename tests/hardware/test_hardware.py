@@ -420,7 +420,7 @@ def test_nvml_without_a_figure_and_without_a_driver(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=None))
     assert hardware.gpu_state().via == "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert hardware.gpu_state().reason == "NVML: Not Supported; nvidia-smi is not there"
+    assert hardware.gpu_state().reason == "NVML: Not Supported; nvidia-smi is not installed"
 
 
 def test_a_lowered_power_cap_is_noted() -> None:
