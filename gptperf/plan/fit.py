@@ -29,7 +29,7 @@ def largest_batch(
     """The most sequences of a micro-batch on one GPU that fit into `limit_gb`; 0 where not even one fits."""
 
     def fits(batch: int) -> bool:
-        return footprint(_with(config, batch_size=batch), num_gpus, strategy, recompute).total_gb <= limit_gb
+        return footprint(_with_batch(config, batch_size=batch), num_gpus, strategy, recompute).total_gb <= limit_gb
 
     low, high = 0, 1
     while fits(high) and high < 1 << 20:
@@ -40,7 +40,7 @@ def largest_batch(
     return low
 
 
-def _with(config: Config, batch_size: int, gradient_accumulation_steps: int | None = None) -> Config:
+def _with_batch(config: Config, batch_size: int, gradient_accumulation_steps: int | None = None) -> Config:
     steps = gradient_accumulation_steps or config.train.gradient_accumulation_steps
     train = dataclasses.replace(config.train, batch_size=batch_size, gradient_accumulation_steps=steps)
     return dataclasses.replace(config, train=train)
@@ -89,7 +89,7 @@ def _changes(
     more = STRATEGIES[STRATEGIES.index(given.strategy) :] if given.num_gpus > 1 else (given.strategy,)
     for batch in batches:
         steps = train.gradient_accumulation_steps * (train.batch_size // batch)
-        changed = _with(config, batch_size=batch, gradient_accumulation_steps=steps)
+        changed = _with_batch(config, batch_size=batch, gradient_accumulation_steps=steps)
         for system, flags_of_system in _systems(config.system, given.strategy):
             for strategy in (x for x in more if x == given.strategy or x in strategies):
                 for recompute in RECOMPUTE[RECOMPUTE.index(given.recompute) :]:

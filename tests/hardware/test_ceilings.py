@@ -1,88 +1,26 @@
-"""Measured ceilings: the list of works, the arithmetic, the protocol and the cache, without a GPU."""
+"""Measured ceilings: the list of works, the arithmetic, the protocol and the command, without a GPU."""
 
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ceiling_helpers import ARGV, GPT, LLAMA, MACHINE, FakeRunner, measured, rate_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptperf import flops, hardware
-from gptperf.config import ModelConfig, command_line
-from gptperf.errors import ConfigError, DeviceError, DiskError, OutOfMemoryError
-from gptperf.hardware import ceiling_cache, cuda_runner
+from gptperf.config import ModelConfig
+from gptperf.errors import ConfigError, DeviceError, OutOfMemoryError
+from gptperf.hardware import cuda_runner
 from gptperf.hardware.__main__ import main
-from gptperf.hardware.ceilings import Ceilings, Machine, ceiling_flop_s
+from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.hardware.measure import _window, measure
-from gptperf.hardware.workload import CausalAttention, Copy, Gemm, Timer, Work, gemm_list, workload
-
-LLAMA = ModelConfig(
-    n_layer=3,
-    n_head=8,
-    n_kv_head=2,
-    n_embd=64,
-    d_ff=176,
-    block_size=32,
-    vocab_size=100,
-    vocab_multiple=16,
-    ffn_type="swiglu",
-    position_encoding="rope",
-    weight_tying=False,
-)
-GPT = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=90)
-MACHINE = Machine(
-    device="NVIDIA H200",
-    driver="575.57.08",
-    versions={"torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": "91900"},
-    power_cap_w=700.0,
-    power_default_w=700.0,
-)
-WHERE = ("bfloat16", "NVIDIA H200", "575.57.08", "2.11.0+cu130")
-
-
-def rate_of(work: Work) -> float:
-    """A rate of its own for every work, in FLOP/s or byte/s."""
-    base = {"forward": 700e12, "dgrad": 650e12, "wgrad": 600e12}
-    if isinstance(work, Gemm):
-        return 690e12 if work.name == "square" else base[work.kind] - len(work.name) * 1e12
-    if isinstance(work, Copy):
-        return 4.25e12 if work.buffer_bytes > 1e9 else 4.12e12
-    return 509e12 if work.name == "attention_forward" else 407e12
-
-
-class FakeRunner:
-    """Works at known rates; the first round is ten times as slow, later ones scatter by `scatter` up and down."""
-
-    def __init__(self, rate: Callable[[Work], float] = rate_of, scatter: float = 0.0):
-        self.rate, self.scatter = rate, scatter
-        self.windows: list[tuple[str, int, float]] = []
-
-    def machine(self) -> Machine:
-        return MACHINE
-
-    def prepare(self, work: Work) -> Timer:
-        long_windows = 0
-
-        def timer(launches: int) -> float:
-            nonlocal long_windows
-            slower = 10.0 if long_windows == 0 else 1 + self.scatter * (long_windows % 3 - 1)
-            elapsed_ms = launches * work.amount / self.rate(work) * 1e3 * slower
-            self.windows.append((work.name, launches, elapsed_ms))
-            long_windows += elapsed_ms >= 300
-            return elapsed_ms
-
-        return timer
-
-
-def measured(model: ModelConfig = LLAMA, batch_size: int = 4, **changed: Any) -> Ceilings:
-    return dataclasses.replace(measure(model, batch_size, "bfloat16", runner=FakeRunner()), **changed)
+from gptperf.hardware.workload import CausalAttention, Copy, gemm_list, workload
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT, ModelConfig()])
@@ -185,120 +123,6 @@ def test_ceiling_of_equal_rates_is_that_rate(rate: float) -> None:
 def test_ceiling_refuses_another_convention() -> None:
     with pytest.raises(ValueError, match="found 'palm', wanted 'strict'"):
         ceiling_flop_s(measured(), flops.flops_per_token(LLAMA, "palm"))
-
-
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changed: Any) -> tuple[Ceilings, Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result, path = measured(**changed), ceiling_cache.cache_path(LLAMA, 4, *WHERE)
-    ceiling_cache.save(result, path)
-    return result, path
-
-
-def loaded(*where: Any, **more: Any) -> tuple[Ceilings | None, list[str]]:
-    said: list[str] = []
-    return ceiling_cache.load(*where, **more, say=said.append), said
-
-
-def test_what_is_kept_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result, path = kept(monkeypatch, tmp_path)
-    assert path.parent == tmp_path / "gptperf" / "ceilings"
-    assert path.name.startswith("NVIDIA_H200-bfloat16-driver_575.57.08-torch_2.11.0+cu130-")
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=700.0) == (result, [])
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary one is left
-    ceiling_cache.save(dataclasses.replace(result, gemm_flop_s=1.0), path)
-    again, _ = loaded(LLAMA, 4, *WHERE)
-    assert again is not None
-    assert again.gemm_flop_s == 1.0
-
-
-def test_whatever_changes_the_ceilings_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wheres: list[Any] = [
-        (LLAMA, 4, *WHERE),
-        (LLAMA, 5, *WHERE),
-        (GPT, 4, *WHERE),
-        (dataclasses.replace(LLAMA, n_kv_head=4), 4, *WHERE),
-        (dataclasses.replace(LLAMA, attention_backend="manual"), 4, *WHERE),
-        (LLAMA, 4, "float16", *WHERE[1:]),
-        (LLAMA, 4, "bfloat16", "NVIDIA H200 NVL", *WHERE[2:]),
-        (LLAMA, 4, *WHERE[:2], "580.1", WHERE[3]),
-        (LLAMA, 4, *WHERE[:3], "2.12.0"),
-    ]
-    assert len({ceiling_cache.cache_path(*where) for where in wheres}) == len(wheres)
-    same = dataclasses.replace(LLAMA, dropout=0.1, norm_eps=1e-6)
-    assert ceiling_cache.cache_path(same, 4, *WHERE) == ceiling_cache.cache_path(LLAMA, 4, *WHERE)
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for value in ("", "relative"):  # a relative one is not to be used, says the XDG specification
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert ceiling_cache.cache_path(LLAMA, 4, *WHERE).parent == tmp_path / ".cache" / "gptperf" / "ceilings"
-    assert ceiling_cache.cache_path(LLAMA, 4, "bfloat16", "../../etc/x", None, "/").parent.name == "ceilings"
-
-
-def damages(data: bytes) -> dict[str, bytes]:
-    page = json.loads(data)
-    other_version = page | {"version": 0}
-    fewer = page["ceilings"].copy()
-    del fewer["protocol"]
-    return {
-        "cut": data[: len(data) // 2],
-        "empty": b"",
-        "bit": data.replace(b'"gemm_square_flop_s": 69', b'"gemm_square_flop_s": 99', 1),
-        "not utf-8": b"\xff" + data,
-        "list": b"[]",
-        "version": json.dumps(other_version).encode(),
-        "field": json.dumps({"version": 1, "sha256": ceiling_cache._digest(fewer), "ceilings": fewer}).encode(),
-    }
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "not utf-8", "list", "version", "field"])
-def test_a_damaged_file_is_refused_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
-    _, path = kept(monkeypatch, tmp_path)
-    data = path.read_bytes()
-    changed = damages(data)[damage]
-    assert changed != data
-    path.write_bytes(changed)
-    found, said = loaded(LLAMA, 4, *WHERE)
-    assert found is None
-    assert len(said) == 1
-    assert said[0].startswith(f"{path}: not used, the ceilings have to be measured again: ")
-
-
-def test_a_link_and_a_strangers_file_are_refused_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, path = kept(monkeypatch, tmp_path)
-    stranger = ceiling_cache.cache_path(GPT, 4, *WHERE)
-    path.rename(stranger)
-    found, said = loaded(GPT, 4, *WHERE)
-    assert (found, len(said)) == (None, 1)
-    assert "not used: found ceilings of" in said[0]
-    path.symlink_to(stranger)
-    found, said = loaded(LLAMA, 4, *WHERE)
-    assert (found, len(said)) == (None, 1)
-
-
-def test_another_power_cap_is_another_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result, _ = kept(monkeypatch, tmp_path)
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=700.4)[0] == result
-    found, said = loaded(LLAMA, 4, *WHERE, power_cap_w=500.0)
-    assert found is None
-    assert "measured at 700 W, and the power cap is 500 W now" in said[0]
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=None)[0] == result
-
-
-def test_no_file_is_no_ceilings_and_no_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert loaded(LLAMA, 4, *WHERE) == (None, [])
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot be written"):
-        ceiling_cache.save(measured(), tmp_path / "file" / "x.json")
-
-
-ARGV = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=16", "--vocab_size=90", "--batch_size=4"]
 
 
 def test_command_measures_once_and_then_reads(
@@ -405,20 +229,6 @@ def test_bfloat16_needs_its_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(DeviceError, match=r"Tesla V100 has no bfloat16 units; nearest: --dtype=float16"):
         cuda_runner.CudaRunner(LLAMA, gemm_list(LLAMA, 2), "bfloat16")
-
-
-def test_load_needs_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kept(monkeypatch, tmp_path)
-    config = command_line.resolve(ARGV).config
-    ceiling_cache.save(measured(config.model), ceiling_cache.cache_path(config.model, 4, *WHERE))
-    code = (
-        "import sys\nfrom gptperf.config import command_line\nfrom gptperf.hardware import ceiling_cache\n"
-        f"model = command_line.resolve({ARGV!r}).config.model\n"
-        f"found = ceiling_cache.load(model, 4, *{WHERE!r})\n"
-        "sys.exit(found is None or 'torch' in sys.modules)"
-    )
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
 @pytest.mark.gpu
