@@ -9,7 +9,7 @@ __all__ = ["FLASH_ATTN", "MANUAL", "SDPA", "AttentionBackend", "causal_pairs", "
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBackend:
-    """What runs softmax(Q K^T) V. Its FLOPs are those of `causal_pairs`, whatever the backend."""
+    """A backend runs softmax(Q K^T) V. All backends have the FLOPs of `causal_pairs`."""
 
     kept_score_matrices: int = 0
     """`(T, T)` matrices of a head that are kept for backward."""
