@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine() -> dict[str, Any]:
     """Examines the machine.
 
-        Returns: A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch
-        cannot be imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
-        `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
-        `choices` (what a default run would use, each with its reason, the kernels op by op).
+    Returns: A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch
+    cannot be imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
+    `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
+    `choices` (what a default run would use, each with its reason, the kernels op by op).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}

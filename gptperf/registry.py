@@ -8,25 +8,51 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from gptperf.cards import activation, attention, block, ffn, norm, position
 from gptperf.errors import ConfigError, nearest
 
-__all__ = ["KINDS", "component", "component_names", "built_in", "load_plugins", "register"]
+__all__ = ["KINDS", "built_in", "card", "component", "component_names", "load_plugins", "no_card", "register"]
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "normalization": ("layernorm", "layernorm_nobias", "rmsnorm"),
-    "activation": ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared"),
-    "position_encoding": ("learned_absolute", "rope", "none"),
-    "attention_backend": ("sdpa", "manual", "flash_attn"),
-    "norm_position": ("pre", "post"),
-    "ffn_type": ("standard", "swiglu"),
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "normalization": {
+        "layernorm": norm.LAYERNORM,
+        "layernorm_nobias": norm.LAYERNORM_NOBIAS,
+        "rmsnorm": norm.RMSNORM,
+    },
+    "activation": {
+        "gelu": activation.GELU,
+        "gelu_tanh": activation.GELU_TANH,
+        "silu": activation.SILU,
+        "relu": activation.RELU,
+        "leaky_relu": activation.LEAKY_RELU,
+        "relu_squared": activation.RELU_SQUARED,
+    },
+    "position_encoding": {
+        "learned_absolute": position.LEARNED_ABSOLUTE,
+        "rope": position.ROPE,
+        "none": position.NO_POSITION,
+    },
+    "attention_backend": {
+        "sdpa": attention.SDPA,
+        "manual": attention.MANUAL,
+        "flash_attn": attention.FLASH_ATTN,
+    },
+    "norm_position": {"pre": block.PRE_NORM, "post": block.POST_NORM},
+    "ffn_type": {"standard": ffn.STANDARD, "swiglu": ffn.SWIGLU},
 }
-"""Component kind, which is also its configuration key -> the names of the built-in components."""
+"""Component kind, which is its configuration key -> name -> card. `gptperf.model` registers the class of every row."""
+
+KINDS: dict[str, tuple[str, ...]] = {kind: tuple(rows) for kind, rows in _BUILT_IN.items()}
+"""Component kind -> the built-in names."""
 
 _components: dict[tuple[str, str], Any] = {}
+_cards: dict[tuple[str, str], Any] = {
+    (kind, name): row for kind, rows in _BUILT_IN.items() for name, row in rows.items()
+}
 _T = TypeVar("_T")
 
 
-def register(kind: str, name: str, cls: _T) -> _T:
+def register(kind: str, name: str, cls: _T, card: Any = None) -> _T:
     """Makes `name` a valid value of the configuration key `kind`.
 
     Args:
@@ -34,6 +60,8 @@ def register(kind: str, name: str, cls: _T) -> _T:
         name: the value in TOML files and on the command line.
         cls: for `activation` a function from a tensor to a tensor; for the other kinds an `nn.Module` class with the
             constructor and `forward` of its counterparts in `gptperf.model`.
+        card: an object of `gptperf.cards` for this kind. A model with a component that has no card has no FLOP count,
+            no MFU and no plan.
 
     Returns:
         `cls`.
@@ -47,6 +75,8 @@ def register(kind: str, name: str, cls: _T) -> _T:
         raise ValueError(f"{kind} {name!r} is one of gptperf's own components; wanted another name")
     if _components.setdefault((kind, name), cls) is not cls:
         raise ValueError(f"{kind} {name!r} is already registered as {_components[kind, name].__qualname__}")
+    if card is not None:
+        _cards[kind, name] = card
     return cls
 
 
@@ -77,6 +107,19 @@ def component(kind: str, name: str) -> Any:
         names = component_names(kind)
         raise ValueError(f"unknown {kind} {name!r}; wanted one of {', '.join(names)}{nearest(name, names)}")
     return _components[kind, name]
+
+
+def card(kind: str, name: str) -> Any:
+    """The card of a component, or None where its plugin brought none."""
+    return _cards.get((kind, name))
+
+
+def no_card(**components: str) -> str | None:
+    """A sentence about the first component (kind -> name) that has no card, or None where all have one."""
+    for kind, name in components.items():
+        if card(kind, name) is None:
+            return f"component {kind} = {name!r} has no card"
+    return None
 
 
 def load_plugins(modules: str) -> None:

@@ -1,43 +1,40 @@
-"""The serial roofline of a training step: its parts one after another, each at the rate that this card was measured at.
+"""The serial roofline of a training step: its parts one after another, each at the rate that was measured on this card.
 
-GEMM FLOPs at the rate of the model's own GEMMs, causal attention at its own, the bytes of the memory-bound ops and of
-the optimizer at that of a copy. A step cannot be faster but by overlapping parts; how near it comes is the program's.
-The bytes are the least ones: every op reads and writes once, no logits are kept. No torch here.
+GEMM FLOPs run at the rate of the model's own GEMMs, causal attention at its own rate, the bytes of the memory-bound ops
+and of the optimizer at that of a copy. A step can be faster than that only where parts overlap, so that the share of
+the roofline is the program's own. The bytes are the least: every op reads and writes once, and no logits are kept.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from gptperf import flops
+from gptperf.cards import FP32_BYTES, OPTIMIZERS, element_bytes
 from gptperf.config import Config
-from gptperf.plan.memory import element_bytes
 
 __all__ = ["optimizer_bytes", "serial_ms"]
 
-_FP32 = 4
-
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes of an update after one micro-batch: gradients into float32, their norm, AdamW, the compute dtype's copy.
+    """Bytes that an update after one micro-batch moves: gradients into float32, their norm, and the optimizer.
 
-    A parameter's gradient is read and written as float32, read for the norm, and read with weight and two moments,
-    which are written with the copy. In float32 there is neither the conversion nor the copy.
+    In float32 gradients need no conversion and the model reads the master weights, so that there is no copy.
     """
     size = element_bytes(config.system.weight_copy_dtype)
-    low = size < _FP32
-    a_parameter = (size + _FP32 if low else 0) + _FP32 + 4 * _FP32 + 3 * _FP32 + (size if low else 0)
-    return flops.parameters(config.model).total * a_parameter
+    conversion, copy = (0, 0) if size == FP32_BYTES else (size + FP32_BYTES, size)
+    norm = FP32_BYTES
+    return flops.parameters(config.model).total * (conversion + norm + OPTIMIZERS["adamw"].update_bytes(copy))
 
 
 def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:
     """Milliseconds of a step of one micro-batch on one GPU, by part.
 
     Args:
-        config: of the step.
-        ceilings: rates as `gptperf.hardware.ceilings.Ceilings` names them.
+        config: the run.
+        ceilings: rates, as the fields of `gptperf.hardware.ceilings.Ceilings`.
 
     Raises:
-        ValueError: the model's FLOPs or bytes are not known.
+        ValueError: a component has no card, so that the model's FLOPs or bytes are not known.
     """
     tokens = config.tokens_per_iter
     count = flops.flops_per_token(config.model, "strict")

@@ -25,7 +25,8 @@ from bench.measure import loader, monitoring, op_errors, ops, step, timing
 from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
 from bench.measure.models import DEFAULT_VARIANT, planned, resolve
 from bench.measure.op_tables import error_table, host_table, table
-from gptperf.hardware import ceilings
+from gptperf.hardware.measure import measure as measure_ceilings
+from gptperf.hardware.measure_command import report
 from gptperf.monitor import waterfall
 
 __all__ = ["execute", "main"]
@@ -76,8 +77,8 @@ def _host(name: str, quick: bool, _: Path) -> Found:
 def _ceilings(name: str, quick: bool, _: Path) -> Found:
     config = resolve(name.split("/")[1], DEFAULT_VARIANT)
     where = config.model, config.train.batch_size, config.system.compute_dtype
-    found = ceilings.measure(*where, rounds=_QUICK_CEILINGS) if quick else ceilings.measure(*where)
-    print("\n".join(ceilings.report(found, config.model)))
+    found = measure_ceilings(*where, rounds=_QUICK_CEILINGS) if quick else measure_ceilings(*where)
+    print("\n".join(report(found, config.model)))
     return {"results": asdict(found), "protocol": found.protocol, "config": config.sections()}
 
 

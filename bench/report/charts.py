@@ -6,9 +6,8 @@ from typing import Any
 from bench.measure.models import config_of
 from bench.report.sections import ops_rows
 from bench.results import Record
-from gptperf import hardware
-from gptperf.flops.elementwise import COSTS
-from gptperf.hardware.ceilings import gemm_list
+from gptperf import hardware, registry
+from gptperf.hardware.workload import gemm_list
 from gptperf.monitor.waterfall import PARTS
 from gptperf.report import figures
 from gptperf.report.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, TEXT_COLOR
@@ -17,7 +16,13 @@ __all__ = ["draw", "figure", "roofline_points"]
 
 _COLORS = {"triton": BLUE, "compiled": ORANGE, "eager": GRAY, "liger": PURPLE, "torch_native": GREEN, "cudnn": RED}
 _COLORS |= {"gemm": ORANGE, "liger_separate": "#c9a5d1"}
-_PER_ELEMENT = {"rms_norm": "rmsnorm", "layer_norm": "layernorm", "rope": "rope", "swiglu": "swiglu"}
+_COMPONENT = {
+    "rms_norm": ("normalization", "rmsnorm"),
+    "layer_norm": ("normalization", "layernorm"),
+    "rope": ("position_encoding", "rope"),
+    "swiglu": ("ffn_type", "swiglu"),
+}
+"""Op -> the component whose card states its FLOPs per element."""
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
@@ -60,8 +65,8 @@ def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float
     points = []
     for row in ops_rows(records):
         op = row["op"].removesuffix("_add")
-        if row["impl"] == "triton" and "forward" in row and op in _PER_ELEMENT:
-            cost = COSTS[_PER_ELEMENT[op]].flops + row["op"].endswith("_add")
+        if row["impl"] == "triton" and "forward" in row and op in _COMPONENT:
+            cost = registry.card(*_COMPONENT[op]).cost.flops + row["op"].endswith("_add")
             moved = row["forward"]["gb_s"] * row["forward"]["ms"] * 1e6
             work = cost * _elements(op, row["shape"])
             label = f"{row['op']} {'x'.join(map(str, row['shape']))}"

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from gptperf import registry
+from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
@@ -109,9 +111,19 @@ class ModelConfig(_Section):
         """Width of the FFN: `d_ff`, or the default for the FFN type."""
         if self.d_ff is not None:
             return self.d_ff
-        if self.ffn_type != "swiglu":
-            return 4 * self.n_embd
-        return -(-8 * self.n_embd // (3 * self.d_ff_multiple)) * self.d_ff_multiple
+        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
+        return 4 * self.n_embd if ffn is None else ffn.default_width(self.n_embd, self.d_ff_multiple)
+
+    @property
+    def applied_activation(self) -> str:
+        """The activation that the FFN applies: its own where it has one, as SwiGLU has SiLU, or else `activation`."""
+        return self.own_activation or self.activation
+
+    @property
+    def own_activation(self) -> str | None:
+        """The activation of an FFN that applies no other one; None where it applies `activation`."""
+        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
+        return None if ffn is None else ffn.activation
 
     @property
     def padded_vocab_size(self) -> int:
@@ -325,9 +337,11 @@ class Config:
             lines.append(
                 f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations)"
             )
-        if self.model.ffn_type == "swiglu" and self.model.activation != "gelu":
-            lines.append(f"activation = {self.model.activation!r} has no effect: SwiGLU always uses SiLU")
-        if self.model.arch_preset == "gpt2" and self.model.norm_position == "post":
+        model = self.model
+        if model.own_activation is not None and model.activation != KEYS["activation"].default:
+            applied = f"ffn_type = {model.ffn_type!r} applies {model.own_activation}"
+            lines.append(f"activation = {model.activation!r} has no effect: {applied}")
+        if model.arch_preset == "gpt2" and model.norm_position == "post":
             lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
         return lines
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gptperf.cards import BUCKET_NUMEL
 from gptperf.distributed.collectives import Pending
 
 __all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Layout", "Piece", "Place", "by_size", "gaps", "gradient_of", "runs"]
 
 ALIGN = 64
 """Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
-BUCKET_NUMEL = 32 << 20
 
 
 class Piece(NamedTuple):

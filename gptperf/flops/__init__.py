@@ -1,30 +1,18 @@
-"""Parameters, FLOPs and bytes of a model, counted from its configuration."""
+"""Parameters, FLOPs and bytes of a model, counted from its configuration. No module here loads torch."""
 
-from gptperf.flops.count import (
-    CONVENTIONS,
-    RECOMPUTE,
-    BytesMoved,
-    Convention,
-    FlopCount,
-    ParameterCount,
-    VectorCount,
-    attention_ffn_ratio,
-    bytes_moved,
-    flops_per_token,
-    parameters,
-    uncountable_flops,
-    uncountable_parameters,
-    uncountable_vector_flops,
-    vector_flops,
-)
+from gptperf.flops.count import CONVENTIONS, RECOMPUTE, Convention, FlopCount, attention_ffn_ratio, flops_per_token
+from gptperf.flops.elementwise import VectorCount, uncountable_vector_flops, vector_flops
+from gptperf.flops.matmuls import uncountable_flops
+from gptperf.flops.parameter_count import ParameterCount, parameters, uncountable_parameters
+from gptperf.flops.traffic import BytesMoved, bytes_moved
 
 __all__ = [
-    "BytesMoved",
     "CONVENTIONS",
+    "RECOMPUTE",
+    "BytesMoved",
     "Convention",
     "FlopCount",
     "ParameterCount",
-    "RECOMPUTE",
     "VectorCount",
     "attention_ffn_ratio",
     "bytes_moved",

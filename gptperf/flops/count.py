@@ -1,39 +1,34 @@
-"""Parameters and FLOPs of a model, exact, under every convention in use. No tensor is seen here.
+"""The matmul FLOPs of a model, exact, under every convention in use.
 
 FLOPs are counted over one sequence of `block_size` tokens, where every count of a matmul is a whole number, and divided
-by the tokens only at the end. A multiply-add is two FLOPs; the backward pass of a matmul is two matmuls of its size, so
+by the tokens only at the end. A multiply-add is two FLOPs. The backward pass of a matmul is two matmuls of its size, so
 training is three times forward. Norms, activations and position encodings are no matmuls and do not count in MFU (PaLM,
-https://arxiv.org/abs/2204.02311, appendix B); `gptperf.flops.elementwise` counts them apart.
-
-`python -m gptperf.flops CONFIG.toml` prints all of it.
+https://arxiv.org/abs/2204.02311, appendix B); `gptperf.flops.elementwise` counts them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from gptperf.cards import causal_pairs
 from gptperf.config import ModelConfig
-from gptperf.flops.elementwise import BytesMoved, VectorCount, bytes_moved, uncountable_vector_flops, vector_flops
-from gptperf.flops.parameter_count import (
-    ParameterCount,
-    causal_pairs,
-    exact,
-    parameters,
-    uncountable_flops,
-    uncountable_parameters,
-    weights,
-)
+from gptperf.flops.matmuls import uncountable_flops, weights
+from gptperf.flops.parameter_count import parameters, uncountable_parameters
 
-__all__ = ["CONVENTIONS", "RECOMPUTE", "BytesMoved", "Convention", "FlopCount", "ParameterCount", "VectorCount"]
-__all__ += ["attention_ffn_ratio", "bytes_moved", "flops_per_token", "parameters", "vector_flops"]
-__all__ += ["uncountable_flops", "uncountable_parameters", "uncountable_vector_flops"]
+__all__ = ["CONVENTIONS", "RECOMPUTE", "Convention", "FlopCount", "attention_ffn_ratio", "exact", "flops_per_token"]
+
+
+def exact(count: int | Fraction, tokens: int = 1) -> int | Fraction:
+    """count / tokens: an int where it is whole, else a fraction."""
+    quotient = Fraction(count) / tokens
+    return quotient.numerator if quotient.denominator == 1 else quotient
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of one sequence by part, over all layers; forward, but for what is recomputed.
+    """FLOPs of one sequence by part, over all layers. All parts are forward FLOPs but for `recomputed`.
 
-    A convention that is one formula for the whole is laid out over the same parts.
+    A convention that is one formula for the whole model is split into the same parts.
     """
 
     convention: str
@@ -46,9 +41,9 @@ class FlopCount:
     ffn: int
     lm_head: int
     other: int | Fraction = 0
-    """What a convention counts that is no matmul."""
+    """FLOPs that a convention counts for something else than a matmul."""
     recomputed: int = 0
-    """Forward matmuls that backward does once more."""
+    """FLOPs of the forward matmuls that backward repeats."""
 
     @property
     def parts(self) -> dict[str, int | Fraction]:
@@ -78,22 +73,22 @@ class FlopCount:
 
 
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
-    """FLOPs of every matmul as it is built, with `pairs` (query, key) pairs a head and sequence."""
-    t, matrices = model.block_size, weights(model)
+    """FLOPs of every matmul that the model runs, with `pairs` (query, key) pairs for a head and sequence."""
+    t = model.block_size
     return FlopCount(
         convention=convention,
         tokens=t,
-        qkv=2 * t * matrices.qkv,
-        # Query heads: grouped keys and values save no scores.
+        qkv=2 * t * weights(model, "qkv"),
+        # Query heads: grouped keys and values do not reduce the scores.
         scores=model.n_layer * 2 * 2 * pairs * model.n_head * model.head_dim,
-        output=2 * t * matrices.output,
-        ffn=2 * t * matrices.ffn,
-        lm_head=2 * t * matrices.lm_head,
+        output=2 * t * weights(model, "output"),
+        ffn=2 * t * weights(model, "ffn"),
+        lm_head=2 * t * weights(model, "lm_head"),
     )
 
 
 def _strict(model: ModelConfig) -> FlopCount:
-    return _count("strict", model, causal_pairs(model))
+    return _count("strict", model, causal_pairs(model.block_size))
 
 
 def _palm(model: ModelConfig) -> FlopCount:
@@ -101,14 +96,14 @@ def _palm(model: ModelConfig) -> FlopCount:
 
 
 def _nanogpt(model: ModelConfig) -> FlopCount:
-    """6 N + 12 L H Q T a token, N = `non_embedding`; Q is the head's width, so that the second term is palm's."""
-    other = parameters(model).non_embedding - sum(weights(model))
+    """6 N + 12 L H Q T for a token, with N = `non_embedding` and Q = head_dim, so that the second term is palm's."""
+    other = parameters(model).non_embedding - weights(model)
     return replace(_palm(model), convention="nanogpt", other=2 * model.block_size * other)
 
 
 def _six_n(model: ModelConfig) -> FlopCount:
-    """6 N a token, N all parameters, both embeddings too; Kaplan et al. leave those out, and with them the head."""
-    other = parameters(model).total - sum(weights(model))
+    """6 N for a token, with N all parameters, both embeddings included; Kaplan et al. leave out both and the head."""
+    other = parameters(model).total - weights(model)
     return replace(_palm(model), convention="6n", scores=0, other=2 * model.block_size * other)
 
 
@@ -116,25 +111,31 @@ def _hfu(model: ModelConfig) -> FlopCount:
     return replace(_strict(model), convention="hfu")
 
 
+_DESCRIBED_ENCODINGS = {"rope": 4}
+_DESCRIBED_NORMS = {"rmsnorm": Fraction(3, 2)}
+
+
 def _description(model: ModelConfig) -> FlopCount:
-    """L (6 S H^2 + 2 a S^2 H + 2 m S H F + rope + norm) a sequence: heads a, width H, matrices m, one norm a layer."""
+    """L (6 S H^2 + 2 a S^2 H + 2 m S H F + rope + norm) for a sequence: heads a, width H, FFN matrices m.
+
+    The formula counts one norm for a layer, 1.5 S H for RMSNorm and 2 S H for any other, and 4 S H for RoPE.
+    """
     n, t, c = model.n_layer, model.block_size, model.n_embd
-    rope = 4 * t * c if model.position_encoding == "rope" else 0
-    norm = (Fraction(3, 2) if model.normalization == "rmsnorm" else 2) * t * c
+    elementwise = _DESCRIBED_ENCODINGS.get(model.position_encoding, 0) + _DESCRIBED_NORMS.get(model.normalization, 2)
     return FlopCount(
         convention="description",
         tokens=t,
         qkv=n * 6 * t * c * c,
         scores=n * 2 * model.n_head * t * t * c,
         output=0,
-        ffn=2 * t * weights(model).ffn,
+        ffn=2 * t * weights(model, "ffn"),
         lm_head=0,
-        other=exact(n * (rope + norm)),
+        other=exact(n * t * c * elementwise),
     )
 
 
 def _12sbh2(model: ModelConfig) -> FlopCount:
-    """L (12 S B H^2 + 2 a S^2 B H), B = 1: one FLOP a multiply-add with 3, 1 and 8 H^2 of weights, whatever the FFN."""
+    """L (12 S B H^2 + 2 a S^2 B H) with B = 1: one FLOP for a multiply-add, weights 3, 1 and 8 H^2 for any FFN."""
     n, t, c = model.n_layer, model.block_size, model.n_embd
     square, scores = n * t * c * c, n * 2 * model.n_head * t * t * c
     return FlopCount("12sbh2", t, qkv=3 * square, scores=scores, output=square, ffn=8 * square, lm_head=0)
@@ -142,13 +143,13 @@ def _12sbh2(model: ModelConfig) -> FlopCount:
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to count the FLOPs of a trained token."""
+    """A way to count the FLOPs of a trained token; `source` says whose."""
 
     count: Callable[[ModelConfig], FlopCount]
     summary: str
     source: str
     uncountable: Callable[[ModelConfig], str | None] = uncountable_flops
-    """Why it cannot count a model, or None."""
+    """Why this convention cannot count a model, or None when it can."""
 
 
 CONVENTIONS: dict[str, Convention] = {
@@ -167,7 +168,7 @@ CONVENTIONS: dict[str, Convention] = {
     ),
     "12sbh2": Convention(_12sbh2, "matrices half, scores H/2 times palm's; no head", "in circulation, with errors"),
 }
-"""Name -> how it counts. The last two are kept for comparison; configs/PARAMETER_FORMULAS.md has their errors."""
+"""Name -> convention. The last two are there for comparison; configs/PARAMETER_FORMULAS.md lists their errors."""
 
 RECOMPUTE: dict[str, dict[str, Fraction]] = {
     "none": {},
@@ -178,9 +179,9 @@ RECOMPUTE: dict[str, dict[str, Fraction]] = {
 }
 """What backward computes again -> the share of each part's forward matmuls that it repeats.
 
-selective is the configuration's: norms and activations, no matmul. flash is Q K^T, which a flash attention's backward
-repeats to do without the score matrix; no other value counts that. attention is what Korthikanti et al. (2022, section
-5) call selective. full is every block, not the head.
+selective: norms and activations, no matmul, as the configuration's `recompute`. flash: Q K^T, which the backward of a
+flash attention repeats because it keeps no score matrix; no other value counts that. attention: both attention
+matmuls, which Korthikanti et al. (2022, section 5) call selective. full: every block, not the head.
 """
 
 
@@ -193,7 +194,7 @@ def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute
 
     Raises:
         ValueError: unknown convention or recompute, recompute with a convention that does not count it, or a component
-            comes from a plugin (see `uncountable_flops`, and `uncountable_parameters` for what counts those).
+            that the convention needs has no card (see `Convention.uncountable`).
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"FLOP convention: found {convention!r}, wanted one of {', '.join(CONVENTIONS)}")

@@ -1,6 +1,6 @@
-"""`python -m gptperf.hardware`: the table of GPUs, those of this machine marked, and what this card reaches.
+"""`python -m gptperf.hardware`: the table of GPUs, with those of this machine marked, and their state.
 
-With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.ceilings`).
+With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.measure`).
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptperf.errors import ConfigError, main_guard
+from gptperf.hardware import measure_command
 from gptperf.hardware.gpu_table import DOCUMENTS, GPUS
 from gptperf.hardware.peaks import match_gpu, no_peak_hint
 from gptperf.hardware.state import GpuState, gpu_states
@@ -19,7 +20,14 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or measure this card's ceilings."""
+    """Print the table, or measure this card's ceilings.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or the measurement failed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m gptperf.hardware",
         description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",
@@ -31,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.measure:
-        from gptperf.hardware import ceilings
-
-        return ceilings.command(rest, as_json=arguments.json, again=arguments.again)
+        return measure_command.command(rest, as_json=arguments.json, again=arguments.again)
     if rest or arguments.again:
         found = " ".join(rest) or "--again"
         raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")

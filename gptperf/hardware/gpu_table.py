@@ -1,11 +1,12 @@
 """The GPU table: peak by dtype, memory, bandwidth, and the document that each figure is from.
 
-Data sheets of Ampere and later print the 2:4-sparse figure in large type; dense, what training computes, is half of it.
+Data sheets of Ampere and later print the 2:4-sparse figure in large type; the dense one, for training, is half of it.
 Peaks are those with float32 accumulation, which on GeForce cards is half the rate of the figure that is advertised.
-float32 is the plain one without TF32, because gptperf computes float32 as float32. What no document says is left out.
+float32 is without TF32, because gptperf computes float32 as float32. Figures that no document states are left out.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["DOCUMENTS", "GPUS", "Gpu"]
 
@@ -39,7 +40,7 @@ DOCUMENTS: dict[str, str] = {
     _RTX_PRO: _DAM
     + "design-visualization/quadro-product-literature/NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf",
 }
-"""Title of every source, all by NVIDIA, and where it is."""
+"""Title of every source -> its address. All documents are by NVIDIA."""
 _HALF = "half of sparse"
 
 
@@ -49,221 +50,110 @@ class Gpu:
 
     name: str
     cuda_names: tuple[str, ...]
-    """Names that CUDA gives the card, without the brand; all words have to agree."""
+    """Names that CUDA gives the card, without the brand; a device matches where all words agree."""
     capability: tuple[int, int]
     dense_tflops: dict[str, float]
-    """By dtype: bfloat16, float16 (both with float32 accumulation), float32, tf32, fp8."""
+    """dtype -> rate: bfloat16, float16 (both with float32 accumulation), float32, tf32, fp8."""
     sparse_tflops: dict[str, float]
     memory_gb: float
-    """As the data sheet prints it: of HBM and GDDR alike, GiB less what ECC or the driver takes."""
+    """Memory as the data sheet prints it, HBM or GDDR: GiB, less what ECC or the driver takes."""
     hbm_byte_s: float
     sources: dict[str, str]
-    """Of dense, sparse, memory, bandwidth: a title in `DOCUMENTS`, or "half of sparse" where only that is printed."""
+    """dense, sparse, memory, bandwidth -> a title in `DOCUMENTS`, or "half of sparse" where only sparse is printed."""
 
     @property
     def source(self) -> str:
-        """The sources in one line; figures that are not from the first one are named."""
+        """The sources in one line: the document of most figures, then the figures that another document states."""
         documents = list(self.sources.values())
         most = max(documents, key=documents.count)
         others = [f"; {figure}: {document}" for figure, document in self.sources.items() if document != most]
         return f"NVIDIA {most}{''.join(others)}"
 
 
-def _tensor(bf16: float | None, fp16: float, tf32: float | None = None, fp8: float | None = None) -> dict[str, float]:
-    rates = {"bfloat16": bf16, "float16": fp16, "tf32": tf32, "fp8": fp8}
-    return {dtype: rate for dtype, rate in rates.items() if rate is not None}
+class _Chip(NamedTuple):
+    """Rates that several cards share."""
+
+    capability: tuple[int, int]
+    dense: tuple[float | None, float, float | None, float | None, float]
+    """bfloat16, float16, tf32, fp8, float32."""
+    sparse: tuple[float, ...] = ()
+    """bfloat16, float16, tf32, fp8."""
+    dense_source: str = ""
+    """Where it is not the card's own document."""
+    sparse_source: str = ""
 
 
-def _sources(document: str, *, dense: str = "", bandwidth: str = "", memory: str = "") -> dict[str, str]:
-    """`document` for every figure that has no other."""
-    return {
-        "dense": dense or document,
-        "sparse": document,
-        "memory": memory or document,
-        "bandwidth": bandwidth or document,
-    }
+_DTYPES = ("bfloat16", "float16", "tf32", "fp8", "float32")
+
+# No bfloat16, no TF32, no sparsity on Volta.
+_GV100_SXM2 = _Chip((7, 0), (None, 125, None, None, 15.7))
+_GV100_PCIE = _Chip((7, 0), (None, 112, None, None, 14))
+_GA100 = _Chip((8, 0), (312, 312, 156, None, 19.5), (624, 624, 312))
+# A full-clock Hopper module: 132 SMs. H100, H200 and GH200 differ in memory alone.
+_GH100 = _Chip((9, 0), (989.4, 989.4, 494.7, 1978.9, 66.9), (1979, 1979, 989.4, 3958), _HOPPER)
+_GH100_PCIE = _Chip((9, 0), (756, 756, 378, 1513, 51.2), (1513, 1513, 756, 3026), _HOPPER)
+# The first H100 NVL data sheet printed the sum of two cards at full clocks.
+_GH100_NVL = _Chip((9, 0), (835, 835, 417.5, 1671, 60), (1671, 1671, 835, 3341), _HALF)
+# The data sheets of B200 and B300 cut TF32 to 2.2 PFLOPS; the HGX table has 18 PFLOPS for eight, 2.25 each.
+_BLACKWELL_HGX = _Chip((10, 0), (2250, 2250, 1125, 4500, 75), (4500, 4500, 2250, 9000), _HALF, _HGX)
+_BLACKWELL_ULTRA_HGX = _BLACKWELL_HGX._replace(capability=(10, 3))
+# One of the two Blackwell GPUs beside a Grace CPU; their power limit is higher than HGX's.
+_BLACKWELL_GRACE = _Chip((10, 0), (2500, 2500, 1250, 5000, 80), (5000, 5000, 2500, 10000), _HALF)
+_BLACKWELL_ULTRA_GRACE = _BLACKWELL_GRACE._replace(capability=(10, 3))
+# 362.05 as printed, beside a sparse 733 and an FP8 of 733.
+_AD102_L40S = _Chip((8, 9), (362.05, 362.05, 183, 733, 91.6), (733, 733, 366, 1466))
+_AD104_L4 = _Chip((8, 9), (121, 121, 60, 242.5, 30.3), (242, 242, 120, 485), _HALF)
+_AD102_4090 = _Chip((8, 9), (165.2, 165.2, 82.6, 330.3, 82.6), (330.4, 330.4, 165.2, 660.6))
+_AD102_6000 = _Chip((8, 9), (364.2, 364.2, 182.1, 728.5, 91.1), (728.5, 728.5, 364.2, 1457))
+_GB202_5090 = _Chip((12, 0), (209.5, 209.5, 104.8, 419, 104.8), (419, 419, 209.5, 838))
 
 
-def _v100(form: str, memory_gb: float, fp16: float, fp32: float) -> Gpu:
-    """No bfloat16, no TF32, no sparsity on Volta."""
-    sources = _sources(_V100)
-    del sources["sparse"]
-    return Gpu(
-        name=f"V100 {form} {memory_gb:.0f} GB",
-        cuda_names=(f"V100-{form.upper()}-{memory_gb:.0f}GB",),
-        capability=(7, 0),
-        dense_tflops={"float16": fp16, "float32": fp32},
-        sparse_tflops={},
-        memory_gb=memory_gb,
-        hbm_byte_s=900e9,
-        sources=sources,
-    )
-
-
-def _a100(form: str, cuda_names: tuple[str, ...], memory_gb: float, hbm_byte_s: float) -> Gpu:
-    return Gpu(
-        name=f"A100 {form} {memory_gb:.0f} GB",
-        cuda_names=cuda_names,
-        capability=(8, 0),
-        dense_tflops=_tensor(312, 312, 156) | {"float32": 19.5},
-        sparse_tflops=_tensor(624, 624, 312),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        sources=_sources(_A100),
-    )
-
-
-def _gh100(name: str, cuda_names: tuple[str, ...], memory_gb: float, hbm_byte_s: float, document: str) -> Gpu:
-    """A full-clock Hopper module: 132 SMs. H100, H200 and GH200 differ in memory alone."""
-    return Gpu(
-        name=name,
-        cuda_names=cuda_names,
-        capability=(9, 0),
-        dense_tflops=_tensor(989.4, 989.4, 494.7, 1978.9) | {"float32": 66.9},
-        sparse_tflops=_tensor(1979, 1979, 989.4, 3958),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        sources=_sources(document, dense=_HOPPER),
-    )
-
-
-def _nvl(name: str, memory_gb: float, hbm_byte_s: float, document: str) -> Gpu:
-    """A Hopper card of the NVL kind. The first H100 NVL data sheet printed the sum of two cards at full clocks."""
-    return Gpu(
-        name=name,
-        cuda_names=(name,),
-        capability=(9, 0),
-        dense_tflops=_tensor(835, 835, 417.5, 1671) | {"float32": 60},
-        sparse_tflops=_tensor(1671, 1671, 835, 3341),
-        memory_gb=memory_gb,
-        hbm_byte_s=hbm_byte_s,
-        sources=_sources(document, dense=_HALF),
-    )
-
-
-def _hgx_blackwell(name: str, cuda_names: tuple[str, ...], capability: tuple[int, int], memory_gb: float) -> Gpu:
-    """B200 or B300. Their data sheets cut TF32 to 2.2 PFLOPS; the HGX table has 18 PFLOPS for eight, 2.25 each."""
-    document = _BLACKWELL if name == "B200" else _BLACKWELL_ULTRA
+def _gpu(
+    name: str, cuda_names: tuple[str, ...], chip: _Chip, memory_gb: float, hbm_byte_s: float, document: str
+) -> Gpu:
+    """A row; `document` states every figure for which the chip names no other."""
+    dense, sparse = zip(_DTYPES, chip.dense, strict=True), zip(_DTYPES, chip.sparse, strict=False)
+    sources = {"dense": chip.dense_source or document, "sparse": chip.sparse_source or document}
+    if not chip.sparse:
+        del sources["sparse"]
     return Gpu(
         name=name,
         cuda_names=cuda_names,
-        capability=capability,
-        dense_tflops=_tensor(2250, 2250, 1125, 4500) | {"float32": 75},
-        sparse_tflops=_tensor(4500, 4500, 2250, 9000),
+        capability=chip.capability,
+        dense_tflops={dtype: rate for dtype, rate in dense if rate is not None},
+        sparse_tflops=dict(sparse),
         memory_gb=memory_gb,
-        hbm_byte_s=7.7e12,
-        sources={
-            "dense": _HALF,
-            "sparse": _HGX,
-            "memory": document,
-            "bandwidth": document,
-        },
+        hbm_byte_s=hbm_byte_s,
+        sources=sources | {"memory": document, "bandwidth": document},
     )
 
 
-def _superchip(name: str, capability: tuple[int, int], memory_gb: float, document: str) -> Gpu:
-    """One of the two Blackwell GPUs beside a Grace CPU; their power limit is higher than HGX's."""
-    return Gpu(
-        name=name,
-        cuda_names=(name,),
-        capability=capability,
-        dense_tflops=_tensor(2500, 2500, 1250, 5000) | {"float32": 80},
-        sparse_tflops=_tensor(5000, 5000, 2500, 10000),
-        memory_gb=memory_gb,
-        hbm_byte_s=8e12,
-        sources=_sources(document, dense=_HALF),
-    )
-
-
-_VOLTA_AMPERE = (
-    _v100("SXM2", 16, 125, 15.7),
-    _v100("SXM2", 32, 125, 15.7),
-    _v100("PCIe", 16, 112, 14),
-    _v100("PCIe", 32, 112, 14),
-    _a100("SXM", ("A100-SXM4-40GB",), 40, 1555e9),
-    _a100("SXM", ("A100-SXM4-80GB", "A100-SXM-80GB"), 80, 2039e9),
-    _a100("PCIe", ("A100-PCIE-40GB",), 40, 1555e9),
-    _a100("PCIe", ("A100 80GB PCIe", "A100-PCIE-80GB"), 80, 1935e9),
-)
-_HOPPERS = (
-    _gh100("H100", ("H100 80GB HBM3", "H100 SXM5 80GB"), 80, 3350e9, _H100),
-    Gpu(
-        name="H100 PCIe",
-        cuda_names=("H100 PCIe",),
-        capability=(9, 0),
-        dense_tflops=_tensor(756, 756, 378, 1513) | {"float32": 51.2},
-        sparse_tflops=_tensor(1513, 1513, 756, 3026),
-        memory_gb=80,
-        hbm_byte_s=2000e9,
-        sources=_sources(_H100, dense=_HOPPER),
-    ),
-    _nvl("H100 NVL", 94, 3900e9, _H100_NVL),
-    _gh100("H200", ("H200",), 141, 4800e9, _H200),
-    _nvl("H200 NVL", 141, 4800e9, _H200),
+GPUS: tuple[Gpu, ...] = (
+    _gpu("V100 SXM2 16 GB", ("V100-SXM2-16GB",), _GV100_SXM2, 16, 900e9, _V100),
+    _gpu("V100 SXM2 32 GB", ("V100-SXM2-32GB",), _GV100_SXM2, 32, 900e9, _V100),
+    _gpu("V100 PCIe 16 GB", ("V100-PCIE-16GB",), _GV100_PCIE, 16, 900e9, _V100),
+    _gpu("V100 PCIe 32 GB", ("V100-PCIE-32GB",), _GV100_PCIE, 32, 900e9, _V100),
+    _gpu("A100 SXM 40 GB", ("A100-SXM4-40GB",), _GA100, 40, 1555e9, _A100),
+    _gpu("A100 SXM 80 GB", ("A100-SXM4-80GB", "A100-SXM-80GB"), _GA100, 80, 2039e9, _A100),
+    _gpu("A100 PCIe 40 GB", ("A100-PCIE-40GB",), _GA100, 40, 1555e9, _A100),
+    _gpu("A100 PCIe 80 GB", ("A100 80GB PCIe", "A100-PCIE-80GB"), _GA100, 80, 1935e9, _A100),
+    _gpu("H100", ("H100 80GB HBM3", "H100 SXM5 80GB"), _GH100, 80, 3350e9, _H100),
+    _gpu("H100 PCIe", ("H100 PCIe",), _GH100_PCIE, 80, 2000e9, _H100),
+    _gpu("H100 NVL", ("H100 NVL",), _GH100_NVL, 94, 3900e9, _H100_NVL),
+    _gpu("H200", ("H200",), _GH100, 141, 4800e9, _H200),
+    _gpu("H200 NVL", ("H200 NVL",), _GH100_NVL, 141, 4800e9, _H200),
     # The size in the first two CUDA names is the Grace CPU's memory.
-    _gh100("GH200 96 GB", ("GH200 480GB", "GH200 120GB"), 96, 4000e9, _GH200),
-    _gh100("GH200 144 GB", ("GH200 144G HBM3e",), 144, 4900e9, _GH200),
-)
-_BLACKWELLS = (
+    _gpu("GH200 96 GB", ("GH200 480GB", "GH200 120GB"), _GH100, 96, 4000e9, _GH200),
+    _gpu("GH200 144 GB", ("GH200 144G HBM3e",), _GH100, 144, 4900e9, _GH200),
     # Early tables give the B200 192 GB and 8 TB/s; the bus that its driver reports is 7,680 bits, which is 7.7 TB/s.
-    _hgx_blackwell("B200", ("B200",), (10, 0), 180),
-    _superchip("GB200", (10, 0), 186, _GB200),
-    _hgx_blackwell("B300", ("B300 SXM6 AC", "B300"), (10, 3), 270),
-    _superchip("GB300", (10, 3), 279, _GB300),
+    _gpu("B200", ("B200",), _BLACKWELL_HGX, 180, 7.7e12, _BLACKWELL),
+    _gpu("GB200", ("GB200",), _BLACKWELL_GRACE, 186, 8e12, _GB200),
+    _gpu("B300", ("B300 SXM6 AC", "B300"), _BLACKWELL_ULTRA_HGX, 270, 7.7e12, _BLACKWELL_ULTRA),
+    _gpu("GB300", ("GB300",), _BLACKWELL_ULTRA_GRACE, 279, 8e12, _GB300),
+    _gpu("L40S", ("L40S",), _AD102_L40S, 48, 864e9, _L40S),
+    _gpu("L4", ("L4",), _AD104_L4, 24, 300e9, _L4),
+    _gpu("RTX 4090", ("RTX 4090",), _AD102_4090, 24, 1008e9, _ADA),
+    _gpu("RTX 6000 Ada", ("RTX 6000 Ada Generation",), _AD102_6000, 48, 960e9, _RTX_PRO),
+    _gpu("RTX 5090", ("RTX 5090",), _GB202_5090, 32, 1792e9, _RTX),
 )
-_ADA_AND_RTX = (
-    Gpu(
-        name="L40S",
-        cuda_names=("L40S",),
-        capability=(8, 9),
-        # 362.05 as printed, beside a sparse 733 and an FP8 of 733.
-        dense_tflops=_tensor(362.05, 362.05, 183, 733) | {"float32": 91.6},
-        sparse_tflops=_tensor(733, 733, 366, 1466),
-        memory_gb=48,
-        hbm_byte_s=864e9,
-        sources=_sources(_L40S),
-    ),
-    Gpu(
-        name="L4",
-        cuda_names=("L4",),
-        capability=(8, 9),
-        dense_tflops=_tensor(121, 121, 60, 242.5) | {"float32": 30.3},
-        sparse_tflops=_tensor(242, 242, 120, 485),
-        memory_gb=24,
-        hbm_byte_s=300e9,
-        sources=_sources(_L4, dense=_HALF),
-    ),
-    Gpu(
-        name="RTX 4090",
-        cuda_names=("RTX 4090",),
-        capability=(8, 9),
-        dense_tflops=_tensor(165.2, 165.2, 82.6, 330.3) | {"float32": 82.6},
-        sparse_tflops=_tensor(330.4, 330.4, 165.2, 660.6),
-        memory_gb=24,
-        hbm_byte_s=1008e9,
-        sources=_sources(_ADA),
-    ),
-    Gpu(
-        name="RTX 6000 Ada",
-        cuda_names=("RTX 6000 Ada Generation",),
-        capability=(8, 9),
-        dense_tflops=_tensor(364.2, 364.2, 182.1, 728.5) | {"float32": 91.1},
-        sparse_tflops=_tensor(728.5, 728.5, 364.2, 1457),
-        memory_gb=48,
-        hbm_byte_s=960e9,
-        sources=_sources(_RTX_PRO),
-    ),
-    Gpu(
-        name="RTX 5090",
-        cuda_names=("RTX 5090",),
-        capability=(12, 0),
-        dense_tflops=_tensor(209.5, 209.5, 104.8, 419) | {"float32": 104.8},
-        sparse_tflops=_tensor(419, 419, 209.5, 838),
-        memory_gb=32,
-        hbm_byte_s=1792e9,
-        sources=_sources(_RTX),
-    ),
-)
-
-GPUS: tuple[Gpu, ...] = _VOLTA_AMPERE + _HOPPERS + _BLACKWELLS + _ADA_AND_RTX
 """The table."""

@@ -1,4 +1,4 @@
-"""Which GPU this is and what it can do at most. An unknown GPU has no peak and no MFU, never those of another one."""
+"""Which row of the table a GPU is, and its peak. An unknown GPU has no peak and no MFU, never those of another one."""
 
 import re
 from typing import Literal, NamedTuple
@@ -13,18 +13,19 @@ BASES: tuple[Basis, ...] = ("dense", "sparse")
 
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "fp8": "fp8"}
 _BRANDS = {"NVIDIA", "TESLA", "GEFORCE"}
-# CUDA reports up to 7% more than the name says (its GB are GiB less the driver's share); ECC takes up to 6%.
+# CUDA reports up to 7% more than the table has (whose GB are GiB less the driver's share); ECC takes up to 6%.
 _MEMORY_TOLERANCE = 0.15
 _BFLOAT16_CAPABILITY = (8, 0)
 
 
 class Peak(NamedTuple):
-    """What MFU is taken against."""
+    """The peak that MFU is taken against."""
 
     flop_s: float
     basis: str
     """dense, sparse, or given (by the user)."""
     source: str
+    """The peak and where it is from, for people."""
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -36,12 +37,12 @@ _ROWS = {_words(cuda_name): gpu for gpu in GPUS for cuda_name in gpu.cuda_names}
 
 
 def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
-    """The row of a device, or None: a card that is only named alike (RTX A1000, H20, a MIG slice) has no row.
+    """The row of a device, or None. A card with a similar name (RTX A1000, H20, a MIG slice) has no row.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` or nvidia-smi gives it, "NVIDIA H100 80GB HBM3".
-        memory_gb: memory that CUDA reports (1e9 bytes); where it is not the row's, the device is a slice
-            of that card or another one.
+        device_name: name from `torch.cuda.get_device_name()` or nvidia-smi, such as "NVIDIA H100 80GB HBM3".
+        memory_gb: memory that CUDA reports, in 1e9 bytes. Where it is not that of the row, the device is a slice of
+            that card, or another card.
     """
     gpu = _ROWS.get(_words(device_name))
     if gpu is not None and memory_gb is not None and abs(memory_gb / gpu.memory_gb - 1) > _MEMORY_TOLERANCE:
@@ -57,13 +58,13 @@ def has_bfloat16(capability: tuple[int, int]) -> bool:
 def peak_flop_s(
     gpu: Gpu | None, dtype: str, *, basis: Basis = "dense", peak_tflops: float | None = None
 ) -> Peak | None:
-    """Peak of one GPU in a compute dtype, or None when it is not known (`no_peak_hint` says what to do then).
+    """The peak of one GPU in a compute dtype, or None where it is not known (`no_peak_hint` says what to do then).
 
     Args:
-        gpu: from `match_gpu`.
+        gpu: row of the table, from `match_gpu`.
         dtype: bfloat16, float16, float32, tf32 or fp8.
         basis: column of the table.
-        peak_tflops: the user's own figure, which goes before the table's.
+        peak_tflops: the user's own figure, which takes precedence over the table.
 
     Raises:
         DeviceError: bfloat16 on a GPU without it.
@@ -84,6 +85,6 @@ def peak_flop_s(
 
 
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
-    """One line for a device whose peak is not known."""
+    """One line for a device whose peak is not known: how to give it."""
     known = f"no {basis} {_SHORT[dtype]} peak is known for {device_name}, so no MFU"
     return f"{known}; give it in TFLOP/s with --peak_tflops=X"

@@ -1,4 +1,4 @@
-"""In what state this machine's GPUs are: power cap, clocks, temperature. No torch here."""
+"""The state of this machine's GPUs: power cap, clocks, temperature. No torch here."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ _SMI_TIMEOUT_S = 30
 
 @dataclass(frozen=True, kw_only=True)
 class GpuState:
-    """A GPU as its driver sees it now; None is what the driver does not tell."""
+    """A GPU as its driver reports it now. Figures that the driver does not report are None."""
 
     name: str | None = None
     memory_gb: float | None = None
@@ -29,16 +29,16 @@ class GpuState:
     temperature_c: float | None = None
     driver: str | None = None
     via: str | None = None
-    """pynvml or nvidia-smi; None where neither answered."""
+    """What reported the state: pynvml or nvidia-smi; None where neither did."""
     reason: str | None = None
     """Why there is no state."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields by name, for JSON."""
         return dataclasses.asdict(self)
 
     def note(self) -> str | None:
-        """One line where the card is kept below its default power, or None."""
+        """A warning where the power cap is below the card's default, or None."""
         if self.power_cap_w is None or self.power_default_w is None or self.power_cap_w >= self.power_default_w:
             return None
         watts = f"the power cap of {self.power_cap_w:.0f} W is below the card's default of {self.power_default_w:.0f} W"
@@ -59,27 +59,27 @@ def _of(figure: float | None) -> str:
 
 
 def gpu_state(device: int | str = 0) -> GpuState:
-    """Power, clocks and temperature of one GPU, through NVML (package nvidia-ml-py) or else nvidia-smi.
+    """Power, clocks and temperature of one GPU, from NVML (package nvidia-ml-py) or else nvidia-smi.
 
     Args:
-        device: the driver's index, or better the UUID ("GPU-...", from torch f"GPU-{properties.uuid}"):
-            CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not the driver's.
+        device: the driver's index, or better the UUID ("GPU-...", in torch f"GPU-{properties.uuid}"), because
+            CUDA_VISIBLE_DEVICES renumbers CUDA's devices but not the driver's.
 
     Returns:
-        The state, or one whose `reason` says why nothing is known.
+        The state. Where nothing is known, all fields but `reason` are None.
     """
     states, reason = _ask(device)
     return states[0] if states else GpuState(reason=reason)
 
 
 def gpu_states() -> tuple[list[GpuState], str | None]:
-    """All GPUs of this machine in the driver's order, and why there are none."""
+    """The states of all GPUs of this machine in the driver's order, and the reason where there are none."""
     states, reason = _ask(None)
     return states, None if states else reason
 
 
 def _ask(device: int | str | None) -> tuple[list[GpuState], str]:
-    """The states of one device or of all, from the first way that answers, and why the others did not."""
+    """The states of one device, or of all, from the first source that answers; and why the sources did not answer."""
     reasons = []
     for ask in (_ask_nvml, _ask_nvidia_smi):
         try:
@@ -116,7 +116,7 @@ def _nvml_state(nvml: Any, handle: Any) -> GpuState:
     def figure(read: Callable[..., Any], *arguments: Any, scale: float = 1) -> float | None:
         try:
             return float(read(*arguments)) / scale
-        except nvml.NVMLError:  # this card does not tell this figure
+        except nvml.NVMLError:  # the card does not report this figure
             return None
 
     def text(read: Callable[..., Any], *arguments: Any) -> str:
@@ -158,7 +158,7 @@ def _ask_nvidia_smi(device: int | str | None) -> list[GpuState]:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=False)
     except OSError as error:
-        raise DeviceError("nvidia-smi is not there") from error
+        raise DeviceError("nvidia-smi is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise DeviceError(f"nvidia-smi gave no answer within {_SMI_TIMEOUT_S} s") from error
     lines = (run.stdout if run.returncode == 0 else run.stdout + run.stderr).strip().splitlines()
@@ -174,13 +174,13 @@ def _smi_state(line: str) -> GpuState:
     values = [value.strip() for value in line.split(",")]
     if len(values) != len(_SMI_FIELDS):
         raise DeviceError(f"nvidia-smi: found {line!r}, wanted {len(_SMI_FIELDS)} figures")
-    told = {key: value for key, value in zip(_SMI_FIELDS, values, strict=True) if not value.startswith("[")}
+    reported = {key: value for key, value in zip(_SMI_FIELDS, values, strict=True) if not value.startswith("[")}
     figures: dict[str, Any] = {}
-    for key, value in told.items():
+    for key, value in reported.items():
         try:
             figures[key] = value if key in ("name", "driver") else float(value)
         except ValueError:
-            continue  # "N/A": this card does not tell this figure
+            continue  # "N/A": the card does not report this figure
     if "memory_gb" in figures:
         figures["memory_gb"] *= 2**20 / 1e9  # of MiB
     return GpuState(**figures, via="nvidia-smi")

@@ -1,4 +1,4 @@
-"""Speed of training: tokens a second, achieved FLOP/s and, against a known peak, MFU."""
+"""Speed of training: tokens a second, achieved FLOP/s and, where the peak is known, MFU."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ class Throughput:
     ):
         """
         Args:
-            model: counted by `gptperf.flops`.
-            tokens_per_iter: of the whole job.
-            num_gpus: that share them.
-            peak: of one GPU; None when it is not known.
-            ceiling_flop_s: what one GPU was measured to reach on the model's matmuls alone; None without.
-            recompute: what backward computes again; FLOPs that count in HFU alone.
+            model: the model, whose FLOPs `gptperf.flops` counts.
+            tokens_per_iter: tokens of an iteration of the whole job.
+            num_gpus: GPUs that share them.
+            peak: peak of one GPU; None where it is not known.
+            ceiling_flop_s: rate that one GPU was measured to reach on the model's matmuls alone; None where it was not.
+            recompute: what backward computes again; its FLOPs count in HFU alone.
         """
         self.tokens_per_iter = tokens_per_iter
         self.num_gpus = num_gpus
@@ -41,17 +41,17 @@ class Throughput:
         self.hardware_flops_per_token = None if recompute == "none" else _flops_per_token(model, recompute)
 
     def mfu(self, step_ms: float) -> float | None:
-        """Model FLOPs utilisation (0..1): FLOP/s of the model's matmuls over the peak of all GPUs."""
+        """Model FLOPs utilisation (0..1): FLOP/s of the model's matmuls over the peak of all GPUs, or None."""
         achieved = self._achieved_flop_s(step_ms)
         return None if achieved is None or self.peak is None else achieved / self.peak.flop_s
 
     def record(self, step_ms: float) -> dict[str, Any]:
-        """Figures of an iteration that took `step_ms`; those that are not known are left out.
+        """Figures of an iteration that took `step_ms`; unknown figures are left out.
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
-            flops_per_token, convention, peak_basis; of_ceiling_percent, achieved over the measured ceiling;
-            hfu_percent, with what is computed again, where anything is.
+            flops_per_token, convention, peak_basis; of_ceiling_percent, the share of the measured ceiling; hfu_percent,
+            which includes recomputed FLOPs, where backward computes anything again.
         """
         record: dict[str, Any] = {}
         mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
@@ -77,14 +77,14 @@ class Throughput:
         return self.tokens_per_iter / (step_ms / 1e3)
 
     def _achieved_flop_s(self, step_ms: float) -> float | None:
-        """Of one GPU."""
+        """FLOP/s of one GPU."""
         if self.flops_per_token is None:
             return None
         return self.flops_per_token * self._tokens_s(step_ms) / self.num_gpus
 
 
 def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float | None:
-    """Training FLOPs of one token; None for a plugin's component whose matmuls nobody knows here."""
+    """Training FLOPs of one token; None where a component has no card."""
     if flops.uncountable_flops(model) is not None:
         return None
     convention = _CONVENTION if recompute == "none" else "hfu"
@@ -93,7 +93,7 @@ def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float
 
 
 def theoretical(model: ModelConfig, peak: Peak | None, num_gpus: int) -> dict[str, Any]:
-    """What follows from model and hardware alone, for the start of a run; what is not known is left out.
+    """Figures that follow from model and hardware alone, for the start of a run; unknown ones are left out.
 
     Returns:
         hardware_peak_tflops (of one GPU), peak_basis, peak_source, flops_per_token, convention,

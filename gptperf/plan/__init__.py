@@ -1,29 +1,18 @@
-"""Memory, time and fit of a run, predicted from its configuration."""
+"""Memory, time and fit of a run, predicted from its configuration. No module here loads torch."""
 
+from gptperf.plan.fit import Remedy, largest_batch, refusal, remedies
+from gptperf.plan.gpu_lookup import find_gpu, own_gpu
 from gptperf.plan.memory import Footprint, footprint, strategy_of
-from gptperf.plan.predict import (
-    STRATEGY_NAMES,
-    Plan,
-    Remedy,
-    find_gpu,
-    largest_batch,
-    own_gpu,
-    plan,
-    plan_lines,
-    plan_record,
-    refusal,
-    remedies,
-    unplannable,
-)
+from gptperf.plan.predict import Plan, plan, unplannable
+from gptperf.plan.text import STRATEGY_NAMES, plan_lines, plan_record
 
 __all__ = [
+    "STRATEGY_NAMES",
     "Footprint",
-    "footprint",
-    "strategy_of",
     "Plan",
     "Remedy",
-    "STRATEGY_NAMES",
     "find_gpu",
+    "footprint",
     "largest_batch",
     "own_gpu",
     "plan",
@@ -31,5 +20,6 @@ __all__ = [
     "plan_record",
     "refusal",
     "remedies",
+    "strategy_of",
     "unplannable",
 ]

@@ -10,25 +10,17 @@ from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, main_guard
 from gptperf.formats import number
 from gptperf.hardware import Gpu
-from gptperf.plan.memory import STRATEGIES, strategy_of
-from gptperf.plan.predict import (
-    RECOMPUTE,
-    STRATEGY_NAMES,
-    Plan,
-    find_gpu,
-    largest_batch,
-    plan,
-    plan_lines,
-    plan_record,
-    refusal,
-    unplannable,
-)
+from gptperf.plan.fit import largest_batch, refusal
+from gptperf.plan.gpu_lookup import find_gpu
+from gptperf.plan.memory import RECOMPUTE, STRATEGIES, strategy_of
+from gptperf.plan.predict import Plan, plan, unplannable
+from gptperf.plan.text import STRATEGY_NAMES, plan_lines, plan_record
 
 __all__ = ["main"]
 
 
 def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
-    """Every strategy and recompute beside each other."""
+    """A table with a row for every strategy and recompute; the chosen row is marked."""
     lines = [
         f"{'':<3}{'strategy':<10}{'recompute':<11}{'GB a GPU':>9}{'fits':>6}{'largest batch_size':>20}"
         f"{'ms/step':>10}{'tokens/s':>12}{'MFU':>8}"
@@ -50,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of a configuration on a GPU.
 
     Returns:
-        0 if it fits, 7 (the exit code of a GPU without memory) if not.
+        The exit code: 0 if the run fits, 7 (that of a GPU out of memory) if not.
+
+    Raises:
+        ConfigError: files or flags are wrong, or there is no plan for this model or GPU.
     """
     parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--gpu", help="a row of the GPU table (python -m gptperf.hardware); default: the one here")

@@ -1,43 +1,45 @@
 """The time of a training step on a GPU, from its data sheet: a serial roofline. No torch here.
 
-Matrix products run at a sustained share of the dense peak, attention at its own, the memory-bound ops and the optimizer
-at a share of the memory bandwidth; communication counts where no compute covers it. The shares were measured on an
-H200, those of other GPUs are assumed and have a wider band.
+Matmuls run at a sustained share of the dense peak, attention at its own share, the memory-bound ops and the optimizer
+at a share of the memory bandwidth. Communication counts where no compute covers it. The shares were measured on an
+H200; those of other GPUs are assumptions and have a wider band.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 from gptperf import flops
+from gptperf.cards import FP32_BYTES, OPTIMIZERS, Implementation, element_bytes
 from gptperf.config import Config
 from gptperf.hardware import Gpu
-from gptperf.plan.memory import Recompute, Strategy, element_bytes, pulls
+from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
 __all__ = ["parts_ms", "rates_of"]
 
 _GAPS_MS = 2.5
-"""Of a micro-batch, between kernels: 2.3 ms of llama_1.36b's step in the run on an H200 that gave the rates."""
+"""Time between the kernels of a micro-batch: 2.3 ms in the step of llama_1.36b on an H200 that gave the rates."""
 _LONG_SEQUENCE = 128
-"""Attention of T tokens runs at T / (T + this) of the rate of a long sequence: its diagonal blocks are half empty."""
+"""Attention over T tokens runs at T / (T + this) of the rate of a long sequence: its diagonal tiles are half empty."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What training reaches of a data sheet."""
+    """The shares of a data sheet's figures that training reaches."""
 
     gemm: float
-    """Matrix products, of the dense peak."""
+    """Matmuls, as a share of the dense peak."""
     attention: float
-    """Causal attention forward and backward at head_dim 128, of the dense peak; at 64 and less `_NARROW` of it."""
+    """Causal attention, forward and backward at head_dim 128, as a share of the dense peak."""
     copy: float
-    """A copy, of the memory bandwidth."""
+    """A copy, as a share of the memory bandwidth."""
     bus_byte_s: float
-    """Of an all-reduce, bytes a second and GPU in the sense of nccl-tests."""
+    """Bus bandwidth of an all-reduce for each GPU, as nccl-tests defines it."""
     band: float
-    """The step time may be off by this share."""
+    """Share by which the step time may be off."""
 
 
 _NARROW = 0.68
+"""Share of `Rates.attention` that attention reaches at head_dim 64 and less."""
 _MEASURED = 0.10
 _ASSUMED = 0.25
 # H200, PyTorch 2.11: products of llama_1.36b 692 TFLOP/s and of gpt2_124m 706 of 989.4; attention 319 at (16, 16, 2048,
@@ -54,17 +56,18 @@ _BY_CAPABILITY = {
 }
 _PCIE_BUS_BYTE_S = 20e9
 _BESIDE_COMPUTE = 0.75
-"""Of the time of a collective, what the step loses where compute covers it: bandwidth and power, with NCCL also
-multiprocessors, and cards wait for each other. Four H200s: 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and 0.9 under FSDP;
-with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
+"""Share of a collective's time that the step loses even where compute covers it: the collective takes bandwidth, power
+and, with NCCL, multiprocessors, and GPUs wait for each other. Four H200s lose 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and
+0.9 under FSDP; with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
 _MEASURED_ON = ("H200",)
-# Memory-bound ops, of a copy: single kernels reach .92 to 1.03 (bench.measure.ops); a step has what PyTorch adds, too.
+# Rates of the memory-bound ops and of the optimizer, as shares of a copy's. Single kernels reach .92 to 1.03
+# (bench.measure.ops); a step also has ops that PyTorch adds.
 _OPS_OF_COPY = {"triton": 0.95, "compiled": 0.70, "eager": 0.18}
 _OPTIMIZER_OF_COPY = 0.98
 
 
 def rates_of(gpu: Gpu) -> Rates:
-    """What training reaches on this GPU."""
+    """The shares that training reaches on this GPU."""
     rates = _BY_CAPABILITY[gpu.capability]
     changes: dict[str, float] = {}
     if "PCIe" in gpu.name:
@@ -75,7 +78,18 @@ def rates_of(gpu: Gpu) -> Rates:
 
 
 def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recompute: Recompute) -> dict[str, float]:
-    """Milliseconds of an iteration on one GPU, by part."""
+    """Predict the milliseconds of an iteration on one GPU, by part.
+
+    Args:
+        config: the run.
+        gpu: a row of the GPU table that has a peak for the compute dtype.
+        num_gpus: GPUs that share the iteration.
+        strategy: what the GPUs shard.
+        recompute: what backward computes again.
+
+    Returns:
+        gemm, attention, memory_bound, optimizer, communication and other; they add up to the iteration.
+    """
     model, rates = config.model, rates_of(gpu)
     peak = gpu.dense_tflops[config.system.peak_dtype] * 1e12
     micro_batches = config.train.gradient_accumulation_steps / num_gpus
@@ -108,14 +122,14 @@ def _attention_share(config: Config, rates: Rates) -> float:
     return share * (1.0 if model.head_dim > 64 else _NARROW)
 
 
-def _implementation(config: Config) -> str:
+def _implementation(config: Config) -> Implementation:
     if config.system.kernels != "eager":
         return "triton"
     return "compiled" if config.system.compile else "eager"
 
 
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
-    """Bytes a token of the memory-bound ops, forward and backward."""
+    """Bytes that the memory-bound ops move for one token, forward and backward."""
     kept = _implementation(config) != "triton"
     moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype), logits_kept=kept)
     again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
@@ -123,12 +137,10 @@ def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
 
 
 def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
-    """Bytes an iteration of gradients into float32, their norm, and AdamW with the copy in the compute dtype."""
+    """Bytes that an iteration moves to add gradients up in float32, to take their norm, and to update the weights."""
     size = element_bytes(config.system.weight_copy_dtype)
-    first, more, norm = size + 4, size + 8, 4
-    update = (
-        4 * 4 + 3 * 4 + (size if size < 4 else 0)
-    )  # gradient, two moments, weight; the last three written, the copy
+    first, more, norm = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
+    update = OPTIMIZERS["adamw"].update_bytes(size if size < FP32_BYTES else 0)
     shared = 1 if strategy == "ddp" else num_gpus
     return flops.parameters(config.model).total * (first + more * (micro_batches - 1) + (norm + update) / shared)
 
@@ -136,11 +148,12 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
 def _communication_s(
     config: Config, rates: Rates, num_gpus: int, strategy: Strategy, micro_batches: float, compute_s: float
 ) -> float:
-    """Seconds an iteration that the GPUs' talk costs.
+    """Seconds that communication adds to an iteration.
 
-    Gradients are reduced during the last micro-batch's backward, two thirds of its time, where the blocks are compiled
-    apart or not at all; as one graph, backward hands them over at its end: nothing covers them. NCCL moves them in
-    `reduce_dtype`; copy engines as they came, or in float32 where they were added up over micro-batches, and sums.
+    Gradients are reduced during the last micro-batch's backward, which is two thirds of its time, where the blocks are
+    compiled apart or not at all. As one graph, backward hands all gradients over at its end, so that nothing covers
+    their reduction. NCCL moves gradients in `reduce_dtype`. Copy engines move them in the compute dtype, or in float32
+    where they were added up over micro-batches, and move sums in float32.
     """
     if num_gpus == 1:
         return 0.0
@@ -148,9 +161,9 @@ def _communication_s(
     share, reduced = (num_gpus - 1) / num_gpus / rates.bus_byte_s, element_bytes(config.system.reduce_dtype)
     window = 2 / 3 * compute_s / micro_batches
     summed = reduced
-    if pulls(config, num_gpus):
+    if copy_engines_move(config, num_gpus):
         added_up = config.system.fsdp_reduce_once if strategy == "fsdp" else micro_batches > 1
-        reduced, summed = 4 if added_up else size, 4
+        reduced, summed = FP32_BYTES if added_up else size, FP32_BYTES
     if strategy == "ddp":
         reduce = (reduced + summed) * count * share
         covered = not config.system.compile or config.system.compile_scope != "model"
@@ -160,7 +173,8 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
-    # What is done once is covered by the first forward or by the last backward, the rest by everything.
+    # The first forward covers a gather that is done once, the last backward a reduction that is done once; all compute
+    # covers the rest.
     forward, backward = compute_s / micro_batches / 3, 2 / 3 * compute_s / micro_batches
     gather_once, reduce_once = config.system.fsdp_gather_once, config.system.fsdp_reduce_once
     gather *= 1 if gather_once else 2 * micro_batches

@@ -1,7 +1,7 @@
 """A small run of every Triton op that a model calls, against eager PyTorch on the same device, before training starts.
 
-The widths are the model's, for which kernels are compiled. It finds a kernel that does not compile, does not fit the
-GPU or computes something else; exact errors are for the tests.
+The widths are the model's, for which kernels are compiled. The self-test finds a kernel that does not compile, does not
+fit the GPU or computes something else. The tests measure exact errors.
 """
 
 import subprocess
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptperf import registry
+from gptperf.cards import FFN, Norm, PositionEncoding
 from gptperf.config import ModelConfig
 from gptperf.kernels import reference
 from gptperf.ops import Ops
@@ -22,17 +24,17 @@ _Op = Callable[..., Any]
 _Run = Callable[[_Op], list[Tensor]]
 ROWS = 32
 TOLERANCE = 0.05
-"""Of the norm: bfloat16 is off by 0.005, a wrong kernel by about 1."""
+"""Largest difference, relative to the norm of the result: bfloat16 is off by 0.005, a wrong kernel by about 1."""
 
 
 def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Run each op that Triton was chosen for.
+    """Run each op for which Triton was chosen.
 
     Args:
-        ops: what was chosen.
+        ops: the chosen implementations.
         model: sizes and components.
         device: where to run.
-        dtype: of the activations; vectors are float32.
+        dtype: dtype of the activations; vectors are float32.
 
     Returns:
         Op name -> what went wrong; empty where nothing did.
@@ -41,7 +43,7 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
         return {}
     from triton.errors import TritonError
 
-    # Triton's cache and its C compiler raise OSError and CalledProcessError; out of memory is no fault of a kernel.
+    # Triton's cache and its C compiler raise OSError and CalledProcessError; no kernel is at fault for lack of memory.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
     for op, run in _runs(model, device, dtype):
@@ -61,45 +63,90 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
     return found
 
 
-def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
-    """Ops that the model calls, each with a run of an implementation of it on the same inputs each time."""
-    generator = torch.Generator(device)
+class _Inputs:
+    """The sizes of a model, and random inputs that are the same for every implementation of an op."""
 
-    def normal(seed: int, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        x = torch.randn(shape, generator=generator.manual_seed(seed), device=device)
-        return x.to(dtype).requires_grad_()
+    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.generator = torch.Generator(device)
 
-    def vector(seed: int, n: int) -> Tensor:
-        return normal(seed, n, dtype=torch.float32)
+    def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self.generator.manual_seed(seed), device=self.device)
+        return x.to(dtype or self.dtype).requires_grad_()
 
-    C, D, H, K = model.n_embd, model.head_dim, model.n_head, model.kv_heads
-    V, F, eps = model.padded_vocab_size, model.ffn_width, model.norm_eps
-    yield "adamw", lambda op: _updated(op, device, dtype)
-    for residual in (None, normal(1, ROWS, C)):
-        if model.normalization == "rmsnorm":
-            yield "rms_norm", partial(_differentiated, arguments=(normal(2, ROWS, C), vector(3, C), eps, residual))
-        elif model.normalization in ("layernorm", "layernorm_nobias"):
-            bias = vector(4, C) if model.normalization == "layernorm" else None
-            with_bias = (normal(2, ROWS, C), vector(3, C), bias, eps, residual)
-            yield "layer_norm", partial(_differentiated, arguments=with_bias)
-    qk_weights = (vector(5, D), vector(6, D)) if model.qk_norm else (None, None)
-    if model.position_encoding == "rope":
-        angles = torch.linspace(0, 3, ROWS * D // 2, device=device).view(ROWS, D // 2)
-        qkv, pairs = normal(7, 2, ROWS, (H + 2 * K) * D), model.rope_pairs == "interleaved"
-        packed = (qkv, angles.cos(), angles.sin(), H, K, *qk_weights, eps, pairs)
-        yield "rope", partial(_differentiated, arguments=packed)
-    elif model.qk_norm:
-        yield "rms_norm", partial(_differentiated, arguments=(normal(7, ROWS, H, D), qk_weights[0], eps))
-    if model.ffn_type == "swiglu":
-        yield "swiglu", partial(_differentiated, arguments=(normal(8, ROWS, 2 * F), normal(9, 16, F)))
-    targets = torch.linspace(0, V - 1, ROWS, device=device).long()
+    def vector(self, seed: int, n: int) -> Tensor:
+        return self.normal(seed, n, dtype=torch.float32)
+
+    def qk_weights(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        D = self.model.head_dim
+        return (self.vector(5, D), self.vector(6, D)) if self.model.qk_norm else (None, None)
+
+
+def _rms_norm(inputs: _Inputs, residual: Tensor | None) -> tuple[Any, ...]:
+    C = inputs.model.n_embd
+    return inputs.normal(2, ROWS, C), inputs.vector(3, C), inputs.model.norm_eps, residual
+
+
+def _layer_norm(inputs: _Inputs, residual: Tensor | None) -> tuple[Any, ...]:
+    C = inputs.model.n_embd
+    card: Norm = registry.card("normalization", inputs.model.normalization)
+    bias = inputs.vector(4, C) if card.bias else None
+    return inputs.normal(2, ROWS, C), inputs.vector(3, C), bias, inputs.model.norm_eps, residual
+
+
+def _qk_norm(inputs: _Inputs) -> tuple[Any, ...]:
+    model = inputs.model
+    return inputs.normal(7, ROWS, model.n_head, model.head_dim), inputs.qk_weights()[0], model.norm_eps
+
+
+def _rope(inputs: _Inputs) -> tuple[Any, ...]:
+    model = inputs.model
+    D, H, K = model.head_dim, model.n_head, model.kv_heads
+    angles = torch.linspace(0, 3, ROWS * D // 2, device=inputs.device).view(ROWS, D // 2)
+    qkv, interleaved = inputs.normal(7, 2, ROWS, (H + 2 * K) * D), model.rope_pairs == "interleaved"
+    return qkv, angles.cos(), angles.sin(), H, K, *inputs.qk_weights(), model.norm_eps, interleaved
+
+
+def _swiglu(inputs: _Inputs) -> tuple[Any, ...]:
+    F = inputs.model.ffn_width
+    return inputs.normal(8, ROWS, 2 * F), inputs.normal(9, 16, F)
+
+
+def _linear_cross_entropy(inputs: _Inputs) -> tuple[Any, ...]:
+    V = inputs.model.padded_vocab_size
+    targets = torch.linspace(0, V - 1, ROWS, device=inputs.device).long()
     targets[1] = -100
-    logits_of = (normal(10, ROWS, 64), normal(11, V, 64), targets)
-    yield "linear_cross_entropy", partial(_differentiated, arguments=logits_of)
+    return inputs.normal(10, ROWS, 64), inputs.normal(11, V, 64), targets
+
+
+_NORMS: dict[str, Callable[[_Inputs, Tensor | None], tuple[Any, ...]]] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+}
+_OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "swiglu": _swiglu}
+"""Op that a card names -> its arguments."""
+
+
+def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
+    """Every op that the model calls, as the cards of its components name them, with a run of an implementation."""
+    inputs = _Inputs(model, device, dtype)
+    norm: Norm | None = registry.card("normalization", model.normalization)
+    position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
+    ffn: FFN | None = registry.card("ffn_type", model.ffn_type)
+    yield "adamw", lambda op: _updated(op, device, dtype)
+    if norm is not None and norm.op is not None:
+        for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
+            yield norm.op, partial(_differentiated, arguments=_NORMS[norm.op](inputs, residual))
+    if model.qk_norm and (position is None or position.op is None):  # else that op includes QK-norm
+        yield "rms_norm", partial(_differentiated, arguments=_qk_norm(inputs))
+    for card in (position, ffn):
+        if card is not None and card.op is not None:
+            yield card.op, partial(_differentiated, arguments=_OTHERS[card.op](inputs))
+    yield "linear_cross_entropy", partial(_differentiated, arguments=_linear_cross_entropy(inputs))
 
 
 def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """Outputs and gradients."""
+    """The outputs of a function, and the gradients of its arguments."""
     outputs = function(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
@@ -108,7 +155,7 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The weights, moments and copy after one update."""
+    """The weights, moments and copy after one update of AdamW."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
@@ -117,5 +164,6 @@ def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Te
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference, relative to the norm of `wanted`."""
     norm = torch.linalg.vector_norm(wanted.float())
     return (torch.linalg.vector_norm(found.float() - wanted.float()) / norm.clamp(min=1e-30)).item()

@@ -11,8 +11,8 @@ from gptperf.data.format import DatasetManifest
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
 from gptperf.errors import OutOfMemoryError
-from gptperf.hardware import Peak, gpu_state, match_gpu, no_peak_hint, peak_flop_s
-from gptperf.hardware.ceilings import ceiling_flop_s, load
+from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, no_peak_hint, peak_flop_s
+from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.console import StartupInfo
 from gptperf.monitor.throughput import Throughput, theoretical
@@ -57,7 +57,7 @@ def find_ceiling(config: Config, device: torch.device, say: Callable[[str], obje
     if note is not None:
         say(note)
     model, dtype, batch_size = config.model, config.system.compute_dtype, config.train.batch_size
-    ceilings = load(
+    ceilings = ceiling_cache.load(
         model,
         batch_size,
         dtype,
@@ -157,8 +157,10 @@ def startup_info(
         },
         "notes": [*config.notes(), *filter(None, [unmeasured_versions(process.device.type)])],
     }
-    if model.ffn_type == "swiglu":
-        info["components"]["activation"] = "silu"  # by definition, whatever the key says
+    info["components"]["activation"] = model.applied_activation
+    uncountable = flops.uncountable_flops(model)
+    if uncountable is not None:
+        info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
     if planned is not None:
         info["plan"] = plan_record(planned)
         info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]

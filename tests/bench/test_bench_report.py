@@ -19,7 +19,9 @@ from bench.report.metrics import metrics
 from bench.results import Record
 from gptperf import flops, hardware, plan
 from gptperf.errors import ConfigError, DeviceError
-from gptperf.hardware import ceilings, peaks
+from gptperf.hardware import peaks
+from gptperf.hardware.ceilings import Spread
+from gptperf.hardware.workload import workload
 from gptperf.monitor.waterfall import PARTS
 
 MODEL, VARIANT = "gpt2_124m", "triton+compiled"
@@ -82,8 +84,8 @@ def op_row(impl: str, ms: float, op: str = "rms_norm") -> dict[str, Any]:
 
 def everything() -> dict[str, Record]:
     config = resolve(MODEL, VARIANT)
-    spread = dataclasses.asdict(ceilings.Spread(7e14, 6.9e14, 7.1e14))
-    names = [work.name for work in ceilings.workload(config.model, config.train.batch_size)]
+    spread = dataclasses.asdict(Spread(7e14, 6.9e14, 7.1e14))
+    names = [work.name for work in workload(config.model, config.train.batch_size)]
     rates = {f"{name}_flop_s": 7e14 for name in ("gemm", "gemm_square", "attention_forward", "attention_backward")}
     reached = {**rates, "copy_byte_s": 4.2e12, "dtype": "bfloat16", "spreads": dict.fromkeys(names, spread)}
     errors = {"op": "rope", "shape": [2, 4], "dtype": "float32", "tensor": "dqkv", "eager_rms": 1e-7}

@@ -15,7 +15,8 @@ from golden import PARAMETERS
 from gptperf import flops
 from gptperf.config import Config, ModelConfig
 from gptperf.config.presets import PRESETS
-from gptperf.flops import __main__ as flops_report
+from gptperf.flops import __main__ as flops_command
+from gptperf.flops.tables import report_lines
 
 Shapes = list[tuple[int, ...]]
 
@@ -194,7 +195,7 @@ def test_bytes_of_a_wrong_element() -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    flops_report.main(arguments)
+    flops_command.main(arguments)
     return capsys.readouterr().out
 
 
@@ -249,15 +250,15 @@ def test_command_reports_a_mistake_in_one_line() -> None:
 
 def test_command_says_what_a_plugin_hides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptperf.registry._components", {("activation", "zero"): abs, ("normalization", "one"): object})
-    hidden = flops_report.count_all(Config(model=ModelConfig(activation="zero")))
-    assert "activation = 'zero' is a plugin's" in hidden["vector_flops"]["uncountable"]
-    assert hidden["conventions"] == flops_report.count_all(Config())["conventions"]
-    hidden = flops_report.count_all(Config(model=ModelConfig(normalization="one")))
-    text = "\n".join(flops_report.report_lines(hidden))
+    hidden = flops_command.count_all(Config(model=ModelConfig(activation="zero")))
+    assert "component activation = 'zero' has no card" in hidden["vector_flops"]["uncountable"]
+    assert hidden["conventions"] == flops_command.count_all(Config())["conventions"]
+    hidden = flops_command.count_all(Config(model=ModelConfig(normalization="one")))
+    text = "\n".join(report_lines(hidden))
     assert hidden["conventions"]["strict"]["training"] == 798_087_168
     for section in ("parameters", "vector_flops", "bytes_moved"):
-        assert "normalization = 'one' is a plugin's" in hidden[section]["uncountable"]
-    assert text.count("not counted: normalization = 'one'") == 6  # those, nanogpt, 6n and description
+        assert "component normalization = 'one' has no card" in hidden[section]["uncountable"]
+    assert text.count("not counted: component normalization = 'one'") == 6  # those, nanogpt, 6n and description
 
 
 def parameter_shapes(m: ModelConfig) -> Shapes:
@@ -343,7 +344,7 @@ def test_unknown_convention_names_the_known_ones() -> None:
 def test_a_plugins_component_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptperf.registry._components", {("normalization", "zero"): object})
     model = ModelConfig(normalization="zero")
-    with pytest.raises(ValueError, match="normalization = 'zero' is a plugin's"):
+    with pytest.raises(ValueError, match="component normalization = 'zero' has no card"):
         flops.parameters(model)
     assert flops.flops_per_token(model) == flops.flops_per_token(ModelConfig())
     assert flops.uncountable_flops(model) is None

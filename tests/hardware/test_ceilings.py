@@ -1,86 +1,26 @@
-"""Measured ceilings: the list of works, the arithmetic, the protocol and the cache, without a GPU."""
+"""Measured ceilings: the list of works, the arithmetic, the protocol and the command, without a GPU."""
 
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ceiling_helpers import ARGV, GPT, LLAMA, MACHINE, FakeRunner, measured, rate_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptperf import flops, hardware
-from gptperf.config import ModelConfig, command_line
-from gptperf.errors import ConfigError, DeviceError, DiskError, OutOfMemoryError
-from gptperf.hardware import ceilings, ceilings_cuda
+from gptperf.config import ModelConfig
+from gptperf.errors import ConfigError, DeviceError, OutOfMemoryError
+from gptperf.hardware import cuda_runner
 from gptperf.hardware.__main__ import main
-from gptperf.hardware.ceilings import Attention, Ceilings, Copy, Gemm, Machine, Work
-
-LLAMA = ModelConfig(
-    n_layer=3,
-    n_head=8,
-    n_kv_head=2,
-    n_embd=64,
-    d_ff=176,
-    block_size=32,
-    vocab_size=100,
-    vocab_multiple=16,
-    ffn_type="swiglu",
-    position_encoding="rope",
-    weight_tying=False,
-)
-GPT = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=90)
-MACHINE = Machine(
-    device="NVIDIA H200",
-    driver="575.57.08",
-    versions={"torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": "91900"},
-    power_cap_w=700.0,
-    power_default_w=700.0,
-)
-WHERE = ("bfloat16", "NVIDIA H200", "575.57.08", "2.11.0+cu130")
-
-
-def rate_of(work: Work) -> float:
-    """A rate of its own for every work, in FLOP/s or byte/s."""
-    base = {"forward": 700e12, "dgrad": 650e12, "wgrad": 600e12}
-    if isinstance(work, Gemm):
-        return 690e12 if work.name == "square" else base[work.kind] - len(work.name) * 1e12
-    if isinstance(work, Copy):
-        return 4.25e12 if work.buffer_bytes > 1e9 else 4.12e12
-    return 509e12 if work.name == "attention_forward" else 407e12
-
-
-class FakeRunner:
-    """Works at known rates; the first round is ten times as slow, later ones scatter by `scatter` up and down."""
-
-    def __init__(self, rate: Callable[[Work], float] = rate_of, scatter: float = 0.0):
-        self.rate, self.scatter = rate, scatter
-        self.windows: list[tuple[str, int, float]] = []
-
-    def machine(self) -> Machine:
-        return MACHINE
-
-    def prepare(self, work: Work) -> ceilings.Timer:
-        long_windows = 0
-
-        def timer(launches: int) -> float:
-            nonlocal long_windows
-            slower = 10.0 if long_windows == 0 else 1 + self.scatter * (long_windows % 3 - 1)
-            elapsed_ms = launches * work.amount / self.rate(work) * 1e3 * slower
-            self.windows.append((work.name, launches, elapsed_ms))
-            long_windows += elapsed_ms >= 300
-            return elapsed_ms
-
-        return timer
-
-
-def measured(model: ModelConfig = LLAMA, batch_size: int = 4, **changed: Any) -> Ceilings:
-    return dataclasses.replace(ceilings.measure(model, batch_size, "bfloat16", runner=FakeRunner()), **changed)
+from gptperf.hardware.ceilings import ceiling_flop_s
+from gptperf.hardware.measure import _window, measure
+from gptperf.hardware.workload import CausalAttention, Copy, gemm_list, workload
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT, ModelConfig()])
@@ -88,9 +28,9 @@ def measured(model: ModelConfig = LLAMA, batch_size: int = 4, **changed: Any) ->
 def test_works_are_the_flops_of_a_step(model: ModelConfig, batch_size: int) -> None:
     """Counted from shapes on one side, from the formula on the other: equal integers."""
     count = flops.flops_per_token(model)
-    gemms = sum(gemm.count * gemm.amount for gemm in ceilings.gemm_list(model, batch_size))
+    gemms = sum(gemm.count * gemm.amount for gemm in gemm_list(model, batch_size))
     assert gemms == 3 * batch_size * (count.qkv + count.output + count.ffn + count.lm_head)
-    by_name = {work.name: work for work in ceilings.workload(model, batch_size)}
+    by_name = {work.name: work for work in workload(model, batch_size)}
     assert model.n_layer * by_name["attention_forward"].amount == batch_size * count.scores
     assert by_name["attention_backward"].amount == 2 * by_name["attention_forward"].amount
     assert by_name["square"].amount == 2 * 8192**3
@@ -98,13 +38,13 @@ def test_works_are_the_flops_of_a_step(model: ModelConfig, batch_size: int) -> N
 
 
 def test_names_are_unique() -> None:
-    names = [work.name for work in ceilings.workload(LLAMA, 2)]
+    names = [work.name for work in workload(LLAMA, 2)]
     assert len(set(names)) == len(names) == 15 + 1 + 2 + 2
 
 
 def test_each_gemm_is_a_matmul_of_the_step() -> None:
     """The (m, n, k) of a linear's three matmuls are permutations of tokens, columns out and columns in."""
-    by_name = {gemm.name: (gemm.m, gemm.n, gemm.k) for gemm in ceilings.gemm_list(LLAMA, 4)}
+    by_name = {gemm.name: (gemm.m, gemm.n, gemm.k) for gemm in gemm_list(LLAMA, 4)}
     tokens, out, into = 4 * 32, 2 * 176, 64
     assert by_name["ffn_gate_up_forward"] == (tokens, out, into)
     assert by_name["ffn_gate_up_dgrad"] == (tokens, into, out)
@@ -115,13 +55,13 @@ def test_each_gemm_is_a_matmul_of_the_step() -> None:
 
 def test_a_plugins_ffn_has_no_gemm_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptperf.registry._components", {("ffn_type", "moe"): object})
-    with pytest.raises(ConfigError, match="ffn_type = 'moe' is a plugin's"):
-        ceilings.gemm_list(ModelConfig(ffn_type="moe"), 1)
+    with pytest.raises(ConfigError, match="component ffn_type = 'moe' has no card"):
+        gemm_list(ModelConfig(ffn_type="moe"), 1)
 
 
 def test_rates_come_out_as_they_are_and_the_warm_up_does_not_count() -> None:
     result = measured()
-    for work in ceilings.workload(LLAMA, 4):
+    for work in workload(LLAMA, 4):
         spread = result.spreads[work.name]
         assert (spread.p10, spread.median, spread.p90) == pytest.approx((rate_of(work),) * 3, rel=1e-9), work.name
     assert result.gemm_square_flop_s == pytest.approx(690e12)
@@ -131,7 +71,7 @@ def test_rates_come_out_as_they_are_and_the_warm_up_does_not_count() -> None:
 
 
 def test_the_mean_of_the_gemms_is_their_flops_over_their_time() -> None:
-    result, gemms = measured(), ceilings.gemm_list(LLAMA, 4)
+    result, gemms = measured(), gemm_list(LLAMA, 4)
     total = sum(gemm.count * gemm.amount for gemm in gemms)
     step_s = sum(gemm.count * gemm.amount / rate_of(gemm) for gemm in gemms)
     assert result.gemm_flop_s == pytest.approx(total / step_s, rel=1e-9)
@@ -140,8 +80,8 @@ def test_the_mean_of_the_gemms_is_their_flops_over_their_time() -> None:
 
 def test_protocol_windows_are_long_and_kinds_alternate() -> None:
     runner = FakeRunner(scatter=0.05)
-    result = ceilings.measure(LLAMA, 4, "bfloat16", runner=runner)
-    names = [work.name for work in ceilings.workload(LLAMA, 4)]
+    result = measure(LLAMA, 4, "bfloat16", runner=runner)
+    names = [work.name for work in workload(LLAMA, 4)]
     long_ones = [name for name, _, elapsed_ms in runner.windows if elapsed_ms >= 300]
     assert long_ones == names * 6  # one of warm-up, five that count, in turn
     assert all(launches == int(launches) for _, launches, _ in runner.windows)
@@ -158,7 +98,7 @@ def test_a_slow_first_call_does_not_shorten_the_windows() -> None:
         calls.append(launches)
         return 250.0 if len(calls) == 1 else launches * 1e-3
 
-    call_ms, launches = ceilings._window(timer, 1)
+    call_ms, launches = _window(timer, 1)
     assert call_ms == pytest.approx(1e-3)
     assert launches * 1e-3 >= 300
 
@@ -167,136 +107,22 @@ def test_ceiling_is_the_flops_over_the_time_of_the_matmuls() -> None:
     count = flops.FlopCount("strict", tokens=8, qkv=100, scores=60, output=40, ffn=200, lm_head=60)
     result = measured(gemm_flop_s=4.0, attention_forward_flop_s=2.0, attention_backward_flop_s=1.0)
     step_s = 3 * 400 / 4.0 + 60 / 2.0 + 2 * 60 / 1.0
-    assert ceilings.ceiling_flop_s(result, count) == pytest.approx(3 * 460 / step_s)
+    assert ceiling_flop_s(result, count) == pytest.approx(3 * 460 / step_s)
 
 
 @pytest.mark.parametrize("rate", [1.0, 989.4e12])
 def test_ceiling_of_equal_rates_is_that_rate(rate: float) -> None:
     rates = ("gemm_flop_s", "attention_forward_flop_s", "attention_backward_flop_s")
     result = measured(**dict.fromkeys(rates, rate))
-    assert ceilings.ceiling_flop_s(result, flops.flops_per_token(LLAMA)) == pytest.approx(rate, rel=1e-12)
+    assert ceiling_flop_s(result, flops.flops_per_token(LLAMA)) == pytest.approx(rate, rel=1e-12)
     for name in rates:
         slower = dataclasses.replace(result, **{name: rate / 2})  # type: ignore[arg-type]
-        assert rate / 2 < ceilings.ceiling_flop_s(slower, flops.flops_per_token(LLAMA)) < rate
+        assert rate / 2 < ceiling_flop_s(slower, flops.flops_per_token(LLAMA)) < rate
 
 
 def test_ceiling_refuses_another_convention() -> None:
     with pytest.raises(ValueError, match="found 'palm', wanted 'strict'"):
-        ceilings.ceiling_flop_s(measured(), flops.flops_per_token(LLAMA, "palm"))
-
-
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changed: Any) -> tuple[Ceilings, Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result, path = measured(**changed), ceilings.cache_path(LLAMA, 4, *WHERE)
-    ceilings.save(result, path)
-    return result, path
-
-
-def loaded(*where: Any, **more: Any) -> tuple[Ceilings | None, list[str]]:
-    said: list[str] = []
-    return ceilings.load(*where, **more, say=said.append), said
-
-
-def test_what_is_kept_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result, path = kept(monkeypatch, tmp_path)
-    assert path.parent == tmp_path / "gptperf" / "ceilings"
-    assert path.name.startswith("NVIDIA_H200-bfloat16-driver_575.57.08-torch_2.11.0+cu130-")
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=700.0) == (result, [])
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary one is left
-    ceilings.save(dataclasses.replace(result, gemm_flop_s=1.0), path)
-    again, _ = loaded(LLAMA, 4, *WHERE)
-    assert again is not None
-    assert again.gemm_flop_s == 1.0
-
-
-def test_whatever_changes_the_ceilings_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wheres: list[Any] = [
-        (LLAMA, 4, *WHERE),
-        (LLAMA, 5, *WHERE),
-        (GPT, 4, *WHERE),
-        (dataclasses.replace(LLAMA, n_kv_head=4), 4, *WHERE),
-        (dataclasses.replace(LLAMA, attention_backend="manual"), 4, *WHERE),
-        (LLAMA, 4, "float16", *WHERE[1:]),
-        (LLAMA, 4, "bfloat16", "NVIDIA H200 NVL", *WHERE[2:]),
-        (LLAMA, 4, *WHERE[:2], "580.1", WHERE[3]),
-        (LLAMA, 4, *WHERE[:3], "2.12.0"),
-    ]
-    assert len({ceilings.cache_path(*where) for where in wheres}) == len(wheres)
-    same = dataclasses.replace(LLAMA, dropout=0.1, norm_eps=1e-6)
-    assert ceilings.cache_path(same, 4, *WHERE) == ceilings.cache_path(LLAMA, 4, *WHERE)
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for value in ("", "relative"):  # a relative one is not to be used, says the XDG specification
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert ceilings.cache_path(LLAMA, 4, *WHERE).parent == tmp_path / ".cache" / "gptperf" / "ceilings"
-    assert ceilings.cache_path(LLAMA, 4, "bfloat16", "../../etc/x", None, "/").parent.name == "ceilings"
-
-
-def damages(data: bytes) -> dict[str, bytes]:
-    page = json.loads(data)
-    other_version = page | {"version": 0}
-    fewer = page["ceilings"].copy()
-    del fewer["protocol"]
-    return {
-        "cut": data[: len(data) // 2],
-        "empty": b"",
-        "bit": data.replace(b'"gemm_square_flop_s": 69', b'"gemm_square_flop_s": 99', 1),
-        "not utf-8": b"\xff" + data,
-        "list": b"[]",
-        "version": json.dumps(other_version).encode(),
-        "field": json.dumps({"version": 1, "sha256": ceilings._digest(fewer), "ceilings": fewer}).encode(),
-    }
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "not utf-8", "list", "version", "field"])
-def test_a_damaged_file_is_refused_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
-    _, path = kept(monkeypatch, tmp_path)
-    data = path.read_bytes()
-    changed = damages(data)[damage]
-    assert changed != data
-    path.write_bytes(changed)
-    found, said = loaded(LLAMA, 4, *WHERE)
-    assert found is None
-    assert len(said) == 1
-    assert said[0].startswith(f"{path}: not used, the ceilings have to be measured again: ")
-
-
-def test_a_link_and_a_strangers_file_are_refused_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, path = kept(monkeypatch, tmp_path)
-    stranger = ceilings.cache_path(GPT, 4, *WHERE)
-    path.rename(stranger)
-    found, said = loaded(GPT, 4, *WHERE)
-    assert (found, len(said)) == (None, 1)
-    assert "not used: found ceilings of" in said[0]
-    path.symlink_to(stranger)
-    found, said = loaded(LLAMA, 4, *WHERE)
-    assert (found, len(said)) == (None, 1)
-
-
-def test_another_power_cap_is_another_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result, _ = kept(monkeypatch, tmp_path)
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=700.4)[0] == result
-    found, said = loaded(LLAMA, 4, *WHERE, power_cap_w=500.0)
-    assert found is None
-    assert "measured at 700 W, and the power cap is 500 W now" in said[0]
-    assert loaded(LLAMA, 4, *WHERE, power_cap_w=None)[0] == result
-
-
-def test_no_file_is_no_ceilings_and_no_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert loaded(LLAMA, 4, *WHERE) == (None, [])
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="the measured ceilings cannot be kept"):
-        ceilings.save(measured(), tmp_path / "file" / "x.json")
-
-
-ARGV = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=16", "--vocab_size=90", "--batch_size=4"]
+        ceiling_flop_s(measured(), flops.flops_per_token(LLAMA, "palm"))
 
 
 def test_command_measures_once_and_then_reads(
@@ -309,8 +135,8 @@ def test_command_measures_once_and_then_reads(
         runners.append(FakeRunner())
         return runners[-1]
 
-    monkeypatch.setattr(ceilings_cuda, "CudaRunner", runner)
-    monkeypatch.setattr(ceilings_cuda, "current_machine", lambda: MACHINE)
+    monkeypatch.setattr(cuda_runner, "CudaRunner", runner)
+    monkeypatch.setattr(cuda_runner, "current_machine", lambda: MACHINE)
     assert main(["--measure", *ARGV]) == 0
     first = capsys.readouterr()
     assert "NVIDIA H200, bfloat16, power cap 700 W, driver 575.57.08, torch 2.11.0+cu130" in first.out
@@ -340,21 +166,21 @@ def test_without_a_gpu_there_is_one_clear_error() -> None:
     assert done.stderr.count("\n") == 1
     assert "torch sees none here; nearest: python -m gptperf.hardware" in done.stderr
     with pytest.raises(DeviceError, match="measured on a GPU"):
-        ceilings.measure(LLAMA, 4, "bfloat16")
+        measure(LLAMA, 4, "bfloat16")
 
 
 @pytest.fixture
-def cpu_runner(monkeypatch: pytest.MonkeyPatch) -> ceilings_cuda.CudaRunner:
+def cpu_runner(monkeypatch: pytest.MonkeyPatch) -> cuda_runner.CudaRunner:
     """The runner of the GPU, with its operands on the CPU."""
-    monkeypatch.setattr(ceilings_cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(ceilings_cuda, "current_machine", lambda: MACHINE)
-    works = [work for work in ceilings.workload(LLAMA, 2) if work.name != "square"]
-    return ceilings_cuda.CudaRunner(LLAMA, works, "float32")
+    monkeypatch.setattr(cuda_runner, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_runner, "current_machine", lambda: MACHINE)
+    works = [work for work in workload(LLAMA, 2) if work.name != "square"]
+    return cuda_runner.CudaRunner(LLAMA, works, "float32")
 
 
-def test_the_runners_gemms_are_those_of_the_list(cpu_runner: ceilings_cuda.CudaRunner) -> None:
+def test_the_runners_gemms_are_those_of_the_list(cpu_runner: cuda_runner.CudaRunner) -> None:
     """As many FLOPs as PyTorch counts, and operands in the layout that the step has them in."""
-    for gemm in ceilings.gemm_list(LLAMA, 2):
+    for gemm in gemm_list(LLAMA, 2):
         call = cpu_runner._gemm(gemm)
         with FlopCounterMode(display=False) as counter:
             result: Any = call()
@@ -370,11 +196,11 @@ def test_the_runners_gemms_are_those_of_the_list(cpu_runner: ceilings_cuda.CudaR
         torch.testing.assert_close(result.double(), torch.einsum(layout, a, b), rtol=0, atol=gemm.k * 2.0**-23 * 100)
 
 
-def test_the_runners_attention_and_copies(cpu_runner: ceilings_cuda.CudaRunner) -> None:
-    by_name = {work.name: work for work in ceilings.workload(LLAMA, 2)}
+def test_the_runners_attention_and_copies(cpu_runner: cuda_runner.CudaRunner) -> None:
+    by_name = {work.name: work for work in workload(LLAMA, 2)}
     forward, backward = by_name["attention_forward"], by_name["attention_backward"]
-    assert isinstance(forward, Attention)
-    assert isinstance(backward, Attention)
+    assert isinstance(forward, CausalAttention)
+    assert isinstance(backward, CausalAttention)
     y: Any = cpu_runner._attention(forward)()
     assert y.shape == (2, 32, 8, 8)
     assert y.requires_grad
@@ -387,36 +213,22 @@ def test_the_runners_attention_and_copies(cpu_runner: ceilings_cuda.CudaRunner) 
     assert torch.equal(copies[0], copies[1]) or torch.equal(-copies[0], copies[1])
 
 
-def test_a_gpu_that_is_too_small_says_so(cpu_runner: ceilings_cuda.CudaRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_too_small_says_so(cpu_runner: cuda_runner.CudaRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(ceilings_cuda.CudaRunner, "_random", full)
+    monkeypatch.setattr(cuda_runner.CudaRunner, "_random", full)
     with pytest.raises(OutOfMemoryError, match=r"operands need 0.0 GB; lower --batch_size"):
-        ceilings_cuda.CudaRunner(LLAMA, ceilings.gemm_list(LLAMA, 2), "float32")
+        cuda_runner.CudaRunner(LLAMA, gemm_list(LLAMA, 2), "float32")
     with pytest.raises(OutOfMemoryError, match="attention_forward does not fit"):
-        cpu_runner.prepare(ceilings.workload(LLAMA, 2)[-4])
+        cpu_runner.prepare(workload(LLAMA, 2)[-4])
 
 
 def test_bfloat16_needs_its_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings_cuda, "current_machine", lambda: dataclasses.replace(MACHINE, device="Tesla V100"))
+    monkeypatch.setattr(cuda_runner, "current_machine", lambda: dataclasses.replace(MACHINE, device="Tesla V100"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(DeviceError, match=r"Tesla V100 has no bfloat16 units; nearest: --dtype=float16"):
-        ceilings_cuda.CudaRunner(LLAMA, ceilings.gemm_list(LLAMA, 2), "bfloat16")
-
-
-def test_load_needs_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kept(monkeypatch, tmp_path)
-    config = command_line.resolve(ARGV).config
-    ceilings.save(measured(config.model), ceilings.cache_path(config.model, 4, *WHERE))
-    code = (
-        "import sys\nfrom gptperf.config import command_line\nfrom gptperf.hardware import ceilings\n"
-        f"model = command_line.resolve({ARGV!r}).config.model\n"
-        f"found = ceilings.load(model, 4, *{WHERE!r})\n"
-        "sys.exit(found is None or 'torch' in sys.modules)"
-    )
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+        cuda_runner.CudaRunner(LLAMA, gemm_list(LLAMA, 2), "bfloat16")
 
 
 @pytest.mark.gpu
@@ -424,10 +236,10 @@ def test_on_a_gpu() -> None:
     """Rates are positive, below what the data sheet allows, and bounded by each other."""
     model = ModelConfig(n_layer=2, n_head=8, n_embd=1024, block_size=1024)
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    result = ceilings.measure(model, 4, dtype, rounds=3)
+    result = measure(model, 4, dtype, rounds=3)
     peak = hardware.peak_flop_s(hardware.match_gpu(result.device), dtype)
     for name in ("gemm_flop_s", "gemm_square_flop_s", "attention_forward_flop_s", "attention_backward_flop_s"):
         assert 1e10 < getattr(result, name) < (math.inf if peak is None else peak.flop_s), name
-    ceiling = ceilings.ceiling_flop_s(result, flops.flops_per_token(model))
+    ceiling = ceiling_flop_s(result, flops.flops_per_token(model))
     slowest = min(result.attention_forward_flop_s, result.attention_backward_flop_s, result.gemm_flop_s)
     assert slowest <= ceiling <= max(result.attention_forward_flop_s, result.gemm_flop_s)

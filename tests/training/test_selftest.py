@@ -1,6 +1,7 @@
 """The self-test before training: it passes what works, and a broken kernel is left out or refused, with the cause."""
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gptperf.config import command_line
 from gptperf.errors import DeviceError
 from gptperf.kernels import reference
 from gptperf.ops import OPS, Ops, resolve_ops, without_triton
+from gptperf.registry import KINDS
 from gptperf.training import selftest
 
 SIZES = ["--n_layer=1", "--n_head=4", "--n_embd=48", "--vocab_size=300", "--d_ff=100", "--arch_preset=llama"]
@@ -41,6 +43,17 @@ def _broken(ops: Ops, *flags: str) -> dict[str, str]:
 )
 def test_what_works_passes(flags: list[str]) -> None:
     assert _broken(_ops(), *flags) == {}
+
+
+def test_every_op_is_run_for_some_model() -> None:
+    """The cards of the components name the ops, and every op that they name has arguments here."""
+    found: set[str] = set()
+    kinds = ("normalization", "position_encoding", "ffn_type")
+    for names in itertools.product(*(KINDS[kind] for kind in kinds)):
+        flags = [f"--{kind}={name}" for kind, name in zip(kinds, names, strict=True)]
+        model = command_line.resolve([*SIZES, *flags]).config.model
+        found |= {op for op, _ in selftest._runs(model, torch.device("cpu"), torch.float32)}
+    assert found == set(OPS)
 
 
 def test_eager_ops_are_not_run() -> None:

@@ -1,14 +1,16 @@
-"""Runs the works of `gptperf.hardware.ceilings` on the current CUDA device."""
+"""Runs the works of `gptperf.hardware.workload` on the current CUDA device."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
+import gptperf.model  # noqa: F401 - registers the built-in attention backends
 from gptperf.config import ModelConfig
 from gptperf.errors import DeviceError, OutOfMemoryError
-from gptperf.hardware.ceilings import Attention, Copy, Gemm, Machine, Timer, Work
+from gptperf.hardware.ceilings import Machine
 from gptperf.hardware.peaks import has_bfloat16
 from gptperf.hardware.state import gpu_state
+from gptperf.hardware.workload import CausalAttention, Copy, Gemm, Timer, Work
 from gptperf.registry import component
 
 __all__ = ["CudaRunner", "current_machine"]
@@ -20,7 +22,7 @@ def current_machine() -> Machine:
     """The current CUDA device, its driver and power cap.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: torch sees no GPU.
     """
     if not torch.cuda.is_available():
         raise DeviceError(
@@ -40,14 +42,14 @@ def current_machine() -> Machine:
 
 
 class CudaRunner:
-    """Makes operands and timers. GEMMs share three buffers, so that the largest one decides what they take."""
+    """Makes operands and timers. GEMMs share three buffers, so that their memory is that of the largest GEMM."""
 
     def __init__(self, model: ModelConfig, works: Sequence[Work], dtype: str):
         """
         Args:
-            model: its attention backend is the one that runs.
-            works: all that will be asked for.
-            dtype: compute dtype by name.
+            model: the model whose attention backend runs.
+            works: all works that `prepare` will get.
+            dtype: name of the compute dtype.
 
         Raises:
             DeviceError: there is no GPU, or it lacks the dtype.
@@ -66,11 +68,11 @@ class CudaRunner:
             raise OutOfMemoryError(f"the GEMMs' operands need {needed_gb:.1f} GB; lower --batch_size") from error
 
     def machine(self) -> Machine:
-        """What it runs on."""
+        """The device that it runs on."""
         return self.here
 
     def prepare(self, work: Work) -> Timer:
-        """Operands and timer of a work.
+        """Make the operands of a work, and its timer.
 
         Raises:
             OutOfMemoryError: the operands do not fit.
@@ -93,8 +95,8 @@ class CudaRunner:
         b = b.view(n, k).t() if gemm.kind == "forward" else b.view(k, n)
         return lambda: torch.mm(a, b, out=c)
 
-    def _attention(self, attention: Attention) -> Callable[[], object]:
-        """The model's own backend, without dropout; forward keeps what backward needs."""
+    def _attention(self, attention: CausalAttention) -> Callable[[], object]:
+        """The model's own backend, without dropout. The forward pass keeps what backward needs."""
         backend = component("attention_backend", self.model.attention_backend)(self.model).eval()
         rows, D = (attention.batch_size, attention.tokens), attention.head_dim
         heads = (attention.n_head, attention.kv_heads, attention.kv_heads)
@@ -106,7 +108,7 @@ class CudaRunner:
         return lambda: torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
 
     def _copies(self, copy: Copy) -> list[Callable[[], object]]:
-        """Three ways: a memcpy is now and then a third slower than usual, for as long as its buffers live."""
+        """Three ways to copy: now and then a memcpy is a third slower than usual, as long as its buffers live."""
         source = self._random(copy.buffer_bytes // self.dtype.itemsize)
         first, second = torch.empty_like(source), torch.empty_like(source)
         return [lambda: first.copy_(source), lambda: second.copy_(source), lambda: torch.neg(source, out=first)]

@@ -1,0 +1,14 @@
+"""Element-wise costs that every model has, whatever its components."""
+
+from gptperf.cards.quantities import Cost
+
+__all__ = ["COMMON_COSTS"]
+
+COMMON_COSTS: dict[str, Cost] = {
+    "residual": Cost(1, "plus"),
+    "bias": Cost(1, "plus, of a linear output"),
+    "softmax": Cost(6, "of a causal pair: times 1 / sqrt(D), maximum, minus, exp, sum, over sum"),
+    "loss": Cost(4, "of a logit: maximum, minus, exp, sum"),
+    "dropout": Cost(2, "times mask, times scale"),
+}
+"""What happens once a row is not counted."""

@@ -1,0 +1,51 @@
+"""The quantities that cards state, and sizes in bytes."""
+
+from typing import Literal, NamedTuple
+
+__all__ = ["BUCKET_NUMEL", "FP32_BYTES", "Cost", "Implementation", "Matmul", "Moved", "element_bytes"]
+
+FP32_BYTES = 4
+"""Bytes of a float32 element: master weights, gradients, optimizer states, statistics of a norm."""
+
+BUCKET_NUMEL = 32 << 20
+"""Elements of a bucket of parameters, unless one parameter alone is larger."""
+
+Implementation = Literal["triton", "compiled", "eager"]
+"""What runs the fused ops: Triton kernels, or PyTorch with or without torch.compile."""
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": FP32_BYTES}
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of an element of a compute dtype: bfloat16, float16 or float32."""
+    return _ELEMENT_BYTES[dtype]
+
+
+class Cost(NamedTuple):
+    """Forward FLOPs of one element. Every operation counts as one, exp, erf and tanh too."""
+
+    flops: int
+    why: str
+    """The operations."""
+
+
+class Matmul(NamedTuple):
+    """A linear layer: `(T, into)` times a weight `(out, into)`, transposed."""
+
+    name: str
+    out: int
+    """Columns of the result."""
+    into: int
+    """Columns of the input."""
+
+    @property
+    def weight(self) -> int:
+        """Elements of the weight."""
+        return self.out * self.into
+
+
+class Moved(NamedTuple):
+    """Elements read from and written to GPU memory for one token."""
+
+    forward: int
+    backward: int

@@ -1,0 +1,53 @@
+"""The linear layers of a model, from the cards of its components."""
+
+from typing import NamedTuple
+
+from gptperf import registry
+from gptperf.cards import Matmul, projections
+from gptperf.config import ModelConfig
+from gptperf.flops.model_cards import ffn_of
+
+__all__ = ["Linear", "biases", "linears", "uncountable_flops", "weights"]
+
+_BIASED = ("qkv", "output", "ffn")  # lm_head never has a bias
+
+
+class Linear(NamedTuple):
+    """A linear layer and how often a model has it."""
+
+    part: str
+    """qkv, output, ffn or lm_head."""
+    matmul: Matmul
+    times: int
+
+
+def uncountable_flops(model: ModelConfig) -> str | None:
+    """Why the matmuls of this model cannot be counted, or None when they can."""
+    return registry.no_card(ffn_type=model.ffn_type, norm_position=model.norm_position)
+
+
+def linears(model: ModelConfig) -> tuple[Linear, ...]:
+    """Every linear layer, a tied lm_head among them, in the order in which the forward pass runs them.
+
+    The FFN must have a card (see `uncountable_flops`).
+    """
+    ffn = ffn_of(model)
+    qkv, out = projections(model.n_embd, model.kv_heads * model.head_dim)
+    return (
+        Linear("qkv", qkv, model.n_layer),
+        Linear("output", out, model.n_layer),
+        *(Linear("ffn", matmul, model.n_layer) for matmul in ffn.matmuls(model.n_embd, model.ffn_width)),
+        Linear("lm_head", Matmul("lm_head", model.padded_vocab_size, model.n_embd), 1),
+    )
+
+
+def weights(model: ModelConfig, *parts: str) -> int:
+    """Elements of the matrices that multiply activations, over all layers; `parts` limits them to those parts."""
+    return sum(x.times * x.matmul.weight for x in linears(model) if not parts or x.part in parts)
+
+
+def biases(model: ModelConfig, *parts: str) -> int:
+    """Elements of the linear layers' biases, over all layers; `parts` limits them to those parts."""
+    if not model.bias:
+        return 0
+    return sum(x.times * x.matmul.out for x in linears(model) if x.part in (parts or _BIASED))

@@ -1,0 +1,101 @@
+"""The bytes that the memory-bound ops of a model move, exact and at least."""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from gptperf.config import ModelConfig
+from gptperf.flops.matmuls import biases
+from gptperf.flops.model_cards import block_of, ffn_of, position_of
+from gptperf.flops.parameter_count import uncountable_parameters
+
+__all__ = ["BytesMoved", "Traffic", "bytes_moved"]
+
+
+class Traffic(NamedTuple):
+    """Bytes that a part moves for one token."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class BytesMoved:
+    """Bytes to and from the GPU's memory for one token, by memory-bound part, over all layers.
+
+    Every op reads its operands and writes its results once, as the Triton kernels do. Not counted are tensors that all
+    tokens of a micro-batch share (weights, their gradients, partial sums, tables), single numbers of a row, and the
+    matmuls and the attention, which their FLOPs bound.
+    """
+
+    element_bytes: int
+    embedding: Traffic
+    norm: Traffic
+    """Norms with their residual adds, and the sums of gradients that meet in the residual stream."""
+    position: Traffic
+    """Position encoding with the split into heads and QK-norm."""
+    activation: Traffic
+    bias: Traffic
+    """Gradients of the biases; forward, the matmul adds them."""
+    dropout: Traffic
+    loss: Traffic
+
+    @property
+    def parts(self) -> dict[str, Traffic]:
+        """The parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "element_bytes"}
+
+    @property
+    def forward(self) -> int:
+        """Bytes of the forward pass."""
+        return sum(part.forward for part in self.parts.values())
+
+    @property
+    def backward(self) -> int:
+        """Bytes of the backward pass."""
+        return sum(part.backward for part in self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of both passes."""
+        return self.forward + self.backward
+
+
+def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool = False) -> BytesMoved:
+    """Count the least traffic of one token in training.
+
+    Args:
+        model: sizes and components.
+        element_bytes: bytes of an element of an activation or its gradient.
+        logits_kept: whether the loss is a softmax over logits that stay in memory until backward, instead of
+            `linear_cross_entropy`, which overwrites them with their gradients in forward.
+
+    Raises:
+        ValueError: a component has no card (see `uncountable_parameters`), or element_bytes < 1.
+    """
+    reason = uncountable_parameters(model)
+    if reason is not None:
+        raise ValueError(f"the bytes moved cannot be counted from the configuration: {reason}")
+    if element_bytes < 1:
+        raise ValueError(f"element_bytes: found {element_bytes}, wanted a number >= 1; nearest: 1")
+    block = block_of(model)
+    position = position_of(model)
+    ffn = ffn_of(model)
+    n, c, v, kv_width = model.n_layer, model.n_embd, model.padded_vocab_size, model.kv_heads * model.head_dim
+
+    def traffic(forward: int, backward: int) -> Traffic:
+        return Traffic(element_bytes * forward, element_bytes * backward)
+
+    dropped = (2 * n + 1) * c if model.dropout > 0 else 0
+    activation = ffn.moved(model.ffn_width)
+    return BytesMoved(
+        element_bytes=element_bytes,
+        embedding=traffic(2 * c, 2 * c),
+        norm=traffic(*block.moved(n, c)),
+        position=traffic(*position.moved(n, c, kv_width, model.qk_norm)),
+        activation=traffic(n * activation.forward, n * activation.backward),
+        bias=traffic(0, biases(model)),
+        dropout=Traffic(*[(2 * element_bytes + 1) * dropped] * 2),  # and a mask of one byte
+        # Kept: the logits are read, then read again and their gradients written. The op: gradients take the place of
+        # the logits in forward, then dx is scaled.
+        loss=traffic(v, 2 * v) if logits_kept else traffic(2 * v, 2 * c),
+    )
