@@ -58,7 +58,7 @@ def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
 
     def looking(moment: str, then: Callable[..., None]) -> Callable[..., None]:
         def look(*args: Any, **options: Any) -> None:
-            whole = [b for b in weights.buckets if b.decayed and b.compute.untyped_storage().size() > 0]
+            whole = [b for b in weights.buckets if b.group.fsdp_shards and b.compute.untyped_storage().size() > 0]
             held.append((moment, len(whole)))
             then(*args, **options)
 
@@ -127,7 +127,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "moved_by": collectives.name,
         "reason": collectives.reason,
         "buckets": len(buckets),
-        "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
+        "groups": {name: bucket.group.value for bucket in buckets for name in bucket.names},
         "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
         "gradient_bytes": sum(b.grad.nbytes for b in buckets),
     }

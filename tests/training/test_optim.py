@@ -128,7 +128,7 @@ def test_matrices_are_copied_and_vectors_are_not() -> None:
     assert model.lm_head.weight is model.wte.weight
     assert all(master.dtype == torch.float32 for _, master in masters(weights))
     assert all(b.master.numel() % ALIGN == 0 for b in weights.buckets)
-    assert {name for b in weights.buckets if b.decayed for name in b.names} == {
+    assert {name for b in weights.buckets if b.group.has_weight_decay for name in b.names} == {
         name for name, p in model.named_parameters() if p.ndim >= 2
     }
 

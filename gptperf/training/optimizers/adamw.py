@@ -19,7 +19,7 @@ class AdamW(torch.optim.Optimizer):
     this step out) are float32 scalars set before each step, under the names by which GradScaler sets them.
 
     Args:
-        buckets: of the weights; those with `decayed` get weight decay.
+        buckets: of the weights; their group says which get weight decay.
         config: hyperparameters.
         op: the update, with the signature of `gptperf.kernels.reference.adamw`.
     """
@@ -32,7 +32,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, buckets: Sequence[Bucket], config: OptimizerConfig, op: Callable[..., None]):
         groups = [
-            {"params": [b.master for b in buckets if b.decayed is decayed], "weight_decay": rate}
+            {"params": [b.master for b in buckets if b.group.has_weight_decay is decayed], "weight_decay": rate}
             for decayed, rate in ((True, config.weight_decay), (False, 0.0))
         ]
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
