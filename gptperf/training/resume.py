@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ from gptperf.distributed.process import Process
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
-from gptperf.training.optimizers.adamw import AdamW
-from gptperf.training.step import Engine
+from gptperf.training.engine import Engine
 
 __all__ = ["TrainState", "changed_keys", "changed_versions", "find_checkpoint", "restore", "restore_weights"]
 __all__ += ["snapshot", "take_up"]
@@ -39,7 +37,6 @@ __all__ += ["snapshot", "take_up"]
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _LARGE = ("model", "optimizer")  # read part by part, by each process what it needs
 _DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 
@@ -81,8 +78,9 @@ def snapshot(
         "model": _stored(weights.pieces(_master, to_save=True)),
         "optimizer": {},
     }
-    for key in _MOMENTS:
-        tensors["optimizer"] |= _stored(weights.pieces(partial(_moment, optimizer, key), to_save=True), f"{key}.")
+    for bucket in weights.buckets:
+        for key, values in optimizer.states(bucket).items():
+            tensors["optimizer"] |= _stored(weights.pieces_of(bucket, values, to_save=True), f"{key}.")
     if engine.process.is_main:
         tensors["optimizer"]["steps"] = optimizer.steps
     rng = {"torch": torch.get_rng_state()}
@@ -108,10 +106,6 @@ def snapshot(
 
 def _master(bucket: Bucket) -> Tensor:
     return bucket.master.data
-
-
-def _moment(optimizer: AdamW, key: str, bucket: Bucket) -> Tensor:
-    return optimizer.state[bucket.master][key]
 
 
 def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
@@ -242,9 +236,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
         )
     restore_weights(checkpoint, engine.model, engine.weights)
     wanted = {"steps": Piece("steps", optimizer.steps.shape, 0, optimizer.steps.view(1))}
-    for key in _MOMENTS:
-        for piece in engine.weights.pieces(partial(_moment, optimizer, key), to_save=False):
-            wanted[f"{key}.{piece.name}"] = piece
+    for bucket in engine.weights.buckets:
+        for key, values in optimizer.states(bucket).items():
+            wanted |= {f"{key}.{piece.name}": piece for piece in engine.weights.pieces_of(bucket, values)}
     _fill(checkpoint, "optimizer", wanted)
     if not isinstance(saved["scaler"], dict):
         raise TypeError(f"scaler: {saved['scaler']!r}")

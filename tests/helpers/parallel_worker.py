@@ -23,9 +23,10 @@ from gptperf.distributed.copy_engine import open_collectives
 from gptperf.distributed.process import Process, start_process
 from gptperf.distributed.replicated import Replicated
 from gptperf.training import build
-from gptperf.training import step as training
+from gptperf.training import engine as training
+from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.resume import TrainState, restore, snapshot
-from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+from gptperf.training.step import train_step
 
 
 def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
@@ -128,7 +129,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "reason": collectives.reason,
         "buckets": len(buckets),
         "groups": {name: bucket.group.value for bucket in buckets for name in bucket.names},
-        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
+        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.states(b).values())),
         "gradient_bytes": sum(b.grad.nbytes for b in buckets),
     }
 
