@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptperf.checkpoint import write as checkpoint
 from gptperf.checkpoint.write import JSON
-from gptperf.distributed.agreement import Peers
+from gptperf.distributed.agreement import Ranks
 from gptperf.errors import DiskError, GptperfError
 
 __all__ = ["Saved", "Saver"]
@@ -45,7 +45,7 @@ class Saver:
         in_background: let a thread write; if not, `save` returns when all is on the disk.
     """
 
-    def __init__(self, directory: Path, keep: int, peers: Peers, in_background: bool = True):
+    def __init__(self, directory: Path, keep: int, peers: Ranks, in_background: bool = True):
         self.directory, self.keep, self.peers, self.in_background = directory, keep, peers, in_background
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None

@@ -40,7 +40,7 @@ from gptperf.checkpoint.tensor_file import (
     header,
     write_tensors,
 )
-from gptperf.distributed.agreement import Alone, Peers, together
+from gptperf.distributed.agreement import Ranks, SingleRank, fail_together
 from gptperf.errors import CheckpointError, DiskError, NonFiniteError
 from gptperf.files import (
     FileRecord,
@@ -85,7 +85,7 @@ def save(
     state: Mapping[str, JSON],
     keep: int = 3,
     metric: float | None = None,
-    peers: Peers | None = None,
+    peers: Ranks | None = None,
 ) -> Path:
     """Save one step; afterwards the disk holds the whole checkpoint, or what it held before.
 
@@ -116,11 +116,11 @@ def save(
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
     text = state_text(state)
-    peers = peers or Alone()
+    peers = peers or SingleRank()
     failed = f"saving step {step} in {directory}"
     suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
     headers = {}
-    with together(peers, failed):
+    with fail_together(peers, failed):
         for stem, named in tensors.items():
             if not STEM.fullmatch(stem):
                 raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
@@ -131,20 +131,20 @@ def save(
     tmp = directory / f".tmp-{step:08d}-{nonce}"
     final = directory / f"step-{step:08d}"
     try:
-        with together(peers, failed):
+        with fail_together(peers, failed):
             if peers.rank == 0:
                 make_directory(directory)
                 tmp.mkdir(mode=0o700)
                 hit("tmp_made")
         files = []
-        with together(peers, failed):
+        with fail_together(peers, failed):
             for stem, named in tensors.items():
                 half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
                 path = tmp / f"{stem}{suffix}.safetensors"
                 files.append(write_tensors(path, named, headers[stem], half=half, written=written))
                 hit("tensors_synced")
         files = [file for part in peers.exchange(files) for file in part]
-        with together(peers, failed):
+        with fail_together(peers, failed):
             if peers.rank == 0:
                 _seal_and_publish(step, metric, files, text, tmp, final, keep, hit)
     finally:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptperf.distributed.watchdog import Progress, Watchdog
+from gptperf.distributed.progress import Progress
+from gptperf.distributed.watchdog import Watchdog
 from gptperf.errors import DeviceError, PeerError
 
 __all__ = ["Process", "start_process"]
