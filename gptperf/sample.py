@@ -78,7 +78,7 @@ def sample(config: SampleConfig) -> list[str]:
     from gptperf.model.generate import generate
     from gptperf.training import selftest
     from gptperf.training.build import DTYPES
-    from gptperf.training.resume import restore_weights
+    from gptperf.training.saved_state import restore_weights
 
     registry.load_plugins(config.plugins)
     folder = config.run / "checkpoints" if os.path.isdir(config.run / "checkpoints") else config.run

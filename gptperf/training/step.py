@@ -18,12 +18,13 @@ __all__ = ["StepResult", "train_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """The results of one step, float32 tensors on the device. Reading one waits for the step."""
+    """The results of one step. Tensors are float32 on the device, and reading one waits for the step."""
 
     loss: Tensor
     """Mean over the step's micro-batches of this rank, a scalar."""
     gradient_norm: Tensor
     """Global 2-norm before clipping, a scalar."""
+    learning_rate: float
     gradients: Tensor | None = None
     """If asked for, the figures of `GradientMonitor.measure` and then of `update`, a float64 vector."""
 
@@ -49,10 +50,11 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
     measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
     divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
     engine.skipped += found_inf
-    _update(engine, divisor, found_inf, learning_rate(step, config.optimizer, config.train.max_iters), watched=watched)
+    rate = learning_rate(step, config.optimizer, config.train.max_iters)
+    _update(engine, divisor, found_inf, rate, watched=watched)
     weights.finish_step()
     figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
-    return StepResult(loss, norm, figures)
+    return StepResult(loss, norm, rate, figures)
 
 
 def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) -> Tensor:

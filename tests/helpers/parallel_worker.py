@@ -25,7 +25,7 @@ from gptperf.distributed.replicated import Replicated
 from gptperf.training import build
 from gptperf.training import engine as training
 from gptperf.training.engine import Engine, build_engine, compile_engine
-from gptperf.training.resume import TrainState, restore, snapshot
+from gptperf.training.saved_state import TrainState, restore, snapshot
 from gptperf.training.step import train_step
 
 

@@ -17,7 +17,7 @@ from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 from gptperf import registry
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import resume, trainer
+from gptperf.training import matching, trainer
 from gptperf.training.optimizers.adamw import AdamW
 
 KILLER = """
@@ -225,11 +225,11 @@ def test_the_sources_of_kernels_count_where_they_run(monkeypatch: pytest.MonkeyP
             ops=SimpleNamespace(chosen={"rms_norm": chosen}),
             weights=SimpleNamespace(collectives=SimpleNamespace(name="process_group")),
         )
-        return resume.versions(engine)["kernel_sources"]
+        return matching.versions(engine)["kernel_sources"]
 
     assert sources("eager") == ""
     now = sources("triton")
     assert re.fullmatch("[0-9a-f]{12}", now)
     (tmp_path / "norm.py").write_text("programs = 396\n")
-    monkeypatch.setattr(resume.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(matching.resources, "files", lambda package: tmp_path)
     assert sources("triton") != now
