@@ -15,9 +15,10 @@ import torch
 from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 
 from gptperf import registry
+from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import matching, trainer
+from gptperf.training import matching
 from gptperf.training.optimizers.adamw import AdamW
 
 KILLER = """
@@ -145,7 +146,7 @@ def test_a_run_that_ends_without_its_checkpoint_has_failed(
 def test_a_full_disk_on_the_way_does_not_end_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer.checkpoint.save
+    save = write.save  # which the thread that saves calls
 
     def full_at_ten(*args: Any, step: int, **keys: Any) -> Path:
         if step == 10:
@@ -154,7 +155,7 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
             monkeypatch.delenv("GPTPERF_FAILPOINT", raising=False)
         return save(*args, step=step, **keys)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", full_at_ten)
+    monkeypatch.setattr(write, "save", full_at_ten)
     assert run(corpus, tmp_path) == 0
     saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert saved == ["step-00000005", "step-00000015", "step-00000020"]

@@ -93,8 +93,8 @@ def clip_scale(norm: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
         grad_clip: largest norm; 0 turns clipping off.
 
     Returns:
-        The divisor max(norm / grad_clip, 1), and 1.0 where the norm is not finite or else 0.0; float32 scalars.
+        The divisor max(norm / grad_clip, 1), a float32 scalar, and whether the norm is not finite, a boolean scalar.
     """
     divisor = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
     # x - x is 0 or, where x is not finite, NaN. PyTorch's isfinite takes four launches.
-    return divisor, (norm - norm).ne(0).float()
+    return divisor, (norm - norm).ne(0)
