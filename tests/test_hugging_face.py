@@ -13,7 +13,7 @@ from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.model import GPT
 from gptperf.train import main
-from gptperf.training.resume import restore_weights
+from gptperf.training.saved_state import restore_weights
 
 transformers = pytest.importorskip("transformers")
 

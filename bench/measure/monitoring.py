@@ -15,7 +15,8 @@ from bench.measure.step import random_batches
 from gptperf.distributed.process import start_process
 from gptperf.monitor import waterfall
 from gptperf.monitor.waterfall import Spread
-from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.step import train_step
 
 __all__ = ["INTERVAL", "PROTOCOL", "measure"]
 

@@ -44,8 +44,9 @@ from gptperf.errors import DeviceError, main_guard
 from gptperf.hardware import match_gpu
 from gptperf.monitor import waterfall
 from gptperf.plan.memory import strategy_of
-from gptperf.training.resume import TrainState, snapshot
-from gptperf.training.step import Engine, StepResult, build_engine, compile_engine, train_step
+from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.saved_state import TrainState, snapshot
+from gptperf.training.step import StepResult, train_step
 
 __all__ = ["Case", "cases", "main", "report", "to_measure"]
 

@@ -29,7 +29,8 @@ from gptperf.distributed.process import Process, start_process
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
 from gptperf.monitor import waterfall
 from gptperf.monitor.throughput import Throughput
-from gptperf.training.step import Engine, StepResult, build_engine, compile_engine, train_step
+from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.step import StepResult, train_step
 
 __all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gptperf.checkpoint import write
 from gptperf.checkpoint.strict_json import JSON
-from gptperf.distributed.agreement import Peers
+from gptperf.distributed.agreement import Ranks
 from gptperf.errors import DiskError, GptperfError
 
 __all__ = ["Saved", "Saver"]
@@ -58,7 +58,7 @@ class Saver:
         in_background: Whether a thread writes; otherwise `save` returns when the checkpoint is on the disk.
     """
 
-    def __init__(self, directory: Path, keep: int, peers: Peers, in_background: bool = True):
+    def __init__(self, directory: Path, keep: int, peers: Ranks, in_background: bool = True):
         self.directory, self.keep, self.peers, self.in_background = directory, keep, peers, in_background
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None

@@ -26,7 +26,7 @@ from gptperf.checkpoint.listing import SET_ASIDE, CheckpointInfo, best_of, has_a
 from gptperf.checkpoint.manifest import MANIFEST, STATE, STEM, seal
 from gptperf.checkpoint.strict_json import JSON, state_text
 from gptperf.checkpoint.tensor_file import check_finite, header, write_tensors
-from gptperf.distributed.agreement import Alone, Peers, together
+from gptperf.distributed.agreement import Ranks, SingleRank, fail_together
 from gptperf.errors import CheckpointError, DiskError, NonFiniteError
 from gptperf.files import FileRecord, append_line, delete, make_directory, sync_directory, write_file
 
@@ -62,7 +62,7 @@ def save(
     state: Mapping[str, JSON],
     keep: int = 3,
     metric: float | None = None,
-    peers: Peers | None = None,
+    peers: Ranks | None = None,
 ) -> Path:
     """Saves one step. Afterwards the disk holds the whole checkpoint, or what it held before.
 
@@ -93,9 +93,9 @@ def save(
     if metric is not None and not math.isfinite(metric):
         raise NonFiniteError(f"metric of step {step} is {metric}; wanted a finite number or None")
     hit, text = _failpoints(), state_text(state)
-    peers, failed = peers or Alone(), f"saving step {step} in {directory}"
+    peers, failed = peers or SingleRank(), f"saving step {step} in {directory}"
     headers = {}
-    with together(peers, failed):
+    with fail_together(peers, failed):
         for stem, named in tensors.items():
             if not STEM.fullmatch(stem):
                 raise CheckpointError(f"file stem {stem!r}; wanted letters, digits, '-' and '_', at most 64")
@@ -119,7 +119,7 @@ def _write_together(
     tmp: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     headers: Mapping[str, tuple[list[str], bytes]],
-    peers: Peers,
+    peers: Ranks,
     failed: str,
     publish: Callable[[list[FileRecord]], None],
     hit: Callable[[str], None],
@@ -129,13 +129,13 @@ def _write_together(
     Each `together` is a barrier that raises the error of any rank on every rank, with `failed` as its start.
     """
     suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
-    with together(peers, failed):
+    with fail_together(peers, failed):
         if peers.rank == 0:
             make_directory(tmp.parent)
             tmp.mkdir(mode=0o700)
             hit("tmp_made")
     files = []
-    with together(peers, failed):
+    with fail_together(peers, failed):
         for stem, named in tensors.items():
             half, written = (lambda: hit("tensors_half_written")), (lambda: hit("tensors_written"))
             path = tmp / f"{stem}{suffix}.safetensors"
@@ -143,7 +143,7 @@ def _write_together(
             hit("tensors_synced")
     # The manifest is sealed only now, when every file of every rank is synced.
     files = [file for part in peers.exchange(files) for file in part]
-    with together(peers, failed):
+    with fail_together(peers, failed):
         if peers.rank == 0:
             publish(files)
 

@@ -1,1 +1,1 @@
-"""Several processes: who holds which weights, how they exchange them, who watches whom."""
+"""Several ranks: which weights each one holds, how they exchange them, and how they end when one fails."""

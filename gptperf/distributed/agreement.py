@@ -1,4 +1,4 @@
-"""Processes that do something together, each its part, and that fail together. No torch."""
+"""Ranks that do something together, each its part, and that fail together. No torch."""
 
 import contextlib
 import errno
@@ -7,40 +7,47 @@ from typing import Any, Protocol
 
 from gptperf.errors import DiskError, GptperfError
 
-__all__ = ["Alone", "Peers", "together"]
+__all__ = ["Ranks", "SingleRank", "fail_together"]
 
 
-class Peers(Protocol):
-    """This process among those that take part."""
+class Ranks(Protocol):
+    """The ranks that take part in something, as seen by one of them."""
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """This rank."""
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def exchange(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; each has to ask."""
+        """Returns the value of every rank, in rank order. Collective: every rank must call it."""
 
 
-class Alone:
-    """One process."""
+class SingleRank:
+    """A rank that takes part alone."""
 
     rank, world_size = 0, 1
 
     def exchange(self, value: Any) -> list[Any]:
-        """The one value."""
+        """Returns the one value."""
         return [value]
 
 
 @contextlib.contextmanager
-def together(peers: Peers, what: str) -> Iterator[None]:
-    """Do something that has succeeded when it has in every process; what fails in one is raised in all.
+def fail_together(ranks: Ranks, what: str) -> Iterator[None]:
+    """Runs the body, and fails on every rank if the body fails on one. Collective: every rank must enter.
+
+    So no rank goes on to a collective in which a rank that has failed would be missing.
+
+    Args:
+        ranks: the ranks that take part.
+        what: what the body does, for the message of an `OSError`.
 
     Raises:
-        GptperfError: of this process, else of the first one that has any; an `OSError` is a `DiskError`.
+        GptperfError: the error of this rank, or else that of the first rank that has one; an `OSError` becomes a
+            `DiskError`. Other errors are bugs, and pass through.
     """
     error: GptperfError | None = None
     try:
@@ -50,7 +57,7 @@ def together(peers: Peers, what: str) -> Iterator[None]:
         error.__cause__ = caught
     except GptperfError as caught:
         error = caught
-    for rank, other in enumerate(peers.exchange(error and (type(error), str(error), getattr(error, "full", False)))):
+    for rank, other in enumerate(ranks.exchange(error and (type(error), str(error), getattr(error, "full", False)))):
         if other is not None and error is None:
             kind, text, full = other
             text = f"rank {rank}: {text}"

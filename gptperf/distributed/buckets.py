@@ -1,7 +1,13 @@
-"""Flat buckets: parameters that lie in one buffer, with one optimizer tensor and one reduction."""
+"""Flat buckets: parameters of one kind in one buffer, with one reduction and one optimizer update.
 
+A model has hundreds of parameters, most of them small. Laid out in a few flat buffers they need a few collectives and
+a few optimizer launches per step.
+"""
+
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -10,78 +16,132 @@ from torch import Tensor, nn
 from gptperf.cards import BUCKET_NUMEL
 from gptperf.distributed.collectives import Pending
 
-__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "Layout", "Piece", "Place", "by_size", "gaps", "gradient_of", "runs"]
+__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "BucketGroup", "Layout", "Piece", "Place", "by_size", "gaps"]
+__all__ += ["gradient_of", "group_of", "join_units"]
 
 ALIGN = 64
-"""Elements that a parameter's place in a bucket is a multiple of: 128 bytes of bfloat16, for vector loads."""
+"""A parameter starts at a multiple of this many elements: 128 bytes of bfloat16, for vector loads."""
+
+
+class BucketGroup(Enum):
+    """The kind of parameters in a bucket. All parameters of a bucket are of one group.
+
+    The group decides how the parameters of a bucket are trained and stored. `make_optimizer` chooses the optimizer by
+    it. An optimizer that works on whole matrices needs shards that are cut between matrices: that would be a further
+    property here, which `Replicated._lay_out` reads.
+    """
+
+    HIDDEN = "hidden matrix"
+    """Matrices of the blocks."""
+    EMBEDDING = "embedding or head"
+    """Matrices outside the blocks: token and position embeddings, lm_head."""
+    VECTOR = "vector"
+    """Norm weights and biases."""
+
+    @property
+    def has_weight_decay(self) -> bool:
+        """Whether the optimizer decays the weights."""
+        return self is not BucketGroup.VECTOR
+
+    @property
+    def uses_compute_dtype(self) -> bool:
+        """Whether the model reads a copy in the compute dtype, in which the gradients come too.
+
+        Vectors stay float32: they are a thousandth of a model, and the fused kernels compute with them in float32.
+        """
+        return self is not BucketGroup.VECTOR
+
+    @property
+    def fsdp_shards(self) -> bool:
+        """Whether FSDP drops the weights between uses.
+
+        Vectors stay whole on every rank: all vectors of a model lie in one bucket, which saves a small gather per unit,
+        and dropping them would save next to no memory.
+        """
+        return self is not BucketGroup.VECTOR
+
+
+def group_of(name: str, parameter: Tensor) -> BucketGroup:
+    """Returns the group of a parameter, by its name in the model and its number of dimensions."""
+    if parameter.ndim < 2:
+        return BucketGroup.VECTOR
+    return BucketGroup.HIDDEN if name.startswith("blocks.") else BucketGroup.EMBEDDING
 
 
 class Piece(NamedTuple):
-    """Elements of one parameter, flat, in memory that belongs to a bucket."""
+    """Consecutive elements of one parameter, as a view of a buffer of a bucket."""
 
     name: str
     shape: torch.Size
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     start: int
-    """First element."""
+    """Index of the first element in the flat parameter."""
     values: Tensor
+    """The elements, flat."""
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Parameters that lie in one flat buffer: one optimizer tensor, one reduction.
+    """Parameters of one group in one flat buffer.
 
-    The gaps that alignment leaves are zero and stay zero.
+    "Held by this rank" means all elements if the optimizer runs on all of them (DDP), and the shard of this rank under
+    ZeRO-1 and FSDP. The gaps that alignment leaves between parameters are zero and stay zero: their gradient is zero,
+    so they change neither the gradient norm nor the weights.
     """
 
     names: list[str]
-    decayed: bool
+    """Names of the parameters, in the order in which they lie in the buffer."""
+    group: BucketGroup
     master: nn.Parameter
-    """float32: all elements, or those of this process."""
+    """Master weights held by this rank, float32. Its `grad` is set once the gradient is reduced."""
     grad: Tensor
-    """float32: all elements, or those of this process."""
+    """Accumulated gradient, float32: of all elements, or of the shard where micro-batches are reduced at once."""
     compute: Tensor
-    """All elements, as the model reads them."""
+    """All elements as the model reads them. Under FSDP its storage is empty while the weights are dropped."""
     copy: Tensor | None
-    """The part of `compute` that master is rounded into; None where the model reads master itself."""
+    """Buffer into which the optimizer rounds `master`; None where the model reads the master weights themselves."""
     arrived: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Gradients of this micro-batch that are not in `grad` yet."""
+    """Gradients of this micro-batch that are not yet added to `grad`, by parameter."""
     started: set[str] = field(default_factory=set, repr=False)
-    """Parameters that have had a gradient in this step."""
+    """Parameters that have had a gradient in this step: the first gradient overwrites `grad`, later ones add."""
     full: bool = False
     """Whether every parameter has had its gradient in this micro-batch."""
     reduction: Pending | None = field(default=None, repr=False)
+    """The reduction of `grad` that is in progress."""
 
 
 class Layout(NamedTuple):
-    """What is to become a bucket."""
+    """The plan of a bucket, before its buffers exist."""
 
     parameters: dict[str, nn.Parameter]
-    decayed: bool
+    group: BucketGroup
     offsets: list[int]
+    """First element of each parameter."""
     numel: int
+    """Elements of the bucket with all gaps."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in its bucket."""
+    """The position of a parameter in its bucket."""
 
     bucket: Bucket
     offset: int
     shape: torch.Size
 
     def view(self, flat: Tensor) -> Tensor:
+        """Returns the parameter's elements of a flat buffer of the whole bucket, in the parameter's shape."""
         return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
 
 def gradient_of(bucket: Bucket) -> Tensor:
-    """What the optimizer takes, once it is reduced."""
+    """Returns the reduced gradient of a bucket, as the optimizer reads it."""
     assert bucket.master.grad is not None
     return bucket.master.grad
 
 
 def gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
-    """What lies between the parameters of a bucket, and after the last one."""
+    """Yields the ranges `(begin, end)` of a bucket of `numel` elements that belong to no parameter."""
     at = 0
     for place in sorted(places, key=lambda place: place.offset):
         if place.offset > at:
@@ -92,23 +152,44 @@ def gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
 
 
 def by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Names in the order in which backward reaches them (last layer first), in runs of about `numel` elements."""
-    return runs([[name] for name in reversed(parameters)], parameters, numel)
+    """Splits parameters into buckets of about `numel` elements.
+
+    The order is that in which backward produces gradients: the last layer first. So the first bucket is full early in
+    backward, and its reduction overlaps with the rest. A bucket is closed where the group changes.
+
+    Args:
+        parameters: by name, in the order of the model.
+        numel: elements at which a bucket is closed.
+
+    Yields:
+        The names of each bucket.
+    """
+    for _, names in itertools.groupby(reversed(parameters), key=lambda name: group_of(name, parameters[name])):
+        yield from join_units([[name] for name in names], parameters, numel)
 
 
-def runs(groups: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Groups of names joined until together they have `numel` elements; one that has them stays by itself.
+def join_units(units: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
+    """Joins consecutive units until together they have `numel` elements.
 
-    So the embedding, the last to have its gradient, has nobody else's reduced after backward has ended.
+    A unit that has `numel` elements by itself is not joined with others. So the embedding, whose gradient comes last,
+    does not delay the reduction of other parameters until the end of backward.
+
+    Args:
+        units: names of parameters that stay together.
+        parameters: by name.
+        numel: elements at which a bucket is closed.
+
+    Yields:
+        The names of each bucket.
     """
     names: list[str] = []
     size = 0
-    for group in groups:
-        more = sum(parameters[name].numel() for name in group)
-        if names and more >= numel:
+    for unit in units:
+        unit_numel = sum(parameters[name].numel() for name in unit)
+        if names and unit_numel >= numel:
             yield names
             names, size = [], 0
-        names, size = names + group, size + more
+        names, size = names + unit, size + unit_numel
         if size >= numel:
             yield names
             names, size = [], 0

@@ -1,6 +1,10 @@
-"""What a strategy asks the processes for: sums, shares of sums, and gathered shares of flat buffers.
+"""Collectives on flat buffers: all-reduce, reduce-scatter and all-gather.
 
-`Collectives` has PyTorch's process group do it: NCCL or gloo. `gptperf.distributed.copy_engine` has the same interface.
+`Collectives` uses PyTorch's process group: NCCL or gloo. `gptperf.distributed.copy_engine` has the same interface.
+
+A shard of a buffer is one of `world_size` equal parts: rank r of n has the elements [r, r + 1) * numel / n. A
+collective only starts when it is called; its buffers must not be touched until the current stream has waited for the
+`Pending` that the call returns. Every rank must make the same calls in the same order.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -11,20 +15,20 @@ from torch import Tensor
 
 __all__ = ["Collectives", "Pending"]
 
-# The names of PyTorch 2.13; before, the others.
+# The first name is that of PyTorch 2.13 and later, the second one that of earlier versions.
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Pending(Protocol):
-    """What has begun and may not have ended."""
+    """A collective in progress."""
 
     def wait(self) -> object:
-        """Let the current stream wait until the results are there."""
+        """Makes the current stream wait for the result. On a GPU the host does not wait."""
 
 
 class _Sum(NamedTuple):
-    """A sum that is on its way in buffers of its own."""
+    """A reduction in progress. It keeps its buffers alive until it is waited for."""
 
     work: dist.Work
     source: Tensor
@@ -34,6 +38,7 @@ class _Sum(NamedTuple):
 
     def wait(self) -> None:
         self.work.wait()
+        # In the stream that waits, so after the reduction and before whatever reads the target.
         if self.add:
             self.target.add_(self.received)
         elif self.target is not self.received:
@@ -41,28 +46,25 @@ class _Sum(NamedTuple):
 
 
 class Collectives:
-    """Over the default process group.
-
-    Every process makes the same calls in the same order. A call begins; until the stream has waited for what it
-    returns, its buffers are not to be touched. Process r of n has the elements [r, r + 1) * numel / n of a buffer.
+    """Collectives of the default process group.
 
     Args:
-        world_size: processes.
-        rank: of this one.
-        device: of the buffers.
-        reduce_dtype: in which gradients travel and are added up.
-        reason: why it is not copy engines that move them, where that was not asked for.
+        world_size: number of ranks.
+        rank: this rank.
+        device: device of the buffers.
+        reduce_dtype: dtype in which gradients travel and are added up.
+        reason: why copy engines do not move the data, if the process group was not asked for.
     """
 
     name = "process_group"
     in_flight = 1
-    """Sums of borrowed buffers that may be on their way while the next one is prepared."""
+    """Reductions of borrowed buffers that may be in progress while the next buffer is filled."""
     widens = False
-    """Whether gradients of 16 bits are added up in float32 as they are, so that they need not be widened before."""
+    """Whether reductions add up 16-bit gradients in float32, so that they can travel in 16 bits."""
     buffer_bytes = 0
-    """Held for communication alone."""
+    """Bytes of buffers that are used for communication alone."""
     uncounted_bytes = 0
-    """Of GPU memory in its buffers, that PyTorch's account of allocated memory does not have."""
+    """Bytes of GPU memory that PyTorch does not count as allocated."""
 
     def __init__(
         self,
@@ -77,32 +79,38 @@ class Collectives:
         self.reason = reason
 
     def reserve(self, numel: dict[torch.dtype, int], borrowed: int, borrowed_dtype: torch.dtype) -> None:
-        """Say what will be asked of `zeros`, by dtype, and what of `borrow` at most."""
+        """Registers the buffers that later collectives use. Collective: every rank must call it, once.
+
+        Args:
+            numel: elements of all buffers that `zeros` will return, by dtype.
+            borrowed: elements of the largest buffer that `borrow` will return; 0: none.
+            borrowed_dtype: dtype of the buffers of `borrow`.
+        """
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer for the calls below, for good."""
+        """Returns a flat buffer of zeros for the collectives below, which lasts for the whole run."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer for the one sum that comes next."""
+        """Returns a flat buffer for the next reduction alone, with any contents."""
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which gradients of a dtype are to be borrowed for."""
+        """Returns the dtype in which to fill a borrowed buffer with gradients of `dtype`."""
         return self.reduce_dtype
 
     def own(self, flat: Tensor, rank: int | None = None) -> Tensor:
-        """A process's share of a buffer; default: of this one."""
+        """Returns the shard of a rank of a buffer, as a view. Default: this rank."""
         numel = flat.numel() // self.world_size
         rank = self.rank if rank is None else rank
         return flat[rank * numel : (rank + 1) * numel]
 
     def all_reduce(self, flat: Tensor, source: Tensor | None = None) -> Pending:
-        """Sum a buffer over the processes, in place.
+        """Starts to sum a buffer over the ranks.
 
         Args:
-            flat: of `zeros`.
-            source: of `borrow`, to be summed instead into `flat`, which is float32; only where `widens`.
+            flat: buffer of `zeros`, which gets the sum.
+            source: buffer of `borrow` that is summed instead of `flat`; `flat` is then float32. Only if `widens`.
         """
         assert source is None
         if flat.dtype == self.reduce_dtype:
@@ -111,12 +119,12 @@ class Collectives:
         return _Sum(dist.all_reduce(wire, async_op=True), wire, wire, flat, add=False)
 
     def reduce_scatter(self, own: Tensor, whole: Tensor, *, add: bool = False) -> Pending:
-        """Sum a buffer over the processes, each its share.
+        """Starts to sum a buffer over the ranks; each rank gets its shard of the sum.
 
         Args:
-            own: float32, for the sum of this process's share; it may be that share.
-            whole: of `zeros` or `borrow`.
-            add: to what is there, instead of writing over it.
+            own: `(numel / n,)` float32, gets the sum. It may be the shard of this rank in `whole`.
+            whole: `(numel,)`, buffer of `zeros` or `borrow`.
+            add: add the sum to `own`, instead of overwriting it.
         """
         source = whole.to(self.reduce_dtype)
         straight = not add and source.dtype == own.dtype
@@ -124,17 +132,17 @@ class Collectives:
         return _Sum(_reduce_scatter(received, source, async_op=True), source, received, own, add)
 
     def all_gather(self, whole: Tensor, own: Tensor) -> Pending:
-        """Gather the shares of all processes.
+        """Starts to gather the shards of all ranks.
 
         Args:
-            whole: for all of them.
-            own: this process's, of `zeros` or part of what `zeros` gave; it may be the share in `whole`. `written` is
-                called between a change of it and this.
+            whole: `(numel,)`, gets all shards.
+            own: `(numel / n,)`, the shard of this rank: a buffer of `zeros` or a part of one. It may be the shard in
+                `whole`. After it is written, `written` must be called before this.
         """
         return _all_gather(whole, own, async_op=True)
 
     def written(self) -> None:
-        """Let the gathers that follow read what every process has written to its shares."""
+        """Lets later gathers read what the current streams of all ranks have written to their shards so far."""
 
     def finish(self) -> None:
-        """Let the current stream wait until no process reads a buffer of this one any more."""
+        """Makes the current stream wait until no rank reads a buffer of this one, which may then be overwritten."""

@@ -1,9 +1,24 @@
-"""Sums and gathers between the GPUs of one host by their copy engines, which leave the multiprocessors to the model.
+"""Collectives between the GPUs of one host by their copy engines, which leave the multiprocessors to the model.
 
-NCCL's kernels move data with the multiprocessors, which the matrix products beside them then lack. Here every
-process pulls what it needs from the memory of the others, which all have mapped; of a sum it pulls its share of each
-and adds them up in the order of the ranks, in float32, in one pass. Between two barriers of the processes, enqueued
-like everything else, nobody writes what another one reads.
+NCCL's kernels move data with multiprocessors, which the matrix products that run at the same time then lack. Here every
+rank has mapped the memory of all others (`gptperf.distributed.peer_memory`) and pulls what it needs by copy engine. For
+a sum it pulls its shard of every rank's buffer and adds the shards up in the order of the ranks, in float32, in one
+pass: the only kernel, and the same bits on every rank.
+
+Streams. Reductions run on one stream, gathers on another, each in the order of the calls. Both begin after what the
+current stream has enqueued, and the current stream waits for an event (`_Mark`).
+
+Barriers. A rank pulls from memory that another rank writes, so writing and reading must be kept apart. A barrier is
+enqueued on a stream; the stream goes on when the same stream of every rank has come to it. The host never waits.
+
+    buffer                 written by its own rank                 barrier      pulled by the others
+    gradient, borrowed     backward, `_fill`                       `_sum`       `_sum`
+    sum in `all_reduce`    `_sum`, each rank its shard             `all_reduce` `all_reduce`, the other shards
+    copy of the weights    the optimizer                           `written`    `all_gather`
+
+And before a rank writes again, all others must have finished to pull: for gradients and copies that is the barrier in
+`finish`, which comes before the optimizer and before the next backward. For a borrowed buffer it is the next barrier of
+the reducing stream, whichever call makes it: `_Slot.read` marks it, and `borrow` waits for the mark.
 """
 
 import contextlib
@@ -26,26 +41,26 @@ __all__ = ["CopyEngine", "open_collectives"]
 
 _REDUCING, _GATHERING = range(CHANNELS)
 _SLOTS = 3
-"""Borrowed buffers: one is filled while two are read, so that no process waits for one that is a unit behind."""
+"""Number of borrowed buffers: one is filled while two are read, so that no rank waits for one that is a unit behind."""
 
 
 def open_collectives(process: Process, communication: str, reduce_dtype: torch.dtype) -> Collectives:
-    """How the processes of a job talk to each other; every one of them has to ask.
+    """Returns the collectives between the ranks of a job. Collective: every rank must call it.
 
     Args:
-        process: this one.
-        communication: "auto", "process_group" or "copy_engine".
-        reduce_dtype: in which gradients travel.
+        process: this rank.
+        communication: "auto", "process_group" or "copy_engine". "auto" is copy engines if they work here.
+        reduce_dtype: dtype in which gradients travel by process group.
 
     Raises:
-        DeviceError: copy engines were asked for and cannot be used here.
+        DeviceError: copy engines were asked for and do not work here.
     """
     where = process.world_size, process.rank, process.device, reduce_dtype
     if process.world_size == 1 or communication == "process_group":
         return Collectives(*where)
     proven: list[CopyEngine] = []
     trial = _Trial(process, reduce_dtype)
-    # Together: where one process cannot do one of them, none of the others begins the next and waits for it.
+    # All ranks agree after each attempt: if one fails on one rank, no other rank begins the next one and waits for it.
     for attempt in (lambda: _check(process), trial.allocate, trial.share, lambda: proven.append(trial.run())):
         found = process.merged(_failure(attempt))
         if found and communication == "copy_engine":
@@ -56,16 +71,17 @@ def open_collectives(process: Process, communication: str, reduce_dtype: torch.d
 
 
 def _failure(attempt: Callable[[], object]) -> dict[str, str]:
+    """Runs an attempt. Returns why it failed under "missing", or nothing if it succeeded."""
     try:
         attempt()
-    # PyTorch's interface may change, a driver may lack functions, a machine what Triton compiles with.
+    # PyTorch's interface may change, the driver may lack functions, the machine the compiler that Triton needs.
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, OSError, CalledProcessError) as error:
         return {"missing": f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("RuntimeError: ")}
     return {}
 
 
 class _Trial:
-    """The way to copy engines in steps that can each fail in one process alone."""
+    """The setup of copy engines and a test of them, in steps each of which can fail on one rank alone."""
 
     _NUMEL = 1 << 16
 
@@ -74,22 +90,22 @@ class _Trial:
         self.region = torch.empty(0)
 
     def allocate(self) -> None:
-        """What can be had without the others."""
+        """Allocates memory and compiles the kernel: what a rank can do without the others."""
         self.memory = SymmetricMemory(self.process)
         self.sum_shares = importlib.import_module("gptperf.kernels.sum_shares").sum_shares
         self.region = self.memory.allocate(self._NUMEL, torch.float32)
         x = torch.zeros(64, device=self.process.device)
-        self.sum_shares(x, x, torch.zeros(1, 64, device=self.process.device), 0, True)  # it compiles
+        self.sum_shares(x, x, torch.zeros(1, 64, device=self.process.device), 0, True)  # compiles it
 
     def share(self) -> None:
-        """Map the others' memory."""
+        """Maps the memory of the other ranks."""
         self.memory.share(self.region)
 
     def run(self) -> "CopyEngine":
-        """Sum and gather what is known.
+        """Makes the collectives, and runs reductions whose results are known.
 
         Raises:
-            RuntimeError: the result is wrong.
+            RuntimeError: a result is wrong.
         """
         n, rank, device = self.process.world_size, self.process.rank, self.process.device
         engine = CopyEngine(n, rank, device, self.reduce_dtype, self.memory, self.sum_shares)
@@ -109,10 +125,10 @@ class _Trial:
 
 
 def _check(process: Process) -> None:
-    """See that this process has what copy engines need.
+    """Checks that this rank has what copy engines need.
 
     Raises:
-        RuntimeError: it lacks something.
+        RuntimeError: something is missing.
     """
     if process.device.type != "cuda":
         raise RuntimeError("there is no GPU")
@@ -127,15 +143,15 @@ def _check(process: Process) -> None:
 
 
 class _Lane:
-    """A stream for one kind of communication; on a CPU all is done at once."""
+    """A stream for one kind of communication. On a CPU there are no streams, and everything runs when it is called."""
 
     def __init__(self, device: torch.device):
-        # Of high priority: a sum has to find a place among the programs of a matrix product.
+        # High priority: the kernel of a sum must get multiprocessors while a matrix product has blocks waiting.
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
-        """In the body this is the current stream, after what has been enqueued so far."""
+        """Makes this the current stream in the body, after all that the current stream has enqueued so far."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -143,22 +159,23 @@ class _Lane:
 
     @staticmethod
     def pull(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copy (target, source), one after the other: side by side takes 1.3 to 1.6 times as long on H200s."""
+        """Copies (target, source) pairs one by one: in parallel they take 1.3 to 1.6 times as long on H200s."""
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
 
     def mark(self) -> "_Mark":
-        """What has been enqueued so far."""
+        """Returns an event after what this stream has enqueued so far."""
         return _Mark(self.stream)
 
 
 class _Mark:
-    """A place in a stream."""
+    """An event: a position in a stream, for which another stream can wait."""
 
     def __init__(self, stream: torch.cuda.Stream | None):
         self._event = None if stream is None else stream.record_event()
 
     def wait(self) -> None:
+        """Makes the current stream wait for the event."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
@@ -169,17 +186,17 @@ class _Slot:
 
     memory: Tensor
     read: _Mark | None = None
-    """After which every process has read it."""
+    """Event after which every rank has read it; None if no reduction has used it yet."""
 
 
 class CopyEngine(Collectives):
-    """`Collectives` by pulling. What does not lie in `zeros` or `borrow` goes through the process group.
+    """`Collectives` by pulling. Buffers that are not of `zeros` or `borrow` go through the process group.
 
     Gradients travel in their own dtype and are added up in float32, whatever `reduce_dtype` is.
 
     Args:
-        world_size, rank, device, reduce_dtype: as there.
-        memory: that the processes share.
+        world_size, rank, device, reduce_dtype: see `Collectives`.
+        memory: memory that all ranks have mapped.
         sum_shares: `gptperf.kernels.sum_shares.sum_shares` or its reference.
     """
 
@@ -198,12 +215,12 @@ class CopyEngine(Collectives):
     ):
         super().__init__(world_size, rank, device, reduce_dtype)
         self.memory, self.sum_shares = memory, sum_shares
-        # Each begins with another peer, so that no GPU serves all others at once.
+        # Each rank begins with the next one after it, so that no GPU serves all others at once.
         self.others = [(rank + i) % world_size for i in range(1, world_size)]
         self._reducing, self._gathering = _Lane(device), _Lane(device)
-        self._free: dict[torch.dtype, Tensor] = {}
-        self._slots: list[_Slot] = []
-        self._being_read: list[_Slot] = []
+        self._free: dict[torch.dtype, Tensor] = {}  # reserved memory that `zeros` has not returned yet
+        self._slots: list[_Slot] = []  # the last one is that borrowed last
+        self._being_read: list[_Slot] = []  # reduced since the last barrier of the reducing stream
         self._pulled = torch.empty(0, device=device)
 
     @property
@@ -224,11 +241,11 @@ class CopyEngine(Collectives):
         return free[:numel]
 
     def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
-        self._slots.append(slot := self._slots.pop(0))
+        self._slots.append(slot := self._slots.pop(0))  # the one that was borrowed longest ago
         assert slot not in self._being_read, "borrowed again before it was summed"
         assert slot.memory.dtype == dtype
         if slot.read is not None:
-            slot.read.wait()
+            slot.read.wait()  # the caller fills it on the current stream, after every rank has pulled its old contents
         return slot.memory[:numel]
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -240,7 +257,7 @@ class CopyEngine(Collectives):
         own = self.own(flat)
         with self._reducing.after_current():
             self._sum(own, flat if source is None else source, add=False)
-            self._barrier()
+            self._barrier()  # every rank has written the sum of its shard to `flat`
             shares = [self.own(flat, rank) for rank in self.others]
             self._reducing.pull((x, self.memory.peer(x, rank)) for rank, x in zip(self.others, shares, strict=True))
         return self._reducing.mark()
@@ -253,24 +270,28 @@ class CopyEngine(Collectives):
         return self._reducing.mark()
 
     def _sum(self, out: Tensor, whole: Tensor, *, add: bool) -> None:
-        """Add up this process's share of what all have."""
-        self._barrier()
+        """Adds up this rank's shard of the buffers of all ranks, on the current stream, which is the reducing one."""
+        self._barrier()  # every rank has filled its buffer: its reducing stream waits for its current stream
         if self._slots and whole.data_ptr() == self._slots[-1].memory.data_ptr():
             self._being_read.append(self._slots[-1])
         own, numel = self.own(whole), out.numel()
+        # Row i has the shard of the i-th of the other ranks, whatever the order of the pulls.
         pulled = self._room((self.world_size - 1) * numel, whole.dtype).view(-1, numel)
         self._reducing.pull((pulled[rank - (rank > self.rank)], self.memory.peer(own, rank)) for rank in self.others)
         self.sum_shares(out, own, pulled, self.rank, add)
 
     def _room(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory for what is pulled, of the reducing stream."""
+        """Returns memory for the pulled shards. Allocated on the reducing stream, where all uses follow each other."""
         if self._pulled.nbytes < numel * dtype.itemsize:
             self.buffer_bytes += numel * dtype.itemsize - self._pulled.nbytes
             self._pulled = torch.empty(numel * dtype.itemsize, dtype=torch.uint8, device=self.device)
         return self._pulled[: numel * dtype.itemsize].view(dtype)
 
     def _barrier(self) -> None:
-        """Of the reducing stream: after it every process has read what it pulled before."""
+        """Enqueues a barrier on the reducing stream: after it every rank has read what it pulled before it.
+
+        Pulls and barriers of a rank are on the same stream, so a rank comes to the barrier after its earlier pulls.
+        """
         self.memory.barrier(_REDUCING)
         for slot in self._being_read:
             slot.read = self._reducing.mark()
@@ -280,7 +301,7 @@ class CopyEngine(Collectives):
         if not self.memory.holds(own):
             return super().all_gather(whole, own)
         here = self.own(whole)
-        inside = here.data_ptr() == own.data_ptr()
+        inside = here.data_ptr() == own.data_ptr()  # then each rank pulls from `whole`, which all have mapped
         with self._gathering.after_current():
             if not inside:
                 here.copy_(own, non_blocking=True)
@@ -291,11 +312,15 @@ class CopyEngine(Collectives):
         return self._gathering.mark()
 
     def written(self) -> None:
+        # The gathering stream of each rank waits for its current stream, on which the optimizer has written the shard,
+        # and then for that of all other ranks.
         with self._gathering.after_current():
             self.memory.barrier(_GATHERING)
 
     def finish(self) -> None:
         with self._reducing.after_current():
+            # The gathers of this rank come first, so the barrier says of each rank that it has done its pulls on both
+            # streams.
             if self._gathering.stream is not None:
                 self._gathering.mark().wait()
             self._barrier()

@@ -1,6 +1,7 @@
-"""Memory of every process that the GPUs of all can read, and how their streams wait for each other.
+"""GPU memory that every rank of a host can read, and barriers between the streams of its GPUs.
 
-Through `torch.distributed._symmetric_memory` and the driver. `gptperf.distributed.copy_engine` moves data with it.
+The memory is PyTorch's symmetric memory, the barriers are memory operations of the CUDA driver.
+`gptperf.distributed.copy_engine` moves data with both.
 """
 
 import contextlib
@@ -20,41 +21,41 @@ from gptperf.distributed.process import Process
 __all__ = ["CHANNELS", "PeerMemory", "SymmetricMemory"]
 
 CHANNELS = 2
-"""Of barriers: those of one do not wait for those of another."""
-_DEVICEMAP = 2  # of cuMemHostRegister
+"""Number of independent barriers: streams that wait in one channel do not wait for those of another."""
+_DEVICEMAP = 2  # flag of cuMemHostRegister: the GPU can write and read the memory
 
 
 class PeerMemory(Protocol):
-    """Memory that every process can read."""
+    """Memory that every rank can read. A region is allocated by all ranks at the same time, with the same size."""
 
     uncounted_bytes: int
-    """Of GPU memory, that PyTorch's account of allocated memory does not have."""
+    """Bytes of GPU memory that PyTorch does not count as allocated."""
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A region; every process asks for the same one."""
+        """Returns a new region of zeros. Collective: every rank must call it with the same arguments."""
 
     def holds(self, flat: Tensor) -> bool:
-        """Whether a buffer lies in a region."""
+        """Whether a buffer lies in a region of this rank."""
 
     def peer(self, flat: Tensor, rank: int) -> Tensor:
-        """What lies in the same place of another process's memory."""
+        """Returns the buffer at the same place in the memory of another rank."""
 
     def barrier(self, channel: int) -> None:
-        """Let the current stream wait for that of every process."""
+        """Makes the current stream wait until that of every rank has come to the same barrier of the channel."""
 
 
 class SymmetricMemory:
-    """Of the GPUs of one host, through PyTorch (`torch.distributed._symmetric_memory`).
+    """`PeerMemory` of the GPUs of one host, through `torch.distributed._symmetric_memory`.
 
     Args:
-        process: this one.
+        process: this rank.
 
     Raises:
-        RuntimeError: the driver cannot do what is needed.
+        RuntimeError: the driver does not support the barriers.
     """
 
     def __init__(self, process: Process):
-        # Not used here, and a mapping that some hosts do not survive.
+        # Multicast mappings are not used here, and some hosts do not survive them.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.process = process
         self.uncounted_bytes = 0
@@ -62,9 +63,9 @@ class SymmetricMemory:
         self._flags = _Flags(process)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory of zeros that can become a region."""
+        """Returns memory of zeros that `share` makes a region. Not a collective."""
         symmetric = importlib.import_module("torch.distributed._symmetric_memory")
-        torch.cuda.empty_cache()  # what PyTorch keeps for itself is not to be had here
+        torch.cuda.empty_cache()  # the memory comes from the driver, which has none of what PyTorch caches
         before = torch.cuda.memory_allocated(self.process.device)
         region = symmetric.empty(numel, dtype=dtype, device=self.process.device)
         counted = torch.cuda.memory_allocated(self.process.device) - before
@@ -72,22 +73,23 @@ class SymmetricMemory:
         return region.zero_()
 
     def share(self, region: Tensor) -> None:
-        """Make it one; every process has to."""
+        """Makes allocated memory a region: maps that of all ranks. Collective: every rank must call it."""
         symmetric = importlib.import_module("torch.distributed._symmetric_memory")
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # the zeros are written before another rank can read the memory
         self._regions.append((region, symmetric.rendezvous(region, dist.group.WORLD)))
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         region = self.allocate(numel, dtype)
-        self.share(region)  # which is zero everywhere, before any process has mapped it
+        self.share(region)
         return region
 
     def forget(self) -> None:
-        """Give all regions back."""
+        """Frees all regions."""
         self._regions.clear()
         self.uncounted_bytes = 0
 
     def _find(self, flat: Tensor) -> tuple[int, Any] | None:
+        """Returns where a buffer lies: the index of its first element in a region, and the region's handle."""
         for region, handle in self._regions:
             offset = flat.data_ptr() - region.data_ptr()
             if 0 <= offset < region.nbytes:
@@ -99,7 +101,7 @@ class SymmetricMemory:
 
     def peer(self, flat: Tensor, rank: int) -> Tensor:
         found = self._find(flat)
-        assert found is not None, "not in memory that the others can read"
+        assert found is not None, "the buffer is not in memory that other ranks can read"
         offset, handle = found
         return handle.get_buffer(rank, flat.shape, flat.dtype, offset)
 
@@ -108,25 +110,26 @@ class SymmetricMemory:
 
 
 class _Flags:
-    """Counters by which streams of several GPUs wait for each other, without a kernel.
+    """Barriers between streams of several GPUs, by counters in host memory and without a kernel.
 
-    PyTorch's own barrier is a kernel that spins, on a multiprocessor, until the last process comes. The driver has the
-    stream itself write to memory, and wait until memory has a value: of the host, since another GPU's it refuses.
+    PyTorch's own barrier is a kernel that spins on a multiprocessor until the last rank comes. Here the stream itself
+    writes its counter, and waits until the counters of the other ranks have the same value (cuStreamWriteValue32,
+    cuStreamWaitValue32). The counters are in memory of the host, since the driver refuses that of another GPU.
 
     Args:
-        process: this one.
+        process: this rank.
 
     Raises:
         RuntimeError: the driver refuses.
-        OSError: no memory that processes share.
+        OSError: there is no memory that processes share.
     """
 
-    _SPACING = 32  # int32 between two counters: a cache line each
+    _SPACING = 32  # int32 between two counters, so that each has a cache line of its own
 
     def __init__(self, process: Process):
         self.process, self._counts = process, [0] * CHANNELS
         nbytes = 4 * self._SPACING * CHANNELS * process.world_size
-        file, path = -1, ""  # which nobody can map, if there is no memory
+        file, path = -1, ""  # a path that no rank can map, if the main process gets no memory
         with contextlib.suppress(OSError):
             if process.is_main:
                 file = os.memfd_create("gptperf")
@@ -134,7 +137,7 @@ class _Flags:
                 path = f"/proc/{os.getpid()}/fd/{file}"
         self._counters = torch.from_file(process.from_main(path), shared=True, size=nbytes, dtype=torch.uint8)
         self._at = self._counters.data_ptr()
-        # Through the driver: the runtime would keep an error for the next launch to find.
+        # By the driver's functions: after an error of the runtime's, the next kernel launch would raise it again.
         driver = ctypes.CDLL("libcuda.so.1")
         self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
         for function in (self._write, self._wait):
@@ -143,31 +146,35 @@ class _Flags:
         register.argtypes, unregister.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint], [ctypes.c_void_p]
         _check_code("mapping of host memory", register(self._at, nbytes, _DEVICEMAP))
         weakref.finalize(self, _unmap, self._counters, unregister, file).atexit = False
+        # A write and a wait that is fulfilled already: a driver that lacks them refuses now.
         self._enqueue(self._write, 0, process.rank, 0)
         self._enqueue(self._wait, 0, process.rank, 0)
         torch.cuda.synchronize()
 
     def arrive(self, channel: int) -> None:
-        """Tell the others, and let the current stream wait for all of them."""
+        """Enqueues a barrier on the current stream. Every rank counts its barriers, so all write the same value."""
         self._counts[channel] = count = (self._counts[channel] + 1) % (1 << 32)
-        self._enqueue(self._write, channel, self.process.rank, count)  # after all that the stream has done before
+        self._enqueue(self._write, channel, self.process.rank, count)  # after all that is enqueued before
         for rank in range(self.process.world_size):
             if rank != self.process.rank:
                 self._enqueue(self._wait, channel, rank, count)  # for that or more, modulo 2^32
 
     def _enqueue(self, function: Any, channel: int, rank: int, count: int) -> None:
+        """Enqueues a write of a count to the counter of a rank, or a wait for it."""
         at = self._at + 4 * self._SPACING * (channel * self.process.world_size + rank)
         code = function(torch.cuda.current_stream().cuda_stream, at, count, 0)
         _check_code("stream memory operations", code)
 
 
 def _check_code(what: str, code: int) -> None:
+    """Raises a RuntimeError if a function of the driver has failed."""
     if code:
         raise RuntimeError(f"the driver's {what}: error {code}")
 
 
 def _unmap(counters: Tensor, unregister: Callable[[int], int], file: int) -> None:
-    torch.cuda.synchronize()  # no stream waits there any more
+    """Frees the counters. Takes the tensor, so that its memory is mapped until then."""
+    torch.cuda.synchronize()  # no stream waits for a counter any more
     unregister(counters.data_ptr())
     if file >= 0:
         os.close(file)

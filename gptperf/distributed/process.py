@@ -1,4 +1,4 @@
-"""The processes of a job: how they find each other, and what they decide together."""
+"""The ranks of a job: how they find each other, and what they decide together."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,27 +9,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptperf.distributed.watchdog import Progress, Watchdog
+from gptperf.distributed.progress import Progress
+from gptperf.distributed.watchdog import Watchdog
 from gptperf.errors import DeviceError, PeerError
 
 __all__ = ["Process", "start_process"]
 
-_MARGIN_S = 30.0  # that the backend's own limit of a collective comes after the watchdog's
+_MARGIN_S = 30.0  # by which the backend's own limit of a collective is later than the watchdog's, which names the rank
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the job."""
+    """One rank of a job, and what it decides with the others.
+
+    All methods but `close` and `watchdog` are collectives: every rank must call them, in the same order. For a single
+    process they return at once.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None
-    """Of several processes: for decisions, on the CPU, so that they do not wait for the GPU."""
+    """Group for decisions, on the CPU, so that they do not wait for the GPU; None for a single process."""
     save_group: dist.ProcessGroup | None = None
-    """The same for a thread that saves while others decide."""
+    """Group for the thread that saves: its collectives must not mix with those of the main thread."""
     progress: Progress = field(default_factory=Progress, compare=False)
-    """Where the main thread is, for the watchdog."""
+    """Position of the main thread, for the watchdog."""
     timeout_s: float = 600.0
     """Limit of one collective."""
 
@@ -39,13 +44,13 @@ class Process:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Waits for every rank."""
         if self.world_size > 1:
             with self.progress.collective("barrier"):
                 dist.barrier()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the processes; of several, on the CPU, so that what waits for it waits here."""
+        """Returns the mean of a tensor over the ranks. Of several ranks, on the CPU: the wait is inside `progress`."""
         if self.world_size == 1:
             return value
         with self.progress.collective("all_reduce"):
@@ -53,11 +58,11 @@ class Process:
             return (value / self.world_size).cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says yes; every process has to ask."""
+        """Whether the flag is set on any rank."""
         return bool(self.highest(int(flag)))
 
     def highest(self, value: int) -> int:
-        """The largest value of all processes; every process has to ask."""
+        """Returns the largest value of all ranks."""
         if self.world_size == 1:
             return value
         found = torch.tensor(value)
@@ -66,7 +71,7 @@ class Process:
         return int(found)
 
     def merged(self, found: dict[str, str]) -> dict[str, str]:
-        """What any process found, the first one's word for each key; every process has to ask."""
+        """Returns the union of what all ranks found; for a key that several have, the value of the lowest rank."""
         if self.world_size == 1:
             return found
         every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
@@ -75,7 +80,7 @@ class Process:
         return {key: text for one in reversed(every) for key, text in one.items()}
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; every process has to ask."""
+        """Returns the value of every rank, in rank order."""
         if self.world_size == 1:
             return [value]
         every: list[Any] = [None] * self.world_size
@@ -84,7 +89,7 @@ class Process:
         return every
 
     def exchange(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; each has to ask, and only those that save together do."""
+        """Returns the value of every rank, in rank order. For the threads that save."""
         if self.world_size == 1:
             return [value]
         every: list[Any] = [None] * self.world_size
@@ -92,7 +97,7 @@ class Process:
         return every
 
     def from_main(self, text: str) -> str:
-        """The text that the main process has; every process has to ask."""
+        """Returns the text of the main process."""
         if self.world_size == 1:
             return text
         box = [text]
@@ -101,30 +106,31 @@ class Process:
         return box[0]
 
     def watchdog(self, out_dir: str, *, debug: bool = False) -> Watchdog:
-        """What ends this process when another one of the job is gone."""
+        """Returns the context that ends this process when another one of the job is gone."""
         return Watchdog(
             self.rank, self.world_size, self.progress, timeout_s=self.timeout_s, out_dir=out_dir, debug=debug
         )
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leaves the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
 
 def start_process(device: str, timeout_s: float = 600.0) -> Process:
-    """Join the processes that torchrun started, or be the only one.
+    """Joins the job that torchrun started, or makes a job of this process alone.
 
     Args:
         device: "auto", "cuda" or "cpu".
         timeout_s: limit of one collective.
 
     Raises:
-        PeerError: the other processes did not come.
-        DeviceError: "cuda" asked for by name on a machine without a usable GPU, fewer GPUs than processes on this host,
-            or a WORLD_SIZE without the other variables that torchrun sets.
+        PeerError: the other ranks did not join in time.
+        DeviceError: "cuda" was asked for on a machine without a usable GPU, this host has fewer GPUs than processes, or
+            WORLD_SIZE is set without the other variables that torchrun sets.
     """
-    # Of streams that share a connection one that waits for other GPUs holds up the rest; there are 8 by default.
+    # Streams share hardware connections, 8 by default. A stream that waits for other GPUs holds up those that share its
+    # connection.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")

@@ -1,8 +1,17 @@
-"""Who holds which weights and gradients: everything in every process, or each its share.
+"""Data parallelism (DDP), and the interface of every parallel strategy.
 
 Under every strategy the master weights, the gradients and the optimizer states are float32, in flat buckets; the model
-computes with a copy in the compute dtype. Every strategy has the interface of `Replicated`; the training step and the
-checkpoint do not know which one they talk to. The sharded ones are in `gptperf.distributed.zero1` and `fsdp`.
+computes with a copy in the compute dtype. `Replicated` keeps all of them on every rank. `gptperf.distributed.zero1` and
+`gptperf.distributed.fsdp` override what they shard. Training step and checkpoint use this interface and do not know the
+strategy.
+
+One step, as `train_step` drives it:
+
+    start_step
+    start_micro_batch(last), forward, backward     for each micro-batch; backward calls `_arrive` for each parameter
+    finish_gradients                               the reduced gradients are in `bucket.master.grad`
+    gradient_norm, the optimizer's step            writes `bucket.master` and `bucket.copy`
+    finish_step                                    the other ranks get what the optimizer wrote
 """
 
 import weakref
@@ -14,29 +23,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptperf.distributed.buckets import ALIGN, BUCKET_NUMEL, Bucket, Layout, Piece, Place, by_size, gaps
+from gptperf.distributed.buckets import (
+    ALIGN,
+    BUCKET_NUMEL,
+    Bucket,
+    BucketGroup,
+    Layout,
+    Piece,
+    Place,
+    by_size,
+    gaps,
+    group_of,
+)
 from gptperf.distributed.collectives import Collectives
 
 __all__ = ["Replicated"]
 
 
 class Replicated:
-    """Every process holds all weights: one process, or data parallelism (DDP).
+    """All weights on every rank: a single process, or data parallelism (DDP).
 
     The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm
-    weights, biases) stay float32 and are read as they are. As backward produces a gradient, it is added to the float32
-    bucket and dropped; in the last micro-batch a full bucket is summed over the processes while backward goes on
-    (compiled as one graph, backward hands over all gradients at its end, and there is nothing left to overlap with).
-    With `single` the bucket's gradient travels as it came, and the float32 bucket takes the sum.
-    A frozen parameter stays as it is.
+    weights, biases) stay float32 and are read as they are. When backward produces a gradient, it is added to the
+    float32 gradient of the bucket and dropped. In the last micro-batch each bucket is reduced as soon as it is full,
+    while backward goes on. (A model compiled as one graph returns all gradients at the end of backward, and nothing
+    overlaps.) Frozen parameters stay as they are.
 
     Args:
-        model: with float32 parameters on their device; equal in every process.
+        model: with float32 parameters on their device, equal on every rank.
         compute_dtype: dtype of the matrices that the model computes with.
-        collectives: of the processes that share the gradients; default: this one is alone.
+        collectives: the collectives between the ranks; default: a single rank.
         bucket_numel: elements at which a bucket is closed.
-        single: every step has one micro-batch, whose gradients travel in their own dtype where sums widen them.
+        single: every step has one micro-batch. Its gradients then travel in their own dtype and are accumulated in
+            float32 by the reduction, provided that the collectives can widen them.
     """
+
+    is_sharded = False
+    """Whether a rank holds only its shard of master weights, reduced gradients and optimizer states."""
 
     def __init__(
         self,
@@ -55,51 +78,59 @@ class Replicated:
         self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False
-        self._reduced = 0  # buckets whose reduction has begun in this micro-batch
+        self._reduced = 0  # buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight once
-        layouts = []
-        for decayed in (True, False):
-            group = {name: p for name, p in parameters.items() if (p.ndim >= 2) is decayed}
-            for names in self._split(group, bucket_numel) if decayed else by_size(group, bucket_numel):
-                layouts.append(self._lay_out({name: group[name] for name in names}, decayed))
+        # Matrices in the order in which backward reaches them, so that reductions begin in the order in which buckets
+        # fill. All vectors come last: each layer has some, so their bucket is full only when backward ends.
+        vectors = {name: p for name, p in parameters.items() if group_of(name, p) is BucketGroup.VECTOR}
+        matrices = {name: p for name, p in parameters.items() if name not in vectors}
+        named = [*self._split(matrices, bucket_numel), *by_size(vectors, bucket_numel)]
+        layouts = [self._lay_out({name: parameters[name] for name in names}) for names in named]
+        # All buffers that other ranks read are reserved at once: copy engines map them as one region.
         self._reserve(layouts)
         for layout in layouts:
             self._add_bucket(layout)
         self._reduced = len(self.buckets)
 
-    def _split(self, parameters: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
-        """Names of the matrices of each bucket, in the order in which backward reaches them."""
-        return by_size(parameters, bucket_numel)
+    def _split(self, matrices: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
+        """Yields the names of the matrices of each bucket, in the order in which backward reaches them."""
+        return by_size(matrices, bucket_numel)
 
-    def _lay_out(self, parameters: dict[str, nn.Parameter], decayed: bool) -> Layout:
+    def _lay_out(self, parameters: dict[str, nn.Parameter]) -> Layout:
+        groups = {group_of(name, parameter) for name, parameter in parameters.items()}
+        assert len(groups) == 1, f"{sorted(parameters)} are of several groups"
         offsets, numel = [], 0
         for parameter in parameters.values():
             offsets.append(numel)
             numel += -(-parameter.numel() // ALIGN) * ALIGN
-        unit = ALIGN * self.world_size  # so that every process has an equal share
-        return Layout(parameters, decayed, offsets, -(-numel // unit) * unit)
+        unit = ALIGN * self.world_size  # so that every rank has an equal shard, which starts aligned
+        return Layout(parameters, groups.pop(), offsets, -(-numel // unit) * unit)
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
-        """Say what will be asked of the collectives."""
+        """Registers the buffers that later collectives use."""
         numel = {torch.float32: sum(layout.numel for layout in layouts)}
         self.collectives.reserve(numel, self._borrowed(layouts), self.wire_dtype)
 
     def _borrowed(self, layouts: Sequence[Layout]) -> int:
-        """Elements of the largest gradient that is borrowed for."""
-        return max((layout.numel for layout in layouts if layout.decayed), default=0) if self.single else 0
+        """Returns the elements of the largest gradient that travels in a borrowed buffer."""
+        travelling = [layout.numel for layout in layouts if layout.group.uses_compute_dtype]
+        return max(travelling, default=0) if self.single else 0
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """Of a micro-batch's gradients that travel before they are added up."""
+        """Dtype in which the gradients of one micro-batch travel before they are accumulated."""
         return self.collectives.wire_dtype(self.compute_dtype)
 
     def _travels(self, bucket: Bucket) -> bool:
-        """Whether a micro-batch's gradient is summed over the processes as it came, from a borrowed buffer."""
-        return self.single and bucket.decayed
+        """Whether the gradient of a micro-batch is reduced as it came, from a borrowed buffer.
 
-    def _copied(self, decayed: bool) -> bool:
-        """Whether the model reads a copy in the compute dtype."""
-        return decayed and self.compute_dtype != torch.float32
+        Otherwise it is first accumulated in `bucket.grad`, which is then reduced.
+        """
+        return self.single and bucket.group.uses_compute_dtype
+
+    def _copied(self, group: BucketGroup) -> bool:
+        """Whether the model reads a copy of the master weights, in the compute dtype."""
+        return group.uses_compute_dtype and self.compute_dtype != torch.float32
 
     @torch.no_grad()
     def _add_bucket(self, layout: Layout) -> None:
@@ -107,38 +138,56 @@ class Replicated:
         whole = torch.zeros(layout.numel, dtype=torch.float32, device=device)
         for parameter, offset in zip(layout.parameters.values(), layout.offsets, strict=True):
             whole[offset : offset + parameter.numel()].copy_(parameter.view(-1))
-        bucket = self._make_bucket(list(layout.parameters), layout.decayed, whole)
+        bucket = self._make_bucket(list(layout.parameters), layout.group, whole)
         self.buckets.append(bucket)
         for (name, parameter), offset in zip(layout.parameters.items(), layout.offsets, strict=True):
             place = self.places[name] = Place(bucket, offset, parameter.shape)
+            # From here on the model reads the bucket; the tensor that it was built with is freed.
             parameter.data = place.view(bucket.compute)
             parameter.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), name))
 
-    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
-        """The buffers of a bucket whose elements are `whole`, float32."""
-        copied = self._copied(decayed)
+    def _make_bucket(self, names: list[str], group: BucketGroup, whole: Tensor) -> Bucket:
+        """Makes the buffers of a bucket.
+
+        Args:
+            names: parameters of the bucket.
+            group: their group.
+            whole: initial weights of the bucket, `(numel,)` float32; becomes part of the bucket.
+        """
+        copied = self._copied(group)
         compute = whole.to(self.compute_dtype) if copied else whole
         master = nn.Parameter(whole, requires_grad=False)
         grad = self.collectives.zeros(whole.numel(), torch.float32)
-        return Bucket(names, decayed, master, grad, compute, compute if copied else None)
+        return Bucket(names, group, master, grad, compute, compute if copied else None)
+
+    # Gradients: accumulated as they come, reduced bucket by bucket.
 
     def start_step(self) -> None:
-        """Forget the gradients of the last step."""
+        """Forgets the gradients of the last step: the first gradient of each parameter overwrites them."""
         for bucket in self.buckets:
             bucket.started.clear()
 
     @torch.no_grad()
     def start_micro_batch(self, last: bool) -> None:
-        """Say whether the backward that follows is the last one of the step."""
+        """Prepares for one forward and backward.
+
+        Args:
+            last: whether it is the last micro-batch of the step, in which gradients are reduced.
+        """
         self._last_micro_batch = last
         self._reduced = 0
         for bucket in self.buckets:
             bucket.full = False
-            self._collect(bucket)  # what the last backward left in a bucket that it did not fill
+            # A bucket is collected when it is full. One with a parameter that the last micro-batch did not use never
+            # was, and still has the other gradients.
+            self._collect(bucket)
 
     @torch.no_grad()
     def _arrive(self, name: str, parameter: Tensor) -> None:
-        """Take one parameter's gradient; the bucket's last one moves them all."""
+        """Takes the gradient of one parameter; the last one of a bucket moves them all.
+
+        Called by autograd when the gradient is complete: a tied weight calls it once, with the sum over its uses.
+        """
         assert parameter.grad is not None
         bucket = self.places[name].bucket
         bucket.arrived[name], parameter.grad = parameter.grad, None
@@ -146,21 +195,23 @@ class Replicated:
             return
         self._collect(bucket)
         bucket.full = True
-        # In the order of the buckets, whatever order they fill in: every process has to reduce the same one.
+        # Collectives pair up by their order, so every rank must reduce the same bucket next. The order in which buckets
+        # fill may differ between ranks (a model may use its layers in another order), the order of `buckets` does not.
+        # So a full bucket waits for those before it, and `_reduced` is how far the reductions have come in that order.
         while self._reduces_now and self._reduced < len(self.buckets) and self.buckets[self._reduced].full:
             self._reduce(self.buckets[self._reduced])
             self._reduced += 1
 
     @property
     def _reduces_now(self) -> bool:
-        """Whether this micro-batch's gradients are reduced as they come."""
+        """Whether the gradients of this micro-batch are reduced as they come."""
         return self._last_micro_batch
 
     def _collect(self, bucket: Bucket) -> None:
-        """Add what has arrived to the float32 gradients: the first of a step overwrites."""
+        """Adds the gradients that have arrived to the float32 gradient; the first one of a step overwrites."""
         if self._travels(bucket):
-            return  # `_fill` takes it
-        # Over lists: one launch a bucket, and 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
+            return  # `_fill` takes them
+        # Over lists: one launch per bucket, and 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
         first = [name for name in bucket.arrived if name not in bucket.started]
         more = [name for name in bucket.arrived if name in bucket.started]
         if first:
@@ -171,20 +222,21 @@ class Replicated:
         bucket.arrived.clear()
 
     def _complete(self, bucket: Bucket) -> None:
-        """Collect, with zeros for what had no gradient in this step."""
+        """Collects what has arrived, and writes zeros for parameters without a gradient in this step."""
         self._collect(bucket)
         for name in () if self._travels(bucket) else set(bucket.names) - bucket.started:
-            self.gradient(name).zero_()
+            self.gradient(name).zero_()  # which still has the gradient of the last step
 
     def _reduce(self, bucket: Bucket) -> None:
-        """Begin to sum a bucket over the processes."""
+        """Starts the all-reduce of a bucket."""
         if self.world_size > 1:
             source = self._fill(bucket) if self._travels(bucket) else None
             bucket.reduction = self.collectives.all_reduce(bucket.grad, source)
 
     def _fill(self, bucket: Bucket) -> Tensor:
-        """What has arrived, in a borrowed buffer, with zeros for the rest."""
+        """Copies the gradients that have arrived to a borrowed buffer, with zeros in the rest."""
         whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
+        # The buffer may have another bucket's gradient, whose gaps lie elsewhere: those of this one must become zero.
         for begin, end in gaps([self.places[name] for name in bucket.names], whole.numel()):
             whole[begin:end].zero_()
         for name in bucket.names:
@@ -197,7 +249,7 @@ class Replicated:
         return whole
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
-        """What the optimizer takes, once the reduction is done."""
+        """Waits for the reduction of a bucket, and returns the gradient that the optimizer reads."""
         if bucket.reduction is not None:
             bucket.reduction.wait()
             bucket.reduction = None
@@ -205,39 +257,42 @@ class Replicated:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """Wait until every gradient is the sum over micro-batches and processes; a parameter without one has zero."""
-        for bucket in self.buckets[self._reduced :]:  # those with a parameter that the last micro-batch did not use
+        """Waits until every gradient is the sum over micro-batches and ranks; it is 0 for an unused parameter."""
+        # A bucket with a parameter that the last micro-batch did not use is not full, and holds up those after it.
+        for bucket in self.buckets[self._reduced :]:
             self._complete(bucket)
             self._reduce(bucket)
         self._reduced = len(self.buckets)
         for bucket in self.buckets:
             bucket.master.grad = self._reduced_gradient(bucket)
         if self.world_size > 1:
+            # Other ranks may still pull from gradients and copies of this one, which it writes next.
             self.collectives.finish()
 
+    # Scalars over all shards.
+
     def summed(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over the shares of the processes: here every process has all of it."""
+        """Returns the sum of a tensor over the shards: here a rank has everything, and it is the value itself."""
         return value
 
     def largest(self, value: Tensor) -> Tensor:
-        """The same for a maximum."""
+        """Returns the maximum of a tensor over the shards, element by element."""
         return value
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """2-norm of all gradients, a float32 scalar on the device."""
+        """Returns the 2-norm of all gradients, a float32 scalar on the device."""
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.gradients()])
         return self.summed(norms.square().sum()).sqrt() if self.is_sharded else torch.linalg.vector_norm(norms)
 
-    is_sharded = False
-    """Whether a process holds only its share of master weights, reduced gradients and optimizer states."""
+    # Weights: from the master weights to the model, and between ranks.
 
     def finish_step(self) -> None:
-        """Hand out what the optimizer has updated."""
+        """Gives the other ranks what the optimizer has updated: here nothing, since all make the same update."""
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the model the master weights, rounded to the compute dtype; the optimizer does so in its own pass."""
+        """Gives the model the master weights, rounded to the compute dtype. The optimizer does so as it updates."""
         for bucket in self.buckets:
             if bucket.copy is not None:
                 bucket.copy.copy_(bucket.master)
@@ -245,51 +300,53 @@ class Replicated:
 
     @torch.no_grad()
     def share(self) -> None:
-        """Give every process the master weights of the first one, so that replicas begin with the same bits."""
+        """Gives every rank the master weights of rank 0, so that replicas begin with the same bits."""
         if self.world_size > 1:
             for bucket in self.buckets:
                 dist.broadcast(bucket.master.data, 0)
         self.publish()
 
     def gathered(self) -> AbstractContextManager[None]:
-        """While the body runs, a process may use the model on its own; every process has to enter."""
+        """Returns a context in which a rank may use the model on its own. Collective: every rank must enter."""
         return nullcontext()
+
+    # Access by parameter.
 
     @property
     def numel(self) -> int:
-        """Parameters of the model, a tied one counted once."""
+        """Parameters of the model; a tied one counts once."""
         return sum(place.shape.numel() for place in self.places.values())
 
     def gradients(self) -> Iterator[Tensor]:
-        """The float32 gradients that the optimizer takes, flat, with zeros in the gaps."""
+        """Yields the flat float32 gradients that the optimizer reads, with zeros in the gaps."""
         return (bucket.grad if bucket.master.grad is None else bucket.master.grad for bucket in self.buckets)
 
     def gradient(self, name: str) -> Tensor:
-        """float32 gradient of a parameter, in its shape, before it is reduced."""
+        """Returns the float32 gradient of a parameter before it is reduced, in the parameter's shape."""
         place = self.places[name]
         return place.view(place.bucket.grad)
 
     def _held(self, bucket: Bucket) -> tuple[int, int]:
-        """Elements of a bucket that `master` has."""
+        """Returns the range of a bucket's elements that `master` has."""
         return 0, bucket.compute.numel()
 
     def _share_of(self, bucket: Bucket) -> tuple[int, int]:
-        """Elements of a bucket that are this process's to save."""
+        """Returns the range of a bucket's elements that this rank saves. Replicas save a part each too."""
         numel = bucket.compute.numel() // self.world_size
         return self.rank * numel, (self.rank + 1) * numel
 
     def pieces(self, values: Callable[[Bucket], Tensor], *, to_save: bool) -> Iterator[Piece]:
-        """The parameters in flat buffers, as far as this process has them.
+        """Yields the elements of all parameters that this rank has.
 
         Args:
-            values: a bucket's master, or a buffer of its size such as an optimizer state.
-            to_save: only those that are this process's to save: the processes' pieces together are everything, once.
+            values: returns a bucket's master weights, or a buffer of that size such as an optimizer state.
+            to_save: yield only those that this rank saves; the pieces of all ranks then cover each element once.
         """
         for bucket in self.buckets:
             yield from self.pieces_of(bucket, values(bucket), to_save=to_save)
 
     def pieces_of(self, bucket: Bucket, flat: Tensor, *, to_save: bool = False) -> Iterator[Piece]:
-        """The same for one bucket."""
+        """Yields the elements of one bucket's parameters that this rank has; see `pieces`."""
         begin, end = self._held(bucket)
         low, high = self._share_of(bucket) if to_save else (begin, end)
         for name in bucket.names:
@@ -301,7 +358,7 @@ class Replicated:
 
 
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:
-    """Hand over a gradient. A parameter must not keep its owner alive: the collector does not see its hooks."""
+    """Passes a gradient on. A hook must not keep the owner of the buckets alive: the collector does not see hooks."""
     owner = weights()
     assert owner is not None
     owner._arrive(name, parameter)

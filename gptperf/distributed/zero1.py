@@ -1,9 +1,13 @@
-"""ZeRO-1: a process holds its share of the master weights and of the optimizer states.
+"""ZeRO-1: each rank holds a shard of the master weights and of the optimizer states.
 
-A process has the elements [rank, rank + 1) * numel / world_size of every bucket: their master weights, reduced
-gradients and moments. Its update is gathered from all processes before the model reads it, unit by unit: the
-embedding, each block, and what comes after them. So a model that is sharded is compiled block by block or not at all,
-and announces its units (`Units`); ZeRO-1 also serves one that does not.
+Rank r of n holds the elements [r, r + 1) * numel / n of every bucket: their master weights, reduced gradients and
+optimizer states. It updates its shard; before the model reads the weights, the updated shards of all ranks are
+gathered.
+
+The gathers overlap with the next forward. For that the model is divided into units: 0 is everything before the blocks,
+i + 1 is block i, and the last one is everything after the blocks. The model announces each unit before it reads its
+weights (`gptperf.model.gpt.Units`), and the current stream waits only for the buckets of that unit. A model that is
+compiled as one graph cannot announce units; then the stream waits for all gathers before forward.
 """
 
 from collections import Counter
@@ -15,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptperf.distributed.buckets import BUCKET_NUMEL, Bucket, Layout
+from gptperf.distributed.buckets import BUCKET_NUMEL, Bucket, BucketGroup, Layout
 from gptperf.distributed.collectives import Collectives, Pending
 from gptperf.distributed.replicated import Replicated
 
@@ -23,14 +27,13 @@ __all__ = ["Sharded"]
 
 
 class Sharded(Replicated):
-    """ZeRO-1: every process has all weights and gradients, and updates its share.
+    """ZeRO-1: every rank has all weights and gradients, and updates its shard.
 
     Gradients are reduce-scattered while backward goes on; the updated weights are gathered while the next forward does.
 
     Args:
-        model: as for `Replicated`, with `units` and `blocks`.
-        single: as for `Replicated`.
-        announces: whether its forward runs `Units`; if not, the weights are gathered before it.
+        model, compute_dtype, collectives, bucket_numel, single: see `Replicated`; the model has `units` and `blocks`.
+        announces: whether the model's forward calls `enter` and `leave`. If not, `finish_step` waits for all gathers.
     """
 
     is_sharded = True
@@ -47,9 +50,9 @@ class Sharded(Replicated):
     ):
         self.last_unit = len(getattr(model, "blocks", ())) + 1
         super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel, single=single)
-        self._gathers: dict[Bucket, Pending] = {}
+        self._gathers: dict[Bucket, Pending] = {}  # those that the current stream has not waited for
         self.model, self.announces = model, announces
-        self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]
+        self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]  # buckets by unit
         for name, place in self.places.items():
             for unit in self._units_of(name):
                 if place.bucket not in self._needs[unit]:
@@ -58,7 +61,7 @@ class Sharded(Replicated):
             model.units = self  # type: ignore[assignment]
 
     def _units_of(self, name: str) -> list[int]:
-        """Units that read a parameter: 0 is before the blocks, unit i + 1 is block i, the last one is after them."""
+        """Returns the units that read a parameter."""
         head, _, rest = name.partition(".")
         if head == "blocks":
             return [int(rest.partition(".")[0]) + 1]
@@ -68,32 +71,34 @@ class Sharded(Replicated):
         return [0, self.last_unit] if tied else [0]
 
     def _own(self, flat: Tensor) -> Tensor:
-        """This process's share of a whole buffer."""
+        """Returns the shard of this rank of a whole buffer, as a view."""
         return self.collectives.own(flat)
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
         self.collectives.reserve(self._shared_numel(layouts), self._borrowed(layouts), self.wire_dtype)
 
     def _shared_numel(self, layouts: Sequence[Layout]) -> Counter[torch.dtype]:
-        """Elements that the others read, by dtype: gradients and what the model computes with."""
+        """Returns the elements of gradients and compute weights, which other ranks read, by dtype."""
         numel: Counter[torch.dtype] = Counter()
         for layout in layouts:
             numel[torch.float32] += layout.numel
-            numel[self.compute_dtype if self._copied(layout.decayed) else torch.float32] += layout.numel
+            numel[self.compute_dtype if self._copied(layout.group) else torch.float32] += layout.numel
         return numel
 
     def _held(self, bucket: Bucket) -> tuple[int, int]:
         return self._share_of(bucket)
 
-    def _make_bucket(self, names: list[str], decayed: bool, whole: Tensor) -> Bucket:
+    def _make_bucket(self, names: list[str], group: BucketGroup, whole: Tensor) -> Bucket:
         if self.world_size > 1:
-            dist.broadcast(whole, 0)  # replicas begin with the same bits
-        copied = self._copied(decayed)
+            # All ranks must begin with the same bits. `share` cannot see to it: each rank has another shard.
+            dist.broadcast(whole, 0)
+        copied = self._copied(group)
         grad = self.collectives.zeros(whole.numel(), torch.float32)
         compute = self.collectives.zeros(whole.numel(), self.compute_dtype if copied else torch.float32).copy_(whole)
         own = self._own(compute)
+        # Without a copy the master weights are the shard of what the model reads: no bytes are held twice.
         master = nn.Parameter(self._own(whole).clone() if copied else own, requires_grad=False)
-        return Bucket(names, decayed, master, grad, compute, own if copied else None)
+        return Bucket(names, group, master, grad, compute, own if copied else None)
 
     def _reduce(self, bucket: Bucket) -> None:
         if self.world_size > 1:
@@ -116,26 +121,29 @@ class Sharded(Replicated):
     @torch.no_grad()
     def publish(self) -> None:
         if self.world_size > 1:
-            self.collectives.finish()  # nobody reads the old ones any more
+            self.collectives.finish()  # after it no rank reads the old shards of this one, which are overwritten next
         super().publish()
 
     def finish_step(self) -> None:
-        self.collectives.written()
-        for bucket in reversed(self.buckets):  # in the order of forward
+        self.collectives.written()  # the gathers below may read what the optimizers of all ranks have written
+        for bucket in reversed(self.buckets):  # buckets are in the order of backward: reversed, in that of forward
             self._gather(bucket)
         if not self.announces:
             self._wait_for_all()
 
     def share(self) -> None:
+        # Rank 0 has only its own shard. `_make_bucket` has broadcast the weights, and a checkpoint is read by every
+        # rank.
         self.publish()
 
     def _gather(self, bucket: Bucket) -> None:
-        """Begin to collect a bucket's weights from all processes."""
+        """Starts the all-gather of a bucket's weights."""
         if self.world_size > 1:
             source = bucket.master.data if bucket.copy is None else bucket.copy
             self._gathers[bucket] = self.collectives.all_gather(bucket.compute, source)
 
     def _wait(self, bucket: Bucket) -> None:
+        """Lets the current stream wait for the all-gather of a bucket, if one is in progress."""
         work = self._gathers.pop(bucket, None)
         if work is not None:
             work.wait()
@@ -144,17 +152,20 @@ class Sharded(Replicated):
         for bucket in self.buckets:
             self._wait(bucket)
 
+    # The interface of `gptperf.model.gpt.Units`.
+
     def enter(self, unit: int) -> None:
-        """The model is about to read the weights of a unit."""
+        """Makes the weights of a unit available; the model calls it before it reads them."""
         for bucket in self._needs[unit]:
             self._wait(bucket)
 
     def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
-        """The model has computed a block."""
+        """Does nothing: the weights stay. The model calls it after each block, with the block's outputs."""
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         self._wait_for_all()
+        # A rank that runs the model alone must not start collectives, so the model announces nothing.
         model: Any = self.model
         units, model.units = getattr(model, "units", None), None
         try:

@@ -1,8 +1,11 @@
-"""Health of the gradients and of the update, computed on the device where they lie, read by the host when it likes.
+"""Statistics of the gradients and of the update, computed on the device and read by the host when it likes.
 
-Everything is a sum, a maximum or a count over elements, so that processes with a share each add up to the same figures.
-No op here waits for the device, but in the first step, or is nondeterministic there, and no parameter is converted as a
-whole: PyTorch's sum of booleans begins with an int64 copy of them, its float64 sum of float32 with a float64 one.
+Every figure is a sum, a maximum or a count over elements. So ranks that hold shards compute partial figures, and one
+reduction makes them those of the whole model.
+
+No op here waits for the device (except in the first step, which builds the masks) and none is nondeterministic. No op
+converts a whole parameter: PyTorch's sum of booleans first makes an int64 copy of them, its float64 sum of float32 a
+float64 copy. Hence sums of rows in float32, and 0-norms in place of sums of booleans.
 """
 
 import itertools
@@ -13,24 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptperf.distributed.buckets import Piece
 from gptperf.monitor.events import Gradients
 
 __all__ = ["COMPONENTS", "GradientMonitor", "component_of", "layer_of"]
 
 COMPONENTS = ("attention", "ffn", "norm", "embedding", "lm_head", "other")
-_EDGES = range(-40, 8 + 1, 2)  # of the histogram, in powers of two
-_SMALLEST = 2.0**-149  # of float32, above zero
+_EDGES = range(-40, 8 + 1, 2)  # edges of the histogram, as powers of two
+_SMALLEST = 2.0**-149  # the smallest positive float32
 _BOUNDS = (_SMALLEST, *(2.0**edge for edge in _EDGES), math.inf)
 _LARGE = 1 << 20
-_EVERY = 16  # so many elements of a large parameter one is in the histogram: counting all takes longer than the rest
-_ROW = 1 << 14  # elements that are added up in float32, which counts to 2^24
-
-Piece = tuple[str, torch.Size, int, Tensor]
-"""Name of a parameter, its shape, first element, elements."""
+_EVERY = 16  # the histogram takes one of so many elements of a large parameter: counting all takes longer than the rest
+_ROW = 1 << 14  # elements of a row, whose sum is in float32: that counts exactly to 2^24
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: "embedding", the number of its block, or "head"."""
+    """Returns the layer of a parameter: "embedding", the number of its block, or "head"."""
     head, _, rest = name.partition(".")
     if head == "blocks":
         return rest.partition(".")[0]
@@ -38,7 +39,7 @@ def layer_of(name: str) -> str:
 
 
 def component_of(name: str) -> str:
-    """The component of a parameter, one of `COMPONENTS`."""
+    """Returns the component of a parameter, one of `COMPONENTS`."""
     parts = name.split(".")
     if parts[0] in ("wte", "position"):
         return "embedding"
@@ -51,14 +52,17 @@ def component_of(name: str) -> str:
 
 
 class GradientMonitor:
-    """Norms by layer and component, distribution, and the size of the update.
+    """Measures norms by layer and component, the distribution of the gradients, and the size of the update.
+
+    `measure` takes the gradients before the update; then `start_update`, `observe` for each bucket and `update` take
+    the update. `record` gives the figures their names, once they are on the host.
 
     Args:
-        names: of all parameters, in the same order in every process.
-        numel: elements of all of them.
-        device: where the gradients lie.
-        summed: adds a tensor up over processes that have a share each.
-        largest: the same for a maximum.
+        names: all parameters, in the same order on every rank.
+        numel: elements of all parameters.
+        device: device of the gradients.
+        summed: returns the sum of a tensor over the ranks, if each holds a shard.
+        largest: returns the maximum of a tensor over the ranks, likewise.
     """
 
     def __init__(
@@ -73,18 +77,18 @@ class GradientMonitor:
         self.numel, self.device, self.summed, self.largest = numel, device, summed, largest
         self.layers = list(dict.fromkeys(layer_of(name) for name in names))
         self.components = [c for c in COMPONENTS if c in {component_of(name) for name in names}]
-        self._masks: dict[tuple[str, ...], Tensor] = {}  # by pieces, which are the same ones in every step
+        self._masks: dict[tuple[str, ...], Tensor] = {}  # by names of pieces, which are the same in every step
         self.start_update()
 
     @torch.no_grad()
     def measure(self, pieces: Iterable[Piece]) -> Tensor:
-        """Figures of the gradients that the optimizer is about to take.
+        """Returns figures of the gradients that the optimizer is about to read.
 
         Args:
-            pieces: of the float32 gradients, as far as this process has them.
+            pieces: pieces of the float32 gradients that this rank has.
 
         Returns:
-            A float64 vector for `record`, on the device; reading it is the caller's synchronisation.
+            A float64 vector for `record`, on the device. The caller waits for the device when it reads it.
         """
         named = [(name, values) for name, _, _, values in pieces]
         every = [values for _, values in named]
@@ -94,7 +98,7 @@ class GradientMonitor:
         if parts:
             totals = torch.cat([part.sum(1) for part in parts])
             filled = torch.cat([torch.linalg.vector_norm(part, 0, 1) for part in parts])
-            # x - x is 0 or, where x is not finite, NaN; the 0-norm counts what is not 0.
+            # x - x is 0 or, where x is not finite, NaN; the 0-norm counts elements that are not 0.
             non_finite = torch.cat([torch.linalg.vector_norm(part - part, 0, 1) for part in parts])
             counts = torch.stack([totals, filled, non_finite]).double().sum(1)
             lows, highs = zip(*(part.aminmax() for part in parts), strict=True)
@@ -104,7 +108,12 @@ class GradientMonitor:
         return torch.cat([self.summed(sums), self.largest(extremes).double()])
 
     def _squares(self, names: Sequence[str], norms: Sequence[Tensor]) -> Tensor:
-        """2-norms of pieces, scalars, to sums of squares by layer, then by component: float64 on the device."""
+        """Returns sums of squares by layer, then by component: a float64 vector on the device.
+
+        Args:
+            names: name of the parameter of each piece.
+            norms: 2-norm of each piece, scalars.
+        """
         if not norms:
             return torch.zeros(len(self.layers) + len(self.components), dtype=torch.float64, device=self.device)
         key = tuple(names)
@@ -112,15 +121,15 @@ class GradientMonitor:
             rows = [[layer_of(name) == layer for name in names] for layer in self.layers]
             rows += [[component_of(name) == component for name in names] for component in self.components]
             self._masks[key] = torch.tensor(rows, device=self.device)
-        # Not a product with zeros and ones: what is not finite would then be in every layer.
+        # Not a product with zeros and ones: 0 * inf is NaN, so one bad layer would spoil all of them.
         return torch.where(self._masks[key], torch.stack(list(norms)).double().square(), 0.0).sum(1)
 
     def _distribution(self, pieces: Iterable[Tensor]) -> Tensor:
-        """How many elements the histogram takes, then how many of them are below each of `_BOUNDS`: float64."""
+        """Returns the number of sampled elements, then how many are below each of `_BOUNDS`: a float64 vector."""
         samples = [values[:: _EVERY if values.numel() >= _LARGE else 1] for values in pieces]
         number = sum(values.numel() for values in samples)
         counts = [torch.full((), number, dtype=torch.float64, device=self.device)]
-        # NaN is below nothing, so that it can fill the last row.
+        # The last row is filled up with NaN, which is below no bound.
         samples.append(torch.full((-number % _ROW,), math.nan, device=self.device))
         magnitudes = torch.cat(samples).abs_().view(-1, _ROW)
         flags = torch.empty_like(magnitudes)  # 0 or 1
@@ -128,18 +137,18 @@ class GradientMonitor:
         return torch.stack(counts)
 
     def start_update(self) -> None:
-        """Forget the last update."""
+        """Forgets the last update."""
         self._observed: list[str] = []
-        self._changed: list[Tensor] = []  # 2-norms of the observed pieces' changes
-        self._weights: list[Tensor] = []  # and of what they are now
+        self._changed: list[Tensor] = []  # 2-norms of the changes of the observed pieces
+        self._weights: list[Tensor] = []  # 2-norms of the pieces after the update
 
     @torch.no_grad()
     def observe(self, before: Iterable[Piece], after: Iterable[Piece]) -> None:
-        """Take in one bucket's float32 master weights before and after the update.
+        """Measures the change of one bucket's float32 master weights.
 
         Args:
-            before: is overwritten, with what has been taken from the weights.
-            after: the same pieces.
+            before: pieces before the update; overwritten with the change.
+            after: the same pieces after the update.
         """
         before, after = list(before), list(after)
         if not after:
@@ -152,18 +161,18 @@ class GradientMonitor:
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """Ratios of the observed update, for `record`, on the device."""
+        """Returns the norm of the observed change relative to that of the weights, by component, for `record`."""
         sums = [self._squares(self._observed, norms)[len(self.layers) :] for norms in (self._changed, self._weights)]
         changed, weights = self.summed(torch.stack(sums))
         return (changed / weights).sqrt()
 
     def record(self, global_norm: float, measured: list[float], updated: list[float] | None) -> Gradients:
-        """The figures by name.
+        """Returns the figures by name.
 
         Args:
-            global_norm: that clipping went by.
-            measured: of `measure`, on the host.
-            updated: of `update`, on the host.
+            global_norm: gradient norm before clipping.
+            measured: the values of `measure`, on the host.
+            updated: the values of `update`, on the host.
         """
         layers, components = len(self.layers), len(self.components)
         norms = [math.sqrt(square) for square in measured[: layers + components]]
@@ -187,15 +196,15 @@ class GradientMonitor:
 
     @staticmethod
     def _histogram(sampled: float, below: list[float]) -> Mapping[str, Any]:
-        """Shares of the magnitudes below the first edge, in steps, and from the last one on; finite and not zero."""
+        """Returns the edges, and the shares of finite nonzero magnitudes below, between and above them."""
         shares = [(high - low) / sampled for low, high in itertools.pairwise(below)]
         return {"log2_edges": list(_EDGES), "shares": shares}
 
 
 def _matrices(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """All elements in matrices with rows of `_ROW`, and the last ones in a shorter row.
+    """Yields all elements in matrices with rows of `_ROW` elements, and the last ones in a shorter row.
 
-    A large piece is read where it lies. Small ones and remainders are copied together, which saves launches.
+    Large pieces are views. Small ones and remainders are copied into one matrix, which saves launches.
     """
     rest = []
     for values in pieces:

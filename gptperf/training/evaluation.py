@@ -11,7 +11,7 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import Tokenizer
 from gptperf.distributed.process import Process
 from gptperf.model.generate import generate
-from gptperf.training.step import Engine
+from gptperf.training.engine import Engine
 
 __all__ = ["evaluate", "sample_text", "validation_keys"]
 

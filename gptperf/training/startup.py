@@ -20,7 +20,7 @@ from gptperf.ops import unmeasured_versions
 from gptperf.plan import STRATEGY_NAMES, Plan, plan, plan_lines, plan_record, refusal, unplannable
 from gptperf.plan.memory import strategy_of
 from gptperf.registry import KINDS
-from gptperf.training.step import Engine
+from gptperf.training.engine import Engine
 
 __all__ = ["against_plan", "check_plan", "find_ceiling", "find_peak", "startup_info", "throughput_of"]
 

@@ -1,4 +1,4 @@
-"""The training step: the objects that it works on, and the one place with autocast, backward, clipping and update."""
+"""The training step: the one place with autocast, backward, clipping and update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,115 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptperf.config import Config, SystemConfig
 from gptperf.distributed.buckets import Bucket, gradient_of
-from gptperf.distributed.copy_engine import open_collectives
-from gptperf.distributed.fsdp import FullySharded
-from gptperf.distributed.process import Process
-from gptperf.distributed.replicated import Replicated
-from gptperf.distributed.zero1 import Sharded
-from gptperf.model import GPT
-from gptperf.monitor.gradients import GradientMonitor
-from gptperf.ops import Ops, resolve_ops, without_triton
-from gptperf.training import build, selftest
-from gptperf.training.optimizers.adamw import AdamW, clip_scale, learning_rate
+from gptperf.training.engine import Engine
+from gptperf.training.optimizers.base import clip_scale
+from gptperf.training.optimizers.schedule import learning_rate
 
-__all__ = ["Engine", "StepResult", "build_engine", "compile_engine", "train_step"]
-
-
-@dataclass
-class Engine:
-    """Model, weights and optimizer of this process."""
-
-    config: Config
-    process: Process
-    ops: Ops
-    model: GPT
-    weights: Replicated
-    optimizer: AdamW
-    scaler: torch.amp.GradScaler
-    monitor: GradientMonitor
-    skipped: Tensor
-    """Steps left out because the gradients were not finite, a float32 scalar on the device."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of a step in this process."""
-        return self.config.train.gradient_accumulation_steps // self.process.world_size
-
-    def autocast(self) -> torch.autocast:
-        """Compute in the run's dtype, which the matrices have already."""
-        dtype = build.DTYPES[self.config.system.compute_dtype]
-        return torch.autocast(self.process.device.type, dtype, enabled=dtype != torch.float32)
+__all__ = ["StepResult", "train_step"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step leaves on the device, float32."""
+    """The results of one step. Tensors are float32 on the device, and reading one waits for the step."""
 
     loss: Tensor
-    """Mean over the step's micro-batches in this process."""
+    """Mean over the step's micro-batches of this rank, a scalar."""
     gradient_norm: Tensor
-    """Global 2-norm before clipping."""
+    """Global 2-norm before clipping, a scalar."""
+    learning_rate: float
     gradients: Tensor | None = None
-    """Of `GradientMonitor.measure` and `update`, one after the other, where asked for; float64."""
-
-
-def build_engine(config: Config, process: Process) -> Engine:
-    """The objects of a step, with fresh weights; not compiled yet."""
-    dtype = build.DTYPES[config.system.compute_dtype]
-    ops = resolve_ops(config.system.kernels, process.device.type)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
-    ops = without_triton(ops, config.system.kernels, broken)
-    model = build.build_model(config.model, ops, process.device, config.train.seed)
-    model.recompute = config.system.recompute
-    single = config.train.gradient_accumulation_steps == process.world_size
-    weights = make_weights(model, config.system, process, single)
-    optimizer = AdamW(weights.buckets, config.optimizer, ops.adamw)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
-    monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
-    skipped = torch.zeros((), device=process.device)
-    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
-
-
-def make_weights(model: GPT, system: SystemConfig, process: Process, single: bool) -> Replicated:
-    """Take over a model's parameters, by the strategy of the configuration; `single`: one micro-batch a step."""
-    collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
-    where = model, build.DTYPES[system.weight_copy_dtype], collectives
-    if system.use_fsdp:
-        return FullySharded(
-            *where,
-            min_num_params=system.fsdp_min_num_params,
-            reduce_once=system.fsdp_reduce_once,
-            gather_once=system.fsdp_gather_once,
-        )
-    if system.use_zero1:
-        announces = not (system.compile and system.compile_scope == "model")
-        return Sharded(*where, single=single, announces=announces)
-    return Replicated(*where, single=single)
-
-
-def compile_engine(engine: Engine) -> str:
-    """Compile model and optimizer where that was asked for and can be done.
-
-    Returns:
-        "model", "block", or "off" with the reason, for the log.
-    """
-    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
-    if not scope.startswith("off") and engine.ops.chosen["adamw"] == "eager":
-        engine.optimizer.op = torch.compile(engine.optimizer.op)
-    return scope
+    """If asked for, the figures of `GradientMonitor.measure` and then of `update`, a float64 vector."""
 
 
 def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched: bool = False) -> StepResult:
-    """One iteration: forward and backward over the micro-batches, reduce, clip, update. Nothing waits for the device.
+    """Runs one iteration: forward and backward over the micro-batches, reduction, clipping, update.
+
+    Nothing here waits for the device.
 
     Args:
         engine: what is trained.
-        batches: int64 `(2, B, T)` a micro-batch, inputs and targets.
+        batches: yields int64 `(2, B, T)` per micro-batch, inputs and targets.
         step: iterations done before this one.
-        watched: whether the figures of gradients and update are wanted.
+        watched: whether to measure gradients and update.
     """
+    config, weights, process = engine.config, engine.weights, engine.process
+    loss = _forward_and_backward(engine, batches, step)
+    with process.progress.collective("all_reduce of the gradients"):
+        weights.finish_gradients()
+    # The loss scale goes first, so that norm, monitor and optimizer see the gradients as they are.
+    engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
+    norm = weights.gradient_norm()
+    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
+    divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
+    engine.skipped += found_inf
+    rate = learning_rate(step, config.optimizer, config.train.max_iters)
+    _update(engine, divisor, found_inf, rate, watched=watched)
+    weights.finish_step()
+    figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
+    return StepResult(loss, norm, rate, figures)
+
+
+def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) -> Tensor:
+    """Runs all micro-batches of a step. Returns their mean loss, a float32 scalar on the device."""
     config, weights, process = engine.config, engine.weights, engine.process
     total = torch.zeros((), device=process.device)
     process.progress.start_iteration(step + 1)
@@ -127,44 +69,54 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
         weights.start_micro_batch(last=micro == engine.micro_batches - 1)
         with engine.autocast():
             loss = engine.model(tokens, targets)
+        # Divided by the micro-batches of the whole job: gradients are then summed over micro-batches and ranks.
         engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
         total += loss.detach()
         process.progress.count += 1
-    with process.progress.collective("all_reduce of the gradients"):
-        weights.finish_gradients()
-    engine.scaler.unscale_(engine.optimizer)
-    norm = weights.gradient_norm()
-    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
-    divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
-    engine.skipped += found_inf
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(step, config.optimizer, config.train.max_iters)
-    engine.optimizer.grad_scale, engine.optimizer.found_inf = divisor, found_inf
-    if engine.scaler.is_enabled() and weights.is_sharded:
+    return total / engine.micro_batches
+
+
+def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, rate: float, *, watched: bool) -> None:
+    """Writes what varies from step to step into the optimizer's scalars, and updates the weights.
+
+    Args:
+        engine: whose gradients are reduced.
+        divisor, found_inf: of `clip_scale`.
+        rate: learning rate.
+        watched: whether to measure the update.
+    """
+    optimizer = engine.optimizer
+    optimizer.learning_rate.fill_(rate)
+    optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
+    if engine.scaler.is_enabled() and engine.weights.is_sharded:
         _agree_on_overflow(engine)
     if watched:
         engine.monitor.start_update()
-    engine.optimizer.observe = partial(_observe, engine) if watched else None
-    engine.scaler.step(engine.optimizer)
+    optimizer.observe = partial(_observe, engine) if watched else None
+    # With float16 the scaler first replaces `found_inf` by the one that `unscale_` found.
+    engine.scaler.step(optimizer)  # type: ignore[arg-type]
     engine.scaler.update()
-    weights.finish_step()
-    figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
-    return StepResult(total / engine.micro_batches, norm, figures)
 
 
 def _observe(engine: Engine, bucket: Bucket, before: Tensor) -> None:
-    """Tell the monitor what the update has done to a bucket."""
+    """Tells the monitor what the update has done to a bucket."""
     pieces = engine.weights.pieces_of
     engine.monitor.observe(pieces(bucket, before), pieces(bucket, bucket.master.data))
 
 
 def _agree_on_overflow(engine: Engine) -> None:
-    """A share of the gradients that overflowed is an overflow for every process's scale."""
+    """Makes an overflow in one rank's shard one for all ranks: all leave the step out and lower the loss scale."""
     state: Any = engine.scaler._per_optimizer_states[id(engine.optimizer)]
     for found in state["found_inf_per_device"].values():
-        engine.weights.summed(found)
+        engine.weights.summed(found)  # in place: `scaler.step` and `scaler.update` read it
 
 
 def _seed_micro_batch(seed: int, step: int, micro: int) -> None:
-    """Make dropout a function of the place in the run, so that it does not depend on what ran before or elsewhere."""
+    """Makes dropout a function of the position in the run, whatever ran before and on however many ranks.
+
+    Args:
+        seed: of the run.
+        step: iterations done before this one.
+        micro: index of the micro-batch among those of the whole job.
+    """
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) % (1 << 63))

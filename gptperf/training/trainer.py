@@ -34,11 +34,13 @@ from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.plan import Plan
 from gptperf.training.build import check_device, open_dataset
+from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.evaluation import evaluate, sample_text, validation_keys
-from gptperf.training.resume import TrainState, find_checkpoint, snapshot, take_up
+from gptperf.training.resume import find_checkpoint, take_up
+from gptperf.training.saved_state import TrainState, snapshot
 from gptperf.training.signals import StopRequest
 from gptperf.training.startup import against_plan, check_plan, find_peak, startup_info, throughput_of
-from gptperf.training.step import Engine, StepResult, build_engine, compile_engine, train_step
+from gptperf.training.step import StepResult, train_step
 
 __all__ = ["train"]
 
@@ -295,7 +297,7 @@ def _log(run: Run, result: StepResult, clock: StepClock, waited_s: float) -> Non
         "loss": loss,
         "time_ms": step_ms,
         "data_wait_ms": 1e3 * (waited_s - run.waited_s) / max(steps, 1),
-        "lr": engine.optimizer.param_groups[0]["lr"],
+        "lr": result.learning_rate,
         "tokens": state.tokens,
         "mfu": run.throughput.record(step_ms) if steps else {},
         "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),

@@ -14,7 +14,7 @@ from gptperf import checkpoint
 from gptperf.checkpoint import write
 from gptperf.checkpoint.background import Saved, Saver
 from gptperf.checkpoint.tensor_file import join, part_name
-from gptperf.distributed.agreement import Alone, together
+from gptperf.distributed.agreement import SingleRank, fail_together
 from gptperf.errors import CheckpointError, DiskError, GptperfError, NonFiniteError
 from gptperf.files import FileRecord
 
@@ -144,7 +144,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(write, "save", slow)
     weight = torch.ones(5)
-    saver = Saver(tmp_path, 3, Alone())
+    saver = Saver(tmp_path, 3, SingleRank())
     assert saver.save(1, {"model": {"w": weight}}, {}, 0.5) is None
     assert saver.poll() is None
     weight.fill_(7)  # the next step
@@ -164,7 +164,7 @@ def test_what_fails_in_the_background_is_told_by_the_next_save(tmp_path: Path, m
     def broken(*args: Any, **kwargs: Any) -> Path:
         raise RuntimeError("no idea")
 
-    saver = Saver(tmp_path, 3, Alone())
+    saver = Saver(tmp_path, 3, SingleRank())
     with monkeypatch.context() as patched:
         patched.setattr(write, "save", broken)
         saver.save(1, {"model": {"w": torch.ones(5)}}, {}, None)
@@ -182,7 +182,7 @@ def test_what_fails_in_the_background_is_told_by_the_next_save(tmp_path: Path, m
 def test_a_full_disk_is_tried_again_after_older_checkpoints_have_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, 9, Alone(), in_background=False)
+    saver = Saver(tmp_path, 9, SingleRank(), in_background=False)
     for step in (1, 2, 3):
         saver.save(step, {"model": {"w": torch.ones(5)}}, {}, None)
     monkeypatch.setenv("GPTPERF_FAILPOINT", "save.3:enospc")
@@ -198,7 +198,7 @@ def test_a_full_disk_is_tried_again_after_older_checkpoints_have_gone(
 
 def test_an_error_of_another_rank_keeps_its_kind() -> None:
     def work(peer: Peer) -> None:
-        with together(peer, "reading"):
+        with fail_together(peer, "reading"):
             if peer.rank == 1:
                 raise CheckpointError("a name")
 

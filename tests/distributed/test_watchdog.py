@@ -14,7 +14,9 @@ import pytest
 import torch.distributed as dist
 from run_helpers import ROOT, run_argv, run_command
 
-from gptperf.distributed.watchdog import LOST_S, Beat, Fault, Judge, Progress, View, Watchdog, process_state
+from gptperf.distributed.judge import LOST_S, Beat, Fault, Judge, View
+from gptperf.distributed.progress import Progress
+from gptperf.distributed.watchdog import Watchdog, process_state
 from gptperf.errors import DataError, NonFiniteError, PeerError
 from gptperf.monitor.journal import assemble
 

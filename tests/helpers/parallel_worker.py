@@ -23,9 +23,10 @@ from gptperf.distributed.copy_engine import open_collectives
 from gptperf.distributed.process import Process, start_process
 from gptperf.distributed.replicated import Replicated
 from gptperf.training import build
-from gptperf.training import step as training
-from gptperf.training.resume import TrainState, restore, snapshot
-from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+from gptperf.training import engine as training
+from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.saved_state import TrainState, restore, snapshot
+from gptperf.training.step import train_step
 
 
 def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
@@ -58,7 +59,7 @@ def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
 
     def looking(moment: str, then: Callable[..., None]) -> Callable[..., None]:
         def look(*args: Any, **options: Any) -> None:
-            whole = [b for b in weights.buckets if b.decayed and b.compute.untyped_storage().size() > 0]
+            whole = [b for b in weights.buckets if b.group.fsdp_shards and b.compute.untyped_storage().size() > 0]
             held.append((moment, len(whole)))
             then(*args, **options)
 
@@ -127,8 +128,8 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "moved_by": collectives.name,
         "reason": collectives.reason,
         "buckets": len(buckets),
-        "decayed": sorted(name for bucket in buckets if bucket.decayed for name in bucket.names),
-        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.state[b.master].values())),
+        "groups": {name: bucket.group.value for bucket in buckets for name in bucket.names},
+        "state_bytes": sum(x.nbytes for b in buckets for x in (b.master, *engine.optimizer.states(b).values())),
         "gradient_bytes": sum(b.grad.nbytes for b in buckets),
     }
 

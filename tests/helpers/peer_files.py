@@ -1,4 +1,4 @@
-"""Memory that processes on a CPU share, so that what copy engines do is tested without a GPU: files, mapped by all."""
+"""Memory that ranks on a CPU share: files that all of them map. It tests the protocol of copy engines without a GPU."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gptperf.kernels import reference
 
 
 class FileMemory:
-    """A region is a file a process in `folder`, which belongs to one run."""
+    """`PeerMemory` in which a region is one file per rank. A run has a folder of its own."""
 
     uncounted_bytes = 0
 
@@ -52,7 +52,7 @@ class FileMemory:
 
 
 def collectives_of(process: Process, folder: str | Path, reduce_dtype: torch.dtype = torch.float32) -> Collectives:
-    """Those of the process group, or with a folder those that pull."""
+    """Returns collectives of the process group, or with a folder those that pull."""
     where = process.world_size, process.rank, process.device, reduce_dtype
     if not folder or process.world_size == 1:
         return Collectives(*where)

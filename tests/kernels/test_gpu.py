@@ -16,7 +16,8 @@ from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.distributed.process import Process
 from gptperf.training import trainer
-from gptperf.training.step import Engine, build_engine, compile_engine, train_step
+from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.step import train_step
 
 pytestmark = pytest.mark.gpu
 SIZES = ["--n_layer=2", "--n_head=2", "--n_embd=128", "--block_size=128", "--vocab_size=257", "--vocab_multiple=64"]

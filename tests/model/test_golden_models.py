@@ -1,7 +1,7 @@
 """What every preset builds, name by name: a refactoring that keeps this file keeps checkpoints, draws and layouts.
 
-`python tests/model/test_golden_models.py` wrote `golden_models.json` beside it, with `.` on PYTHONPATH. Other
-files state why these names and layouts are right; this one says that they stay.
+`python tests/model/test_golden_models.py` wrote `golden_models.json` beside it, with `.` on PYTHONPATH. The other
+tests here, and other files, state why these names and layouts are right; the recorded file says that they stay.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
+from gptperf.distributed.buckets import ALIGN, BucketGroup
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.replicated import Replicated
@@ -52,24 +53,23 @@ def _model(name: str) -> GPT:
 
 
 def _layout(weights: Replicated) -> list[str]:
-    """A line a bucket: whether it is decayed, its elements, and the offset of each parameter."""
+    """A line per bucket: group, elements, whether the model reads a copy, and the offset of each parameter."""
     lines = []
     for bucket in weights.buckets:
         inside = " ".join(f"{name}@{weights.places[name].offset}" for name in bucket.names)
-        group = "decayed" if bucket.decayed else "not decayed"
-        lines.append(f"{group}, {bucket.compute.numel()}, {bucket.copy is not None}: {inside}")
+        lines.append(f"{bucket.group.value}, {bucket.compute.numel()}, {bucket.copy is not None}: {inside}")
     return lines
 
 
-def _layouts(name: str) -> dict[str, list[str]]:
-    """The buckets of every strategy, as rank 1 of 3 has them."""
+def _weights(name: str) -> dict[str, Replicated]:
+    """The weights of a model under every strategy, as rank 1 of 3 has them."""
     three = Collectives(3, 1, torch.device("cpu"))
     with mock.patch.object(dist, "broadcast"):
         return {
-            "replicated": _layout(Replicated(_model(name), torch.bfloat16, bucket_numel=BUCKET_NUMEL)),
-            "zero1": _layout(Sharded(_model(name), torch.bfloat16, three, bucket_numel=BUCKET_NUMEL)),
-            "fsdp": _layout(FullySharded(_model(name), torch.bfloat16, three, min_num_params=0)),
-            "fsdp_joined": _layout(FullySharded(_model(name), torch.bfloat16, three, min_num_params=20_000)),
+            "replicated": Replicated(_model(name), torch.bfloat16, bucket_numel=BUCKET_NUMEL),
+            "zero1": Sharded(_model(name), torch.bfloat16, three, bucket_numel=BUCKET_NUMEL),
+            "fsdp": FullySharded(_model(name), torch.bfloat16, three, min_num_params=0),
+            "fsdp_joined": FullySharded(_model(name), torch.bfloat16, three, min_num_params=20_000),
         }
 
 
@@ -83,7 +83,7 @@ def _facts(name: str) -> dict[str, Any]:
         "state_dict": state,
         "draws": draws.found,
         "parsed": [f"{key}: {layer_of(key)}, {component_of(key)}" for key in names],
-        "buckets": _layouts(name),
+        "buckets": {strategy: _layout(weights) for strategy, weights in _weights(name).items()},
     }
 
 
@@ -92,6 +92,36 @@ def test_what_a_preset_builds_stays(name: str) -> None:
     found, wanted = _facts(name), json.loads(GOLDEN.read_text())[name]
     for fact in wanted:
         assert found[fact] == wanted[fact], fact
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_buckets_hold_every_parameter_once_by_group_in_the_order_of_backward(name: str) -> None:
+    """Whatever the recorded layouts are: what optimizers, reductions and kernels rely on."""
+    parameters = dict(_model(name).named_parameters())
+    for strategy, weights in _weights(name).items():
+        order = [key for bucket in weights.buckets for key in bucket.names]
+        vectors = [key for key, parameter in parameters.items() if parameter.ndim == 1]
+        matrices = [key for key in parameters if key not in vectors]
+        # The last layer first, as backward reaches them; vectors, of which every layer has some, after all matrices.
+        assert order == [*reversed(matrices), *reversed(vectors)], strategy
+        for bucket in weights.buckets:
+            wanted = {_group(key, parameters[key]) for key in bucket.names}
+            assert wanted == {bucket.group}, f"{strategy}: {bucket.names}"
+            end = 0
+            for key in bucket.names:
+                place = weights.places[key]
+                assert (place.bucket, place.shape) == (bucket, parameters[key].shape)
+                assert place.offset % ALIGN == 0
+                assert end <= place.offset < end + ALIGN, f"{strategy}: {key} overlaps, or leaves a gap of a line"
+                end = place.offset + place.shape.numel()
+            assert end <= bucket.compute.numel()
+            assert bucket.compute.numel() % (ALIGN * weights.world_size) == 0  # equal shards, each aligned
+
+
+def _group(name: str, parameter: torch.Tensor) -> BucketGroup:
+    if parameter.ndim == 1:
+        return BucketGroup.VECTOR
+    return BucketGroup.EMBEDDING if name.split(".")[0] in ("wte", "position", "lm_head") else BucketGroup.HIDDEN
 
 
 def test_every_drawn_weight_is_drawn_twice() -> None:

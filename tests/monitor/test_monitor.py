@@ -28,8 +28,10 @@ from gptperf.monitor.gradients import COMPONENTS, GradientMonitor, component_of,
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import lines_of
 from gptperf.monitor.stability import LossWindow
-from gptperf.training.optimizers.adamw import AdamW, clip_scale
-from gptperf.training.step import Engine, build_engine, train_step
+from gptperf.training.engine import Engine, build_engine
+from gptperf.training.optimizers.adamw import AdamW
+from gptperf.training.optimizers.base import clip_scale
+from gptperf.training.step import train_step
 
 SIZES = ["--n_layer=3", "--n_head=2", "--n_embd=36", "--block_size=16", "--vocab_size=97", "--batch_size=2"]
 FLAGS = [*SIZES, "--gradient_accumulation_steps=2", "--device=cpu", "--compile=False", "--max_iters=10"]
@@ -131,7 +133,7 @@ def test_an_update_of_known_size() -> None:
     model(torch.ones(1, 8)).sum().backward()
     weights.finish_gradients()
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 0.0)
-    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.learning_rate.fill_(0.5)
     optimizer.step()  # Adam's first step is lr in every element
     norm = model.weight.detach().norm().item()
     assert monitor.update().tolist() == pytest.approx([0.5 * 8 / norm], rel=1e-4)

@@ -112,7 +112,7 @@ def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
     weights = Replicated(model, getattr(torch, dtype))
     optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
     tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
-    tensors += [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    tensors += [x for bucket in weights.buckets for x in optimizer.states(bucket).values()]
     held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
     planned = memory.footprint(config)
     states = round(1e9 * (planned.weights_gb + planned.gradients_gb + planned.optimizer_gb))

@@ -7,20 +7,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import masters
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptperf.config import ModelConfig, OptimizerConfig
-from gptperf.distributed.buckets import ALIGN
+from gptperf.distributed.buckets import ALIGN, gradient_of
 from gptperf.distributed.replicated import Replicated
 from gptperf.kernels import reference
 from gptperf.model import GPT
-from gptperf.training.optimizers.adamw import AdamW, clip_scale, learning_rate
+from gptperf.training.optimizers.adamw import AdamW
+from gptperf.training.optimizers.base import clip_scale
+from gptperf.training.optimizers.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
@@ -63,10 +68,11 @@ def test_steps_are_pytorchs(tied: bool, bucket_numel: int) -> None:
             (theirs(tokens, tokens) / 3).backward()
         expected = nn.utils.clip_grad_norm_(theirs.parameters(), config.grad_clip)
         torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
-        for optimizer in (ours, reference_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        ours.learning_rate.fill_(rate)
+        ours.step()
+        for group in reference_optimizer.param_groups:
+            group["lr"] = rate
+        reference_optimizer.step()
         reference_optimizer.zero_grad()
     expected_weights = dict(theirs.named_parameters())
     assert {name for name, _ in masters(weights)} == expected_weights.keys()
@@ -108,7 +114,7 @@ def test_a_step_with_bad_gradients_changes_nothing(bad: float) -> None:
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
     optimizer.step()
     before = {name: master.clone() for name, master in masters(weights)}
-    moments = {key: [optimizer.state[b.master][key] for b in weights.buckets] for key in ("exp_avg", "exp_avg_sq")}
+    moments = {key: [optimizer.states(b)[key] for b in weights.buckets] for key in ("exp_avg", "exp_avg_sq")}
     saved = copy.deepcopy(moments)
     weights.gradient("wte.weight")[3, 5] = bad
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), 1.0)
@@ -120,6 +126,73 @@ def test_a_step_with_bad_gradients_changes_nothing(bad: float) -> None:
     assert optimizer.steps == 1
 
 
+class Recorded(TorchDispatchMode):
+    """Records every op with what the host passes to it: all arguments that are not tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shown = pytree.tree_map_only(torch.Tensor, lambda x: (tuple(x.shape), x.dtype), (args, kwargs or {}))
+        self.found.append(f"{func.name()}{shown}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_what_varies_from_the_device() -> None:
+    """The host does the same in every step, whatever learning rate, clipping, overflow and number of updates are."""
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(), reference.adamw)
+    static = [optimizer.learning_rate, optimizer.grad_scale, optimizer.found_inf, optimizer.steps]
+    memory = [x.data_ptr() for x in static]
+    recorded = []
+    for rate, grad_clip, loss_scale in ((1e-3, 1e-3, 1.0), (1e-2, 0.0, 1.0), (0.0, 1.0, math.inf), (5.0, 1e9, 2.0)):
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        tokens = torch.randint(0, 50, (2, 16))
+        (loss_scale * model(tokens, tokens)).backward()
+        weights.finish_gradients()
+        optimizer.learning_rate.fill_(rate)
+        optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), grad_clip)
+        with Recorded() as record:
+            optimizer.step()
+        recorded.append(record.found)
+        assert not [op for op in record.found if "_local_scalar_dense" in op]  # what `item` is
+    assert optimizer.steps == 3
+    assert all(found == recorded[0] for found in recorded)
+    assert sum("stack" in op for op in recorded[0]) == 1
+    now = [optimizer.learning_rate, optimizer.grad_scale, optimizer.found_inf, optimizer.steps]
+    assert [x.data_ptr() for x in now] == memory
+
+
+def test_a_grad_scaler_sets_the_static_scalars() -> None:
+    """What `torch.amp.GradScaler` assigns and deletes are values: an overflow leaves the step out, once."""
+    model = _model()
+    weights = Replicated(model, torch.bfloat16)
+    optimizer = AdamW(weights.buckets, OptimizerConfig(), reference.adamw)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    memory = optimizer.grad_scale.data_ptr(), optimizer.found_inf.data_ptr()
+    moments, gradients = [], []
+    for bad in (1.0, math.inf, 1.0):
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+        scaler.scale(bad * model(tokens, tokens)).backward()
+        weights.finish_gradients()
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]
+        gradients.append(gradient_of(weights.buckets[0]).clone())
+        optimizer.grad_scale = torch.tensor(2.0)
+        scaler.step(optimizer)  # type: ignore[arg-type]
+        scaler.update()
+        moments.append(optimizer.states(weights.buckets[0])["exp_avg"].clone())
+    assert (optimizer.steps, scaler.get_scale()) == (2, 4)
+    assert torch.equal(moments[0], moments[1])
+    assert not torch.equal(moments[1], moments[2])
+    torch.testing.assert_close(moments[0], (1 - 0.9) * gradients[0] / 2)  # unscaled, then clipped
+    assert (optimizer.grad_scale.data_ptr(), optimizer.found_inf.data_ptr()) == memory
+
+
 def test_matrices_are_copied_and_vectors_are_not() -> None:
     model = _model(bias=True, normalization="layernorm", qk_norm=True)
     weights = Replicated(model, torch.bfloat16)
@@ -128,7 +201,7 @@ def test_matrices_are_copied_and_vectors_are_not() -> None:
     assert model.lm_head.weight is model.wte.weight
     assert all(master.dtype == torch.float32 for _, master in masters(weights))
     assert all(b.master.numel() % ALIGN == 0 for b in weights.buckets)
-    assert {name for b in weights.buckets if b.decayed for name in b.names} == {
+    assert {name for b in weights.buckets if b.group.has_weight_decay for name in b.names} == {
         name for name, p in model.named_parameters() if p.ndim >= 2
     }
 
@@ -301,5 +374,5 @@ def test_clipping(norm: float, grad_clip: float, divisor: float) -> None:
     assert weights.gradient_norm().item() == pytest.approx(norm)
     optimizer.grad_scale, optimizer.found_inf = clip_scale(weights.gradient_norm(), grad_clip)
     optimizer.step()
-    moment = optimizer.state[weights.buckets[0].master]["exp_avg"][:64].view(8, 8)
+    moment = optimizer.states(weights.buckets[0])["exp_avg"][:64].view(8, 8)
     torch.testing.assert_close(moment, 0.1 * gradient / divisor, rtol=1e-5, atol=1e-7)

@@ -14,10 +14,12 @@ import torch
 from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 
 from gptperf import registry
+from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import resume, trainer
+from gptperf.training import matching
 from gptperf.training.kernel_digest import kernel_digest
+from gptperf.training.optimizers.adamw import AdamW
 
 KILLER = """
 import os, signal
@@ -75,9 +77,10 @@ def test_without_the_optimizers_state_resume_is_not_bitwise(
     b = tmp_path / "b" / "checkpoints"
     b.mkdir(parents=True)
     (tmp_path / "a" / "checkpoints" / "step-00000010").rename(b / "step-00000010")
-    monkeypatch.setattr("gptperf.training.resume._MOMENTS", ())
+    monkeypatch.setattr(AdamW, "states", lambda self, bucket: {})
     run(corpus, tmp_path / "b", "--init_from=resume")
-    assert hashes(tmp_path / "a/checkpoints/step-00000020") != hashes(b / "step-00000020")
+    stem = "model.safetensors"
+    assert hashes(tmp_path / "a/checkpoints/step-00000020")[stem] != hashes(b / "step-00000020")[stem]
 
 
 def test_old_checkpoints_are_not_lost(corpus: Path, tmp_path: Path) -> None:
@@ -143,7 +146,7 @@ def test_a_run_that_ends_without_its_checkpoint_has_failed(
 def test_a_full_disk_on_the_way_does_not_end_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer.checkpoint.save
+    save = write.save  # which the thread that saves calls
 
     def full_at_ten(*args: Any, step: int, **keys: Any) -> Path:
         if step == 10:
@@ -152,7 +155,7 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
             monkeypatch.delenv("GPTPERF_FAILPOINT", raising=False)
         return save(*args, step=step, **keys)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", full_at_ten)
+    monkeypatch.setattr(write, "save", full_at_ten)
     assert run(corpus, tmp_path) == 0
     saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert saved == ["step-00000005", "step-00000015", "step-00000020"]
@@ -224,17 +227,17 @@ def _engine_for_versions(kernels: str) -> Any:
 
 def test_the_code_of_kernels_counts_where_they_run() -> None:
     """Their bits depend on shapes of programs, which a version of gptperf may change."""
-    assert resume.versions(_engine_for_versions("eager"))["kernel_code"] == ""
-    assert resume.versions(_engine_for_versions("triton"))["kernel_code"] == kernel_digest()
+    assert matching.versions(_engine_for_versions("eager"))["kernel_code"] == ""
+    assert matching.versions(_engine_for_versions("triton"))["kernel_code"] == kernel_digest()
 
 
 def test_a_version_that_a_checkpoint_does_not_record_is_unknown() -> None:
     engine = _engine_for_versions("triton")
-    saved = resume.versions(engine)
-    assert resume.changed_versions({"versions": saved}, engine) == []
-    assert resume.changed_versions({"versions": saved | {"kernel_code": "0"}}, engine) == [
+    saved = matching.versions(engine)
+    assert matching.changed_versions({"versions": saved}, engine) == []
+    assert matching.changed_versions({"versions": saved | {"kernel_code": "0"}}, engine) == [
         f"kernel_code: 0 -> {saved['kernel_code']}"
     ]
     del saved["kernel_code"]
     older = saved | {"kernel_sources": "0123456789ab"}  # a digest over the files as they were
-    assert resume.changed_versions({"versions": older}, engine) == []
+    assert matching.changed_versions({"versions": older}, engine) == []

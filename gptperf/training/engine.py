@@ -1,0 +1,106 @@
+"""The objects that a training step works on: model, weights, optimizer, and what belongs to them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptperf.config import Config, SystemConfig
+from gptperf.distributed.copy_engine import open_collectives
+from gptperf.distributed.fsdp import FullySharded
+from gptperf.distributed.process import Process
+from gptperf.distributed.replicated import Replicated
+from gptperf.distributed.zero1 import Sharded
+from gptperf.model import GPT
+from gptperf.monitor.gradients import GradientMonitor
+from gptperf.ops import Ops, resolve_ops, without_triton
+from gptperf.training import build, selftest
+from gptperf.training.optimizers import make_optimizer
+from gptperf.training.optimizers.base import Optimizer
+
+__all__ = ["Engine", "build_engine", "compile_engine", "make_weights"]
+
+
+@dataclass
+class Engine:
+    """Model, weights and optimizer of this rank."""
+
+    config: Config
+    process: Process
+    ops: Ops
+    model: GPT
+    weights: Replicated
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss of float16; otherwise it is disabled and passes everything through."""
+    monitor: GradientMonitor
+    skipped: Tensor
+    """Steps left out because the gradients were not finite, a float32 scalar on the device."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this rank. The configuration counts those of the whole job."""
+        return self.config.train.gradient_accumulation_steps // self.process.world_size
+
+    def autocast(self) -> torch.autocast:
+        """Returns a context that computes in the run's dtype, which the matrices have already."""
+        dtype = build.DTYPES[self.config.system.compute_dtype]
+        return torch.autocast(self.process.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def build_engine(config: Config, process: Process) -> Engine:
+    """Builds model, weights and optimizer with fresh weights, not compiled yet. Collective: every rank must call it.
+
+    The order matters. The self-test comes before the model, since it may replace ops. The weights take over the
+    parameters of the model, and the optimizer reads the buckets that they make.
+    """
+    dtype = build.DTYPES[config.system.compute_dtype]
+    ops = resolve_ops(config.system.kernels, process.device.type)
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
+    ops = without_triton(ops, config.system.kernels, broken)
+    model = build.build_model(config.model, ops, process.device, config.train.seed)
+    model.recompute = config.system.recompute
+    single = config.train.gradient_accumulation_steps == process.world_size
+    weights = make_weights(model, config.system, process, single)
+    optimizer = make_optimizer(weights.buckets, config.optimizer, ops)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
+    monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
+    skipped = torch.zeros((), device=process.device)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
+
+
+def make_weights(model: GPT, system: SystemConfig, process: Process, single: bool) -> Replicated:
+    """Moves a model's parameters into buckets, by the strategy of the configuration.
+
+    Args:
+        model: whose parameters become views of the buckets.
+        system: strategy, dtypes and communication.
+        process: this rank.
+        single: whether every step has one micro-batch.
+    """
+    collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
+    where = model, build.DTYPES[system.weight_copy_dtype], collectives
+    if system.use_fsdp:
+        return FullySharded(
+            *where,
+            min_num_params=system.fsdp_min_num_params,
+            reduce_once=system.fsdp_reduce_once,
+            gather_once=system.fsdp_gather_once,
+        )
+    if system.use_zero1:
+        # A model that is one graph runs as a whole: it cannot announce its units as it comes to them.
+        announces = not (system.compile and system.compile_scope == "model")
+        return Sharded(*where, single=single, announces=announces)
+    return Replicated(*where, single=single)
+
+
+def compile_engine(engine: Engine) -> str:
+    """Compiles model and optimizer, if the configuration asks for it and this machine can.
+
+    Returns:
+        "model", "block", or "off" with the reason, for the log.
+    """
+    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
+    if not scope.startswith("off"):
+        engine.optimizer.compile()
+    return scope

@@ -1,0 +1,77 @@
+"""What must be equal for a run to go on from a checkpoint, and what may differ with a warning.
+
+A key that fixes the weights, the numbers or the order of the data must be equal. Other keys, and the versions and
+layout that the bits depend on, may differ; the run then goes on, but is not bit for bit the run without the break.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gptperf.config import KEYS, Config
+from gptperf.errors import CheckpointError
+from gptperf.training.engine import Engine
+from gptperf.training.kernel_digest import kernel_digest
+
+__all__ = ["DERIVED", "changed_keys", "changed_versions", "versions"]
+
+DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
+"""Sizes that follow from several keys: they are compared in place of these."""
+_MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
+_MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
+_OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
+
+
+def versions(engine: Engine) -> dict[str, str]:
+    """Returns what the bits of a run depend on beside its configuration, by name."""
+    process = engine.process
+    on_gpu = process.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "device": torch.cuda.get_device_name(process.device) if on_gpu else "cpu",
+        "threads": "" if on_gpu else str(torch.get_num_threads()),
+        "processes": str(process.world_size),
+        "kernels": ",".join(f"{op}={chosen}" for op, chosen in engine.ops.chosen.items()),
+        "kernel_code": kernel_digest() if "triton" in engine.ops.chosen.values() else "",
+        "communication": engine.weights.collectives.name,
+    }
+
+
+def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool = False) -> list[str]:
+    """Returns `key: saved -> now` for each key that differs between a checkpoint's configuration and this one.
+
+    Args:
+        saved: the checkpoint's state.
+        config: configuration of this run.
+        weights_only: only the weights are used: compare the model keys alone, and raise nothing.
+
+    Raises:
+        CheckpointError: a key differs that must be equal; the message names all of them.
+    """
+    before = {name: value for section in saved["config"].values() for name, value in section.items()} | saved["model"]
+    now = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
+    for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by what follows from them
+        before[name] = now[name] = None
+    must = _MUST_MATCH | set(DERIVED)
+    # Samples per iteration fix the order of the data; how they are split into micro-batches does not.
+    per_iter = ("batch_size", "gradient_accumulation_steps")
+    if before[per_iter[0]] * before[per_iter[1]] != now[per_iter[0]] * now[per_iter[1]]:
+        must |= set(per_iter)
+    model = {k for k, key in KEYS.items() if key.section == "model"} | set(DERIVED)
+    names = [name for name in now if before.get(name) != now[name] and (name in model or not weights_only)]
+    lines = {name: f"{name}: {before.get(name)} -> {now[name]}" for name in names}
+    fatal = [line for name, line in lines.items() if name in must]
+    if fatal and not weights_only:
+        raise CheckpointError(f"the checkpoint was made with another configuration (saved -> now): {'; '.join(fatal)}")
+    return list(lines.values())
+
+
+def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
+    """Returns `what: saved -> now` for each thing that differs and that the bits depend on beside the configuration.
+
+    A thing that the checkpoint does not record is unknown and gives no line.
+    """
+    before, now = saved["versions"], versions(engine)
+    return [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]

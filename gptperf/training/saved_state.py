@@ -1,0 +1,231 @@
+"""The whole resumable state of a run, to a checkpoint and back.
+
+Saved are master weights, optimizer states and their step count, the loss scale, the random states, buffers and frozen
+parameters of plugins, the position in the run, and what a later run is compared with (`gptperf.training.matching`).
+
+The position in the data is the iteration: what a batch holds and what dropout drops are functions of seed and
+iteration. The random states are saved for plugins that draw from them.
+
+Tensors are saved by parameter, not by bucket. A rank saves the elements that it has (`Piece`); whoever resumes takes
+from the files of all ranks the elements that it needs. So any number of ranks, under any strategy, resumes from any
+other.
+"""
+
+import dataclasses
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gptperf import checkpoint as checkpoints
+from gptperf.checkpoint import Checkpoint
+from gptperf.checkpoint.tensor_file import Part, part_name
+from gptperf.distributed.buckets import Bucket, Piece
+from gptperf.distributed.replicated import Replicated
+from gptperf.errors import CheckpointError, DataError
+from gptperf.training.engine import Engine
+from gptperf.training.matching import DERIVED, versions
+
+__all__ = ["LARGE", "TrainState", "restore", "restore_weights", "snapshot"]
+
+LARGE = ("model", "optimizer")
+"""File stems with most of the bytes: they are read part by part, by each rank what it needs."""
+
+
+@dataclass
+class TrainState:
+    """The position of a run, beside its tensors."""
+
+    step: int = 0
+    """Iterations done; also the position in the data."""
+    tokens: int = 0
+    """Tokens trained on."""
+    train_s: float = 0.0
+    """Seconds spent in iterations, without evaluation, saving and compilation."""
+    timed_tokens: int = 0
+    """Tokens of the iterations in `train_s`."""
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    run_name: str = ""
+    """Stem of the file name of the run's journal."""
+    validation: str = ""
+    """Fingerprint of the data that `best_val_loss` was computed on."""
+
+
+def snapshot(
+    engine: Engine, state: TrainState, fingerprint: str, tokenizer: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Returns this rank's part of the state.
+
+    Args:
+        engine: whose weights, optimizer and scaler are saved.
+        state: position of the run.
+        fingerprint: fingerprint of the training data.
+        tokenizer: name and fingerprint of the tokenizer.
+
+    Returns:
+        Named tensors by file stem, which are views and not copies, and the JSON state.
+    """
+    config, optimizer, weights = engine.config, engine.optimizer, engine.weights
+    tensors: dict[str, dict[str, Tensor]] = {
+        "model": _stored(weights.pieces(_master, to_save=True)),
+        "optimizer": {},
+    }
+    for bucket in weights.buckets:
+        for key, values in optimizer.states(bucket).items():
+            tensors["optimizer"] |= _stored(weights.pieces_of(bucket, values, to_save=True), f"{key}.")
+    if engine.process.is_main:
+        tensors["optimizer"]["steps"] = optimizer.steps
+    rng = {"torch": torch.get_rng_state()}
+    if engine.process.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *position = np.random.get_state()
+    rng["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, internal, gauss = random.getstate()
+    buffers = dict(_buffers(engine.model))
+    if engine.process.is_main:
+        tensors |= {"rng": rng} | ({"buffers": buffers} if buffers else {})
+    return tensors, {
+        "train_state": dataclasses.asdict(state),
+        "scaler": engine.scaler.state_dict(),
+        "rng": {"python": [version, list(internal), gauss], "numpy": [kind, *position]},
+        "config": config.sections(),
+        "model": {name: getattr(config.model, name) for name in DERIVED},
+        "dataset_fingerprint": fingerprint,
+        "tokenizer": dict(tokenizer),
+        "versions": versions(engine),
+    }
+
+
+def _master(bucket: Bucket) -> Tensor:
+    return bucket.master.data
+
+
+def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
+    """Returns the values of pieces by their name in a file: a part of a parameter has its position in the name."""
+    found = {}
+    for name, shape, start, values in pieces:
+        whole = values.numel() == shape.numel()
+        found[prefix + (name if whole else part_name(name, shape, start))] = values.view(shape) if whole else values
+    return found
+
+
+def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]:
+    """Copies a checkpoint's elements to where this rank has them.
+
+    Args:
+        found: the checkpoint.
+        stem: stem of the files.
+        wanted: where the elements go, by name of the whole tensor.
+
+    Returns:
+        All names in the files.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    names, missing = set(), {name: piece.values.numel() for name, piece in wanted.items()}
+    read = found.tensors.get(stem)
+    stored: Iterable[Part] = checkpoints.stored(found.path, stem)
+    if read is not None:
+        stored = (Part(name, tuple(tensor.shape), 0, tensor.reshape(-1)) for name, tensor in read.items())
+    for name, shape, start, values in stored:
+        names.add(name)
+        piece = wanted.get(name)
+        if piece is None:
+            continue
+        if shape != tuple(piece.shape):
+            raise CheckpointError(f"{found.path}: {stem}: found {shape} for {name}, wanted {tuple(piece.shape)}")
+        # The overlap of what one rank saved with what this one has.
+        first = max(start, piece.start)
+        last = min(start + values.numel(), piece.start + piece.values.numel())
+        if first < last:
+            target = piece.values[first - piece.start : last - piece.start]
+            target.copy_(values[first - start : last - start])
+            missing[name] -= last - first
+    for name, count in missing.items():
+        if count:
+            what = f"{count} elements less" if name in names else "nothing"
+            raise CheckpointError(f"{found.path}: {stem}: found {what} for {name}, wanted {tuple(wanted[name].shape)}")
+    return names
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields what a model holds beside its trained weights: persistent buffers and frozen parameters of plugins."""
+    kept = model.state_dict(keep_vars=True)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return ((name, tensor.data) for name, tensor in kept.items() if id(tensor) not in trained)
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainState:
+    """Copies a checkpoint's state into the objects of a run, after all of them are built.
+
+    Building them draws random numbers, so the random states must be restored last.
+
+    Raises:
+        DataError: the checkpoint was trained on another data set.
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    saved, optimizer = checkpoint.state, engine.optimizer
+    if saved["dataset_fingerprint"] != fingerprint:
+        raise DataError(
+            f"{checkpoint.path}: it was trained on the data set {saved['dataset_fingerprint'][:12]} (fingerprint), "
+            f"found {fingerprint[:12]}; wanted the same shards"
+        )
+    restore_weights(checkpoint, engine.model, engine.weights)
+    wanted = {"steps": Piece("steps", optimizer.steps.shape, 0, optimizer.steps.view(1))}
+    for bucket in engine.weights.buckets:
+        for key, values in optimizer.states(bucket).items():
+            wanted |= {f"{key}.{piece.name}": piece for piece in engine.weights.pieces_of(bucket, values)}
+    _fill(checkpoint, "optimizer", wanted)
+    if not isinstance(saved["scaler"], dict):
+        raise TypeError(f"scaler: {saved['scaler']!r}")
+    engine.scaler.load_state_dict(saved["scaler"])
+    rng = checkpoint.tensors["rng"]
+    torch.set_rng_state(rng["torch"])
+    if "cuda" in rng and engine.process.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"])
+    version, internal, gauss = saved["rng"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, *position = saved["rng"]["numpy"]
+    np.random.set_state((kind, rng["numpy"].numpy().astype(np.uint32), *position))
+    state = TrainState(**saved["train_state"])
+    for name, usual in dataclasses.asdict(TrainState()).items():
+        value, kind = getattr(state, name), str if isinstance(usual, str) else (int, float)
+        if not (isinstance(value, kind) or value is usual is None):
+            raise TypeError(f"train_state: {name}: {value!r}")
+    if state.step != checkpoint.step:
+        raise CheckpointError(
+            f"{checkpoint.path}: found the state of step {state.step}, wanted that of {checkpoint.step}"
+        )
+    return state
+
+
+@torch.no_grad()
+def restore_weights(checkpoint: Checkpoint, model: nn.Module, weights: Replicated) -> None:
+    """Copies a checkpoint's master weights, buffers and frozen parameters into a model.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    pieces = {piece.name: piece for piece in weights.pieces(_master, to_save=False)}
+    extra = _fill(checkpoint, "model", pieces) - weights.places.keys()
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}"
+        )
+    for name, tensor in _buffers(model):
+        tensor.copy_(_tensor(checkpoint, "buffers", name, tensor.shape))
+    weights.publish()
+
+
+def _tensor(checkpoint: Checkpoint, stem: str, name: str, shape: torch.Size) -> Tensor:
+    found = checkpoint.tensors.get(stem, {}).get(name)
+    if found is None or found.shape != shape:
+        what = "nothing" if found is None else str(tuple(found.shape))
+        raise CheckpointError(f"{checkpoint.path}: {stem}: found {what} for {name}, wanted {tuple(shape)}")
+    return found
