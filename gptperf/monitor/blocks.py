@@ -13,6 +13,7 @@ __all__ = [
     "iteration_lines",
     "number",
     "printable",
+    "profile_lines",
     "stability_parts",
     "startup_lines",
     "summary_lines",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 WIDTH = 80
+_KERNELS = 8  # kernels of a profile that are printed
 
 
 class StartupInfo(TypedDict, total=False):
@@ -307,6 +309,21 @@ def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:
     """Where a checkpoint lies: iter, path, and time_ms where known."""
     took = f"  {record['time_ms'] / 1e3:.1f} s" if record.get("time_ms") is not None else ""
     return [f" Checkpoint at {record['iter']:,}: {record['path']}{took}"]
+
+
+def profile_lines(record: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a profile (event `profile`): the trace, where a step's time went, the longest kernels."""
+    lines = [f" profile of {record['steps']} iterations: {record['trace']} (open it at ui.perfetto.dev)"]
+    points_lost = record.get("waterfall")
+    if "parts_ms" in record:
+        parts = [f"{name} {ms:.2f} ms" for name, ms in record["parts_ms"].items() if ms > 0]
+        lines.append(f"   {record['step_ms']:.2f} ms an iteration: {', '.join(parts)}")
+    if points_lost is not None:
+        points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
+        lines.append(f"   100 points of MFU: {', '.join(points)}, left {record['mfu_percent']:.2f}")
+    for kernel in record.get("kernels", [])[:_KERNELS]:
+        lines.append(f"   {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")
+    return lines
 
 
 def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:

@@ -24,6 +24,7 @@ from gptperf.monitor.blocks import (
     evaluation_lines,
     iteration_lines,
     printable,
+    profile_lines,
     stability_parts,
     startup_lines,
     summary_lines,
@@ -101,6 +102,10 @@ class Console:
         """Print where a checkpoint lies (see `checkpoint_lines`)."""
         self._panel.checkpoint(record)
         self._print(checkpoint_lines(record))
+
+    def profile(self, record: Mapping[str, Any]) -> None:
+        """Print a profile (see `profile_lines`)."""
+        self._print(profile_lines(record))
 
     def message(self, text: str) -> None:
         """Print a line."""

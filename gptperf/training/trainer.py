@@ -28,7 +28,7 @@ from gptperf.monitor.console import Console, Summary
 from gptperf.monitor.events import Eval, Gradients, Iteration
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import MemorySnapshots, memory_record
-from gptperf.monitor.profiler import StepProfiler, lines_of
+from gptperf.monitor.profiler import StepProfiler
 from gptperf.monitor.stability import LossWindow
 from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
@@ -266,8 +266,7 @@ def _profiled(run: Run, iteration: int) -> None:
         run.console.message(f"memory: {run.snapshots.write(f'iter{iteration}')}")
     found = run.profiler.after(iteration)
     if found is not None:
-        for line in lines_of(found):
-            run.console.message(line)
+        run.console.profile(found)
         if run.journal is not None:
             run.journal.write("profile", found)
 
