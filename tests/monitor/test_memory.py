@@ -17,7 +17,7 @@ def test_a_snapshot_is_asked_for_by_a_signal(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
         time.sleep(0.01)
         assert snapshots.asked
-        assert "no account of a CPU's memory" in snapshots.write("iter3")
+        assert "does not track the memory of a CPU" in snapshots.write("iter3")
     assert signal.getsignal(signal.SIGUSR2) == before
 
 

@@ -45,7 +45,7 @@ def test_lines_of_a_profile() -> None:
         "kernels": kernels,
     }
     lines = profile_lines(found)
-    assert lines[1] == "   2.00 ms an iteration: gemm 1.50 ms, host_gaps 0.50 ms"
+    assert lines[1] == "   2.00 ms per iteration: gemm 1.50 ms, host_gaps 0.50 ms"
     assert lines[2] == "   100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
     assert "nvjet_x" in lines[3]
 

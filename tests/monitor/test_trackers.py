@@ -16,7 +16,7 @@ from run_helpers import hashes, losses, run, run_log
 from gptperf.config import Config, LogConfig
 from gptperf.monitor import trackers
 from gptperf.monitor.trackers import Trackers, flat
-from gptperf.training import trainer
+from gptperf.training import reporting, trainer
 
 FLAGS = ("--max_iters=10", "--sample_tokens=0", "--dropout=0.1")
 needs = {
@@ -99,13 +99,13 @@ def _until(true: Any) -> None:
 # How a backend misbehaves -> what the one warning says.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, ""),
-    "refuses": ({"fail": "start"}, "given up, the run goes on without it: ConnectionRefusedError: Connection refused"),
-    "hangs in start": ({"hang": "start"}, "given up, the run goes on without it: it did not"),
-    "hangs in log": ({"hang": "log"}, "given up, the run goes on without it: it did not finish within 0.5 s"),
-    "hangs in finish": ({"hang": "finish"}, "given up, the run goes on without it: it did not finish within 0.5 s"),
-    "raises in log": ({"fail": "log"}, "given up, the run goes on without it: ConnectionRefusedError"),
-    "raises in finish": ({"fail": "finish"}, "given up, the run goes on without it: ConnectionRefusedError"),
-    "is slow": ({"sleep_s": 5.0}, "given up, the run goes on without it: it did not finish within 0.5 s"),
+    "refuses": ({"fail": "start"}, "disabled, the run continues without it: ConnectionRefusedError: Connection"),
+    "hangs in start": ({"hang": "start"}, "disabled, the run continues without it: it did not"),
+    "hangs in log": ({"hang": "log"}, "disabled, the run continues without it: it did not finish within 0.5 s"),
+    "hangs in finish": ({"hang": "finish"}, "disabled, the run continues without it: it did not finish within 0.5 s"),
+    "raises in log": ({"fail": "log"}, "disabled, the run continues without it: ConnectionRefusedError"),
+    "raises in finish": ({"fail": "finish"}, "disabled, the run continues without it: ConnectionRefusedError"),
+    "is slow": ({"sleep_s": 5.0}, "disabled, the run continues without it: it did not finish within 0.5 s"),
 }
 
 
@@ -132,7 +132,7 @@ def test_the_run_has_the_same_bits_whatever_a_tracker_does(
     def opened(config: Any, run_name: str, last_step: int, say: Any, warn: Any) -> Trackers:
         return Timed([bad, good], run_name, config.sections(), say=say, warn=warn)
 
-    monkeypatch.setattr(trainer, "open_trackers", opened)
+    monkeypatch.setattr(reporting, "open_trackers", opened)
     assert run(corpus, tmp_path, *FLAGS) == 0
     bad.release.set()
     assert _same(tmp_path, plain)
@@ -186,7 +186,7 @@ def test_the_oldest_records_go_and_are_counted(monkeypatch: pytest.MonkeyPatch, 
     these.close()
     these.close()
     assert fake.steps == [1, *range(41, 51)]
-    assert told == ["Fake: slower than the run, which left 39 records out"]
+    assert told == ["Fake: too slow for the run: 39 records were dropped"]
 
 
 def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
@@ -200,7 +200,7 @@ def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told
         time.sleep(0.01)
     assert time.monotonic() - begin < 5
     these.log("iteration", {"iter": step + 1})
-    assert told == ["Fake is given up, the run goes on without it: it did not start within 0.2 s"]
+    assert told == ["Fake is disabled, the run continues without it: it did not start within 0.2 s"]
     fake.release.set()
     _until(lambda: fake.calls[-1] == ("finish", {}))
     these.close()
@@ -210,7 +210,7 @@ def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told
 
 def test_a_run_that_fails_ends_its_trackers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
-    monkeypatch.setattr(trainer, "open_trackers", lambda *_: Trackers([fake], "r", {}))
+    monkeypatch.setattr(reporting, "open_trackers", lambda *_: Trackers([fake], "r", {}))
     monkeypatch.setattr(trainer, "_evaluate", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(corpus, tmp_path, *FLAGS)
@@ -233,7 +233,7 @@ def test_a_broken_package_is_a_warning(
         with trackers.open_trackers(config, "r", 0, told.append, told.append) as these:
             these.log("iteration", {"iter": 1})
     (line,) = told
-    assert "cannot be loaded, the run goes on without it: TypeError('Descriptors cannot" in line
+    assert "cannot be loaded, the run continues without it: TypeError('Descriptors cannot" in line
 
 
 @needs["tensorboard"]

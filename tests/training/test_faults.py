@@ -32,7 +32,7 @@ from gptperf.errors import (
     OutOfMemoryError,
 )
 from gptperf.files import RunLock
-from gptperf.training import evaluation, trainer
+from gptperf.training import evaluation, preflight, trainer
 from gptperf.training.signals import StopRequest
 
 
@@ -292,7 +292,7 @@ def test_the_loss_scale_is_resumed(corpus: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_loss_scale_below_one_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
-    with pytest.raises(NonFiniteError, match=r"the loss scale fell to 0\.5; .* has what was saved before"):
+    with pytest.raises(NonFiniteError, match=r"the loss scale fell to 0\.5; .* has the last checkpoint before that"):
         run(corpus, tmp_path, "--dtype=float16")
 
 
@@ -303,7 +303,7 @@ def test_a_full_gpu_is_said_with_what_helps(corpus: Path, tmp_path: Path, monkey
     monkeypatch.setattr(trainer, "train_step", full)
     with pytest.raises(OutOfMemoryError, match=r"iteration 1: CUDA out of memory.* Lower batch_size = 2 and raise"):
         run(corpus, tmp_path)
-    assert run_log(tmp_path)["summary"]["stopped"].startswith("E7: the GPU's memory does not hold iteration 1")
+    assert run_log(tmp_path)["summary"]["stopped"].startswith("E7: the GPU ran out of memory in iteration 1")
 
 
 def test_a_tokenizer_whose_ids_have_changed_is_refused(
@@ -311,8 +311,8 @@ def test_a_tokenizer_whose_ids_have_changed_is_refused(
 ) -> None:
     changed = ByteTokenizer()
     changed.fingerprint = "0" * 64  # type: ignore[misc]
-    monkeypatch.setattr(trainer, "load_tokenizer", lambda name: changed)
-    with pytest.raises(DataError, match="its tokenizer byte is not the one installed here"):
+    monkeypatch.setattr(preflight, "load_tokenizer", lambda name: changed)
+    with pytest.raises(DataError, match="another version of the tokenizer byte than the one installed here"):
         run(corpus, tmp_path)
 
 

@@ -13,13 +13,14 @@ import torch
 from run_helpers import ROOT, run, run_argv, run_command, run_log
 
 from gptperf import registry
+from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError
 from gptperf.monitor.runs import read_runs
 from gptperf.ops import OPS, resolve_ops
 from gptperf.train import main
-from gptperf.training import trainer
+from gptperf.training import start, trainer
 
 
 def test_log_has_the_described_schema(corpus: Path, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_every_described_option_is_built_and_logged(
     key: str, value: object, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built: list[Any] = []
-    original = trainer.build_engine
+    original = start.build_engine
 
     def spy(*args: Any) -> Any:
         built.append(original(*args))
@@ -80,7 +81,7 @@ def test_every_described_option_is_built_and_logged(
     flags = [f"--{key}={value}", "--max_iters=1", "--sample_tokens=0", "--eval_iters=1"]
     flags += ["--ffn_type=standard"] if key == "activation" else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "build_engine", spy)
+        patch.setattr(start, "build_engine", spy)
         assert run(corpus, tmp_path, *flags) == 0
     info = run_log(tmp_path)["startup_info"]
     assert info["components"][key] == value
@@ -224,7 +225,7 @@ def test_asking_for_triton_names_the_cause() -> None:
 def test_the_step_time_leaves_out_evaluation_and_saving(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, save = trainer.evaluate, trainer.checkpoint.save
+    evaluate, save = trainer.evaluate, write.save
 
     def slow_save(*args: Any, **keys: Any) -> Path:
         time.sleep(2.0)
@@ -235,7 +236,7 @@ def test_the_step_time_leaves_out_evaluation_and_saving(
         return evaluate(*args)
 
     monkeypatch.setattr(trainer, "evaluate", slow_evaluate)
-    monkeypatch.setattr(trainer.checkpoint, "save", slow_save)
+    monkeypatch.setattr(write, "save", slow_save)
     run(corpus, tmp_path, "--eval_interval=2", "--save_interval=1", "--max_iters=4", "--log_interval=3")
     assert all(entry["time_ms"] < 1000 for entry in run_log(tmp_path)["training_iterations"][1:])
 
