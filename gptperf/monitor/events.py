@@ -242,6 +242,8 @@ class Message(TypedDict, total=False):
     """"info", "warning" or "error"."""
     text: Required[str]
     iter: int
+    time: str
+    """When the line was logged; the journal adds it."""
 
 
 class Resume(TypedDict):

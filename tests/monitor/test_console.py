@@ -1,4 +1,4 @@
-"""What a run prints: its blocks, on a pipe, and when the reader has gone."""
+"""The output of a run: its blocks, output to a pipe, and output whose reader is gone."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The figures of gradients and updates in the log, against figures computed in another way."""
+"""The figures of gradients and updates in the log, against an independent computation."""
 
 import math
 from collections.abc import Iterable
@@ -202,7 +202,7 @@ def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
         monitor.observe(old, new)
         return torch.cat([measured, monitor.update()])
 
-    watch()  # the first time tables are copied to the device
+    watch()  # the first call copies tables to the device
     torch.cuda.synchronize()
     torch.use_deterministic_algorithms(deterministic)
     torch.cuda.set_sync_debug_mode("error")

@@ -27,7 +27,7 @@ def test_a_profile_of_some_iterations(corpus: Path, tmp_path: Path, capsys: pyte
     assert (profile["iter"], profile["steps"], profile["trace"]) == (4, 2, str(path))
     assert profile["waterfall"] is None  # no GPU, no MFU
     found = dict(losses(tmp_path / "profiled"))
-    assert found.keys() == {1, 2, 5, 6}  # the time of recorded iterations is not that of others: they are not logged
+    assert found.keys() == {1, 2, 5, 6}  # recorded iterations are not logged: their time is not comparable
     assert found.items() <= dict(losses(tmp_path / "plain")).items()
     assert list(path.parent.glob(".tmp*")) == []
 
@@ -57,7 +57,7 @@ def test_a_profile_that_cannot_be(value: str) -> None:
 
 
 def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:
-    """Or one would wait in the collectives of a log line that the other leaves out."""
+    """Otherwise one rank would wait in the collectives of a log line that the other one skips."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     flags = ["--max_iters=5", "--profile=3:4", "--collective_timeout_s=20"]
     command = run_command(corpus, tmp_path, *flags, launcher=launcher)

@@ -6,7 +6,7 @@ from gptperf.monitor import step_timing
 
 
 class Clock:
-    """Steps that get faster until they settle at 10 ms."""
+    """Simulates steps that get faster until they settle at 10 ms."""
 
     def __init__(self, settles_at: int) -> None:
         self.settles_at, self.done, self.windows = settles_at, 0, 0

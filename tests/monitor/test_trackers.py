@@ -1,4 +1,4 @@
-"""Trackers that refuse, hang, raise and are slow change nothing of a run; W&B offline and TensorBoard read back."""
+"""Trackers that fail, hang or are slow change nothing in a run; the data of W&B and TensorBoard is read back."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ needs = {
 
 
 class Fake:
-    """A backend that misbehaves in the method it is told."""
+    """A tracker that fails or hangs in a given method."""
 
     name = "Fake"
 
@@ -71,7 +71,7 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without trackers."""
+    """The folder of a run without trackers."""
     out = tmp_path_factory.mktemp("plain")
     assert run(corpus, out, *FLAGS) == 0
     return out
@@ -83,7 +83,7 @@ def told() -> list[str]:
 
 
 def _same(out: Path, plain: Path) -> bool:
-    """Losses, weights, moments and every random state, by their bits."""
+    """Returns whether losses, weights, moments and every random state are bitwise equal."""
     a, b = (folder / "checkpoints" / "step-00000010" for folder in (out, plain))
     states = [json.loads((folder / "state.json").read_text())["rng"] for folder in (a, b)]
     return losses(out) == losses(plain) and hashes(a) == hashes(b) and states[0] == states[1]
@@ -96,7 +96,7 @@ def _until(true: Any) -> None:
         time.sleep(0.002)
 
 
-# How a backend misbehaves -> what the one warning says.
+# Fault of a tracker -> arguments of `Fake`, and the text of the only warning.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, ""),
     "refuses": ({"fail": "start"}, "disabled, the run continues without it: ConnectionRefusedError: Connection"),
@@ -142,7 +142,7 @@ def test_the_run_has_the_same_bits_whatever_a_tracker_does(
     assert len(warnings) == bool(warning)
     assert all(warning in line for line in warnings)
     assert bad.abandoned == bool(warning)
-    # The one beside it has everything.
+    # The other tracker has everything.
     log = run_log(tmp_path)
     assert good.steps == [*range(1, 11), 10]
     assert good.calls[0][:2] == ("start", log["run_name"])
@@ -255,7 +255,7 @@ def test_tensorboard_read_back_over_a_resume(
     log = run_log(tmp_path)
     read = {tag: [(event.step, event.value) for event in files.Scalars(tag)] for tag in files.Tags()["scalars"]}
     expected = [(entry["iter"], pytest.approx(entry["loss"])) for entry in log["training_iterations"]]
-    assert read["loss"] == expected  # 6 to 10 once, though two processes logged them
+    assert read["loss"] == expected  # 6 to 10 appear once, although two processes logged them
     assert read["eval/val_loss"] == [(10, pytest.approx(log["eval_steps"][0]["val_loss"]))]
     assert len(read["memory/rss_gb"]) == 10
     assert {"config/text_summary", "summary/text_summary"} <= set(files.Tags()["tensors"])
@@ -298,13 +298,13 @@ def test_wandb_offline_read_back_over_a_resume(
 
 
 def _records(path: Path) -> list[Any]:
-    """What an offline run holds: LevelDB's log format after a header of 7 bytes."""
+    """Returns the records of an offline run: LevelDB's log format after a header of 7 bytes."""
     pb2 = importlib.import_module("wandb.proto.wandb_internal_pb2")
     return [pb2.Record.FromString(data) for data in _chunks(path.read_bytes())]
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format: blocks of 32 KiB, parts with checksum (4), length (2) and kind (1)."""
+    """Yields records of LevelDB's log format: blocks of 32 KiB, parts with checksum (4), length (2) and kind (1)."""
     at, whole = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -314,6 +314,6 @@ def _chunks(data: bytes) -> Iterator[bytes]:
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield whole
             whole = b""

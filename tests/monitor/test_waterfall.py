@@ -55,7 +55,7 @@ def test_every_moment_belongs_to_one_part() -> None:
     kernels = [
         Kernel(GEMM, 0, 1000),
         Kernel("_norm_forward_kernel", 1000, 500),
-        Kernel(NCCL, 500, 2000, stream=2),  # until 2500: 1000 under computation, 1000 alone
+        Kernel(NCCL, 500, 2000, stream=2),  # until 2500: 1000 hidden by computation, 1000 alone
         Kernel("_adamw_kernel", 3000, 400),  # after a gap of 500
         Kernel(UNKNOWN, 3400, 100),
         Kernel(ATTENTION, 3500, 500),
@@ -100,7 +100,7 @@ KERNELS = st.lists(
 @given(kernels=KERNELS, waits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=3))
 @settings(max_examples=150, deadline=None)
 def test_parts_are_those_of_a_clock_that_ticks(kernels: list[Kernel], waits: list[tuple[int, int]]) -> None:
-    """Counted again microsecond by microsecond."""
+    """The same parts as a count of every microsecond."""
     intervals = [(float(begin), float(begin + length)) for begin, length in waits]
     found = waterfall.breakdown(kernels, 1, intervals)
     begin, end = min(k.start_us for k in kernels), max(k.interval[1] for k in kernels)
@@ -126,7 +126,7 @@ def test_the_waterfall_ends_at_the_mfu() -> None:
     assert fall.closes
     assert not waterfall.waterfall(found, (1e12, 0.5e12), 1e15, timed_ms=3.8).closes  # 39.5% timed, 2 points off
     wrong = waterfall.waterfall(found, (4e12, 0.5e12), 1e15, timed_ms=4.0)
-    assert wrong.lost_points["gemm"] < 0  # more than the peak: not this card's
+    assert wrong.lost_points["gemm"] < 0  # faster than the peak, so the peak is not that of this card
 
 
 def test_an_empty_trace_is_refused() -> None:

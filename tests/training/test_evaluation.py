@@ -1,4 +1,4 @@
-"""Evaluation over processes that have different numbers of batches."""
+"""Evaluation over ranks that have different numbers of batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from gptperf.training.evaluation import _as_many_as_any_rank
 
 @dataclass(frozen=True)
 class BesideALonger(Process):
-    """A process beside one that has `longer` batches."""
+    """A rank of two, the other of which has `longer` batches."""
 
     longer: int = 0
     asked: list[bool] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Safety lines of whole runs: each test fails when its line is taken out."""
+"""Protection of whole runs against faults: each test fails if its line of code is removed."""
 
 import contextlib
 import json
@@ -37,12 +37,12 @@ from gptperf.training.signals import StopRequest
 
 
 def saved_state(out: Path, step: int) -> Path:
-    """The file with a checkpoint's state."""
+    """Returns the file with a checkpoint's state."""
     return out / "checkpoints" / f"step-{step:08d}" / "state.json"
 
 
 def change_state(out: Path, step: int, *keys: str, value: Any) -> None:
-    """Change one value, and seal the checkpoint again."""
+    """Changes one value, and seals the checkpoint again."""
     path = saved_state(out, step)
     state = json.loads(path.read_text())
     inner = state
@@ -55,7 +55,7 @@ def change_state(out: Path, step: int, *keys: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def killed(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Whatever a test finds, no process is left."""
+    """Kills the process after the body, whatever happens in it."""
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def test_a_second_request_ends_the_process(corpus: Path, tmp_path: Path) -> None
         assert process.stdout is not None
         with killed(process):
             assert any(line.startswith(" Iter      3") for line in process.stdout)
-            process.send_signal(signal.SIGSTOP)  # both signals wait for it, and no step lies between them
+            process.send_signal(signal.SIGSTOP)  # both signals are pending until SIGCONT, with no step between them
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
                 process.send_signal(number)
             process.communicate(timeout=60)
@@ -263,7 +263,7 @@ def test_draws_go_on_where_they_were(corpus: Path, tmp_path: Path, monkeypatch: 
         try:
             return original(*args, **keys)
         finally:
-            torch.set_rng_state(state)  # dropout's seeds are functions of the step: what is left is the draw above
+            torch.set_rng_state(state)  # dropout does not depend on the generator: only the draw above does
 
     monkeypatch.setattr(trainer, "train_step", drawing)
     flags = ["--sample_tokens=0", "--save_interval=2", "--eval_interval=2"]

@@ -1,4 +1,4 @@
-"""Whole runs: bitwise resume after a kill, the same run on any number of processes, faults before the first step."""
+"""Whole runs: what is built and logged, when a run stops, and which faults are found before the first step."""
 
 import re
 import signal
@@ -53,7 +53,7 @@ def test_log_has_the_described_schema(corpus: Path, tmp_path: Path) -> None:
     assert log["summary"]["iterations"] == 4
 
 
-# Every option of a component: flag, and what the log calls it.
+# Every option of every component: key and value.
 OPTIONS = [
     *(("normalization", n) for n in ("layernorm", "layernorm_nobias", "rmsnorm")),
     *(("activation", n) for n in ("gelu", "silu", "relu", "leaky_relu")),
@@ -119,7 +119,7 @@ def test_a_run_learns(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path, "--max_iters=40", "--weight_tying=False")
     first, last = run_log(tmp_path)["training_iterations"][0], run_log(tmp_path)["training_iterations"][-1]
     assert first["loss"] == pytest.approx(np.log(264), abs=0.2)
-    assert last["loss"] < 2.6  # words of ten letters: ln 10 = 2.30 a letter, 5/6 of the text
+    assert last["loss"] < 2.6  # ten different letters: ln 10 = 2.30 per letter, 5/6 of the text
 
 
 def test_a_lost_run_stops_before_its_weights_are(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_float16_scales(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.amp.GradScaler, "scale", overflowing)
     run(corpus, tmp_path, "--dtype=float16", "--max_iters=6")
     scales = [entry["loss_scale"] for entry in run_log(tmp_path)["training_iterations"]]
-    assert scales == [65536, 32768, 32768, 32768, 32768, 32768]  # the second step overflowed and was left out
+    assert scales == [65536, 32768, 32768, 32768, 32768, 32768]  # the second step overflowed and was skipped
     losses = [entry["loss"] for entry in run_log(tmp_path)["training_iterations"]]
     assert losses[-1] < losses[0]
 
@@ -242,7 +242,7 @@ def test_the_step_time_leaves_out_evaluation_and_saving(
 
 
 def test_tokens_of_a_step_do_not_depend_on_dropout_or_resume(corpus: Path) -> None:
-    """The loader draws from no global generator: the same batches whatever was drawn before."""
+    """The loader uses no global generator, so earlier draws do not change the batches."""
     source = TokenSource.open(corpus / "data" / "text", "train")
     from gptperf.data.loader import Loader
 
