@@ -110,7 +110,7 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
         recorded = iteration > first and run.profiler.covers(iteration)
         log_due = last or iteration == first or (iteration % run.config.log.log_interval == 0 and not recorded)
         result = _step(run, loader, clock, first=iteration == first, recorded=recorded, watched=log_due)
-        _report_profile(run, iteration)
+        _report_diagnostics(run, iteration)
         state.step = iteration
         state.tokens += run.config.tokens_per_iter
         if log_due:
@@ -157,7 +157,7 @@ def _step(
     return result
 
 
-def _report_profile(run: TrainingRun, iteration: int) -> None:
+def _report_diagnostics(run: TrainingRun, iteration: int) -> None:
     """Writes a memory snapshot if one was requested, and reports the profile if this iteration ends one."""
     if run.snapshots.asked:
         run.snapshots.asked = False
