@@ -13,8 +13,8 @@ from typing import Any
 from bench.measure.models import DEFAULT_VARIANT, resolve
 from bench.measure.step import random_batches
 from gptperf.distributed.process import start_process
-from gptperf.monitor import waterfall
-from gptperf.monitor.waterfall import Spread
+from gptperf.monitor import step_timing
+from gptperf.monitor.step_timing import Spread
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.step import train_step
 
@@ -48,7 +48,7 @@ def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
         if result.gradients is not None:
             _read(engine, result.gradient_norm.item(), result.gradients.tolist())
 
-    timed = {kind: waterfall.cuda_window(partial(run, kind)) for kind in (False, True)}
+    timed = {kind: step_timing.cuda_window(partial(run, kind)) for kind in (False, True)}
     timed[True](0, STEPS)
     means: dict[bool, list[float]] = {False: [], True: []}
     more: list[float] = []

@@ -42,7 +42,7 @@ from gptperf.config import Config, command_line
 from gptperf.distributed.process import Process, start_process
 from gptperf.errors import DeviceError, main_guard
 from gptperf.hardware import match_gpu
-from gptperf.monitor import waterfall
+from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.plan.memory import strategy_of
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.saved_state import TrainState, snapshot
@@ -138,7 +138,7 @@ def _measure(case: Case, process: Process, save: bool, start_together: Callable[
     def run(step: int) -> StepResult:
         return train_step(engine, batches, step)
 
-    window = waterfall.cuda_window(run)
+    window = step_timing.cuda_window(run)
     warm_up = max(1, _WARM_UP // case.micro_batches)
     window(0, warm_up)
     start_together()
@@ -167,7 +167,7 @@ def _communication(run: Any, first: int, process: Process) -> dict[str, float]:
             run(step)
         torch.cuda.synchronize()
         return {}
-    found = waterfall.breakdown(waterfall.kernels_of(waterfall.trace_steps(run, first, _PROFILED)), _PROFILED)
+    found = waterfall.breakdown(trace.kernels_of(trace.trace_steps(run, first, _PROFILED)), _PROFILED)
     return {"exposed_ms": found.parts_ms["communication"], "hidden_ms": found.hidden_communication_ms}
 
 

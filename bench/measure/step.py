@@ -1,7 +1,7 @@
 """Times a training step: `python -m bench.measure.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
 
 One cell (model and variant of `bench.measure.models`) after another in one process, by the protocol of
-`gptperf.monitor.waterfall`. MFU is strict: causal matmul FLOPs over the dense peak of the GPU table. With --kernels,
+`gptperf.monitor.step_timing`. MFU is strict: causal matmul FLOPs over the dense peak of the GPU table. With --kernels,
 five more steps under the profiler show where the time goes. `python -m bench` runs the same cells, each in a process of
 its own, and more.
 """
@@ -27,7 +27,7 @@ from gptperf import flops
 from gptperf.config import Config
 from gptperf.distributed.process import Process, start_process
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
-from gptperf.monitor import waterfall
+from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.step import StepResult, train_step
@@ -93,7 +93,7 @@ def _probe_tflops() -> float:
 def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: float) -> dict[str, Any]:
     """Profiles steps: milliseconds by part and, where the peak of the GPU is known, the waterfall."""
     warm_up = math.ceil(WARM_UP_MS / step_ms)
-    kernels = waterfall.kernels_of(waterfall.trace_steps(run, first, PROFILED, warm_up=warm_up))
+    kernels = trace.kernels_of(trace.trace_steps(run, first, PROFILED, warm_up=warm_up))
     found = waterfall.breakdown(kernels, PROFILED)
     totals: dict[str, list[float]] = {}
     for kernel in kernels:
@@ -181,10 +181,10 @@ def _timed(
 
     first_loss = run(0).loss.item()
     first_s = time.perf_counter() - begun
-    meter = waterfall.EnergyMeter(timing.device_uuid())
+    meter = step_timing.EnergyMeter(timing.device_uuid())
     states: list[dict[str, Any]] = []
     watch = partial(_watch, states)
-    timed = waterfall.time_steps(waterfall.cuda_window(run, watch), steps, meter.joules, meter.reason)
+    timed = step_timing.time_steps(step_timing.cuda_window(run, watch), steps, meter.joules, meter.reason)
     peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
     spread, peak = timed.spread, peak_here(config)
     record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(spread.ms)
@@ -255,7 +255,7 @@ def main() -> int:
                     print(f"  {row['ms']:>9.3f} ms {row['calls']:>6.1f} x {row['name'][:100]}")
             torch._dynamo.reset()
     if args.json:
-        record = {"protocol": waterfall.STEP_PROTOCOL, "environment": made_by, "cells": cells}
+        record = {"protocol": step_timing.STEP_PROTOCOL, "environment": made_by, "cells": cells}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -12,7 +12,7 @@ Protocol:
 
 Everything runs on one side stream: the default one cannot be captured, and a backward runs on its forward's stream.
 
-A training step has a protocol of its own, `gptperf.monitor.waterfall.STEP_PROTOCOL`, which the profile of a run uses
+A training step has a protocol of its own, `gptperf.monitor.step_timing.STEP_PROTOCOL`, which the profile of a run uses
 too.
 """
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from gptperf.hardware import gpu_state
-from gptperf.monitor.waterfall import Spread
+from gptperf.monitor.step_timing import Spread
 
 __all__ = ["Call", "Spread", "Work", "alternate", "capture", "copies", "device_uuid", "environment", "extra_bytes"]
 __all__ += ["host_us", "input_sets", "side_stream"]

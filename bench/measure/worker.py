@@ -27,7 +27,7 @@ from bench.measure.models import DEFAULT_VARIANT, planned, resolve
 from bench.measure.op_tables import error_table, host_table, table
 from gptperf.hardware.measure import measure as measure_ceilings
 from gptperf.hardware.measure_command import report
-from gptperf.monitor import waterfall
+from gptperf.monitor import step_timing
 
 __all__ = ["execute", "main"]
 
@@ -92,14 +92,14 @@ def _ceilings_of(model: str, folder: Path) -> Mapping[str, Any] | None:
 def _step(name: str, quick: bool, folder: Path) -> Found:
     _, model, variant = name.split("/")
     found = step.measure(model, variant, _QUICK_STEPS if quick else _STEPS, ceilings=_ceilings_of(model, folder))
-    return {**found, "protocol": waterfall.STEP_PROTOCOL}
+    return {**found, "protocol": step_timing.STEP_PROTOCOL}
 
 
 def _waterfall(name: str, quick: bool, folder: Path) -> Found:
     model = name.split("/")[1]
     steps, rates = _QUICK_STEPS if quick else _STEPS, _ceilings_of(model, folder)
     found = step.measure(model, DEFAULT_VARIANT, steps, profile=True, ceilings=rates)
-    return {**found, "protocol": f"{waterfall.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
+    return {**found, "protocol": f"{step_timing.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
 
 
 def _monitor(name: str, _: bool, __: Path) -> Found:
@@ -108,7 +108,7 @@ def _monitor(name: str, _: bool, __: Path) -> Found:
 
 def _plan(name: str, quick: bool, _: Path) -> Found:
     found = step.measure_config(planned(name.partition("/")[2]), _QUICK_STEPS)
-    return {**found, "protocol": waterfall.STEP_PROTOCOL}
+    return {**found, "protocol": step_timing.STEP_PROTOCOL}
 
 
 def _loader(_: str, quick: bool, __: Path) -> Found:
@@ -133,7 +133,7 @@ def _micro(name: str, _: bool, __: Path) -> Found:
     rows = []
     for row in found:
         times = [1e3 * seconds for seconds in row["stats"]["data"]]
-        spread = waterfall.Spread.of(times)
+        spread = step_timing.Spread.of(times)
         rows.append({"name": row["name"].removeprefix("test_"), "rounds": len(times), **asdict(spread)})
         print(f"  {rows[-1]['name']:<28}{spread.ms * 1e3:>12.2f} us  {len(times)} rounds")
     protocol = f"pytest-benchmark, {_MICRO_MAX_TIME_S:g} s of rounds each after its calibration; host time."

@@ -1,114 +1,29 @@
-"""The blocks of text that a run prints: from a record to plain lines, nothing else."""
+"""The text that a run prints: functions from a record of the log to plain lines."""
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from gptperf.formats import duration, number, with_unit
 
 __all__ = [
-    "StartupInfo",
-    "Summary",
     "WIDTH",
     "checkpoint_lines",
     "evaluation_lines",
     "iteration_lines",
     "printable",
+    "profile_lines",
     "stability_parts",
     "startup_lines",
     "summary_lines",
 ]
 
 WIDTH = 80
-
-
-class StartupInfo(TypedDict, total=False):
-    """Facts of a run, printed at its start and stored in its log. What is unknown is left out or None."""
-
-    total_parameters: int
-    trainable_parameters: int
-    non_embedding_parameters: int
-    """All but the position table."""
-    n_layer: int
-    n_embd: int
-    n_head: int
-    kv_heads: int
-    block_size: int
-    vocab_size: int
-    components: dict[str, str | bool | float]
-    """Component kind -> what was built: normalization, position_encoding, ffn_type, bias, ..."""
-    kernels: dict[str, str]
-    """Op -> eager or triton."""
-    kernel_reasons: dict[str, str]
-    """Op -> why it is not triton."""
-    batch_size: int
-    gradient_accumulation_steps: int
-    effective_batch_size: int
-    """Sequences an iteration: batch_size * gradient_accumulation_steps."""
-    tokens_per_iter: int
-    max_iters: int
-    learning_rate: float
-    min_lr: float
-    lr_schedule: str
-    warmup_iters: int
-    weight_decay: float
-    grad_clip: float
-    dataset: str
-    tokenizer: str
-    train_tokens: int
-    val_tokens: int
-    device: str
-    """Name of the GPU or CPU."""
-    num_gpus: int
-    """0 on a CPU."""
-    memory_gb: float | None
-    """Of one GPU."""
-    dtype: str
-    parallelism: str
-    """single process, DDP, ..."""
-    attention_backend: str
-    """With the reason."""
-    compile: str
-    """model, block, or off and why."""
-    versions: dict[str, str]
-    """python, gptperf, torch, triton, cuda, ..."""
-    hardware_peak_tflops: float
-    """This and the following: `gptperf.monitor.throughput.theoretical`."""
-    peak_basis: str
-    peak_source: str
-    peak_hint: str
-    """In place of a peak: `gptperf.hardware.no_peak_hint`."""
-    flops_per_token: float
-    convention: str
-    attention_ffn_ratio: float
-    expected_tokens_per_sec: float
-    plan: dict[str, Any]  # `gptperf.plan.plan_record`
-    notes: list[str]
-    """What is legal but may surprise, a line each."""
-
-
-class Summary(TypedDict, total=False):
-    """The end of a run."""
-
-    iterations: int
-    val_loss: float | None
-    best_val_loss: float | None
-    best_iter: int | None
-    trigram_loss: float
-    """Of a trigram model of the same data: what a language model has to beat."""
-    tokens_per_sec: float | None
-    mfu_percent: float | None
-    wall_time_s: float
-    sample: str
-    """Generated text."""
-    log_path: str
-    checkpoint_dir: str
-    plan: dict[str, float]  # beside what was measured
-    stopped: str
-    """Why the run ended before max_iters."""
+"""Columns of a rule."""
+_KERNELS = 8  # kernels of a profile that are printed
 
 
 def printable(text: str) -> str:
-    """Control characters (generated text may hold any) as escapes, so that no text drives the terminal."""
+    """Returns the text with control characters, which a sample may contain, as escapes that no terminal obeys."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text.expandtabs(4))
 
 
@@ -125,7 +40,7 @@ def _title(text: str, width: int) -> list[str]:
 
 
 def _kernel_rows(info: Mapping[str, Any]) -> list[str]:
-    """One row an implementation and reason: "eager: rms_norm, rope (it has no Triton kernel yet)"."""
+    """Returns one row per implementation and reason: "eager: rms_norm, rope (it has no Triton kernel yet)"."""
     groups: dict[tuple[str, str], list[str]] = {}
     for op, implementation in info.get("kernels", {}).items():
         groups.setdefault((implementation, info.get("kernel_reasons", {}).get(op, "")), []).append(op)
@@ -194,10 +109,11 @@ def _theory(info: Mapping[str, Any]) -> list[str]:
 
 
 def startup_lines(info: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """The blocks at the start of a run.
+    """Returns the blocks at the start of a run.
 
     Args:
-        info: a `StartupInfo`; `width` is that of the rules.
+        info: a `StartupInfo`.
+        width: columns of the rules.
     """
     lines = _title("TRAINING INITIALIZATION", width)
     for block in (_architecture(info), _training(info), _hardware(info), _theory(info)):
@@ -213,14 +129,14 @@ def iteration_lines(
     width: int = WIDTH,
     planned_gb: float | None = None,
 ) -> list[str]:
-    """The block of one iteration.
+    """Returns the block of one iteration.
 
     Args:
-        record: iter, loss, time_ms, lr, and mfu, memory, gradients, loss_scale, stability as far as they are known.
-        max_iters: of the run.
-        eta_s: seconds left.
-        width: of the rules.
-        planned_gb: memory of the plan, where there is one.
+        record: an `Iteration`; mfu, memory, gradients, loss_scale and stability may be missing.
+        max_iters: number of iterations of the run.
+        eta_s: seconds until the end of the run.
+        width: columns of the rules.
+        planned_gb: memory that the plan predicts, if there is a plan.
     """
     rule = "-" * width
     head = f" Iter {record['iter']:>6}  Loss: {number(record['loss'], '.4f', 'nan')}  "
@@ -252,13 +168,13 @@ def iteration_lines(
 
 
 def stability_parts(record: Mapping[str, Any]) -> list[str]:
-    """What is known of an iteration's `Stability`, and its gradient's elements that are not finite."""
+    """Returns short phrases about an iteration's `Stability` and the gradient elements that are not finite."""
     found = record.get("stability") or {}
     parts = []
     if found.get("loss_variance") is not None:
         parts.append(f"loss variance={found['loss_variance']:.2e} of {found['window']}")
     parts += [name for key, name in {"spike": "LOSS SPIKE", "plateau": "PLATEAU"}.items() if found.get(key)]
-    parts += [f"{found['non_finite']:,} steps left out"] if found.get("non_finite") else []
+    parts += [f"{found['non_finite']:,} steps skipped"] if found.get("non_finite") else []
     elements = (record.get("gradients") or {}).get("non_finite")
     return parts + ([f"{elements:,} gradient elements not finite"] if elements else [])
 
@@ -272,7 +188,7 @@ def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """One line for an evaluation: iter, val_loss, and where known best_val_loss, time_ms."""
+    """Returns the line of an evaluation, from an `Eval`."""
     parts = [f"loss {number(record['val_loss'], '.4f', 'nan')}"]
     parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
     parts += [f"{record['time_ms'] / 1e3:.1f} s"] if record.get("time_ms") is not None else []
@@ -280,13 +196,28 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:
-    """Where a checkpoint lies: iter, path, and time_ms where known."""
+    """Returns the line that says where a checkpoint is, from a `Checkpoint`."""
     took = f"  {record['time_ms'] / 1e3:.1f} s" if record.get("time_ms") is not None else ""
     return [f" Checkpoint at {record['iter']:,}: {record['path']}{took}"]
 
 
+def profile_lines(record: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a `Profile`: the trace, where a step's time went, the longest kernels."""
+    lines = [f" profile of {record['steps']} iterations: {record['trace']} (open it at ui.perfetto.dev)"]
+    points_lost = record.get("waterfall")
+    if "parts_ms" in record:
+        parts = [f"{name} {ms:.2f} ms" for name, ms in record["parts_ms"].items() if ms > 0]
+        lines.append(f"   {record['step_ms']:.2f} ms per iteration: {', '.join(parts)}")
+    if points_lost is not None:
+        points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
+        lines.append(f"   100 points of MFU: {', '.join(points)}, left {record['mfu_percent']:.2f}")
+    for kernel in record.get("kernels", [])[:_KERNELS]:
+        lines.append(f"   {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")
+    return lines
+
+
 def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """The end of a run, from a `Summary`."""
+    """Returns the blocks at the end of a run, from a `Summary`."""
     lines = ["", *_title("TRAINING STOPPED" if summary.get("stopped") else "TRAINING FINISHED", width)]
     lines += _rows(summary, {"stopped": "Reason"})
     lines += _rows(summary, {"iterations": "Iterations"}, "{:,}")

@@ -1,20 +1,41 @@
-"""Time: of steps, without what is no step, and of this process."""
+"""Wall time: of training steps, without what is not a step, and of this process."""
 
 import contextlib
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["StepClock", "process_age_s"]
+__all__ = ["Lap", "StepClock", "process_age_s"]
 
 _IMPORTED = time.monotonic()
 
 
+class Lap(NamedTuple):
+    """The time since the last log line."""
+
+    seconds: float
+    """Time of the steps, without pauses."""
+    steps: int
+    """Steps in that time; 0 where the only one was paused over, as is the first of a process."""
+    paused_s: float
+    """Length of the last pause."""
+
+    @property
+    def step_ms(self) -> float:
+        """Mean time of a step; without steps, the length of the last pause."""
+        return 1e3 * (self.seconds / self.steps if self.steps else self.paused_s)
+
+
 class StepClock:
-    """Wall time of steps, without what happens in `paused`."""
+    """Measures the wall time of steps, without what happens in `paused`.
+
+    Args:
+        device: device that the steps run on.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -22,13 +43,13 @@ class StepClock:
         self.since = time.perf_counter()
 
     def _synchronize(self) -> None:
-        """Wait for the device, so that the clock means something."""
+        """Waits for the device, so that enqueued steps count before a pause and not within it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something that is not a step."""
+        """Excludes the body from the time of steps."""
         self._synchronize()
         begin = time.perf_counter()
         self.elapsed_s += begin - self.since
@@ -37,16 +58,16 @@ class StepClock:
         self.since = time.perf_counter()
         self.paused_s = self.since - begin
 
-    def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap; the device has to be idle."""
+    def lap(self) -> Lap:
+        """Returns the time since the last lap, and starts the next one. The device must be idle."""
         now = time.perf_counter()
-        seconds, steps = self.elapsed_s + now - self.since, self.steps
+        lap = Lap(self.elapsed_s + now - self.since, self.steps, self.paused_s)
         self.elapsed_s, self.steps, self.since = 0.0, 0, now
-        return seconds, steps
+        return lap
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, imports included; where there is no /proc, since this module was."""
+    """Returns the seconds since this process started, imports included; without /proc, since this module's import."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except OSError:

@@ -1,7 +1,8 @@
-"""What a user sees of a run: plain lines, or on a terminal a live panel with lines above it.
+"""The output of a run: plain lines or, on a terminal, a live panel with lines above it.
 
-Plain text goes to the stream as it is, without escape codes or wrapping, so that it can be piped and searched; live,
-rich draws. `gptperf.monitor.blocks` has the text, `gptperf.monitor.live` the panel; `Console` decides where these go.
+Plain text goes to the stream unchanged, without escape codes or wrapping, so that it can be piped and searched. The
+panel is drawn by rich. `gptperf.monitor.blocks` makes the text and `gptperf.monitor.live` the panel; `Console` decides
+where they go.
 """
 
 import contextlib
@@ -18,37 +19,38 @@ from rich.text import Text
 
 from gptperf.monitor.blocks import (
     WIDTH,
-    StartupInfo,
-    Summary,
     checkpoint_lines,
     evaluation_lines,
     iteration_lines,
     printable,
+    profile_lines,
     stability_parts,
     startup_lines,
     summary_lines,
 )
 from gptperf.monitor.live import DRAWING, Live, Panel, RichConsole
 
-__all__ = ["Console", "StartupInfo", "Summary"]
+__all__ = ["Console"]
 
-_QUEUED = 100  # warnings that a process keeps for the main one
+_QUEUED = 100  # warnings that a rank keeps for the main one
 
 
 class Console:
-    """Prints a run, in the one process that may; the others keep their warnings for it. A context manager: leaving it
-    ends the live panel."""
+    """Prints a run on the main rank; the other ranks keep their warnings until the main rank asks for them.
+
+    A context manager: leaving it ends the live panel.
+
+    Args:
+        max_iters: number of iterations of the run.
+        mode: "live" or "plain"; "auto" is live on a terminal.
+        enabled: False on every rank except rank 0.
+        stream: where to print; stdout by default.
+    """
 
     def __init__(self, *, max_iters: int, mode: str = "auto", enabled: bool = True, stream: TextIO | None = None):
-        """
-        Args:
-            max_iters: iterations of the run.
-            mode: "live" or "plain"; "auto" is live on a terminal.
-            enabled: false in every process but rank 0.
-            stream: default stdout.
-        """
         self.max_iters = max_iters
         self.enabled = enabled
+        """Whether lines are printed; becomes False when the reader of the stream is gone."""
         self.stream = sys.stdout if stream is None else stream
         self._main = enabled
         self._pid = os.getpid()
@@ -74,40 +76,49 @@ class Console:
         self._stop()
 
     def startup(self, info: Mapping[str, Any]) -> None:
-        """Print the blocks of a `StartupInfo`."""
+        """Prints the blocks of a `StartupInfo`."""
         self._planned_gb = self._panel.planned_gb = (info.get("plan") or {}).get("memory_gb")
         self._print(startup_lines(info, self._width))
 
     def iteration(self, record: Mapping[str, Any], eta_s: float | None = None) -> None:
-        """Print an iteration (see `iteration_lines`), or show it in the panel."""
+        """Prints an `Iteration`, or shows it in the panel.
+
+        Args:
+            record: the iteration.
+            eta_s: seconds until the end of the run, where they are known.
+        """
         if not self.enabled:
             return
         if self._rich is None:
             self._print(iteration_lines(record, self.max_iters, eta_s, self._width, self._planned_gb))
             return
         self._panel.iteration(record, eta_s)
-        self._say_flags(record)
+        self._print_flags(record)
         if self._live is None:
             with self._while_read():
                 self._live = Live(self._rich, self._panel, self._silence)
                 self._live.start()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Print an evaluation (see `evaluation_lines`)."""
+        """Prints an `Eval`."""
         self._panel.evaluated(record)
         self._print(evaluation_lines(record))
 
     def checkpoint(self, record: Mapping[str, Any]) -> None:
-        """Print where a checkpoint lies (see `checkpoint_lines`)."""
+        """Prints where a `Checkpoint` is."""
         self._panel.checkpoint(record)
         self._print(checkpoint_lines(record))
 
+    def profile(self, record: Mapping[str, Any]) -> None:
+        """Prints a `Profile`."""
+        self._print(profile_lines(record))
+
     def message(self, text: str) -> None:
-        """Print a line."""
+        """Prints a line."""
         self._print([f" {text}"])
 
     def warning(self, text: str) -> None:
-        """Print a line that must be seen; in other processes than the main one, keep it for `pending`."""
+        """Prints a warning; on ranks other than the main one it is kept for `pending`."""
         if not self._main:
             self._waiting.append(text)
             return
@@ -115,41 +126,41 @@ class Console:
         self._print([f" WARNING: {text}"])
 
     def pending(self) -> list[str]:
-        """The warnings of this process since the last time, for the main one; none of the main one itself."""
+        """Returns and clears the warnings that this rank kept; the main rank has none."""
         texts = list(self._waiting)
         self._waiting.clear()
         return texts
 
     def gathered(self, rank: int, lines: Iterable[str]) -> None:
-        """Print warnings of another process; what any process has said before is not repeated."""
+        """Prints the warnings of another rank, except those that were printed before for any rank."""
         for text in lines:
             if text not in self._warned:
                 self._warned.add(text)
                 self._print([f" WARNING: rank {rank}: {text}"])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """End the panel and print the end of the run (a `Summary`)."""
+        """Ends the panel and prints a `Summary`."""
         self._stop()
         self._print(summary_lines(summary, self._width))
 
     @property
     def _width(self) -> int:
-        """Of rules: plain text for a file does not depend on a terminal."""
+        """Columns of a rule. Plain text for a file does not depend on a terminal."""
         if self._rich is not None:
             return max(1, min(WIDTH, self._rich.width))
         if not self.enabled or not self.stream.isatty():
             return WIDTH
         return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
-    def _say_flags(self, record: Mapping[str, Any]) -> None:
-        """A line when the losses begin to spike or a step was left out: the panel's next iteration hides it."""
+    def _print_flags(self, record: Mapping[str, Any]) -> None:
+        """Prints a line when losses begin to spike or a step was skipped; the panel shows it for one log line only."""
         flags = "  ".join(part for part in stability_parts(record) if not part.startswith("loss variance"))
         if flags and flags != self._flagged:
             self._print([f" WARNING: iteration {record['iter']:,}: {flags}"])
         self._flagged = flags
 
     def _stop(self) -> None:
-        if os.getpid() != self._pid:  # a fork: the panel is its parent's
+        if os.getpid() != self._pid:  # in a forked child: the panel belongs to its parent
             return
         live, self._live = self._live, None
         if live is not None:
@@ -171,7 +182,7 @@ class Console:
 
     @contextlib.contextmanager
     def _while_read(self) -> Iterator[None]:
-        """Fall silent when the reader or the terminal has gone: the run goes on, and its log has everything."""
+        """Stops printing when the reader or the terminal is gone; the run continues, and its log has everything."""
         try:
             yield
         except OSError:
@@ -179,7 +190,7 @@ class Console:
 
     def _silence(self) -> None:
         self.enabled = False
-        if self._is_stdout:  # Python flushes it once more at its end
+        if self._is_stdout:  # Python flushes stdout once more when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         if self._rich is not None:
             self._rich.file = io.StringIO()
@@ -187,13 +198,13 @@ class Console:
 
 
 def _draws(mode: str, stream: TextIO) -> bool:
-    """Whether there is a live panel."""
+    """Returns whether there is a live panel."""
     able = os.environ.get("TERM") not in ("dumb", "unknown")
     return able and mode != "plain" and (mode == "live" or stream.isatty())
 
 
 def _styled(text: str) -> Iterator[Text]:
-    """Terminal colours by the shape of a line."""
+    """Yields the lines of a text in terminal colours, chosen by how a line begins."""
     for line in text.split("\n"):
         if line.startswith(("===", "---")):
             yield Text(line, "dim")

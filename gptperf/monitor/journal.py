@@ -1,14 +1,14 @@
-"""The journal of a run, `run_YYYYmmdd_HHMMSS.jsonl`, and the one JSON file that is assembled from it.
+"""The journal of a run, `run_YYYYmmdd_HHMMSS.jsonl`, and the JSON file that is assembled from it.
 
-One event a line, only ever appended to: a killed run loses at most its last line. `Journal` writes,
-`assemble` reads; `gptperf.monitor.events` has the fields. What is not finite becomes null: JSON has no NaN.
+Each line is an event, and lines are only appended, so a killed run loses at most its last line. `Journal` writes and
+`assemble` reads; `gptperf.monitor.events` declares the fields. Numbers that are not finite become null, because JSON
+has no NaN.
 """
 
 import json
 import math
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from gptperf.errors import ConfigError, DataError, DiskError
+from gptperf.files import replace_text
 from gptperf.monitor.events import EVENTS, SCHEMA_VERSION, Resume, RunLog
 
 __all__ = ["Journal", "assemble", "find_journal", "new_run_name", "write_json"]
@@ -29,19 +30,19 @@ _WITH_ITER = ("iteration", "eval", "checkpoint", "profile", "resume")
 class Journal:
     """Appends events to `<out_dir>/<run_name>.jsonl`.
 
-    A disk that fails while training does not stop it: the event is lost and counted, the user is told once
-    through `warn`, and the journal says how many are missing as soon as it can be written again.
+    A disk that fails does not stop training: the event is lost and counted, the user gets one warning through `warn`,
+    and as soon as the journal can be written again it records how many events are missing.
 
     Args:
-        out_dir: Directory of the run; made if absent.
-        run_name: From `new_run_name`, or for a resumed run the stem of `find_journal`'s file.
-        resume_from: Iteration of the loaded checkpoint: go on with the run's journal and void what it says of
-            later ones. None starts a new journal.
-        warn: Gets one line when an event is lost; stderr without it.
+        out_dir: directory of the run; created if it does not exist.
+        run_name: name from `new_run_name`, or for a resumed run the stem of `find_journal`'s file.
+        resume_from: iteration of the loaded checkpoint. The journal of the run is continued, and its entries of later
+            iterations no longer count. None starts a new journal.
+        warn: called with one line when an event is lost; by default the line goes to stderr.
 
     Raises:
-        ConfigError: The name is no file name, or a new run's journal is there already.
-        DiskError: The journal cannot be opened.
+        ConfigError: the name is not a file name, or the journal of a new run exists already.
+        DiskError: the journal cannot be opened.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Journal:
         self.run_name = run_name
         self.path = Path(out_dir) / f"{run_name}.jsonl"
         self.lost = 0
-        self._untold = 0
-        self._alarmed = False
+        self._unreported = 0
+        self._warned = False
         self._warn = warn or (lambda text: print(text, file=sys.stderr))
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         flags |= os.O_EXCL if resume_from is None else 0
@@ -67,9 +68,10 @@ class Journal:
             self._fd: int | None = os.open(self.path, flags, 0o644)
         except OSError as error:
             if isinstance(error, FileExistsError) and os.path.lexists(self.path):
-                raise ConfigError(f"{self.path} is there already; wanted a new run name") from None
+                raise ConfigError(f"{self.path} exists already; wanted a new run name") from None
             raise DiskError(f"{self.path} cannot be opened: {error}") from error
-        # After a torn line the next one starts on its own, and the reader drops the torn one alone.
+        # A newline goes before the next event if the file ends with a torn line, so that the reader drops that line
+        # only.
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         if resume_from is not None:
@@ -84,16 +86,16 @@ class Journal:
         self.close()
 
     def write(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Append one event; a checkpoint also makes the journal durable, as it is itself.
+        """Appends one event. The event `checkpoint` also syncs the journal, because a checkpoint is durable itself.
 
         Args:
-            event: One of `EVENTS`, or "summary" with whatever fields.
-            fields: Those of the event's class, and others. A start or message gets its time here; after a
-                resume the newer start's configuration stands, with the first one's time.
+            event: one of `EVENTS`, or "summary", which takes any fields.
+            fields: the fields of the event's class, and any others. The time of a start or a message is added here.
+                After a resume the configuration of the newer start counts, with the time of the first one.
 
         Raises:
-            ValueError: The event is unknown or lacks a field.
-            TypeError: A value is not of a kind that JSON has.
+            ValueError: the event is unknown or lacks a field.
+            TypeError: JSON has no type for a value.
         """
         if event != "summary":
             if event not in EVENTS:
@@ -110,30 +112,30 @@ class Journal:
             self._sync()
 
     def write_json(self) -> Path | None:
-        """Assemble `<run_name>.json` beside the journal; None, with a warning, where that fails."""
+        """Assembles `<run_name>.json` beside the journal; on failure warns and returns None."""
         try:
             return write_json(self.path)
         except (DiskError, DataError) as error:
-            self._warn(f"{error}; {self.path.name} holds everything")
+            self._warn(f"{error}; {self.path.name} has all events")
             return None
 
     def close(self) -> None:
-        """Sync and close; closing twice is allowed."""
+        """Syncs and closes the file. May be called twice."""
         if self._fd is not None:
             self._sync()
             os.close(self._fd)
             self._fd = None
 
     def reopen(self) -> None:
-        """Go on after `close`, with what ends the process."""
+        """Opens the file again after `close`, to record the error that ends the process."""
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _append(self, event: str, fields: Mapping[str, Any]) -> None:
         assert self._fd is not None, "the journal is closed"
         line = _line(event, fields)
-        if self._untold:
-            text = f"{self._untold} journal events were lost: the disk refused them"
+        if self._unreported:
+            text = f"{self._unreported} journal events were lost because the disk could not be written"
             line = _line("message", {"level": "warning", "text": text, "time": _now()}) + line
         if self._torn:
             line = b"\n" + line
@@ -143,27 +145,27 @@ class Journal:
                 done += os.write(self._fd, line[done:])
         except OSError as error:
             self._torn = self._torn if done == 0 else line[done - 1 : done] != b"\n"
-            self._alarm(error)
+            self._warn_once(error)
             self.lost += 1
-            self._untold += 1
+            self._unreported += 1
         else:
-            self._torn, self._untold = False, 0
+            self._torn, self._unreported = False, 0
 
     def _sync(self) -> None:
         assert self._fd is not None
         try:
             os.fsync(self._fd)
         except OSError as error:
-            self._alarm(error)
+            self._warn_once(error)
 
-    def _alarm(self, error: OSError) -> None:
-        if not self._alarmed:
-            self._alarmed = True
-            self._warn(f"journal: {self.path} cannot be written: {error}; the run goes on without it")
+    def _warn_once(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(f"journal: {self.path} cannot be written: {error}; the run continues without it")
 
 
 def new_run_name(out_dir: Path, now: time.struct_time | None = None) -> str:
-    """`run_YYYYmmdd_HHMMSS` of local time, with _2, _3, ... where that is taken."""
+    """Returns `run_YYYYmmdd_HHMMSS` in local time, with _2, _3, ... if that name is taken."""
     stem = time.strftime("run_%Y%m%d_%H%M%S", now or time.localtime())
     name, count = stem, 1
     while any(os.path.lexists(Path(out_dir) / f"{name}{end}") for end in (".jsonl", ".json")):
@@ -173,7 +175,7 @@ def new_run_name(out_dir: Path, now: time.struct_time | None = None) -> str:
 
 
 def find_journal(out_dir: Path) -> Path | None:
-    """The journal of the run that started last, by its name; None where there is none."""
+    """Returns the journal of the run that started last, by its name, or None if there is no journal."""
     try:
         names = os.listdir(out_dir)
     except (FileNotFoundError, NotADirectoryError):
@@ -184,10 +186,10 @@ def find_journal(out_dir: Path) -> Path | None:
 
 
 def assemble(jsonl_path: Path) -> RunLog:
-    """Build the run's log out of its journal, as far as that was written.
+    """Builds the log of a run from what was written of its journal.
 
     Raises:
-        DataError: The journal cannot be read.
+        DataError: the journal cannot be read.
     """
     path = Path(jsonl_path)
     log = RunLog(
@@ -216,31 +218,19 @@ def assemble(jsonl_path: Path) -> RunLog:
 
 
 def write_json(jsonl_path: Path) -> Path:
-    """Write `<run_name>.json` beside the journal; a reader sees the old file or the new one, never a part.
+    """Assembles a journal and writes the result beside it as `<run_name>.json`, whole or not at all.
 
     Raises:
-        DataError: The journal cannot be read.
-        DiskError: The file cannot be written.
+        DataError: the journal cannot be read.
+        DiskError: the file cannot be written.
     """
     path = Path(jsonl_path).with_suffix(".json")
-    data = json.dumps(assemble(jsonl_path), indent=2, allow_nan=False).encode() + b"\n"
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(tmp, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error}") from error
+    replace_text(path, json.dumps(assemble(jsonl_path), indent=2, allow_nan=False) + "\n")
     return path
 
 
 def _add(log: RunLog, line: bytes) -> None:
-    """Add one line of the journal to the log."""
+    """Adds one line of the journal to the log."""
     entry = _parse(line)
     if entry is None:
         log["damaged_lines"] += bool(line.strip())
@@ -260,6 +250,7 @@ def _add(log: RunLog, line: bytes) -> None:
 
 
 def _list(log: RunLog, event: str) -> list[dict[str, Any]]:
+    """Returns the list of a log that holds the entries of an event."""
     return {
         "iteration": log["training_iterations"],
         "eval": log["eval_steps"],
@@ -271,7 +262,7 @@ def _list(log: RunLog, event: str) -> list[dict[str, Any]]:
 
 
 def _void(log: RunLog, last: int) -> None:
-    """Drop what was logged after iteration `last` of a run that went on from there."""
+    """Drops what was logged after iteration `last` by a run that was then resumed from there."""
     for event in ("iteration", "eval", "checkpoint", "message"):
         entries = _list(log, event)
         entries[:] = [entry for entry in entries if entry.get("iter", last) <= last]
@@ -284,7 +275,7 @@ def _table(entry: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The event of a line, or None where it is torn or not one that `Journal` writes."""
+    """Returns the event of a line, or None if the line is torn or `Journal` would not write it."""
     try:
         entry = json.loads(line, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -305,7 +296,7 @@ def _line(event: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A value as strict JSON has it."""
+    """Returns a value in the types of strict JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -316,7 +307,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | str):
         return value
-    raise TypeError(f"the journal holds no {type(value).__name__}: {value!r:.80}")
+    raise TypeError(f"the journal cannot store a {type(value).__name__}: {value!r:.80}")
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
-"""The panel at the foot of a terminal: where a run is, redrawn by a thread at most four times a second.
+"""The panel at the bottom of a terminal that shows the state of a run; a thread redraws it at most four times a second.
 
-Showing something new is an assignment; the thread draws it. The cursor stays visible on the empty line under
-the panel, so that a process that dies without a word leaves the terminal in order.
+The training thread only assigns new values; the other thread draws them. The cursor stays visible on the empty line
+below the panel, so that a process that is killed leaves the terminal usable.
 """
 
 import logging
@@ -23,18 +23,18 @@ from gptperf.monitor.blocks import WIDTH, printable, stability_parts
 __all__ = ["DRAWING", "Live", "Panel", "RichConsole", "sparkline"]
 
 DRAWING = threading.RLock()
-"""Held while the terminal is written to; nothing forks in between, so that a child can write too."""
+"""Held while the terminal is written to. No fork happens meanwhile, so a child never inherits a lock that is held."""
 os.register_at_fork(before=DRAWING.acquire, after_in_parent=DRAWING.release, after_in_child=DRAWING.release)
 
 _PAUSE_S = 0.25
-_LOSSES = 60  # of the sparkline
-_LABEL = 14
-_NO_PADDING = 36
+_LOSSES = 60  # losses in the sparkline
+_LABEL = 14  # columns of a label
+_NO_PADDING = 36  # columns of a terminal below which labels are not padded
 _BLOCKS = "".join(chr(0x2581 + i) for i in range(8))
 
 
 class RichConsole(rich.console.Console):
-    """A console for lines and one panel."""
+    """A rich console for plain lines and one panel."""
 
     def __init__(self, stream: TextIO):
         super().__init__(
@@ -48,16 +48,16 @@ class RichConsole(rich.console.Console):
         )
 
     def on_broken_pipe(self) -> None:
-        """rich would end the process here; `gptperf.errors.main_guard` decides instead."""
+        """Raises an error where rich would end the process, so that `gptperf.errors.main_guard` decides."""
         raise BrokenPipeError
 
     def show_cursor(self, show: bool = True) -> bool:
-        """It is never hidden."""
+        """Leaves the cursor visible."""
         return False
 
 
 def sparkline(values: tuple[float, ...], width: int) -> str:
-    """The last values as blocks of eight heights; "!" where one is not finite."""
+    """Returns the last `width` values as blocks of eight heights, with "!" for a value that is not finite."""
     last = values[-width:] if width > 0 else ()
     finite = [value for value in last if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
@@ -66,7 +66,11 @@ def sparkline(values: tuple[float, ...], width: int) -> str:
 
 
 class Panel:
-    """What is known of a run, and how it looks in a given width and height."""
+    """The state of a run, and how it is drawn in a given width and height.
+
+    Args:
+        max_iters: number of iterations of the run.
+    """
 
     def __init__(self, max_iters: int):
         self.max_iters = max_iters
@@ -79,22 +83,25 @@ class Panel:
         self.saved: Mapping[str, Any] = {}
         self.changed = False
         self.closed = False
-        """Whether this is the last drawing, without the empty line below."""
+        """Whether the next drawing is the last one, which has no empty line below it."""
         self.rows: list[int] = []
-        """Columns of the lines last drawn."""
+        """Columns of each line of the last drawing."""
 
     def iteration(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Takes in an `Iteration` and the seconds until the end of the run."""
         loss = math.nan if record["loss"] is None else record["loss"]
         self.losses = (*self.losses[1 - _LOSSES :], loss)
         self.record, self.eta_s, self.changed = record, eta_s, True
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Takes in an `Eval`."""
         loss, best = record["val_loss"], record.get("best_val_loss")
         if best is not None and (self.best is None or best != self.best[0]):
             self.best = (best, record["iter"] if best == loss else 0)
         self.evaluation, self.changed = record, True
 
     def checkpoint(self, record: Mapping[str, Any]) -> None:
+        """Takes in a `Checkpoint`."""
         self.saved, self.changed = record, True
 
     def __rich_console__(
@@ -130,7 +137,7 @@ class Panel:
             yield line if line.cell_len <= width else _cell("Checkpoint", path.name, width)
 
     def _bar(self, width: int, blocks: bool) -> Text:
-        """ "  60/2,500 ====----  2%  34.0 s left"."""
+        """Returns the progress bar: "  60/2,500 ====----  2%  34.0 s left"."""
         done = self.record.get("iter", 0)
         share = min(1.0, done / max(1, self.max_iters))
         before = f" {done:,}/{self.max_iters:,} "
@@ -143,6 +150,7 @@ class Panel:
         return Text.assemble((before, "bold"), (heavy * full, "green"), (light * (cells - full), "dim"), after)
 
     def _loss(self, width: int, blocks: bool) -> Text:
+        """Returns the line with the loss, its sparkline and what is unusual about it."""
         line = _cell("Loss", number(self.record.get("loss"), ".4f", "nan"), width)
         line.append("  ")
         flags = " ".join(part for part in stability_parts(self.record) if not part.startswith("loss variance"))
@@ -152,7 +160,7 @@ class Panel:
         return line.append(f"  {flags}" if flags else "", "bold yellow")
 
     def _cells(self) -> list[tuple[str, str]]:
-        """Label and value, in pairs that stand side by side."""
+        """Returns labels and values; two consecutive ones stand side by side."""
         record = self.record
         mfu, memory = record.get("mfu") or {}, record.get("memory") or {}
         norm = (record.get("gradients") or {}).get("global_norm")
@@ -182,15 +190,15 @@ def _cell(label: str, value: str, width: int) -> Text:
 
 
 class Live(rich.live.Live):
-    """The panel on a terminal, while it is there. What others print with Python comes above it."""
+    """Draws the panel on a terminal. What other code prints through Python appears above it.
+
+    Args:
+        console: console of the terminal.
+        panel: panel to draw.
+        failed: called when the terminal is gone.
+    """
 
     def __init__(self, console: RichConsole, panel: Panel, failed: Callable[[], None]):
-        """
-        Args:
-            console: of the terminal.
-            panel: to draw.
-            failed: is called when the terminal is gone.
-        """
         self.panel, self.failed = panel, failed
         self._drawn_width = console.width
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
@@ -198,7 +206,7 @@ class Live(rich.live.Live):
         here = console.file.isatty()
         super().__init__(
             console=console,
-            auto_refresh=False,  # rich's thread has a lock of its own, which others take after `DRAWING`
+            auto_refresh=False,  # rich's thread takes its own lock before `DRAWING`, other threads after it: a deadlock
             vertical_overflow="crop",
             redirect_stdout=here and sys.stdout is not None and sys.stdout.isatty(),
             redirect_stderr=here and sys.stderr is not None and sys.stderr.isatty(),
@@ -208,7 +216,7 @@ class Live(rich.live.Live):
         return self.panel
 
     def start(self, refresh: bool = False) -> None:
-        """Draw, from now on; handlers of `logging` that write to stderr write above the panel."""
+        """Starts to draw; `logging` handlers that write to stderr now write above the panel."""
         stderr = sys.stderr
         super().start(refresh=False)
         self.refresh()
@@ -223,7 +231,7 @@ class Live(rich.live.Live):
                     self._handlers.append((handler, stderr))
 
     def stop(self) -> None:
-        """Draw once more, and leave the panel where it is."""
+        """Draws once more and leaves the panel on the screen."""
         self._ended.set()
         with DRAWING:
             self.panel.closed = self.panel.changed = True
@@ -233,14 +241,14 @@ class Live(rich.live.Live):
             handler.setStream(stream)
 
     def refresh(self) -> None:
-        """Draw if there is something new. A terminal that is gone ends the drawing, not the run."""
+        """Draws if something is new. When the terminal is gone, the drawing ends and the run continues."""
         with DRAWING:
             width = self.console.width
             if not self.panel.changed and (width == self._drawn_width or self.panel.closed):
                 return
             try:
                 if width < self._drawn_width:
-                    self._take_away_folded(width)
+                    self._erase_wrapped(width)
                 self._drawn_width = width
                 super().refresh()
             except OSError:
@@ -250,8 +258,8 @@ class Live(rich.live.Live):
         while not self._ended.wait(_PAUSE_S):
             self.refresh()
 
-    def _take_away_folded(self, width: int) -> None:
-        """Where the terminal became narrower it folded the lines of the panel: go up by what they take more."""
+    def _erase_wrapped(self, width: int) -> None:
+        """Erases the rows that appeared when the terminal became narrower and wrapped the lines of the panel."""
         more = sum((columns - 1) // width for columns in self.panel.rows if columns)
         if more:
             self.console.file.write(f"\x1b[{more}A\x1b[J")

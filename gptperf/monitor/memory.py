@@ -1,7 +1,6 @@
-"""Memory of this process: of its GPU, or on a CPU its resident set; and snapshots of who holds it."""
+"""The memory that this process uses, on its GPU or as resident set on a CPU, and snapshots of the GPU's allocations."""
 
 import contextlib
-import os
 import resource
 import signal
 import sys
@@ -10,17 +9,20 @@ from pathlib import Path
 
 import torch
 
+from gptperf.errors import DiskError
+from gptperf.files import replacing
+
 __all__ = ["MemorySnapshots", "memory_record"]
 
 _STATM = Path("/proc/self/statm")
 
 
 def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, float]:
-    """Memory in GB (1e9 bytes), read from host-side counters without waiting for the device.
+    """Returns the memory in use in GB (1e9 bytes), from counters on the host, without waiting for the device.
 
     Args:
-        device: of this process.
-        uncounted_bytes: of the GPU, held since the start, that PyTorch does not count.
+        device: device of this process.
+        uncounted_bytes: GPU memory that is held since the start and that PyTorch does not count.
 
     Returns:
         On a GPU allocated_gb, its peak_gb, and reserved_gb; on a CPU rss_gb (on Linux) and peak_rss_gb.
@@ -40,15 +42,15 @@ def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, f
 
 
 class MemorySnapshots:
-    """Writes `memory_<why>_rank<r>.pickle` on SIGUSR2, and when the GPU's memory runs out.
+    """Writes `memory_<why>_rank<r>.pickle` on SIGUSR2 and when the GPU runs out of memory.
 
-    It is for pytorch.org/memory_viz, which reads no other format; nothing here reads one.
+    The file is for pytorch.org/memory_viz, which reads no other format; gptperf itself reads no pickle.
 
     Args:
-        folder: of the run.
-        device: whose memory.
-        rank: of this process.
-        history: also record who allocated what, from now on; it costs a few per cent of the host's time.
+        folder: folder of the run.
+        device: device whose memory is recorded.
+        rank: rank of this process.
+        history: also record where each allocation comes from; costs a few per cent of the host's time.
     """
 
     _MOST_EVENTS = 200_000
@@ -56,13 +58,14 @@ class MemorySnapshots:
     def __init__(self, folder: Path, device: torch.device, rank: int, history: bool):
         self.folder, self.device, self.rank, self.history = folder, device, rank, history
         self.asked = False
+        """Whether SIGUSR2 has come since the flag was last cleared."""
 
     def _ask(self, *_: object) -> None:
         self.asked = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["MemorySnapshots"]:
-        """Take SIGUSR2 as a wish for a snapshot."""
+        """Handles SIGUSR2 as a request for a snapshot."""
         before = signal.signal(signal.SIGUSR2, self._ask)
         if self.history and self.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=self._MOST_EVENTS)
@@ -72,14 +75,13 @@ class MemorySnapshots:
             signal.signal(signal.SIGUSR2, before)
 
     def write(self, why: str) -> str:
-        """Write one now; returns its path, or why there is none."""
+        """Writes a snapshot now; returns its path, or why there is none."""
         if self.device.type != "cuda":
-            return "no snapshot: PyTorch keeps no account of a CPU's memory"
+            return "no snapshot: PyTorch does not track the memory of a CPU"
         path = self.folder / f"memory_{why}_rank{self.rank}.pickle"
-        tmp = path.with_name(f".tmp-{path.name}")
         try:
-            torch.cuda.memory._dump_snapshot(str(tmp))
-            os.replace(tmp, path)
-        except OSError as error:
+            with replacing(path) as temporary:
+                torch.cuda.memory._dump_snapshot(str(temporary))
+        except DiskError as error:
             return f"no snapshot: {error}"
         return str(path)

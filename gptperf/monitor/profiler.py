@@ -1,9 +1,9 @@
-"""Profile of a few iterations of a run: a trace for Perfetto, the waterfall of MFU points, the longest kernels."""
+"""Profiles a few iterations of a run: a trace for Perfetto, the waterfall of MFU points, the longest kernels."""
 
 import contextlib
 import gzip
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,26 @@ import torch
 
 from gptperf import flops
 from gptperf.config import Config
+from gptperf.files import replacing
 from gptperf.hardware import Peak
-from gptperf.monitor import waterfall
 from gptperf.monitor.clock import StepClock
 from gptperf.monitor.events import Profile
+from gptperf.monitor.trace import Kernel, kernels_of, waits_of
+from gptperf.monitor.waterfall import breakdown, classify, step_flops, waterfall
 
-__all__ = ["StepProfiler", "lines_of"]
+__all__ = ["StepProfiler"]
 
-_LONGEST = 25
-_SHOWN = 8
+_LONGEST = 25  # kernels in the log
 
 
 class StepProfiler:
-    """Records the iterations START to STOP of `log.profile`, in the main process.
+    """Records the iterations START to STOP of the key `profile`, on the main rank.
 
     Args:
-        config: of the run.
-        num_gpus: of the job.
-        peak: of one GPU, for the waterfall; None where it is not known.
-        enabled: whether this process records: the main one does, the others know which iterations they are.
+        config: configuration of the run.
+        num_gpus: GPUs of the job.
+        peak: peak of one GPU, for the waterfall; None where it is not known.
+        enabled: whether this rank records. Only the main rank does; the others only know which iterations are recorded.
     """
 
     def __init__(self, config: Config, num_gpus: int, peak: Peak | None, enabled: bool):
@@ -40,11 +41,11 @@ class StepProfiler:
         self._pause = contextlib.ExitStack()
 
     def covers(self, iteration: int) -> bool:
-        """Whether an iteration is recorded: its time is not that of others."""
+        """Returns whether an iteration is recorded. Its time is not comparable with that of others."""
         return self.first <= iteration <= self.last
 
     def before(self, iteration: int, clock: StepClock) -> None:
-        """An iteration that is recorded is about to begin. The clock stands still until the last one has ended."""
+        """Called before each recorded iteration. The clock is paused from the first of them until the last one ends."""
         if self.enabled and self._profile is None:
             kinds = torch.profiler.ProfilerActivity
             on_gpu = torch.cuda.is_available() and self.config.system.device != "cpu"
@@ -54,7 +55,7 @@ class StepProfiler:
             self._profile.__enter__()
 
     def after(self, iteration: int) -> Profile | None:
-        """An iteration was enqueued; what was found, after the last one."""
+        """Called after each iteration is enqueued; returns the profile after the last recorded one."""
         if self._profile is None or iteration < self.last:
             return None
         if torch.cuda.is_available():
@@ -66,52 +67,34 @@ class StepProfiler:
         steps = iteration - self._first + 1
         found: Profile = {"iter": iteration, "trace": str(path), "steps": steps, "waterfall": None, "mfu_percent": None}
         self._pause.close()
-        kernels = waterfall.kernels_of(trace)
+        kernels = kernels_of(trace)
         if not kernels:
             return found
-        parts = waterfall.breakdown(kernels, steps, waterfall.waits_of(trace))
+        parts = breakdown(kernels, steps, waits_of(trace))
         found |= {"step_ms": parts.step_ms, "parts_ms": parts.parts_ms, "kernels": _longest(kernels, steps)}
         if self.peak is not None and flops.uncountable_flops(self.config.model) is None:
-            work = waterfall.step_flops(self.config, self.num_gpus)
-            fall = waterfall.waterfall(parts, work, self.peak.flop_s, parts.step_ms)
+            work = step_flops(self.config, self.num_gpus)
+            fall = waterfall(parts, work, self.peak.flop_s, parts.step_ms)
             found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent}
         return found
 
 
 def _export(profile: Any, path: Path) -> dict[str, Any]:
-    """Write a trace, whole or not at all."""
-    tmp = path.with_name(f".tmp-{path.name.removesuffix('.gz')}")
-    profile.export_chrome_trace(str(tmp))
-    text = tmp.read_bytes()
-    tmp.unlink()
-    packed = tmp.with_name(f"{tmp.name}.gz")
-    packed.write_bytes(gzip.compress(text, 5))
-    os.replace(packed, path)
+    """Writes the trace, compressed, to `path` by a temporary name and a rename; returns its content."""
+    with replacing(path) as temporary:
+        profile.export_chrome_trace(str(temporary))
+        text = temporary.read_bytes()
+        temporary.write_bytes(gzip.compress(text, 5))
     trace: dict[str, Any] = json.loads(text)
     return trace
 
 
-def _longest(kernels: list[waterfall.Kernel], steps: int) -> list[dict[str, Any]]:
+def _longest(kernels: Sequence[Kernel], steps: int) -> list[dict[str, Any]]:
+    """Returns the kernels that take most time: name, part, and milliseconds and calls per step."""
     totals: dict[str, list[float]] = {}
     for kernel in kernels:
         totals.setdefault(kernel.name, []).append(kernel.duration_us / 1e3)
     ranked = sorted(totals.items(), key=lambda item: -sum(item[1]))[:_LONGEST]
     return [
-        {"name": name, "part": waterfall.classify(name), "ms": sum(ms) / steps, "calls": len(ms) / steps}
-        for name, ms in ranked
+        {"name": name, "part": classify(name), "ms": sum(ms) / steps, "calls": len(ms) / steps} for name, ms in ranked
     ]
-
-
-def lines_of(found: Profile) -> list[str]:
-    """A profile for the console."""
-    lines = [f"profile of {found['steps']} iterations: {found['trace']} (open it at ui.perfetto.dev)"]
-    points_lost = found.get("waterfall")
-    if "parts_ms" in found:
-        parts = [f"{name} {ms:.2f} ms" for name, ms in found["parts_ms"].items() if ms > 0]
-        lines.append(f"  {found['step_ms']:.2f} ms an iteration: {', '.join(parts)}")
-    if points_lost is not None:
-        points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
-        lines.append(f"  100 points of MFU: {', '.join(points)}, left {found['mfu_percent']:.2f}")
-    for kernel in found.get("kernels", [])[:_SHOWN]:
-        lines.append(f"  {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")
-    return lines

@@ -1,6 +1,6 @@
-"""JSON Schema of a run's log, made from the classes of `gptperf.monitor.events`, and the reader that heeds its version.
+"""The JSON Schema of a run's log, made from the classes of `gptperf.monitor.events`, and a reader of the log.
 
-python -m gptperf.monitor.schema > run_log.schema.json
+`python -m gptperf.monitor.schema > run_log.schema.json` prints the schema.
 """
 
 import ast
@@ -30,7 +30,7 @@ _PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of `<run_name>.json`; fields beyond it are allowed."""
+    """Returns the JSON Schema (draft 2020-12) of `<run_name>.json`; it allows additional fields."""
     defs: dict[str, Any] = {}
     whole = _table(RunLog, defs)
     for field, event in _ENTRIES.items():
@@ -46,10 +46,10 @@ def schema() -> dict[str, Any]:
 
 
 def read_run(path: Path) -> RunLog:
-    """Read the JSON file of a run.
+    """Reads the JSON file of a run.
 
     Raises:
-        DataError: It cannot be read, is no run's log, or is of a version that this gptperf does not know.
+        DataError: the file cannot be read, is not the log of a run, or has a version that this gptperf does not know.
     """
     try:
         log = json.loads(Path(path).read_bytes())
@@ -68,18 +68,18 @@ def read_run(path: Path) -> RunLog:
 
 
 def _table(kind: type, defs: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a TypedDict."""
-    told = _docstrings().get(kind.__name__, {})
+    """Returns the schema of a TypedDict."""
+    described = _docstrings().get(kind.__name__, {})
     properties = {}
     for field, hint in get_type_hints(kind).items():
-        properties[field] = _of(hint, defs) | ({"description": told[field]} if field in told else {})
-    about = {"description": told[""]} if "" in told else {}
+        properties[field] = _of(hint, defs) | ({"description": described[field]} if field in described else {})
+    about = {"description": described[""]} if "" in described else {}
     required = [field for field in properties if field in kind.__required_keys__]  # type: ignore[attr-defined]
     return {**about, "type": "object", "properties": properties, "required": required}
 
 
 def _of(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a type; a TypedDict goes to `defs` under its name."""
+    """Returns the schema of a type; a TypedDict is stored in `defs` under its name and referred to."""
     if hint is Any:
         return {}
     if hint in _PLAIN:
@@ -97,11 +97,14 @@ def _of(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         values = _of(arguments[1], defs)
         return {"type": "object"} | ({"additionalProperties": values} if values else {})
-    raise TypeError(f"{hint!r}: no JSON type is known for it")
+    raise TypeError(f"no JSON type is known for {hint!r}")
 
 
 def _union(arguments: tuple[Any, ...], defs: dict[str, Any]) -> dict[str, Any]:
-    """One of several types. `Mapping[str, Any]` beside a TypedDict, which may have other fields anyway, is left out."""
+    """Returns the schema of a union.
+
+    `Mapping[str, Any]` beside a TypedDict is dropped: the TypedDict allows additional fields anyway.
+    """
     if any(map(is_typeddict, arguments)):
         arguments = tuple(hint for hint in arguments if hint != Mapping[str, Any])
     found = [_of(hint, defs) for hint in arguments]
@@ -114,7 +117,7 @@ def _union(arguments: tuple[Any, ...], defs: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _docstrings() -> dict[str, dict[str, str]]:
-    """Class -> field -> the string below it, and under '' the class's own; nothing where there is no source."""
+    """Returns class -> field -> the string below it, with the class's own under ""; empty where there is no source."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[RunLog.__module__]))
     except OSError:
@@ -124,12 +127,12 @@ def _docstrings() -> dict[str, dict[str, str]]:
         if not isinstance(node, ast.ClassDef):
             continue
         about = ast.get_docstring(node)
-        told = found[node.name] = {} if about is None else {"": _line(about)}
+        described = found[node.name] = {} if about is None else {"": _line(about)}
         for field, below in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 value = below.value if isinstance(below, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    told[field.target.id] = _line(value.value)
+                    described[field.target.id] = _line(value.value)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Whether the loss behaves: mean and variance over a window, spikes and plateaus. No torch here."""
+"""Statistics of the loss over a window: mean, variance, spikes and plateaus. Does not import torch."""
 
 import math
 from collections import deque
@@ -8,7 +8,7 @@ from gptperf.monitor.events import Stability
 
 __all__ = ["LossWindow"]
 
-_LEAST = 10
+_LEAST = 10  # losses in the window before any of them counts as a spike
 _SPIKE_DEVIATIONS = 6.0
 _PLATEAU_ERRORS = 2.0
 
@@ -16,12 +16,12 @@ _PLATEAU_ERRORS = 2.0
 class LossWindow:
     """The last logged losses.
 
-    A spike lies `_SPIKE_DEVIATIONS` median absolute deviations (scaled to a standard deviation) above the median of
-    those before it. A plateau is a full window whose second half is not below the first by more than `_PLATEAU_ERRORS`
-    standard errors.
+    A spike is a loss that lies more than `_SPIKE_DEVIATIONS` median absolute deviations (scaled to a standard
+    deviation) above the median of the losses before it. A plateau is a full window in which the mean of the second half
+    is not below that of the first half by more than `_PLATEAU_ERRORS` standard errors.
 
     Args:
-        size: how many losses.
+        size: number of losses in the window.
     """
 
     def __init__(self, size: int = 50):
@@ -29,11 +29,11 @@ class LossWindow:
         self.losses: deque[float] = deque(maxlen=size)
 
     def add(self, loss: float, skipped: int = 0) -> Stability:
-        """Take in a loss.
+        """Adds a loss and returns the statistics with it.
 
         Args:
-            loss: of a logged step; one that is not finite is a spike, and is not kept.
-            skipped: steps left out so far.
+            loss: loss of a logged step. One that is not finite is a spike, and does not enter the window.
+            skipped: steps skipped so far because of gradients that were not finite.
         """
         before = sorted(self.losses)
         spike = not math.isfinite(loss) or (len(before) >= _LEAST and loss > self._limit(before))
@@ -49,7 +49,9 @@ class LossWindow:
 
     @staticmethod
     def _limit(losses: list[float]) -> float:
+        """Returns the loss above which the next one is a spike."""
         middle = median(losses)
+        # 1.4826 scales the median absolute deviation of a normal distribution to its standard deviation.
         spread = 1.4826 * median(abs(loss - middle) for loss in losses)
         return middle + _SPIKE_DEVIATIONS * max(spread, 1e-3 * abs(middle))
 

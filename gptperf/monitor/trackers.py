@@ -1,7 +1,7 @@
-"""Weights & Biases and TensorBoard, held so that they can neither slow nor stop a run.
+"""Weights & Biases and TensorBoard, isolated so that they can neither slow down nor stop a run.
 
-Each tracker has a bounded queue and a daemon thread of its own. The training thread only appends to the queues and
-does all the talking to the user; one that fails or does not answer is given up with one warning.
+Each tracker has its own bounded queue and daemon thread. The training thread only appends to the queues, and it alone
+prints messages for the user. A tracker that fails or does not respond is disabled with one warning.
 """
 
 import collections
@@ -28,26 +28,27 @@ _START_S = 10.0
 _CLOSE_S = 10.0
 _POLL_S = 0.1
 _SERVICE_S = 2.0
-_QUEUE = 1000  # records waiting for a tracker, beyond which the oldest goes
+_QUEUE = 1000  # records waiting for a tracker; when there are more, the oldest is dropped
 _PREFIX = {"iteration": "", "eval": "eval/"}
 
 
 class Tracker(Protocol):
-    """Where a run's numbers go. All but `abandon` are called in one thread of its own, in this order."""
+    """A service that records the numbers of a run. All methods but `abandon` are called by the tracker's own thread, in
+    this order."""
 
     name: str
 
     def start(self, run_name: str, config: Mapping[str, Any]) -> str:
-        """Begin, or go on with, the run of this name; returns where it can be seen."""
+        """Starts or continues the run of this name; returns where it can be seen."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record numbers of an iteration."""
+        """Records the numbers of an iteration."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """End the run; the summary of one that did not reach its end is empty."""
+        """Ends the run; the summary is empty if the run did not reach its end."""
 
     def abandon(self) -> None:
-        """Let go of what would hold the process up at its end; at once, in the training thread."""
+        """Releases what would delay the end of the process. Called by the training thread; must not block."""
 
 
 class _Lane:
@@ -70,12 +71,12 @@ class _Lane:
 
     @property
     def dropped(self) -> int:
-        """Records that never reached the tracker; exact once its thread has ended."""
+        """Number of records that never reached the tracker; exact once its thread has ended."""
         return self._put - self._taken - len(self._records)
 
     def put(self, step: int, scalars: Mapping[str, float]) -> None:
         self._put += 1
-        self._records.append((step, scalars))  # wakes nobody: a thread that wakes takes time from this one
+        self._records.append((step, scalars))  # no notification: a thread that wakes up takes time from this one
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         if self._summary is None:
@@ -83,7 +84,7 @@ class _Lane:
             self._ending.set()
 
     def failure(self) -> str:
-        """Why the tracker is of no more use, or ''."""
+        """Returns why the tracker cannot be used any more, or "" if it can."""
         late = not self.ready and self.thread.is_alive() and time.monotonic() - self.since > _START_S
         return self.error or (f"it did not start within {_START_S:g} s" if late else "")
 
@@ -100,14 +101,15 @@ class _Lane:
             for step, scalars in self._queued():
                 self.tracker.log(step, scalars)
             self.tracker.finish(self._summary or {})
-        except BaseException as error:  # noqa: BLE001 - the training thread tells it
+        except BaseException as error:  # noqa: BLE001 - the training thread reports it
             line = str(error).strip().partition("\n")[0]
             self.error = f"{type(error).__name__}: {line}" if line else type(error).__name__
 
     def _queued(self) -> Iterator[tuple[int, Mapping[str, float]]]:
-        """Records as they come, until the run is finished or the tracker abandoned."""
+        """Yields records as they come, until the run has finished or the tracker is abandoned."""
         while not self.abandoned:
-            ending = self._ending.is_set()  # after the last record: looked at before the queue
+            # Read before the queue: the flag is set after the last record, so an empty queue then stays empty.
+            ending = self._ending.is_set()
             try:
                 record = self._records.popleft()
             except IndexError:
@@ -120,14 +122,14 @@ class _Lane:
 
 
 class Trackers:
-    """Hands the records of a run to every tracker.
+    """Passes the records of a run to every tracker.
 
     Args:
-        trackers: Which.
-        run_name: Of the run's journal.
-        config: Section -> key -> value.
-        say: Gets a line about each tracker that has started.
-        warn: Gets a line about each that is given up, or was too slow for all records.
+        trackers: the trackers.
+        run_name: name of the run, as in its journal.
+        config: section -> key -> value.
+        say: called with one line about each tracker that has started.
+        warn: called with one line about each tracker that is disabled or was too slow for all records.
     """
 
     def __init__(
@@ -152,51 +154,51 @@ class Trackers:
         self.close()
 
     def log(self, event: str, record: Mapping[str, Any]) -> None:
-        """Hand on the numbers of an event `iteration` or `eval`; waits for nothing."""
+        """Queues the numbers of an event `iteration` or `eval`; never blocks."""
         if not self._lanes:
             return
         scalars = flat({key: value for key, value in record.items() if key != "iter"}, _PREFIX[event])
         for lane in self._lanes:
             lane.put(record["iter"], scalars)
-        self._look()
+        self._report()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run has reached its end."""
+        """Lets the trackers end the run once they have recorded everything."""
         for lane in self._lanes:
             lane.finish(summary)
 
     def close(self) -> None:
-        """Wait, within limits, until the trackers have everything; closing twice is allowed."""
+        """Waits, within a time limit, until the trackers have recorded everything. May be called twice."""
         self.finish({})
         end = time.monotonic() + _CLOSE_S
         for lane in self._lanes:
             lane.thread.join(max(end - time.monotonic(), 0))
-        self._look()
+        self._report()
         for lane in self._lanes:
             if lane.thread.is_alive():
-                self._give_up(lane, f"it did not finish within {_CLOSE_S:g} s")
+                self._disable(lane, f"it did not finish within {_CLOSE_S:g} s")
             elif lane.dropped:
-                self._warn(f"{lane.tracker.name}: slower than the run, which left {lane.dropped} records out")
+                self._warn(f"{lane.tracker.name}: too slow for the run: {lane.dropped} records were dropped")
         self._lanes = []
 
-    def _look(self) -> None:
-        """Tell what has happened in the threads."""
+    def _report(self) -> None:
+        """Tells the user what has happened in the threads, and removes the trackers that failed."""
         for lane in list(self._lanes):
             failure = lane.failure()
             if failure:
-                self._give_up(lane, failure)
+                self._disable(lane, failure)
                 self._lanes.remove(lane)
             elif lane.place and lane.tracker.name not in self._told:
                 self._told.add(lane.tracker.name)
                 self._say(f"{lane.tracker.name}: {lane.place}")
 
-    def _give_up(self, lane: _Lane, why: str) -> None:
-        self._warn(f"{lane.tracker.name} is given up, the run goes on without it: {why}")
+    def _disable(self, lane: _Lane, why: str) -> None:
+        self._warn(f"{lane.tracker.name} is disabled, the run continues without it: {why}")
         lane.abandon()
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a nested record: {"mfu": {"mfu_percent": 50.0}} -> {"mfu/mfu_percent": 50.0}."""
+    """Returns the finite numbers of a nested record: {"mfu": {"mfu_percent": 50.0}} -> {"mfu/mfu_percent": 50.0}."""
     found: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -207,10 +209,10 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; its own files go to `<out_dir>/wandb`.
+    """A run of Weights & Biases, whose files are in `<out_dir>/wandb`.
 
-    The id is the run's name and a random end, since runs of a sweep may start in the same second. It lies in
-    `<out_dir>/<run_name>.wandb_id`, so that a resumed run goes on with its own.
+    The id is the run's name with a random suffix, because runs of a sweep may start in the same second. It is stored in
+    `<out_dir>/<run_name>.wandb_id`, so that a resumed run continues the same run of W&B.
     """
 
     name = "Weights & Biases"
@@ -223,7 +225,7 @@ class WeightsAndBiases:
     def start(self, run_name: str, config: Mapping[str, Any]) -> str:
         wandb = self._wandb
         settings = wandb.Settings(console="off", silent=True, init_timeout=_START_S)
-        # It would ask for a key on the terminal, and wait.
+        # Without a key `init` would ask for one on the terminal and block.
         if wandb.setup(settings).settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key. Run `wandb login`, or set WANDB_MODE=offline")
         self._run = wandb.init(
@@ -245,15 +247,15 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if summary else 1)
 
     def abandon(self) -> None:
-        """The process waits for W&B's service at its end: not for long. What that was given lies on disk."""
+        """Limits how long the process waits for W&B's service when it exits. The service keeps its data on disk."""
         threading.Thread(target=_end_service, name="end of W&B's service", daemon=True).start()
 
 
 def _end_service() -> None:
-    """End W&B's service soon after the main thread, if it is still there then."""
+    """Waits for the main thread to end, then kills W&B's service if it still runs after `_SERVICE_S`."""
     threading.main_thread().join()
     time.sleep(_SERVICE_S)
-    hook = sys.unraisablehook  # W&B's lost connection is no news
+    hook = sys.unraisablehook  # suppresses the traceback of W&B's lost connection
     sys.unraisablehook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     for children in Path("/proc/self/task").glob("*/children"):
         for pid in children.read_text().split():
@@ -262,7 +264,7 @@ def _end_service() -> None:
 
 
 def _kept_id(path: Path, run_name: str) -> str:
-    """The id in a file, which is written where there is none."""
+    """Returns the id stored in a file; stores a new one if the file does not exist or is empty."""
     kept = path.read_text().strip() if path.exists() else ""
     if not kept:
         kept = f"{run_name}-{secrets.token_hex(3)}"
@@ -274,8 +276,8 @@ class TensorBoard:
     """Event files in `<out_dir>/tensorboard/<run_name>`.
 
     Args:
-        out_dir: Of the run.
-        last_step: Of the checkpoint that the run goes on from; what was logged of later ones is hidden.
+        out_dir: directory of the run.
+        last_step: iteration of the checkpoint that the run resumes from; what was logged for later ones is hidden.
     """
 
     name = "TensorBoard"
@@ -312,14 +314,14 @@ class TensorBoard:
 def open_trackers(
     config: Config, run_name: str, last_step: int, say: Callable[[str], None], warn: Callable[[str], None]
 ) -> Trackers:
-    """Start the trackers that the configuration asks for; called in the main process alone.
+    """Starts the trackers that the configuration asks for; called on the main rank only.
 
     Args:
-        config: Of the run.
-        run_name: Of its journal.
-        last_step: Iterations done before.
-        say: See `Trackers`.
-        warn: See `Trackers`.
+        config: configuration of the run.
+        run_name: name of the run, as in its journal.
+        last_step: iterations done before.
+        say: see `Trackers`.
+        warn: see `Trackers`.
     """
     out_dir, log = Path(config.train.out_dir), config.log
     wanted: list[tuple[str, Callable[[], Tracker]]] = []
@@ -331,6 +333,6 @@ def open_trackers(
     for package, build in wanted:
         try:
             trackers.append(build())
-        except Exception as error:  # noqa: BLE001 - a broken installation raises what it likes
-            warn(f"the package {package} cannot be loaded, the run goes on without it: {error!r}")
+        except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
+            warn(f"the package {package} cannot be loaded, the run continues without it: {error!r}")
     return Trackers(trackers, run_name, config.sections(), say=say, warn=warn)

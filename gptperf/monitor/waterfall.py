@@ -1,176 +1,21 @@
-"""How a training step is timed, and where its time goes: the waterfall of MFU points.
+"""The MFU waterfall: how many points of MFU each kind of work in a training step costs.
 
-`time_steps` holds the protocol (`STEP_PROTOCOL`), `trace_steps` the profile. `breakdown` and `waterfall` are arithmetic
-over the kernels of a trace: every moment of a step belongs to one part, so that the parts add up to the step. Torch is
-loaded by the functions that need a GPU only.
+Arithmetic over the kernels of a trace (`gptperf.monitor.trace`), without torch. Every moment of a step belongs to
+exactly one part, so the parts add up to the step.
 """
 
-import importlib
-import itertools
-import json
 import re
-import statistics
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from gptperf import flops
 from gptperf.config import Config
-from gptperf.formats import percentiles
+from gptperf.monitor.trace import Interval, Kernel
 
-__all__ = ["LOADER_MARK", "PARTS", "STEP_PROTOCOL", "Breakdown", "EnergyMeter", "Kernel", "Spread", "StepTimes"]
-__all__ += ["Waterfall", "breakdown", "classify", "cuda_window", "is_stable", "kernels_of", "step_flops", "time_steps"]
-__all__ += ["trace_steps", "waits_of", "waterfall"]
-
-WARM_UP = 6
-"""Steps before any is looked at."""
-WINDOW = 4
-MOST_WARM_UP = 46
-STABLE = 0.01
-STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which
-compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that
-before it, at most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation
-at the end. Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and
-after the timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated,
-warm-up included."""
-
-Interval = tuple[float, float]
-Window = Callable[[int, int], list[float]]
-"""First step and how many of them -> milliseconds of each, with one synchronisation."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Times of one call in milliseconds, over the rounds."""
-
-    ms: float
-    p10_ms: float
-    p90_ms: float
-
-    @classmethod
-    def of(cls, times: Sequence[float]) -> "Spread":
-        """Median and percentiles of one time a round."""
-        p10, median, p90 = percentiles(times)
-        return cls(median, p10, p90)
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """What `time_steps` found."""
-
-    ms: list[float]
-    """One a step, in their order."""
-    warm_up_steps: int
-    stable: bool
-    """Whether the warm-up ended because the times had settled."""
-    joules: float | None
-    """Of the GPU over the timed steps."""
-    no_joules: str | None
-    """Why there are none."""
-
-    @property
-    def spread(self) -> Spread:
-        """Median and percentiles."""
-        return Spread.of(self.ms)
-
-
-def is_stable(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether two windows of step times have the same median within `STABLE`."""
-    return abs(statistics.median(after) / statistics.median(before) - 1) <= STABLE
-
-
-def time_steps(window: Window, steps: int, energy: Callable[[], float | None], no_joules: str | None) -> StepTimes:
-    """Warm up until the times settle, then time `steps` steps.
-
-    Args:
-        window: runs steps; `cuda_window` makes one.
-        steps: that are timed.
-        energy: joules so far, or None.
-        no_joules: why `energy` gives None.
-    """
-    window(0, WARM_UP)
-    done, before, stable = WARM_UP, window(WARM_UP, WINDOW), False
-    done += WINDOW
-    while not stable and done + WINDOW <= MOST_WARM_UP:
-        after = window(done, WINDOW)
-        stable, before, done = is_stable(before, after), after, done + WINDOW
-    start = energy()
-    times = window(done, steps)
-    end = energy()
-    joules = None if start is None or end is None else end - start
-    return StepTimes(times, done, stable, joules, no_joules if joules is None else None)
-
-
-def cuda_window(run: Callable[[int], object], watch: Callable[[], object] = lambda: None) -> Window:
-    """A window on the current CUDA device.
-
-    Args:
-        run: enqueues the step of a number.
-        watch: called when all steps are enqueued, while the device still works.
-    """
-    torch: Any = importlib.import_module("torch")
-
-    def window(first: int, steps: int) -> list[float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        marks[0].record()
-        for step, mark in enumerate(marks[1:], first):
-            run(step)
-            mark.record()
-        watch()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-
-    return window
-
-
-class EnergyMeter:
-    """The energy counter of one GPU. `reason` says why it has none."""
-
-    def __init__(self, uuid: str):
-        """
-        Args:
-            uuid: "GPU-..." as the driver names the card.
-        """
-        self.reason: str | None = None
-        self._handle: Any = None
-        try:
-            self._nvml: Any = importlib.import_module("pynvml")
-        except ImportError:
-            self.reason = "the package nvidia-ml-py is not installed"
-            return
-        try:
-            self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        except self._nvml.NVMLError as error:
-            self.reason, self._handle = f"NVML: {error}", None
-
-    def joules(self) -> float | None:
-        """Since the driver was loaded; None where the card does not count."""
-        if self._handle is None:
-            return None
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel, copy or fill on the device, in microseconds of the trace's clock."""
-
-    name: str
-    start_us: float
-    duration_us: float
-    stream: int = 0
-
-    @property
-    def interval(self) -> Interval:
-        """Begin and end."""
-        return self.start_us, self.start_us + self.duration_us
-
+__all__ = ["PARTS", "Breakdown", "Waterfall", "breakdown", "classify", "step_flops", "waterfall"]
 
 PARTS = ("gemm", "attention", "memory_bound", "optimizer", "other", "loader", "communication", "host_gaps")
-"""What a step's time is made of. A moment in which kernels of several parts run belongs to the first of them: transfers
+"""The parts of a step's time. A moment in which kernels of several parts run belongs to the first of them: transfers
 count only where nothing computes, and host_gaps are the moments in which nothing runs at all."""
 _MARKS = (
     ("communication", r"nccl|^_sum_shares|Memcpy PtoP"),
@@ -182,19 +27,17 @@ _MARKS = (
     ("loader", r"Memcpy HtoD|random_from_to"),
     ("memory_bound", r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale)\w*_kernel|at::native|^Memcpy|^Memset|cub::"),
 )
-"""Part and pattern of a kernel's name; the first match counts. An eager AdamW is made of kernels that others use too,
-and counts as memory_bound."""
-LOADER_MARK = "gptperf: loader"
-"""Name of the `record_function` around the wait for a batch; idle time within it is the loader's."""
+"""Part and pattern of a kernel's name; the first match counts. An eager AdamW consists of kernels that other code uses
+too, so it counts as memory_bound."""
 
 
 def classify(name: str) -> str:
-    """The part that a kernel belongs to; "other" for a name that nobody knows."""
+    """Returns the part that a kernel belongs to, by its name; "other" where no pattern matches."""
     return next((part for part, pattern in _MARKS if re.search(pattern, name)), "other")
 
 
 def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same moments as disjoint intervals in order."""
+    """Returns the same moments as disjoint intervals in order."""
     found: list[Interval] = []
     for begin, end in sorted(intervals):
         if found and begin <= found[-1][1]:
@@ -205,7 +48,7 @@ def _union(intervals: Sequence[Interval]) -> list[Interval]:
 
 
 def _without(intervals: Sequence[Interval], covered: Sequence[Interval]) -> list[Interval]:
-    """Moments of the first that are not in the second; both disjoint and in order."""
+    """Returns the moments of `intervals` that are not in `covered`; both must be disjoint and in order."""
     found, index = [], 0
     for begin, end in intervals:
         while index < len(covered) and covered[index][1] <= begin:
@@ -227,24 +70,24 @@ def _length(intervals: Sequence[Interval]) -> float:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds a step."""
+    """Where the time of the profiled steps went, in milliseconds per step."""
 
     step_ms: float
-    """Of the profiled steps, from the first kernel's start to the last one's end."""
+    """Time of a profiled step: from the first kernel's start to the last one's end, divided by the number of steps."""
     parts_ms: dict[str, float]
-    """By name of `PARTS`; they add up to the step."""
+    """Time of each of `PARTS`; they add up to the step."""
     hidden_communication_ms: float
-    """Communication while something computes, which costs nothing here."""
+    """Communication while something computes; it does not lengthen the step."""
     unknown_ms: dict[str, float]
-    """Kernels that no pattern knows, longest first; overlap is not taken off."""
+    """Kernels that no pattern matches, longest first; time that overlaps with other kernels is included."""
 
 
 def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] = ()) -> Breakdown:
-    """Give every moment of some steps to one part.
+    """Assigns every moment of the traced steps to one part.
 
     Args:
-        kernels: of all streams of one GPU, in any order.
-        steps: that they belong to.
+        kernels: kernels of all streams of one GPU, in any order.
+        steps: number of steps that the kernels belong to.
         waits: intervals in which the host waited for a batch, on the same clock.
 
     Raises:
@@ -260,6 +103,7 @@ def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] =
         if part == "other":
             unknown[kernel.name] = unknown.get(kernel.name, 0.0) + kernel.duration_us / 1e3 / steps
     begin, end = min(k.start_us for k in kernels), max(k.interval[1] for k in kernels)
+    # Parts claim moments in the order of `PARTS`; a later part gets what no earlier one covers.
     covered: list[Interval] = []
     spent: dict[str, float] = {}
     for part in PARTS[:-1]:
@@ -280,7 +124,7 @@ def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] =
 
 
 def step_flops(config: Config, num_gpus: int = 1) -> tuple[float, float]:
-    """FLOPs of a step on one GPU, strict: those of the matrix products and those of the attention."""
+    """Returns the FLOPs of a step on one GPU by the strict convention: matrix products, and attention."""
     count = flops.flops_per_token(config.model, "strict")
     sequences = config.tokens_per_iter / num_gpus / count.tokens
     attention = 3 * count.scores
@@ -289,18 +133,18 @@ def step_flops(config: Config, num_gpus: int = 1) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Waterfall:
-    """From 100% down to the MFU, in points of it."""
+    """The way from 100% of the peak down to the MFU, in points of MFU."""
 
     lost_points: dict[str, float]
-    """By name of `PARTS`. Of gemm and attention it is the time above that of their FLOPs at the peak."""
+    """Cost of each of `PARTS`. For gemm and attention it is the time beyond what their FLOPs take at the peak."""
     mfu_percent: float
-    """Of the profiled steps: 100 less all points."""
+    """MFU of the profiled steps: 100 minus all points."""
     timed_mfu_percent: float
-    """Of the steps that were timed without a profiler."""
+    """MFU of the steps that were timed without a profiler."""
 
     @property
     def off_points(self) -> float:
-        """What the profile is off the timed steps."""
+        """Difference between the MFU of the profiled steps and that of the timed ones."""
         return self.mfu_percent - self.timed_mfu_percent
 
     @property
@@ -310,15 +154,15 @@ class Waterfall:
 
 
 def waterfall(found: Breakdown, flops_of_step: tuple[float, float], peak_flop_s: float, timed_ms: float) -> Waterfall:
-    """The points of MFU that each part costs.
+    """Computes the points of MFU that each part costs.
 
-    A part that is faster than the peak has a negative cost, which says that the peak is not this card's.
+    A part that is faster than the peak has a negative cost: then the peak is not that of this card.
 
     Args:
-        found: of the profiled steps.
-        flops_of_step: of `step_flops`.
-        peak_flop_s: that the MFU is taken against.
-        timed_ms: a step without a profiler.
+        found: breakdown of the profiled steps.
+        flops_of_step: result of `step_flops`.
+        peak_flop_s: peak that the MFU refers to.
+        timed_ms: time of a step without a profiler.
     """
     ideal_ms = [1e3 * count / peak_flop_s for count in flops_of_step]
     costs = dict(found.parts_ms)
@@ -326,58 +170,3 @@ def waterfall(found: Breakdown, flops_of_step: tuple[float, float], peak_flop_s:
     costs["attention"] -= ideal_ms[1]
     lost = {part: 100 * ms / found.step_ms for part, ms in costs.items()}
     return Waterfall(lost, 100 - sum(lost.values()), 100 * sum(ideal_ms) / timed_ms)
-
-
-def trace_steps(
-    run: Callable[[int], object], first: int, steps: int, *, warm_up: int = 0, host: bool = False
-) -> dict[str, Any]:
-    """Run steps under PyTorch's profiler.
-
-    Args:
-        run: enqueues the step of a number.
-        first: number of the first step.
-        steps: how many are recorded.
-        warm_up: steps before them: while the profiler starts, the device rests and would be faster for a second.
-        host: record the host too, for `LOADER_MARK`; that slows the host down.
-
-    Returns:
-        The trace as PyTorch exports it.
-    """
-    torch: Any = importlib.import_module("torch")
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[kinds.CUDA, kinds.CPU] if host else [kinds.CUDA],
-        schedule=torch.profiler.schedule(wait=0, warmup=warm_up, active=steps, repeat=1) if warm_up else None,
-        acc_events=True,
-    ) as profile:
-        for step in range(first, first + warm_up + steps):
-            run(step)
-            if step + 1 in (first + warm_up, first + warm_up + steps) and torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if warm_up and step + 1 < first + warm_up + steps:  # the last one would end the trace
-                profile.step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(path))
-        trace: dict[str, Any] = json.loads(path.read_text())
-    return trace
-
-
-def _events(trace: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [event for event in trace.get("traceEvents", []) if event.get("ph") == "X"]
-
-
-def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
-    """Kernels, copies and fills of a trace."""
-    on_device = ("kernel", "gpu_memcpy", "gpu_memset")
-    return [
-        Kernel(event["name"], float(event["ts"]), float(event["dur"]), int(event.get("args", {}).get("stream", 0)))
-        for event in _events(trace)
-        if event.get("cat") in on_device
-    ]
-
-
-def waits_of(trace: Mapping[str, Any]) -> list[Interval]:
-    """When the host was within `LOADER_MARK`."""
-    marks = [event for event in _events(trace) if event.get("name") == LOADER_MARK]
-    return [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in marks if e.get("cat") == "user_annotation"]

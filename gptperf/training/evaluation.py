@@ -1,4 +1,4 @@
-"""What a model in training is worth: the loss of the fixed validation batches, and a sample of its text."""
+"""Evaluation of a model in training: the loss on the fixed validation batches, and a sample of its text."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ __all__ = ["evaluate", "sample_text", "validation_keys"]
 
 
 def validation_keys(config: Config, process: Process) -> dict[str, int]:
-    """What `validation_batches` takes beside the tokens."""
+    """Returns the arguments of `validation_batches` except the tokens."""
     return {
         "block_size": config.model.block_size,
         "batch_size": config.train.batch_size,
@@ -29,12 +29,12 @@ def validation_keys(config: Config, process: Process) -> dict[str, int]:
 
 @torch.no_grad()
 def evaluate(engine: Engine, val_tokens: TokenSource) -> float:
-    """Mean loss over the fixed validation batches of all processes."""
+    """Returns the mean loss over the fixed validation batches of all ranks. Collective: every rank must call it."""
     process = engine.process
     batches = validation_batches(val_tokens, **validation_keys(engine.config, process))
     counted: Iterator[tuple[Tensor, int]] = ((batch, batch.shape[1]) for batch in batches)
     if engine.config.system.use_fsdp and process.world_size > 1:
-        counted = _in_step(batches, process, engine.config.model.block_size)
+        counted = _as_many_as_any_rank(batches, process, engine.config.model.block_size)
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)  # loss times rows, rows
     engine.model.eval()
     for batch, rows in counted:
@@ -48,10 +48,11 @@ def evaluate(engine: Engine, val_tokens: TokenSource) -> float:
     return total / all_rows
 
 
-def _in_step(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:
-    """A rank's batches with their rows; one of zeros, which do not count, for each that another rank has more.
+def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:
+    """Yields a rank's batches with their numbers of rows, then batches of zeros until no rank has another batch.
 
-    So every rank gathers the weights as often.
+    Every forward pass of FSDP gathers the weights from all ranks, so every rank must run equally many. A batch of zeros
+    has 0 rows: it does not count in the mean.
     """
     filler = torch.zeros(2, 1, block_size, dtype=torch.int64)
     while process.any((batch := next(batches, None)) is not None):
@@ -59,7 +60,10 @@ def _in_step(batches: Iterator[Tensor], process: Process, block_size: int) -> It
 
 
 def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
-    """Text that a model in training writes after the end of a document."""
+    """Returns text that a model in training generates after the end of a document.
+
+    Under FSDP the caller must hold all weights (`weights.gathered()`), because a rank may sample alone.
+    """
     device = engine.process.device
     engine.model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), engine.autocast():

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop or to save."""
+"""The signals by which a user or a scheduler asks a run to stop or to save."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and stop, SIGUSR1 to save and go on; a second one of the first two ends.
+    """A request to the loop: SIGTERM or Ctrl-C to save and stop, SIGUSR1 to save and continue.
 
-    torchrun passes on the signal that a scheduler may have sent to this process too: there, what comes within seconds
-    of the first one is the same request.
+    A second SIGTERM or Ctrl-C ends the process at once. A scheduler may signal both torchrun and this process, and
+    torchrun passes its signal on; so under torchrun every signal within `SAME_S` of the first is the same request.
     """
 
     SAME_S = 5.0
@@ -37,14 +37,15 @@ class StopRequest:
         self._save = True
 
     def take(self) -> int:
-        """STOP, SAVE or NOTHING; a wish to save is told once."""
+        """Returns STOP, SAVE or NOTHING, and clears a request to save; a request to stop stays."""
         save, self._save = self._save, False
         return self.STOP if self.requested else self.SAVE if save else self.NOTHING
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
+        """Handles the signals in the body, and restores the previous handlers after it."""
         handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGUSR1: self._ask_to_save}
-        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # whoever started this process has another use for it
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # the parent process uses it otherwise
             del handlers[signal.SIGUSR1]
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:

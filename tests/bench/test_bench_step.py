@@ -14,7 +14,7 @@ from gptperf import flops
 from gptperf.config import Config
 from gptperf.distributed.process import start_process
 from gptperf.hardware import Peak
-from gptperf.monitor import waterfall
+from gptperf.monitor import step_timing, trace
 from gptperf.training.step import StepResult, train_step
 
 GEMM_US, OTHER_US = 30.0, 20.0
@@ -34,7 +34,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps run on the CPU; each of them takes 2 ms by the clock. Returns their numbers."""
     ran: list[int] = []
 
-    def window(run: Any, watch: Any) -> waterfall.Window:
+    def window(run: Any, watch: Any) -> step_timing.Window:
         def timed(first: int, steps: int) -> list[float]:
             for number in range(first, first + steps):
                 run(number)
@@ -44,7 +44,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return timed
 
-    def trace(run: Any, first: int, steps: int, *, warm_up: int) -> dict[str, Any]:
+    def traced(run: Any, first: int, steps: int, *, warm_up: int) -> dict[str, Any]:
         events = []
         assert warm_up == math.ceil(step.WARM_UP_MS / 2)
         for number in range(first, first + steps):
@@ -61,8 +61,8 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(step, "_probe_tflops", lambda: 600.0)
     monkeypatch.setattr(step, "peak_here", lambda config: Peak(1e12, "dense", "a peak"))
     monkeypatch.setattr(timing, "device_uuid", lambda: "GPU-none")
-    monkeypatch.setattr(waterfall, "cuda_window", window)
-    monkeypatch.setattr(waterfall, "trace_steps", trace)
+    monkeypatch.setattr(step_timing, "cuda_window", window)
+    monkeypatch.setattr(trace, "trace_steps", traced)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -123,7 +123,7 @@ def test_energy_is_a_tokens_share(without_gpu: list[int], monkeypatch: pytest.Mo
         def joules(self) -> float:
             return next(self.read)
 
-    monkeypatch.setattr(waterfall, "EnergyMeter", Meter)
+    monkeypatch.setattr(step_timing, "EnergyMeter", Meter)
     cell = step.measure("llama_124m", "eager", 5)["results"]
     assert cell["joules_per_token"] == pytest.approx(16.0 / (5 * 2 * 16))
     assert "profile" not in cell
@@ -139,7 +139,7 @@ def test_what_monitoring_costs_is_by_watched_steps(without_gpu: list[int], monke
         assert (result.gradients is not None) is watched
         return result
 
-    def window(run: Any) -> waterfall.Window:
+    def window(run: Any) -> step_timing.Window:
         def timed(first: int, steps: int) -> list[float]:
             assert first == len(ran)
             for number in range(first, first + steps):
@@ -148,7 +148,7 @@ def test_what_monitoring_costs_is_by_watched_steps(without_gpu: list[int], monke
 
         return timed
 
-    monkeypatch.setattr(waterfall, "cuda_window", window)
+    monkeypatch.setattr(step_timing, "cuda_window", window)
     monkeypatch.setattr(monitoring, "train_step", train)
     found = monitoring.measure("llama_124m")["results"]
     json.dumps(found, allow_nan=False)

@@ -1,4 +1,4 @@
-"""A run's records, and terminals to show them on."""
+"""Records of a run, and terminals that show them."""
 
 import contextlib
 import fcntl
@@ -73,9 +73,9 @@ def play(console: Console) -> None:
 
 
 def read_all(master: int) -> str:
-    """What was written to a pseudo-terminal whose other end is closed."""
+    """Returns what was written to a pseudo-terminal whose other end is closed."""
     parts = []
-    with contextlib.suppress(OSError):  # EIO is its end of file
+    with contextlib.suppress(OSError):  # EIO is the end of file of a pseudo-terminal
         while part := os.read(master, 1 << 16):
             parts.append(part)
     os.close(master)
@@ -83,7 +83,7 @@ def read_all(master: int) -> str:
 
 
 def on_terminal(action: Callable[[Console], None]) -> str:
-    """What a terminal gets (rich takes the width from COLUMNS, or else from the process's own streams)."""
+    """Returns what a console writes to a terminal; rich takes the width from COLUMNS or the process's own streams."""
     master, slave = pty.openpty()
     texts: list[str] = []
     reader = threading.Thread(target=lambda: texts.append(read_all(master)))
@@ -96,7 +96,7 @@ def on_terminal(action: Callable[[Console], None]) -> str:
 
 
 def screen(text: str, columns: int = 100, rows: int = 400) -> list[str]:
-    """What a terminal shows after these bytes; styles are left out."""
+    """Returns the lines that a terminal shows after these bytes, without styles."""
     lines, y, x = [""], 0, 0
     for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]", text):
         if part == "\n":
@@ -126,7 +126,7 @@ def screen(text: str, columns: int = 100, rows: int = 400) -> list[str]:
 
 
 def in_a_terminal(code: str, columns: int = 100, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and output of Python code whose streams are a terminal."""
+    """Runs Python code whose streams are a terminal; returns its exit code and output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     texts: list[str] = []

@@ -50,7 +50,7 @@ sample_tokens = 8
 
 
 def masters(weights: Replicated) -> list[tuple[str, Tensor]]:
-    """Name and master weight of each parameter, in its shape, of weights that one process holds whole."""
+    """Returns the name and the master weight of each parameter, of weights that are not sharded."""
     pieces = weights.pieces(lambda bucket: bucket.master.data, to_save=False)
     return [(name, values.view(shape)) for name, shape, _, values in pieces]
 

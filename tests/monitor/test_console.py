@@ -1,4 +1,4 @@
-"""What a run prints: its blocks, on a pipe, and when the reader has gone."""
+"""The output of a run: its blocks, output to a pipe, and output whose reader is gone."""
 
 import io
 import os
@@ -133,7 +133,7 @@ def test_stability_and_plan_in_a_block() -> None:
     assert lines[-3:] == [
         " Memory: 12.34 GB alloc  15.67 GB peak  16.00 GB reserved  15.50 GB planned",
         " Gradients: norm=1.0000",
-        " Stability: loss variance=1.23e-03 of 20  LOSS SPIKE  PLATEAU  2 steps left out  "
+        " Stability: loss variance=1.23e-03 of 20  LOSS SPIKE  PLATEAU  2 steps skipped  "
         "17 gradient elements not finite",
     ]
     assert iteration_lines(RECORD | {"stability": {"window": 1, "spike": False}}, 600, None)[-1][:10] == " Gradients"

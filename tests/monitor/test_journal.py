@@ -80,7 +80,7 @@ def test_a_line_torn_at_any_byte_loses_that_line_alone(tmp_path: Path) -> None:
     for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
         log = assemble(path)
-        complete = sum(end <= cut for end in ends)  # without its line feed a line is complete, too
+        complete = sum(end <= cut for end in ends)  # a line is complete even without its line feed
         assert len(log["training_iterations"]) == min(max(complete - 1, 0), 3)
         assert log["damaged_lines"] == (cut not in ends and cut - 1 not in ends and cut > 0)
         assert (log["summary"] != {}) == (complete == len(ends))
@@ -211,7 +211,7 @@ def test_a_full_disk_costs_events_and_one_warning(tmp_path: Path, monkeypatch: p
     write = os.write
 
     def half(fd: int, data: bytes) -> int:
-        """Write ten bytes of a line, then nothing."""
+        """Writes ten bytes of a line, then fails."""
         if data.startswith((b"{", b"\n")):
             return write(fd, data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -231,7 +231,8 @@ def test_a_full_disk_costs_events_and_one_warning(tmp_path: Path, monkeypatch: p
     log.close()
     found = assemble(log.path)
     assert iters(found) == [1, 5, 6]
-    assert [entry["text"] for entry in found["messages"]] == ["4 journal events were lost: the disk refused them"]
+    (message,) = found["messages"]
+    assert message["text"] == "4 journal events were lost because the disk could not be written"
     assert found["damaged_lines"] == 3
     assert log.lost == 4
 
@@ -313,7 +314,7 @@ def test_names_never_collide(tmp_path: Path) -> None:
 
 def test_a_new_run_never_writes_into_an_old_journal(tmp_path: Path) -> None:
     fill(tmp_path)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         Journal(tmp_path, NAME)
 
 

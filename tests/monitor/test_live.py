@@ -1,4 +1,4 @@
-"""The panel of a run: on terminals of any size, beside what others print, and when the terminal has gone."""
+"""The panel of a run: on terminals of any size, with output of other code above it, and when the terminal is gone."""
 
 import contextlib
 import io
@@ -95,7 +95,7 @@ def test_the_panel_is_redrawn_four_times_a_second_at_most() -> None:
         patch.setattr(Panel, "__rich_console__", lambda self, *args: drawn.append(1) or draw(self, *args))
         on_terminal(act)
     assert 2 <= calm[0] <= 6
-    assert len(drawn) <= calm[0] + 2  # nothing new, nothing drawn; and the last one
+    assert len(drawn) <= calm[0] + 2  # no drawing without something new, except the last one
 
 
 @pytest.mark.usefixtures("terminal")
@@ -159,7 +159,7 @@ with Console(max_iters=600) as console:
 """
     status, text = in_a_terminal(code)
     assert status == 0
-    # At 50 columns five lines of the panel fold once, but for the line of the loss.
+    # At 50 columns each of the panel's five lines wraps once, except that of the loss.
     assert "\x1b[4A\x1b[J" in text
     last = screen(text[text.index("\x1b[J") :])
     assert max(map(len, last)) < 50
@@ -264,7 +264,7 @@ with Console(max_iters=600) as console:
 
 
 class Gone(io.StringIO):
-    """A stream whose reader has gone."""
+    """A stream whose reader is gone."""
 
     def __init__(self, terminal: bool):
         super().__init__()

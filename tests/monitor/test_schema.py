@@ -1,4 +1,4 @@
-"""The log of real runs against its JSON Schema; versions; no field lost or of another type within a version."""
+"""The log of real runs matches its JSON Schema, and within a version no field disappears or changes its type."""
 
 import copy
 import json
@@ -11,12 +11,13 @@ import pytest
 from run_helpers import ROOT, run, run_log
 
 from gptperf.errors import DataError
-from gptperf.monitor.events import SCHEMA_VERSION, RunLog
+from gptperf.monitor.events import SCHEMA_VERSION, RunLog, StartupInfo, Summary
 from gptperf.monitor.journal import Journal, write_json
 from gptperf.monitor.schema import read_run, schema
 
-# Field -> type of every version of the log; "!" after a name: always there. A field may be added to the newest one
-# without any change here. What is taken away or gets another type needs a new SCHEMA_VERSION and a new entry.
+# Field -> type in every version of the log; "!" after a name means that the field is required. A new field of the
+# newest version needs no change here. A field that is removed or changes its type needs a new SCHEMA_VERSION and a new
+# entry.
 FROZEN: dict[int, dict[str, dict[str, str]]] = {
     1: {
         "RunLog": {
@@ -106,7 +107,7 @@ FROZEN: dict[int, dict[str, dict[str, str]]] = {
 
 
 def fields(of: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Class -> field, with "!" where it is required -> its type, without descriptions."""
+    """Returns class -> field, with "!" if it is required -> its type, without descriptions."""
     found = {}
     for name, table in {"RunLog": of, **of["$defs"]}.items():
         found[name] = {
@@ -117,7 +118,7 @@ def fields(of: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _type(kind: dict[str, Any]) -> str:
-    """Short for the type of a field: names with "|", "[...]" for a list's entries, "{...}" for a mapping's."""
+    """Returns the type of a field in short: names with "|", "[...]" for a list, "{...}" for a mapping."""
     if "$ref" in kind:
         return kind["$ref"].rpartition("/")[2]
     if "anyOf" in kind:
@@ -131,7 +132,7 @@ def _type(kind: dict[str, Any]) -> str:
 
 
 def broken(now: dict[str, dict[str, str]], then: dict[str, dict[str, str]]) -> list[str]:
-    """What a reader of `then` would miss in `now`."""
+    """Returns what a reader of `then` would not find in `now`."""
     lines = []
     for name, frozen in then.items():
         found = now.get(name, {})
@@ -168,7 +169,7 @@ def test_such_a_change_is_noticed_and_an_addition_is_not(change: str) -> None:
 
 @pytest.fixture(scope="module")
 def out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run that was resumed."""
+    """The folder of a run that was resumed."""
     out = tmp_path_factory.mktemp("run")
     assert run(corpus, out, "--max_iters=10", "--dtype=float16") == 0
     assert run(corpus, out, "--max_iters=12", "--dtype=float16", "--init_from=resume") == 0
@@ -182,6 +183,26 @@ def test_real_runs_are_valid(out: Path) -> None:
     log = run_log(out)
     assert all(log[key] for key in ("training_iterations", "eval_steps", "checkpoints", "resumes", "summary"))
     assert [error.message for error in validator(schema()).iter_errors(log)] == []
+
+
+def test_every_field_of_a_log_is_declared(out: Path) -> None:
+    """The records of a real run, nested ones included, have no field that `gptperf.monitor.events` does not declare."""
+    log, described = run_log(out), schema()
+
+    def undeclared(value: Any, kind: dict[str, Any], where: str) -> list[str]:
+        if "$ref" in kind:
+            kind = described["$defs"][kind["$ref"].rpartition("/")[2]]
+        if kind.get("type") == "array":
+            return [line for entry in value for line in undeclared(entry, kind["items"], where)]
+        fields = kind.get("properties")
+        if fields is None:
+            return []
+        extra = [f"{where}.{key}" for key in value if key not in fields]
+        return extra + [line for key in value if key in fields for line in undeclared(value[key], fields[key], key)]
+
+    assert undeclared(log, described, "log") == []
+    assert log["startup_info"].keys() <= StartupInfo.__annotations__.keys()
+    assert log["summary"].keys() <= Summary.__annotations__.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Trackers that refuse, hang, raise and are slow change nothing of a run; W&B offline and TensorBoard read back."""
+"""Trackers that fail, hang or are slow change nothing in a run; the data of W&B and TensorBoard is read back."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from run_helpers import hashes, losses, run, run_log
 from gptperf.config import Config, LogConfig
 from gptperf.monitor import trackers
 from gptperf.monitor.trackers import Trackers, flat
-from gptperf.training import trainer
+from gptperf.training import reporting, trainer
 
 FLAGS = ("--max_iters=10", "--sample_tokens=0", "--dropout=0.1")
 needs = {
@@ -26,7 +26,7 @@ needs = {
 
 
 class Fake:
-    """A backend that misbehaves in the method it is told."""
+    """A tracker that fails or hangs in a given method."""
 
     name = "Fake"
 
@@ -71,7 +71,7 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without trackers."""
+    """The folder of a run without trackers."""
     out = tmp_path_factory.mktemp("plain")
     assert run(corpus, out, *FLAGS) == 0
     return out
@@ -83,7 +83,7 @@ def told() -> list[str]:
 
 
 def _same(out: Path, plain: Path) -> bool:
-    """Losses, weights, moments and every random state, by their bits."""
+    """Returns whether losses, weights, moments and every random state are bitwise equal."""
     a, b = (folder / "checkpoints" / "step-00000010" for folder in (out, plain))
     states = [json.loads((folder / "state.json").read_text())["rng"] for folder in (a, b)]
     return losses(out) == losses(plain) and hashes(a) == hashes(b) and states[0] == states[1]
@@ -96,16 +96,16 @@ def _until(true: Any) -> None:
         time.sleep(0.002)
 
 
-# How a backend misbehaves -> what the one warning says.
+# Fault of a tracker -> arguments of `Fake`, and the text of the only warning.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, ""),
-    "refuses": ({"fail": "start"}, "given up, the run goes on without it: ConnectionRefusedError: Connection refused"),
-    "hangs in start": ({"hang": "start"}, "given up, the run goes on without it: it did not"),
-    "hangs in log": ({"hang": "log"}, "given up, the run goes on without it: it did not finish within 0.5 s"),
-    "hangs in finish": ({"hang": "finish"}, "given up, the run goes on without it: it did not finish within 0.5 s"),
-    "raises in log": ({"fail": "log"}, "given up, the run goes on without it: ConnectionRefusedError"),
-    "raises in finish": ({"fail": "finish"}, "given up, the run goes on without it: ConnectionRefusedError"),
-    "is slow": ({"sleep_s": 5.0}, "given up, the run goes on without it: it did not finish within 0.5 s"),
+    "refuses": ({"fail": "start"}, "disabled, the run continues without it: ConnectionRefusedError: Connection"),
+    "hangs in start": ({"hang": "start"}, "disabled, the run continues without it: it did not"),
+    "hangs in log": ({"hang": "log"}, "disabled, the run continues without it: it did not finish within 0.5 s"),
+    "hangs in finish": ({"hang": "finish"}, "disabled, the run continues without it: it did not finish within 0.5 s"),
+    "raises in log": ({"fail": "log"}, "disabled, the run continues without it: ConnectionRefusedError"),
+    "raises in finish": ({"fail": "finish"}, "disabled, the run continues without it: ConnectionRefusedError"),
+    "is slow": ({"sleep_s": 5.0}, "disabled, the run continues without it: it did not finish within 0.5 s"),
 }
 
 
@@ -132,7 +132,7 @@ def test_the_run_has_the_same_bits_whatever_a_tracker_does(
     def opened(config: Any, run_name: str, last_step: int, say: Any, warn: Any) -> Trackers:
         return Timed([bad, good], run_name, config.sections(), say=say, warn=warn)
 
-    monkeypatch.setattr(trainer, "open_trackers", opened)
+    monkeypatch.setattr(reporting, "open_trackers", opened)
     assert run(corpus, tmp_path, *FLAGS) == 0
     bad.release.set()
     assert _same(tmp_path, plain)
@@ -142,7 +142,7 @@ def test_the_run_has_the_same_bits_whatever_a_tracker_does(
     assert len(warnings) == bool(warning)
     assert all(warning in line for line in warnings)
     assert bad.abandoned == bool(warning)
-    # The one beside it has everything.
+    # The other tracker has everything.
     log = run_log(tmp_path)
     assert good.steps == [*range(1, 11), 10]
     assert good.calls[0][:2] == ("start", log["run_name"])
@@ -186,7 +186,7 @@ def test_the_oldest_records_go_and_are_counted(monkeypatch: pytest.MonkeyPatch, 
     these.close()
     these.close()
     assert fake.steps == [1, *range(41, 51)]
-    assert told == ["Fake: slower than the run, which left 39 records out"]
+    assert told == ["Fake: too slow for the run: 39 records were dropped"]
 
 
 def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
@@ -200,7 +200,7 @@ def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told
         time.sleep(0.01)
     assert time.monotonic() - begin < 5
     these.log("iteration", {"iter": step + 1})
-    assert told == ["Fake is given up, the run goes on without it: it did not start within 0.2 s"]
+    assert told == ["Fake is disabled, the run continues without it: it did not start within 0.2 s"]
     fake.release.set()
     _until(lambda: fake.calls[-1] == ("finish", {}))
     these.close()
@@ -210,7 +210,7 @@ def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told
 
 def test_a_run_that_fails_ends_its_trackers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
-    monkeypatch.setattr(trainer, "open_trackers", lambda *_: Trackers([fake], "r", {}))
+    monkeypatch.setattr(reporting, "open_trackers", lambda *_: Trackers([fake], "r", {}))
     monkeypatch.setattr(trainer, "_evaluate", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(corpus, tmp_path, *FLAGS)
@@ -233,7 +233,7 @@ def test_a_broken_package_is_a_warning(
         with trackers.open_trackers(config, "r", 0, told.append, told.append) as these:
             these.log("iteration", {"iter": 1})
     (line,) = told
-    assert "cannot be loaded, the run goes on without it: TypeError('Descriptors cannot" in line
+    assert "cannot be loaded, the run continues without it: TypeError('Descriptors cannot" in line
 
 
 @needs["tensorboard"]
@@ -255,7 +255,7 @@ def test_tensorboard_read_back_over_a_resume(
     log = run_log(tmp_path)
     read = {tag: [(event.step, event.value) for event in files.Scalars(tag)] for tag in files.Tags()["scalars"]}
     expected = [(entry["iter"], pytest.approx(entry["loss"])) for entry in log["training_iterations"]]
-    assert read["loss"] == expected  # 6 to 10 once, though two processes logged them
+    assert read["loss"] == expected  # 6 to 10 appear once, although two processes logged them
     assert read["eval/val_loss"] == [(10, pytest.approx(log["eval_steps"][0]["val_loss"]))]
     assert len(read["memory/rss_gb"]) == 10
     assert {"config/text_summary", "summary/text_summary"} <= set(files.Tags()["tensors"])
@@ -298,13 +298,13 @@ def test_wandb_offline_read_back_over_a_resume(
 
 
 def _records(path: Path) -> list[Any]:
-    """What an offline run holds: LevelDB's log format after a header of 7 bytes."""
+    """Returns the records of an offline run: LevelDB's log format after a header of 7 bytes."""
     pb2 = importlib.import_module("wandb.proto.wandb_internal_pb2")
     return [pb2.Record.FromString(data) for data in _chunks(path.read_bytes())]
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format: blocks of 32 KiB, parts with checksum (4), length (2) and kind (1)."""
+    """Yields records of LevelDB's log format: blocks of 32 KiB, parts with checksum (4), length (2) and kind (1)."""
     at, whole = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -314,6 +314,6 @@ def _chunks(data: bytes) -> Iterator[bytes]:
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield whole
             whole = b""

@@ -14,7 +14,7 @@ from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, OutOfMemoryError
 from gptperf.hardware import GPUS
 from gptperf.plan.__main__ import main
-from gptperf.training import startup
+from gptperf.training import preflight
 
 LLAMA = ["configs/llama_1.36b.toml", "--batch_size=16", "--gradient_accumulation_steps=1"]
 GPT2 = ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64", "--gradient_accumulation_steps=1"]
@@ -191,15 +191,15 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     process: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     with pytest.raises(OutOfMemoryError, match=r"(?s)needs 47.* GB of the .*--batch_size=.*--ignore_plan=True"):
-        startup.check_plan(config_of("configs/llama_1.36b.toml"), process)
-    ignored = startup.check_plan(config_of("configs/llama_1.36b.toml", "--ignore_plan=True"), process)
+        preflight.check_plan(config_of("configs/llama_1.36b.toml"), process)
+    ignored = preflight.check_plan(config_of("configs/llama_1.36b.toml", "--ignore_plan=True"), process)
     assert ignored is not None
     assert not ignored.fits
-    small = startup.check_plan(config_of("configs/llama_1.36b.toml", "--batch_size=1"), process)
+    small = preflight.check_plan(config_of("configs/llama_1.36b.toml", "--batch_size=1"), process)
     assert small is not None
     assert small.fits
     card.name = "NVIDIA H20"
-    assert startup.check_plan(config_of("configs/llama_1.36b.toml"), process) is None
+    assert preflight.check_plan(config_of("configs/llama_1.36b.toml"), process) is None
 
 
 NCCL, GATHER_ONCE = "--communication=process_group", "--fsdp_gather_once=True"

@@ -1,4 +1,4 @@
-"""Safety lines of whole runs: each test fails when its line is taken out."""
+"""Protection of whole runs against faults: each test fails if its line of code is removed."""
 
 import contextlib
 import json
@@ -32,17 +32,17 @@ from gptperf.errors import (
     OutOfMemoryError,
 )
 from gptperf.files import RunLock
-from gptperf.training import evaluation, trainer
+from gptperf.training import evaluation, preflight, trainer
 from gptperf.training.signals import StopRequest
 
 
 def saved_state(out: Path, step: int) -> Path:
-    """The file with a checkpoint's state."""
+    """Returns the file with a checkpoint's state."""
     return out / "checkpoints" / f"step-{step:08d}" / "state.json"
 
 
 def change_state(out: Path, step: int, *keys: str, value: Any) -> None:
-    """Change one value, and seal the checkpoint again."""
+    """Changes one value, and seals the checkpoint again."""
     path = saved_state(out, step)
     state = json.loads(path.read_text())
     inner = state
@@ -55,7 +55,7 @@ def change_state(out: Path, step: int, *keys: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def killed(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Whatever a test finds, no process is left."""
+    """Kills the process after the body, whatever happens in it."""
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def test_a_second_request_ends_the_process(corpus: Path, tmp_path: Path) -> None
         assert process.stdout is not None
         with killed(process):
             assert any(line.startswith(" Iter      3") for line in process.stdout)
-            process.send_signal(signal.SIGSTOP)  # both signals wait for it, and no step lies between them
+            process.send_signal(signal.SIGSTOP)  # both signals are pending until SIGCONT, with no step between them
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
                 process.send_signal(number)
             process.communicate(timeout=60)
@@ -263,7 +263,7 @@ def test_draws_go_on_where_they_were(corpus: Path, tmp_path: Path, monkeypatch: 
         try:
             return original(*args, **keys)
         finally:
-            torch.set_rng_state(state)  # dropout's seeds are functions of the step: what is left is the draw above
+            torch.set_rng_state(state)  # dropout does not depend on the generator: only the draw above does
 
     monkeypatch.setattr(trainer, "train_step", drawing)
     flags = ["--sample_tokens=0", "--save_interval=2", "--eval_interval=2"]
@@ -292,7 +292,7 @@ def test_the_loss_scale_is_resumed(corpus: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_loss_scale_below_one_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
-    with pytest.raises(NonFiniteError, match=r"the loss scale fell to 0\.5; .* has what was saved before"):
+    with pytest.raises(NonFiniteError, match=r"the loss scale fell to 0\.5; .* has the last checkpoint before that"):
         run(corpus, tmp_path, "--dtype=float16")
 
 
@@ -303,7 +303,7 @@ def test_a_full_gpu_is_said_with_what_helps(corpus: Path, tmp_path: Path, monkey
     monkeypatch.setattr(trainer, "train_step", full)
     with pytest.raises(OutOfMemoryError, match=r"iteration 1: CUDA out of memory.* Lower batch_size = 2 and raise"):
         run(corpus, tmp_path)
-    assert run_log(tmp_path)["summary"]["stopped"].startswith("E7: the GPU's memory does not hold iteration 1")
+    assert run_log(tmp_path)["summary"]["stopped"].startswith("E7: the GPU ran out of memory in iteration 1")
 
 
 def test_a_tokenizer_whose_ids_have_changed_is_refused(
@@ -311,8 +311,8 @@ def test_a_tokenizer_whose_ids_have_changed_is_refused(
 ) -> None:
     changed = ByteTokenizer()
     changed.fingerprint = "0" * 64  # type: ignore[misc]
-    monkeypatch.setattr(trainer, "load_tokenizer", lambda name: changed)
-    with pytest.raises(DataError, match="its tokenizer byte is not the one installed here"):
+    monkeypatch.setattr(preflight, "load_tokenizer", lambda name: changed)
+    with pytest.raises(DataError, match="another version of the tokenizer byte than the one installed here"):
         run(corpus, tmp_path)
 
 

@@ -1,33 +1,21 @@
-"""What a run says of its gradients, its update and its losses, against figures computed in another way."""
+"""The figures of gradients and updates in the log, against an independent computation."""
 
-import gzip
-import json
 import math
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from run_helpers import ROOT, losses, masters, run, run_command, run_log
+from run_helpers import masters
 
 from gptperf.config import command_line
 from gptperf.distributed.buckets import Piece
 from gptperf.distributed.process import Process
 from gptperf.distributed.replicated import Replicated
-from gptperf.errors import ConfigError
 from gptperf.kernels import reference
-from gptperf.monitor.events import Profile
 from gptperf.monitor.gradients import COMPONENTS, GradientMonitor, component_of, layer_of
-from gptperf.monitor.memory import MemorySnapshots
-from gptperf.monitor.profiler import lines_of
-from gptperf.monitor.stability import LossWindow
 from gptperf.training.engine import Engine, build_engine
 from gptperf.training.optimizers.adamw import AdamW
 from gptperf.training.optimizers.base import clip_scale
@@ -139,83 +127,6 @@ def test_an_update_of_known_size() -> None:
     assert monitor.update().tolist() == pytest.approx([0.5 * 8 / norm], rel=1e-4)
 
 
-def test_spikes_and_plateaus() -> None:
-    window = LossWindow(20)
-    falling = [window.add(4 - 0.05 * i + 0.01 * (-1) ** i) for i in range(30)]
-    assert not any(found["spike"] or found["plateau"] for found in falling)
-    assert falling[-1]["window"] == 20
-    last = [4 - 0.05 * i + 0.01 * (-1) ** i for i in range(10, 30)]
-    assert falling[-1]["loss_mean"] == pytest.approx(sum(last) / 20)
-    assert falling[-1]["loss_variance"] == pytest.approx(torch.tensor(last).double().var(correction=0).item())
-    assert window.add(6.0)["spike"]
-    assert window.add(math.nan)["spike"]
-    assert math.isfinite(window.add(2.4)["loss_mean"])
-    flat = LossWindow(20)
-    found = [flat.add(2.5 + 0.01 * (-1) ** i, skipped=i) for i in range(20)]
-    assert [f["plateau"] for f in found] == [False] * 19 + [True]
-    assert not any(f["spike"] for f in found)
-    assert found[7]["non_finite"] == 7
-
-
-def test_a_profile_of_some_iterations(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(corpus, tmp_path / "plain", "--max_iters=6") == 0
-    assert run(corpus, tmp_path / "profiled", "--max_iters=6", "--profile=3:4") == 0
-    path = tmp_path / "profiled" / "trace_3-4.json.gz"
-    assert f"profile of 2 iterations: {path}" in capsys.readouterr().out
-    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
-    assert "aten::mm" in names
-    log = run_log(tmp_path / "profiled")
-    (profile,) = log["profiles"]
-    assert (profile["iter"], profile["steps"], profile["trace"]) == (4, 2, str(path))
-    assert profile["waterfall"] is None  # no GPU, no MFU
-    found = dict(losses(tmp_path / "profiled"))
-    assert found.keys() == {1, 2, 5, 6}  # the time of recorded iterations is not that of others: they are not logged
-    assert found.items() <= dict(losses(tmp_path / "plain")).items()
-    assert list(path.parent.glob(".tmp*")) == []
-
-
-def test_lines_of_a_profile() -> None:
-    kernels = [{"name": "nvjet_x", "part": "gemm", "ms": 1.5, "calls": 3.0}]
-    found: Profile = {
-        "iter": 14,
-        "trace": "t.json.gz",
-        "steps": 5,
-        "step_ms": 2.0,
-        "parts_ms": {"gemm": 1.5, "attention": 0.0, "host_gaps": 0.5},
-        "waterfall": {"gemm": 10.0, "host_gaps": 25.0},
-        "mfu_percent": 65.0,
-        "kernels": kernels,
-    }
-    lines = lines_of(found)
-    assert lines[1] == "  2.00 ms an iteration: gemm 1.50 ms, host_gaps 0.50 ms"
-    assert lines[2] == "  100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
-    assert "nvjet_x" in lines[3]
-
-
-@pytest.mark.parametrize("value", ["5", "4:3", "0:3", "1:7", "1:5000", "a:b", "-1:2"])
-def test_a_profile_that_cannot_be(value: str) -> None:
-    with pytest.raises(ConfigError, match="wanted START:STOP with 1 <= START <= STOP <= max_iters = 6"):
-        command_line.resolve(["--max_iters=6", f"--profile={value}"])
-
-
-def test_a_snapshot_is_asked_for_by_a_signal(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGUSR2)
-    with MemorySnapshots(tmp_path, torch.device("cpu"), 0, history=False).listening() as snapshots:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        time.sleep(0.01)
-        assert snapshots.asked
-        assert "no account of a CPU's memory" in snapshots.write("iter3")
-    assert signal.getsignal(signal.SIGUSR2) == before
-
-
-@pytest.mark.gpu
-def test_a_snapshot_of_a_gpu(tmp_path: Path) -> None:
-    snapshots = MemorySnapshots(tmp_path, torch.device("cuda"), 0, history=False)
-    path = Path(snapshots.write("iter3"))
-    assert path == tmp_path / "memory_iter3_rank0.pickle"
-    assert path.stat().st_size > 0
-
-
 def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
     gradient = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     gradient[5] = math.inf  # not in the sample
@@ -293,7 +204,7 @@ def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
         monitor.observe(old, new)
         return torch.cat([measured, monitor.update()])
 
-    watch()  # the first time tables are copied to the device
+    watch()  # the first call copies tables to the device
     torch.cuda.synchronize()
     torch.use_deterministic_algorithms(deterministic)
     torch.cuda.set_sync_debug_mode("error")
@@ -306,19 +217,3 @@ def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
     exact = [(name, shape, start, values.cpu().double()) for name, shape, start, values in gradients]
     wanted = on_cpu.measure(exact)
     assert figures[: len(wanted)].tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-2)
-
-
-def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:
-    """Or one would wait in the collectives of a log line that the other leaves out."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    flags = ["--max_iters=5", "--profile=3:4", "--collective_timeout_s=20"]
-    command = run_command(corpus, tmp_path, *flags, launcher=launcher)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(run_log(tmp_path)["profiles"]) == 1
-
-
-def test_a_profile_that_is_over_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(corpus, tmp_path, "--max_iters=2", "--profile=1:1") == 0
-    assert "profile = 1:1: nothing left to record" in capsys.readouterr().out

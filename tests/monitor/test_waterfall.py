@@ -1,17 +1,16 @@
-"""Timing of a step and the waterfall, on kernels whose sums are known."""
+"""The parts of a step and the waterfall, on kernels whose sums are known."""
 
 import dataclasses
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptperf import flops
 from gptperf.config import Config, ModelConfig, TrainConfig
 from gptperf.monitor import waterfall
-from gptperf.monitor.waterfall import PARTS, Kernel
+from gptperf.monitor.trace import Kernel
+from gptperf.monitor.waterfall import PARTS
 
 GEMM, ATTENTION = "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"
 NCCL, UNKNOWN = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "somebody_elses"
@@ -56,7 +55,7 @@ def test_every_moment_belongs_to_one_part() -> None:
     kernels = [
         Kernel(GEMM, 0, 1000),
         Kernel("_norm_forward_kernel", 1000, 500),
-        Kernel(NCCL, 500, 2000, stream=2),  # until 2500: 1000 under computation, 1000 alone
+        Kernel(NCCL, 500, 2000, stream=2),  # until 2500: 1000 hidden by computation, 1000 alone
         Kernel("_adamw_kernel", 3000, 400),  # after a gap of 500
         Kernel(UNKNOWN, 3400, 100),
         Kernel(ATTENTION, 3500, 500),
@@ -101,7 +100,7 @@ KERNELS = st.lists(
 @given(kernels=KERNELS, waits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=3))
 @settings(max_examples=150, deadline=None)
 def test_parts_are_those_of_a_clock_that_ticks(kernels: list[Kernel], waits: list[tuple[int, int]]) -> None:
-    """Counted again microsecond by microsecond."""
+    """The same parts as a count of every microsecond."""
     intervals = [(float(begin), float(begin + length)) for begin, length in waits]
     found = waterfall.breakdown(kernels, 1, intervals)
     begin, end = min(k.start_us for k in kernels), max(k.interval[1] for k in kernels)
@@ -127,7 +126,7 @@ def test_the_waterfall_ends_at_the_mfu() -> None:
     assert fall.closes
     assert not waterfall.waterfall(found, (1e12, 0.5e12), 1e15, timed_ms=3.8).closes  # 39.5% timed, 2 points off
     wrong = waterfall.waterfall(found, (4e12, 0.5e12), 1e15, timed_ms=4.0)
-    assert wrong.lost_points["gemm"] < 0  # more than the peak: not this card's
+    assert wrong.lost_points["gemm"] < 0  # faster than the peak, so the peak is not that of this card
 
 
 def test_an_empty_trace_is_refused() -> None:
@@ -144,111 +143,3 @@ def test_flops_of_a_step_are_those_of_the_mfu() -> None:
     assert waterfall.step_flops(longer)[0] == pytest.approx(2 * gemm)  # twice the tokens
     assert waterfall.step_flops(longer)[1] == pytest.approx(4 * attention, rel=1e-3)  # T (T + 1) / 2 pairs
     assert waterfall.step_flops(config, num_gpus=2) == pytest.approx((gemm / 2, attention / 2))
-
-
-class Clock:
-    """Steps that get faster until they settle at 10 ms."""
-
-    def __init__(self, settles_at: int) -> None:
-        self.settles_at, self.done, self.windows = settles_at, 0, 0
-
-    def window(self, first: int, steps: int) -> list[float]:
-        assert first == self.done
-        times = [10.0 * 1.05 ** max(0, self.settles_at - step) for step in range(first, first + steps)]
-        self.done, self.windows = first + steps, self.windows + 1
-        return times
-
-
-@pytest.mark.parametrize(("settles_at", "stable"), [(0, True), (20, True), (1000, False)])
-def test_steps_are_timed_when_they_have_settled(settles_at: int, stable: bool) -> None:
-    clock, joules = Clock(settles_at), iter((100.0, 350.0))
-    found = waterfall.time_steps(clock.window, 11, lambda: next(joules), None)
-    assert found.stable is stable
-    assert found.warm_up_steps + 11 == clock.done
-    assert len(found.ms) == 11
-    assert found.joules == 250.0
-    if stable:
-        assert found.warm_up_steps >= settles_at
-        assert found.spread == waterfall.Spread(10.0, 10.0, 10.0)
-    else:
-        assert found.warm_up_steps <= waterfall.MOST_WARM_UP
-
-
-def test_without_a_counter_there_is_no_energy_but_a_reason() -> None:
-    found = waterfall.time_steps(Clock(0).window, 3, lambda: None, "no such package")
-    assert (found.joules, found.no_joules) == (None, "no such package")
-
-
-def test_the_meter_says_why_it_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    meter = waterfall.EnergyMeter("GPU-0")
-    assert meter.joules() is None
-    assert meter.reason == "the package nvidia-ml-py is not installed"
-
-
-def test_the_meter_reads_the_counter_in_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nvml:
-        NVMLError = RuntimeError
-        counts = True
-
-        def nvmlInit(self) -> None: ...
-
-        def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-            return uuid
-
-        def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
-            if not self.counts:
-                raise RuntimeError("Not Supported")
-            return 12_500
-
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", Nvml())
-    assert waterfall.EnergyMeter("GPU-0").joules() == 12.5
-    monkeypatch.setattr(Nvml, "counts", False)
-    meter = waterfall.EnergyMeter("GPU-0")
-    assert (meter.joules(), meter.reason) == (None, "NVML: Not Supported")
-
-
-def test_kernels_and_waits_are_read_from_a_trace() -> None:
-    def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
-
-    trace = {
-        "traceEvents": [
-            event("kernel", GEMM, 10.0, 5.0, stream=7),
-            event("gpu_memset", "Memset (Device)", 20.0, 1.0, stream=8),
-            event("cpu_op", "aten::mm", 0.0, 3.0),
-            event("cuda_runtime", "cudaLaunchKernel", 1.0, 1.0),
-            event("gpu_user_annotation", waterfall.LOADER_MARK, 1.0, 1.0),
-            event("user_annotation", waterfall.LOADER_MARK, 2.0, 4.0),
-            {"ph": "M", "name": "process_name"},
-        ]
-    }
-    assert waterfall.kernels_of(trace) == [Kernel(GEMM, 10.0, 5.0, 7), Kernel("Memset (Device)", 20.0, 1.0, 8)]
-    assert waterfall.waits_of(trace) == [(2.0, 6.0)]
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_waits_are_in_a_trace_of_pytorch() -> None:
-    def run(step: int) -> None:
-        with torch.profiler.record_function(waterfall.LOADER_MARK):
-            torch.randn(8)
-
-    waits = waterfall.waits_of(waterfall.trace_steps(run, 0, 3, host=True))
-    assert len(waits) == 3
-    assert all(end > begin for begin, end in waits)
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_warm_up_is_not_in_a_trace() -> None:
-    ran = []
-
-    def run(step: int) -> None:
-        ran.append(step)
-        with torch.profiler.record_function(waterfall.LOADER_MARK):
-            torch.randn(8)
-
-    trace = waterfall.trace_steps(run, 4, 3, warm_up=2, host=True)
-    assert ran == [4, 5, 6, 7, 8]
-    assert len(waterfall.waits_of(trace)) == 3
-    if not torch.cuda.is_available():
-        assert waterfall.kernels_of(trace) == []

@@ -1,0 +1,219 @@
+"""What is checked before a run spends GPU time: device, plan, data set, tokenizer, folder, checkpoint, disk, peak."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptperf import flops
+from gptperf.checkpoint import Checkpoint
+from gptperf.config import Config, DataConfig, ModelConfig, SystemConfig
+from gptperf.data.format import DatasetManifest, read_manifest
+from gptperf.data.loader import validation_batches
+from gptperf.data.prepare import prepare
+from gptperf.data.shards import TokenSource, resolve_dataset
+from gptperf.data.tokenizers import Tokenizer, load_tokenizer
+from gptperf.distributed.process import Process
+from gptperf.errors import DataError, DeviceError, OutOfMemoryError
+from gptperf.files import RunLock, check_space
+from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
+from gptperf.hardware.ceilings import ceiling_flop_s
+from gptperf.monitor.console import Console
+from gptperf.monitor.throughput import Throughput
+from gptperf.plan import Plan, plan, refusal, unplannable
+from gptperf.plan.memory import strategy_of
+from gptperf.training.evaluation import validation_keys
+from gptperf.training.resume import find_checkpoint
+
+__all__ = ["Inputs", "check_device", "check_disk", "check_inputs", "check_plan", "find_peak", "throughput_of"]
+
+BUILT_IN_DATASET = "python_stdlib"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from."""
+
+    plan: Plan | None
+    """None where there is nothing to plan with."""
+    manifest: DatasetManifest
+    train_tokens: TokenSource
+    val_tokens: TokenSource
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint | None
+    """The checkpoint that the run starts from."""
+
+
+def check_inputs(config: Config, process: Process, console: Console, stack: contextlib.ExitStack) -> Inputs:
+    """Checks plan, data and folder, and finds the checkpoint to start from. Collective: every rank must call it.
+
+    Args:
+        config: configuration of the run.
+        process: this rank.
+        console: told about checkpoints that are skipped or moved.
+        stack: holds the lock of the run's folder, which the main rank takes.
+
+    Raises:
+        OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
+    """
+    planned = check_plan(config, process)
+    manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
+    tokenizer = load_tokenizer(manifest.tokenizer.name)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+        raise DataError(
+            f"{config.data.dataset}: found tokens of another version of the tokenizer {tokenizer.name} than the one "
+            "installed here; prepare the data set again"
+        )
+    out_dir = Path(config.train.out_dir)
+    if process.is_main:
+        stack.enter_context(RunLock(out_dir))
+    validation_batches(val_tokens, **validation_keys(config, process))  # raises if the split is too short
+    found = find_checkpoint(config, out_dir / "checkpoints", process, console)
+    return Inputs(planned, manifest, train_tokens, val_tokens, tokenizer, found)
+
+
+def check_device(system: SystemConfig, device: torch.device) -> None:
+    """Applies the settings that must precede the first kernel, and checks that the device supports the dtype.
+
+    Raises:
+        DeviceError: the dtype is bfloat16 and the GPU does not support it.
+    """
+    if system.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda" and system.compute_dtype == "bfloat16":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            name = torch.cuda.get_device_name(device)
+            raise DeviceError(
+                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) does not support bfloat16; nearest: 'float16'"
+            )
+
+
+def check_plan(config: Config, process: Process) -> Plan | None:
+    """Returns the plan of this run on this GPU, or None where there is nothing to plan with.
+
+    Raises:
+        OutOfMemoryError: the run does not fit by its plan, and `ignore_plan` is off. The message names remedies.
+    """
+    if process.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(process.device)
+    reported_gb = properties.total_memory / 1e9
+    gpu = match_gpu(properties.name, reported_gb)
+    if gpu is None or unplannable(config, gpu) is not None:
+        return None
+    planned = plan(
+        config,
+        gpu,
+        num_gpus=process.world_size,
+        strategy=strategy_of(config),
+        recompute=config.system.recompute,
+        reported_gb=reported_gb,
+    )
+    if not planned.fits and not config.system.ignore_plan:
+        raise OutOfMemoryError(refusal(config, gpu, planned, reported_gb))
+    return planned
+
+
+def open_dataset(
+    data: DataConfig, model: ModelConfig, process: Process
+) -> tuple[DatasetManifest, TokenSource, TokenSource]:
+    """Opens and checks a data set; the main rank first prepares the built-in one if it does not exist.
+
+    Collective: every rank must call it.
+
+    Returns:
+        The manifest, the training tokens and the validation tokens.
+
+    Raises:
+        DataError: the data set is missing or damaged, or has a token id that is not in the model's vocabulary.
+    """
+    built_in = Path(data.data_dir) / BUILT_IN_DATASET
+    if data.dataset == BUILT_IN_DATASET and process.is_main and not os.path.exists(built_in):
+        try:
+            prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
+        except DataError:
+            if not os.path.exists(built_in):  # if it exists now, another run prepared it meanwhile
+                raise
+    process.barrier()
+    path = resolve_dataset(data.dataset, data.data_dir)
+    manifest = read_manifest(path)
+    if manifest.tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{path}: found tokenizer {manifest.tokenizer.name} with {manifest.tokenizer.vocab_size:,} ids, and "
+            f"vocab_size = {model.vocab_size:,}; wanted --vocab_size={manifest.tokenizer.vocab_size} or more"
+        )
+    train, val = (TokenSource.open(path, split, vocab_size=model.vocab_size) for split in ("train", "val"))
+    return manifest, train, val
+
+
+def check_disk(out_dir: Path, parameters: int, keep_checkpoints: int, warn: Callable[[str], object]) -> None:
+    """Checks that the disk has room for two checkpoints, and warns if it has less than the run will use.
+
+    Raises:
+        DiskError: there is no room for two checkpoints.
+    """
+    fit = check_space(out_dir, 12 * parameters)  # float32 master weight and two moments of each parameter
+    if fit < keep_checkpoints + 2:  # those kept, the best one, and the one being written
+        warn(f"{out_dir}: room for {fit} checkpoints, keep_checkpoints = {keep_checkpoints}")
+
+
+def find_peak(config: Config, device: torch.device) -> Peak | None:
+    """Returns the peak that the MFU refers to, or None where it is not known.
+
+    Raises:
+        DeviceError: the GPU's tensor cores do not support the compute dtype.
+    """
+    system = config.system
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    gpu = match_gpu(properties.name, properties.total_memory / 1e9)
+    return peak_flop_s(gpu, system.peak_dtype, basis=system.peak_basis, peak_tflops=system.peak_tflops)
+
+
+def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], object]) -> float | None:
+    """Returns the FLOP/s of this card on the model's matmuls alone, if `gptperf.hardware --measure` has measured them.
+
+    Args:
+        config: configuration of the run.
+        device: device of this rank.
+        say: called with a line about a power cap below the default, or about a measurement that does not count here.
+    """
+    if device.type != "cuda" or flops.uncountable_flops(config.model) is not None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    state = gpu_state(f"GPU-{properties.uuid}")
+    note = state.note()
+    if note is not None:
+        say(note)
+    model, dtype, batch_size = config.model, config.system.compute_dtype, config.train.batch_size
+    ceilings = ceiling_cache.load(
+        model,
+        batch_size,
+        dtype,
+        properties.name,
+        state.driver,
+        torch.__version__,
+        power_cap_w=state.power_cap_w,
+        say=say,
+    )
+    return None if ceilings is None else ceiling_flop_s(ceilings, flops.flops_per_token(model))
+
+
+def throughput_of(config: Config, process: Process, peak: Peak | None, say: Callable[[str], object]) -> Throughput:
+    """Returns what computes the speed of this run, against the peak and, where it was measured, the card's ceiling.
+
+    Args:
+        config: configuration of the run.
+        process: this rank.
+        peak: peak of one GPU.
+        say: called with lines about the card (see `_find_ceiling`).
+    """
+    ceiling = _find_ceiling(config, process.device, say)
+    recompute = config.system.recompute
+    return Throughput(config.model, config.tokens_per_iter, process.world_size, peak, ceiling, recompute)

@@ -1,0 +1,335 @@
+"""What a run reports, and who hears it: the console, the journal and the trackers.
+
+The trainer tells a `Reporter` what happened. The records are built here: a new field of the log is declared in
+`gptperf.monitor.events` and filled in one of the functions below.
+"""
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from gptperf import __version__, flops
+from gptperf.checkpoint.background import Saved
+from gptperf.config import Config
+from gptperf.data.format import DatasetManifest
+from gptperf.distributed.collectives import Collectives
+from gptperf.distributed.process import Process
+from gptperf.errors import GptperfError
+from gptperf.hardware import Peak, no_peak_hint
+from gptperf.model import prefers_cudnn
+from gptperf.monitor.clock import Lap, process_age_s
+from gptperf.monitor.console import Console
+from gptperf.monitor.events import Checkpoint, Eval, Gradients, Iteration, Message, Profile, Start, StartupInfo, Summary
+from gptperf.monitor.journal import Journal, new_run_name
+from gptperf.monitor.memory import memory_record
+from gptperf.monitor.stability import LossWindow
+from gptperf.monitor.throughput import Throughput, theoretical
+from gptperf.monitor.trackers import Trackers, open_trackers
+from gptperf.ops import unmeasured_versions
+from gptperf.plan import STRATEGY_NAMES, Plan, plan_lines, plan_record
+from gptperf.plan.memory import strategy_of
+from gptperf.registry import KINDS
+from gptperf.training.engine import Engine
+from gptperf.training.saved_state import TrainState
+from gptperf.training.step import StepResult
+
+__all__ = ["Reporter", "startup_info"]
+
+_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
+
+
+class Reporter:
+    """Tells the journal, the trackers and the console what happens in a run.
+
+    Every rank has a reporter. Only the main rank has a journal and trackers, and only its console prints.
+
+    Args:
+        engine: what is trained.
+        state: where the run is; the reporter only reads it, but for the name of a new run.
+        plan: plan of the run, if there is one.
+        throughput: computes the speed of the run.
+        console: console of this rank.
+    """
+
+    def __init__(
+        self, engine: Engine, state: TrainState, plan: Plan | None, throughput: Throughput, console: Console
+    ) -> None:
+        self._console = console
+        self._config, self._process = engine.config, engine.process
+        self._engine, self._state, self._plan, self._throughput = engine, state, plan, throughput
+        self._out_dir = Path(engine.config.train.out_dir)
+        self._journal: Journal | None = None
+        self._trackers = Trackers()
+        self._losses = LossWindow()
+        self._waited_s = 0.0
+
+    def _record(self, event: str, fields: Mapping[str, object]) -> None:
+        if self._journal is not None:
+            self._journal.write(event, fields)
+
+    def start(self, origins: Mapping[str, str], info: StartupInfo, stack: contextlib.ExitStack) -> None:
+        """Reports what was built, after opening the journal and the trackers.
+
+        Args:
+            origins: where each value of the configuration comes from.
+            info: facts about the run.
+            stack: closes the trackers and the journal at the end of the run.
+        """
+        config, state, console = self._config, self._state, self._console
+        if self._process.is_main:
+            resumed = state.step if state.run_name else None
+            state.run_name = state.run_name or new_run_name(self._out_dir)
+            journal = Journal(self._out_dir, state.run_name, resume_from=resumed, warn=console.warning)
+            self._journal = stack.enter_context(journal)
+            start: Start = {"config": config.sections() | {"origins": dict(origins)}, "startup_info": info}
+            self._record("start", start)
+            trackers = open_trackers(config, state.run_name, state.step, console.message, console.warning)
+            self._trackers = stack.enter_context(trackers)
+        console.startup(info)
+
+    def message(self, text: str) -> None:
+        """Prints a line."""
+        self._console.message(text)
+
+    def warning(self, text: str) -> None:
+        """Prints a warning; one of another rank than the main one is printed with the next log line."""
+        self._console.warning(text)
+
+    def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> None:
+        """Reports a logged step. Collective: every rank must call it.
+
+        Args:
+            result: figures of the step, which the device has finished.
+            loss: mean loss of the step over all ranks.
+            lap: time since the last log line; without steps it is that of the process's first iteration.
+            waited_s: seconds that this process has waited for the loader so far.
+        """
+        if lap.steps == 0 and not self._losses.losses:
+            self.message(f"first iteration: {lap.paused_s:.1f} s, {process_age_s():.1f} s after the start")
+        record = self._iteration(result, loss, lap, waited_s)
+        self._record("iteration", record)
+        for rank, warnings in enumerate(self._process.gather(self._console.pending())):
+            self._console.gathered(rank, warnings)
+        self._trackers.log("iteration", record)
+        left = self._config.train.max_iters - self._state.step
+        self._console.iteration(record, left * lap.step_ms / 1e3 if lap.steps else None)
+
+    def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> Iteration:
+        engine, state = self._engine, self._state
+        norm = result.gradient_norm.item()
+        gradients: Gradients = {"global_norm": norm}
+        if result.gradients is not None:
+            figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
+            gradients = engine.monitor.record(norm, figures[:-ratios], figures[-ratios:])
+        record: Iteration = {
+            "iter": state.step,
+            "loss": loss,
+            "time_ms": lap.step_ms,
+            "data_wait_ms": 1e3 * (waited_s - self._waited_s) / max(lap.steps, 1),
+            "lr": result.learning_rate,
+            "tokens": state.tokens,
+            # The first iteration of a process includes compilation, so its time says nothing about the speed.
+            "mfu": self._throughput.record(lap.step_ms) if lap.steps else {},
+            "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),
+            "gradients": gradients,
+            "stability": self._losses.add(loss, int(engine.skipped.item())),
+        }
+        self._waited_s = waited_s
+        if engine.scaler.is_enabled():
+            record["loss_scale"] = engine.scaler.get_scale()
+        return record
+
+    def evaluation(self, val_loss: float, time_ms: float) -> None:
+        """Reports an evaluation of this iteration; the state has the best loss so far."""
+        record: Eval = {
+            "iter": self._state.step,
+            "val_loss": val_loss,
+            "best_val_loss": self._state.best_val_loss,
+            "time_ms": time_ms,
+        }
+        self._record("eval", record)
+        self._trackers.log("eval", record)
+        self._console.evaluation(record)
+
+    def profile(self, record: Profile) -> None:
+        """Reports a profile."""
+        self._console.profile(record)
+        self._record("profile", record)
+
+    def checkpoint(self, saved: Saved) -> None:
+        """Reports a save that succeeded."""
+        record: Checkpoint = {
+            "iter": saved.step,
+            "path": str(saved.path),
+            "val_loss": saved.metric,
+            "time_ms": saved.time_ms,
+            "stall_ms": saved.stall_ms,
+        }
+        self._record("checkpoint", record)
+        self._console.checkpoint(record)
+
+    def save_failed(self, step: int, error: GptperfError) -> None:
+        """Reports a save that failed while training continues."""
+        self.warning(f"the checkpoint of iteration {step} could not be saved, training continues: {error}")
+        record: Message = {"level": "warning", "text": str(error), "iter": step}
+        self._record("message", record)
+
+    def stopped(self) -> None:
+        """Reports that the run ends by request; a checkpoint of this iteration is on disk."""
+        overwrite = " --overwrite=False" if self._config.train.overwrite else ""
+        self.message(
+            f"asked to stop: iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
+        )
+        summary = self.summary() | {"stopped": "asked to"}
+        self._end_log(summary)
+        self._console.finish(summary)
+
+    def failed(self, error: GptperfError | RuntimeError) -> None:
+        """Writes the error that ends the run to its log. The user gets it from `gptperf.errors.main_guard`."""
+        code = error.exit_code if isinstance(error, GptperfError) else 1
+        self._end_log(self.summary() | {"stopped": f"E{code}: {error}"}, complete=self._process.world_size == 1)
+
+    def aborted(self, reason: str) -> None:
+        """Writes to the log why the watchdog ends this process. Called by a thread of the watchdog."""
+        self._end_log({"iterations": self._state.step, "stopped": reason}, complete=False)
+
+    def finished(self, summary: Summary) -> None:
+        """Reports that the run has reached its last iteration; called on the main rank."""
+        self._trackers.finish(summary)
+        self._end_log(summary)
+        self._console.finish(summary)
+
+    def summary(self) -> Summary:
+        """Returns the summary of what was done so far."""
+        state = self._state
+        summary: Summary = {
+            "iterations": state.step,
+            "best_val_loss": state.best_val_loss,
+            "best_iter": state.best_step,
+            "wall_time_s": process_age_s(),
+            "checkpoint_dir": str(self._out_dir / "checkpoints"),
+        }
+        if self._journal is not None:
+            summary["log_path"] = str(self._journal.path.with_suffix(".json"))
+        if state.timed_tokens > 0:
+            speed = self._throughput.record(1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens)
+            summary["tokens_per_sec"] = speed["tokens_per_sec"]
+            summary["mfu_percent"] = speed.get("mfu_percent")
+        if self._plan is not None:
+            uncounted_bytes = self._engine.weights.collectives.uncounted_bytes
+            peak_gb = memory_record(self._process.device, uncounted_bytes)["peak_gb"]
+            summary["plan"] = _against_plan(self._plan, summary.get("tokens_per_sec"), peak_gb)
+        return summary
+
+    def _end_log(self, summary: Summary, *, complete: bool = True) -> None:
+        """Writes the summary to the journal and, if `complete`, assembles the JSON file.
+
+        A rank that fails in a job leaves the JSON file out, because the other ranks are about to end this process.
+        """
+        if self._journal is not None:
+            self._journal.reopen()  # an error may have closed it
+            self._record("summary", summary)
+            if complete:
+                self._journal.write_json()
+
+
+def _against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -> dict[str, float]:
+    """Returns planned and measured memory and, where it was measured, speed."""
+    found = {"planned_memory_gb": planned.memory.total_gb, "peak_gb": peak_gb}
+    if tokens_per_sec is not None:
+        found |= {"planned_tokens_per_sec": planned.tokens_per_sec, "tokens_per_sec": tokens_per_sec}
+    return found
+
+
+def startup_info(
+    engine: Engine, manifest: DatasetManifest, peak: Peak | None, compiled: str, planned: Plan | None
+) -> StartupInfo:
+    """Returns everything that was built, and what follows from it before anything is measured."""
+    config, process = engine.config, engine.process
+    model, train, optimizer = config.model, config.train, config.optimizer
+    total = engine.weights.numel
+    position = sum(p.numel() for name, p in engine.model.position.named_parameters())
+    info: StartupInfo = {
+        "total_parameters": total,
+        "trainable_parameters": total,
+        "non_embedding_parameters": total - position,
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+        "n_head": model.n_head,
+        "kv_heads": model.kv_heads,
+        "block_size": model.block_size,
+        "vocab_size": model.padded_vocab_size,
+        "components": {key: getattr(model, key) for key in _COMPONENTS} | {"ffn_width": model.ffn_width},
+        "kernels": engine.ops.chosen,
+        "kernel_reasons": engine.ops.reasons,
+        "batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "effective_batch_size": train.batch_size * train.gradient_accumulation_steps,
+        "tokens_per_iter": config.tokens_per_iter,
+        "max_iters": train.max_iters,
+        "learning_rate": optimizer.learning_rate,
+        "min_lr": optimizer.min_lr,
+        "lr_schedule": optimizer.lr_schedule,
+        "warmup_iters": optimizer.warmup_iters,
+        "weight_decay": optimizer.weight_decay,
+        "grad_clip": optimizer.grad_clip,
+        "dataset": config.data.dataset,
+        "tokenizer": manifest.tokenizer.name,
+        "train_tokens": manifest.splits["train"].tokens,
+        "val_tokens": manifest.splits["val"].tokens,
+        "dtype": config.system.dtype,
+        "parallelism": _parallelism(config, engine.weights.collectives),
+        "compile": compiled,
+        "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "notes": [*config.notes(), *filter(None, [unmeasured_versions(process.device.type)])],
+    }
+    info["components"]["activation"] = model.applied_activation
+    uncountable = flops.uncountable_flops(model)
+    if uncountable is not None:
+        info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
+    if planned is not None:
+        info["plan"] = plan_record(planned)
+        info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]
+    info |= _hardware(process, config, peak)
+    info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
+    return info
+
+
+def _parallelism(config: Config, collectives: Collectives) -> str:
+    """Returns the strategy, the number of processes, and how data moves between them."""
+    world_size = collectives.world_size
+    if world_size == 1:
+        return "single process"
+    dtype = "float32" if collectives.widens else config.system.reduce_dtype
+    reduced = "" if dtype == "float32" else f", gradients reduced in {dtype}"
+    return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}{_moved_by(collectives)}"
+
+
+def _moved_by(collectives: Collectives) -> str:
+    if collectives.name == "copy_engine":
+        return ", moved by copy engines"
+    return f", moved by NCCL: {collectives.reason}" if collectives.device.type == "cuda" and collectives.reason else ""
+
+
+def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
+    """Returns the fields about the device."""
+    if process.device.type != "cuda":
+        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
+    properties = torch.cuda.get_device_properties(process.device)
+    backend = config.model.attention_backend
+    if backend == "sdpa":
+        cudnn = prefers_cudnn(torch.cuda.get_device_capability(process.device))
+        backend += ", cuDNN first" if cudnn else ", in PyTorch's order"
+    info: StartupInfo = {
+        "attention_backend": backend,
+        "device": properties.name,
+        "num_gpus": process.world_size,
+        "memory_gb": properties.total_memory / 1e9,
+    }
+    if peak is None:
+        info["peak_hint"] = no_peak_hint(properties.name, config.system.peak_dtype, config.system.peak_basis)
+    return info
