@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads that wait for each other spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that a test starts
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at its import, which has not happened yet
 

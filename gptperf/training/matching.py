@@ -73,5 +73,5 @@ def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
 
     A thing that the checkpoint does not record is unknown and gives no line.
     """
-    before, now = saved["versions"], versions(engine)
+    before, now = dict(saved["versions"]), versions(engine)
     return [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]

@@ -226,7 +226,7 @@ def test_a_broken_package_is_a_warning(
         assert name == module
         raise TypeError("Descriptors cannot be created directly")
 
-    monkeypatch.setattr("gptperf.config.rules._needs", lambda *_: None)
+    monkeypatch.setattr("gptperf.config.rules._missing_package", lambda *_: None)
     config = Config(log=LogConfig(**{flag: True}))  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", broken)
