@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,8 +227,9 @@ def test_a_broken_package_is_a_warning(
         assert name == module
         raise TypeError("Descriptors cannot be created directly")
 
-    monkeypatch.setattr("gptperf.config.rules._missing_package", lambda *_: None)
-    config = Config(log=LogConfig(**{flag: True}))  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:  # the package is installed
+        patch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
+        config = Config(log=LogConfig(**{flag: True}))  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", broken)
         with trackers.open_trackers(config, "r", 0, told.append, told.append) as these:
