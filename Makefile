@@ -12,14 +12,22 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test test-parallel bench bench-scaling bench-compare lint help
+.PHONY: train test test-quick test-parallel bench bench-scaling bench-compare lint help
 .DEFAULT_GOAL := help
 
 train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
 	$(PY) -m gptperf.train $(CONFIG) $(ARGS)
 
-test: $(READY)  ## run the tests; ARGS go to pytest
-	$(PY) -m pytest $(ARGS)
+# Three workers for two cores, because many tests wait for other processes. All tests of a file go to one worker, which
+# makes the fixtures of the file once. Files start in order, so the slow ones in tests/distributed start early.
+WORKERS ?= 3
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(READY)  ## run the tests in WORKERS processes (default: 3); ARGS go to pytest
+	$(PYTEST) $(ARGS)
+
+test-quick: $(READY)  ## run the tests that are not marked slow
+	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 test-parallel: $(READY)  ## every strategy on 1, 2 and 4 processes; each saves, and each resumes from every other
 	$(PY) -m pytest tests/distributed/test_parallel.py -m "not gpu or gpu" $(ARGS)

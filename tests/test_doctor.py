@@ -169,6 +169,7 @@ except SystemExit:
     assert "--json" in help_run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "code"), [("2", 0), ("3", 1)])
 def test_the_triton_trial_in_the_interpreter(factor: str, code: int) -> None:
     """The trial passes, and would not pass whatever the kernel does."""

@@ -240,6 +240,7 @@ def test_a_run_that_fails_does_not_end_the_others(
     assert record["variants"][0]["runs"][0]["failed"] == "exit code 3"
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_reaches_the_run_and_is_kept(corpus: Path, tmp_path: Path) -> None:
     argv = command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--max_iters=100000", "--eval_interval=90000")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}

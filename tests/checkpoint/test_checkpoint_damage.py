@@ -81,6 +81,7 @@ def test_another_spelling_of_the_manifest_is_damage(saved: Path) -> None:
         checkpoint.load(saved)
 
 
+@pytest.mark.slow
 def test_a_deep_manifest_is_damage_at_any_depth(saved: Path) -> None:
     for depth in [*range(1, 1200, 7), 100_000]:
         (saved / "MANIFEST.json").write_text('{"a":' * depth + "1" + "}" * depth)

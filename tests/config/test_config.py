@@ -307,6 +307,7 @@ def test_any_bytes_are_a_config_or_a_config_error(raw: bytes) -> None:
     path.unlink()
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(KEYS)), st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none()))
 def test_a_value_is_taken_as_it_is_or_refused(name: str, value: object) -> None:
     problems: list[str] = []

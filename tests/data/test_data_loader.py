@@ -16,6 +16,7 @@ from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.sampled_from([40, 97, 256, 1001]),

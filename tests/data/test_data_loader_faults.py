@@ -112,6 +112,7 @@ def test_close_wakes_a_waiting_consumer(corpora: dict[int, TokenSource]) -> None
             exhaust(loader)
 
 
+@pytest.mark.slow
 def test_stuck_read_does_not_hold_the_process(tmp_path: Path) -> None:
     path = write_counting(tmp_path / "set", 100)
     code = f"""

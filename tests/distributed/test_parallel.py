@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SIZES = ["--n_layer=3", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_size=97", "--vocab_multiple=64"]
 TRAIN = ["--batch_size=2", "--max_iters=20", "--warmup_iters=1", "--learning_rate=1e-2", "--min_lr=1e-3"]

@@ -209,6 +209,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 def test_slurm_script_is_one_that_bash_and_gptperf_read() -> None:
     subprocess.run(["bash", "-n", SLURM], check=True)
     text = SLURM.read_text()

@@ -99,6 +99,7 @@ class Job:
         return self.stderr.read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_nobody_is_accused_where_nothing_is_wrong(corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, "none", 2, "--collective_timeout_s=20") as job:
         assert [process.wait(timeout=60) for process in job.ranks] == [0, 0]
@@ -111,6 +112,7 @@ def stopped(out: Path) -> str:
     return str(assemble(journal)["summary"]["stopped"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "rank", "code"), [("SIGKILL", 1, -9), ("abort", 1, -6), ("SIGKILL", 0, -9)])
 def test_a_rank_that_dies_is_named(fault: str, rank: int, code: int, corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, fault, rank) as job:
@@ -125,6 +127,7 @@ def test_a_rank_that_dies_is_named(fault: str, rank: int, code: int, corpus: Pat
         assert rank == 0 or stopped(tmp_path / "out").startswith("E9: rank 1 is gone: process ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGSTOP", "loop"])
 def test_a_rank_that_hangs_is_named_after_the_timeout(fault: str, corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, fault, 1, "--collective_timeout_s=2") as job:
@@ -143,6 +146,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(fault: str, corpus: Path, 
         assert "finish_gradients" in (tmp_path / "out" / "stacks_rank0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_error_of_a_rank_comes_first(corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, "raise", 1) as job:
         ended, seconds = job.end_of(0)
@@ -156,12 +160,14 @@ def test_the_error_of_a_rank_comes_first(corpus: Path, tmp_path: Path) -> None:
         assert stopped(tmp_path / "out") == "E9: rank 1 failed: E5: the rank fell ill"
 
 
+@pytest.mark.slow
 def test_the_error_of_the_main_process_is_in_the_log(corpus: Path, tmp_path: Path) -> None:
     with Job(corpus, tmp_path, "raise", 0) as job:
         assert job.ranks[0].wait(timeout=60) == NonFiniteError.exit_code
         assert stopped(tmp_path / "out") == "E5: the rank fell ill"
 
 
+@pytest.mark.slow
 def test_torchrun_shows_the_error_first(corpus: Path, tmp_path: Path) -> None:
     """And an error that every rank meets is said once, with its exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
@@ -318,6 +324,7 @@ def _two(*errors: Exception | None) -> dict[int, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_one_error_of_every_rank_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert _two(NonFiniteError("lost"), NonFiniteError("lost")) == {0: 5, 1: 5}
     assert capsys.readouterr().err == "gptperf: E5: lost\n"
@@ -325,6 +332,7 @@ def test_one_error_of_every_rank_is_said_once(capsys: pytest.CaptureFixture[str]
     assert sorted(capsys.readouterr().err.splitlines()) == ["gptperf: E3: torn", "gptperf: E5: lost"]
 
 
+@pytest.mark.slow
 def test_the_others_hear_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert _two(None, DataError("torn\nhere")) == {0: 9, 1: 3}
     assert capsys.readouterr().err == (
@@ -332,6 +340,7 @@ def test_the_others_hear_of_an_error(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
+@pytest.mark.slow
 def test_a_bug_shows_its_stack_in_its_own_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert _two(None, ValueError("a bug")) == {0: 9, 1: 1}
     lines = capsys.readouterr().err.splitlines()

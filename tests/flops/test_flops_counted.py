@@ -142,6 +142,7 @@ def expected(model: ModelConfig, batch: int) -> dict[str, int]:
     return {name: 3 * batch * int(count) for name, count in parts.items()}
 
 
+@pytest.mark.slow
 def test_every_combination_counts_what_pytorch_counts(capsys: pytest.CaptureFixture[str]) -> None:
     models = combinations()
     assert len({model for model, _ in models}) == len(models) >= LEAST_COMBINATIONS
@@ -176,6 +177,7 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Ops:
     return Ops(rms_norm, layer_norm, rope, swiglu, linear_cross_entropy, reference.adamw, chosen={}, reasons={})
 
 
+@pytest.mark.slow
 def test_the_triton_ops_count_the_same(triton_ops: Ops, capsys: pytest.CaptureFixture[str]) -> None:
     """The loss by the formula registered for it; SwiGLU's down projection, whose product backward computes again."""
     models = [

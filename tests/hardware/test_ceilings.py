@@ -157,6 +157,7 @@ def test_command_measures_once_and_then_reads(
     assert len(runners) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_there_is_one_clear_error() -> None:
     command = [sys.executable, "-m", "gptperf.hardware", "--measure", *ARGV]

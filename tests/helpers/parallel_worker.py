@@ -70,6 +70,18 @@ def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
     return held
 
 
+def _save(engine: Engine, process: Process, folder: Path, step: int) -> None:
+    """Saves a step in the background, while training changes the weights."""
+    saver = Saver(folder, 3, process)
+    saver.save(step, *snapshot(engine, TrainState(step=step), "", {}), None)
+    for bucket in engine.weights.buckets:
+        bucket.master.data.zero_()
+    ended = saver.wait()
+    assert ended is not None
+    if ended.error is not None:
+        raise ended.error
+
+
 def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """Losses, gradient norms, moments and weights."""
     torch._dynamo.reset()
@@ -108,14 +120,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         watched.append(engine.monitor.record(norms[-1], figures[:-ratios], figures[-ratios:]))
         evaluated.append(evaluate(engine))
     if "save" in case:
-        saver = Saver(Path(case["save"]), 3, process)
-        saver.save(last, *snapshot(engine, TrainState(step=last), "", {}), None)
-        for bucket in engine.weights.buckets:
-            bucket.master.data.zero_()  # what training does next is none of the save's business
-        ended = saver.wait()
-        assert ended is not None
-        if ended.error is not None:
-            raise ended.error
+        _save(engine, process, Path(case["save"]), last)
     buckets = engine.weights.buckets
     return {
         "losses": losses,

@@ -54,6 +54,7 @@ def test_frozen_tensors(variant: str) -> None:
         assert all(x.grad is None for k, x in leaves.items() if k != name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rms_norm_add", "layer_norm_add", "rope_qk_norm"])
 def test_outputs_that_nobody_uses(variant: str) -> None:
     """Have a gradient of 0."""

@@ -37,6 +37,7 @@ ARGUMENTS = {
 REGISTERED = [v for v in VARIANTS if not v.startswith("swiglu_linear")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "gradient"), [*((v, True) for v in REGISTERED), *((v, False) for v in ONE_EACH if v in REGISTERED)]
 )
@@ -79,6 +80,7 @@ def test_opcheck_of_backward(variant: str) -> None:
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY_OPTION)
 def test_compiled_is_the_same(variant: str) -> None:
     """One graph, the same bits, and no more than two recompilations for four numbers of rows."""

@@ -72,6 +72,7 @@ def test_small_cross_entropy(shape: tuple[int, ...], classes: int, precision: st
     verify(case_of("linear_cross_entropy", shape, precision, classes=classes, scale=2 / math.sqrt(shape[-1])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "classes"), [(7, 4096), (7, 4113), (300, 65)])
 def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of logits has several blocks; the rows come in chunks of 128."""
@@ -116,6 +117,7 @@ def test_sizes_of_the_losss_products(classes: int, precision: str, monkeypatch: 
     compare(case, incoming, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rms_norm_add", "layer_norm_add"])
 def test_norm_programs_with_several_tiles_of_rows(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with more rows than all programs take at once."""

@@ -156,6 +156,7 @@ def test_cross_entropy_does_not_see_a_shift(get: Any, rows: int, columns: int, s
     check_close("d shift", dx[:, -1], torch.zeros_like(dx[:, -1]), terms=4)  # a row's loss does not change that way
 
 
+@pytest.mark.slow
 @holds(st.tuples(st.sampled_from([2, 18, 64]), st.booleans(), st.integers(0, 2**31)))
 def test_rope_turns_and_turns_back(get: Any, head_dim: int, interleaved: bool, seed: int) -> None:
     """Pairs keep their length; the opposite angle undoes it; position 0 does not turn; values are as they were."""
@@ -204,6 +205,7 @@ def _halves(swiglu: Any, gate: Tensor) -> tuple[Tensor, Tensor]:
     return swiglu(torch.cat([gate, one], 1)) - swiglu(torch.cat([-gate, one], 1)), gate
 
 
+@pytest.mark.slow
 @holds(st.tuples(st.sampled_from(sorted(VARIANTS)), st.integers(2, 9), st.integers(0, 2**31)))
 def test_rows_do_not_know_their_order(get: Any, variant: str, rows: int, seed: int) -> None:
     """Rows in another order give the same rows in that order, and the same loss."""

@@ -197,6 +197,7 @@ def test_padded_vocabulary_and_ignored_targets() -> None:
     assert all((p.grad == 0).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_graph(preset: str) -> None:
     torch._dynamo.reset()
@@ -254,6 +255,7 @@ def _hugging_face_gpt2(**changed: Any) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(keys | changed)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_is_hugging_faces(tied: bool) -> None:
     theirs = _hugging_face_llama(tie_word_embeddings=tied).double().eval()

@@ -56,6 +56,7 @@ def test_a_profile_that_cannot_be(value: str) -> None:
         command_line.resolve(["--max_iters=6", f"--profile={value}"])
 
 
+@pytest.mark.slow
 def test_every_process_knows_what_is_recorded(corpus: Path, tmp_path: Path) -> None:
     """Otherwise one rank would wait in the collectives of a log line that the other one skips."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]

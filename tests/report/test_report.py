@@ -81,6 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(tmp_path_factory.mktemp("whole"), events())
 
 
+@pytest.mark.slow
 def test_a_whole_log_has_every_section_and_chart(whole: Page) -> None:
     assert whole.headings == TITLES
     assert whole.tags.count("svg") == len(CAPTIONS)
@@ -167,6 +168,7 @@ def hostile() -> list[dict[str, Any]]:
     return lines
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     log = load(write_journal(tmp_path, hostile()))
     log["run_name"] = EVIL * 50
@@ -210,6 +212,7 @@ def test_iterations_that_are_none_are_left_out(tmp_path: Path) -> None:
     assert [finite(x) for x in (True, "1", None, float("inf"), 10**400, 2)] == [None] * 5 + [2.0]
 
 
+@pytest.mark.slow
 def test_very_long_runs_and_texts_stay_small(tmp_path: Path) -> None:
     lines = events(60_000, 1500)
     lines += [{"event": "message", "level": "warning", "text": "x" * 10_000}] * 1000
@@ -298,6 +301,7 @@ def test_of_a_run(corpus: Path, tmp_path: Path) -> None:
     assert page.tags.count("svg") >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize(("width", "lines"), [(1200, events), (390, events), (390, hostile)])
 def test_in_a_browser(width: int, lines: Callable[[], list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_scheduler_and_torchrun_may_both_pass_a_request_on(monkeypatch: pytest
     assert killed == [signal.SIGTERM, signal.SIGINT]
 
 
+@pytest.mark.slow
 def test_a_second_request_ends_the_process(corpus: Path, tmp_path: Path) -> None:
     flags = ["--max_iters=100000", "--eval_interval=100000", "--save_interval=100000"]
     env = {key: value for key, value in os.environ.items() if key != "TORCHELASTIC_RUN_ID"}
@@ -101,6 +102,7 @@ def test_a_second_request_ends_the_process(corpus: Path, tmp_path: Path) -> None
     assert process.returncode in (-signal.SIGTERM, -signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     flags = ["--max_iters=100000", "--eval_interval=100000", "--save_interval=100000", "--keep_checkpoints=9"]
     with subprocess.Popen(

@@ -37,6 +37,7 @@ register("normalization", "killer", Killer)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_killed_and_resumed_is_bitwise_the_straight_run(dtype: str, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)

@@ -164,6 +164,7 @@ def test_float16_scales(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_commits_a_checkpoint(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
     command = run_command(corpus, tmp_path, "--max_iters=100000", "--save_interval=100000", "--eval_interval=100000")
