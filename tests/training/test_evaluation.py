@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from gptperf.config import command_line
+from gptperf.data.shards import TokenSource
 from gptperf.distributed.process import Process
-from gptperf.training.evaluation import _as_many_as_any_rank
+from gptperf.training.engine import build_engine
+from gptperf.training.evaluation import _as_many_as_any_rank, evaluate
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,15 @@ def test_a_process_that_has_fewer_goes_on_with_what_does_not_count() -> None:
 def test_the_longer_one_gives_what_it_has() -> None:
     process = BesideALonger(0, 2, torch.device("cpu"), longer=1)
     assert [rows for _, rows in _as_many_as_any_rank(_batches(3), process, 8)] == [3, 3, 3]
+
+
+def test_dropout_is_off_in_an_evaluation_and_on_again_after_it(corpus: Path) -> None:
+    flags = ["--dropout=0.5", f"--data_dir={corpus / 'data'}"]
+    config = command_line.resolve([str(corpus / "small.toml"), *flags]).config
+    engine = build_engine(config, Process(0, 1, torch.device("cpu")))
+    tokens = TokenSource.open(corpus / "data" / "text", "val", vocab_size=config.model.vocab_size)
+    first, second = (evaluate(engine, tokens) for _ in range(2))
+    assert first == second
+    assert engine.model.training
+    batch = torch.zeros(2, 2, config.model.block_size, dtype=torch.int64)
+    assert engine.model(*batch).item() != engine.model(*batch).item()
