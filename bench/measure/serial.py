@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptperf import flops
-from gptperf.cards import FP32_BYTES, OPTIMIZERS, element_bytes
+from gptperf.cards import FP32_BYTES, element_bytes
 from gptperf.config import Config
+from gptperf.flops.model_cards import optimizer_of
 
 __all__ = ["optimizer_bytes", "serial_ms"]
 
@@ -23,7 +24,9 @@ def optimizer_bytes(config: Config) -> int:
     size = element_bytes(config.system.weight_copy_dtype)
     conversion, copy = (0, 0) if size == FP32_BYTES else (size + FP32_BYTES, size)
     norm = FP32_BYTES
-    return flops.parameters(config.model).total * (conversion + norm + OPTIMIZERS["adamw"].update_bytes(copy))
+    return flops.parameters(config.model).total * (
+        conversion + norm + optimizer_of(config.optimizer).update_bytes(copy)
+    )
 
 
 def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:

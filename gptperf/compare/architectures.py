@@ -45,8 +45,7 @@ def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
     facts: dict[str, Any] = {key: getattr(model, key) for key in _SIZES}
     facts |= {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width, "vocab_size": model.padded_vocab_size}
     facts |= {key: getattr(model, key) for key in (*KINDS, *_SWITCHES)}
-    if model.ffn_type == "swiglu":
-        facts["activation"] = "silu"
+    facts["activation"] = model.applied_activation
     count = None if flops.uncountable_parameters(model) else flops.parameters(model)
     for part in ("embedding", "position", "attention", "ffn", "norm", "lm_head", "total", "non_embedding"):
         facts[f"parameters, {part.replace('_', ' ')}"] = None if count is None else getattr(count, part)

@@ -1,10 +1,13 @@
-"""The card of each component of a model. The caller makes sure that the component has one (`registry.no_card`)."""
+"""The card of each component of a model, and of its optimizer.
+
+The caller makes sure that a component has a card (`registry.no_card`).
+"""
 
 from gptperf import registry
-from gptperf.cards import FFN, AttentionBackend, Block, Norm, PositionEncoding
-from gptperf.config import ModelConfig
+from gptperf.cards import FFN, OPTIMIZERS, AttentionBackend, Block, Norm, Optimizer, PositionEncoding
+from gptperf.config import ModelConfig, OptimizerConfig
 
-__all__ = ["attention_of", "block_of", "ffn_of", "norm_of", "position_of"]
+__all__ = ["attention_of", "block_of", "ffn_of", "norm_of", "optimizer_of", "position_of"]
 
 
 def norm_of(model: ModelConfig) -> Norm:
@@ -35,3 +38,8 @@ def ffn_of(model: ModelConfig) -> FFN:
     """The card of the FFN."""
     card: FFN = registry.card("ffn_type", model.ffn_type)
     return card
+
+
+def optimizer_of(optimizer: OptimizerConfig) -> Optimizer:
+    """The card of the optimizer. There is one so far; a choice in the configuration is looked up here."""
+    return OPTIMIZERS["adamw"]

@@ -9,8 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from gptperf import flops
-from gptperf.cards import FP32_BYTES, OPTIMIZERS, Implementation, element_bytes
+from gptperf.cards import FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config
+from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
@@ -140,7 +141,7 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
     """Bytes that an iteration moves to add gradients up in float32, to take their norm, and to update the weights."""
     size = element_bytes(config.system.weight_copy_dtype)
     first, more, norm = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
-    update = OPTIMIZERS["adamw"].update_bytes(size if size < FP32_BYTES else 0)
+    update = optimizer_of(config.optimizer).update_bytes(size if size < FP32_BYTES else 0)
     shared = 1 if strategy == "ddp" else num_gpus
     return flops.parameters(config.model).total * (first + more * (micro_batches - 1) + (norm + update) / shared)
 

@@ -1,5 +1,6 @@
 """Checkpoints of whole runs: the bits of an unbroken run after a kill, what may differ, disks that fail."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 
 from gptperf import registry
 from gptperf.checkpoint import write
+from gptperf.config import KEYS, command_line
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
 from gptperf.training import matching
@@ -216,6 +218,19 @@ def test_two_processes_train_as_one(corpus: Path, tmp_path: Path) -> None:
     saved = [hashes(tmp_path / out / "checkpoints/step-00000020") for out in ("two", "again")]
     assert saved[0].keys() >= {f"{stem}-0000{rank}.safetensors" for stem in ("model", "optimizer") for rank in "01"}
     assert saved[0] == saved[1]
+
+
+def test_a_key_that_came_after_the_checkpoint_had_its_default() -> None:
+    config = command_line.resolve(["tiny"]).config
+    derived = {name: getattr(config.model, name) for name in matching.DERIVED}
+    saved: dict[str, Any] = {"config": config.sections(), "model": derived}
+    for key in ("qk_norm", "rope_theta", "grad_clip"):
+        section = KEYS[key].section
+        saved["config"][section] = {name: value for name, value in saved["config"][section].items() if name != key}
+    assert matching.changed_keys(saved, config) == []
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True))
+    with pytest.raises(CheckpointError, match="qk_norm: False -> True"):
+        matching.changed_keys(saved, changed)
 
 
 def _engine_for_versions(kernels: str) -> Any:
