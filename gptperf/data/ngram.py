@@ -5,8 +5,8 @@ occurrences and `types(h)` distinct successors,
 
     p(c | h) = (count(h, c) + types(h) * p(c | shorter h)) / (count(h) + types(h))
 
-and below the empty context is the uniform distribution over the vocabulary. The method has no parameter to fit, and the
-probabilities sum to one.
+and the empty context is interpolated with the uniform distribution over the vocabulary. The method has no parameter to
+fit, and the probabilities sum to one.
 """
 
 import dataclasses

@@ -218,7 +218,7 @@ class TokenSource:
             raise DataError(f"{where}: {error.strerror}; the manifest names this shard") from error
         found = os.fstat(file.fd)
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{where}: found something other than a regular file, wanted a shard")
+            raise DataError(f"{where}: this is not a regular file, wanted a shard")
         return file, (found.st_size, found.st_mtime_ns, found.st_ino)
 
     def _check_shard(self, index: int) -> bytes:
