@@ -8,9 +8,9 @@ Example:
     >>> loaded = api.load_model("out/short")
     >>> print(api.generate(loaded, "def ", tokens=100)[0])
 
-`gptperf.data.prepare.prepare` prepares a data set. A mistake of the caller, a missing device or a full disk is a
-`gptperf.errors.GptperfError` of its own class, where a command prints one line and ends with an exit code. Importing
-this module loads no torch.
+`gptperf.data.prepare.prepare` prepares a data set. A mistake of the caller, a missing device or a full disk raises a
+subclass of `gptperf.errors.GptperfError`; a command instead prints one line and ends with an exit code. Importing this
+module loads no torch.
 """
 
 import os
@@ -42,7 +42,7 @@ def load_config(*arguments: str) -> Config:
         The configuration. `config.sections()` has every value.
 
     Raises:
-        ConfigError: Everything that is wrong with the files and flags, one mistake a line.
+        ConfigError: The files or flags are wrong; the message has one line for each mistake.
         SystemExit: After `--help`.
 
     Example:
@@ -55,11 +55,12 @@ def load_config(*arguments: str) -> Config:
 def train(config: Config) -> int:
     """Trains a model, from the start or from the checkpoint that `config.train.init_from` names.
 
-    Checkpoints, logs and plots go to `config.train.out_dir`. It must be called in the main thread, because it handles
-    SIGTERM and Ctrl-C: they save a checkpoint and end the run. Collective: under torchrun every rank must call it.
+    Checkpoints, logs and plots go to `config.train.out_dir`. The caller must be the main thread, because the function
+    handles SIGTERM and Ctrl-C: either one saves a checkpoint and ends the run. Collective: under torchrun every rank
+    must call it.
 
     Args:
-        config: What `load_config` returned, or a `Config` made in Python. The latter is checked when it is made.
+        config: What `load_config` returned, or a `Config` made in Python, which is checked when it is made.
 
     Returns:
         0, or `gptperf.errors.PREEMPTED` where a signal ended the run after its checkpoint was saved.
@@ -86,11 +87,11 @@ class LoadedModel:
     tokenizer: "Tokenizer"
     device: "torch.device"
     dtype: "torch.dtype"
-    """Compute dtype: the training's on a GPU, float32 on a CPU. Call the model under torch.autocast with it."""
+    """Compute dtype: that of the training on a GPU, float32 on a CPU. Call the model under torch.autocast with it."""
     path: Path
     """Directory of the checkpoint."""
     step: int
-    """Iterations that the model was trained for."""
+    """Number of iterations that the model was trained for."""
 
 
 def load_model(
@@ -101,7 +102,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads a trained model and its tokenizer.
 
-    A model with components of a plugin needs them registered first: import the plugin's modules.
+    If the model has components of a plugin, import the modules of the plugin first, so that they are registered.
 
     Args:
         run: Directory of a run, of its checkpoints, or of one checkpoint.
@@ -112,7 +113,7 @@ def load_model(
         CheckpointError: There is no checkpoint, or it is corrupt.
         ConfigError: The model has a component that is not registered.
         DataError: The tokenizer is unknown, or its vocabulary is not available.
-        DeviceError: "cuda", and there is no usable GPU.
+        DeviceError: `device` is "cuda", and there is no usable GPU.
 
     Example:
         >>> loaded = load_model("out/tiny", checkpoint="best", device="cpu")

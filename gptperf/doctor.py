@@ -1,4 +1,4 @@
-"""Examine this machine: `python -m gptperf.doctor` prints what it has, what a default run would use, and problems.
+"""Examines this machine: `python -m gptperf.doctor` prints what it has, what a default run would use, and problems.
 
 The exit code is 0, or 6 when something that a default run needs is missing or broken.
 """
@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine() -> dict[str, Any]:
     """Examines the machine.
 
-    Returns: A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch
-    cannot be imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
-    `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
-    `choices` (what a default run would use, each with its reason, the kernels op by op).
+    Returns:
+        A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch cannot be
+        imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
+        `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
+        `choices` (what a default run would use, each with its reason, and the kernels by op).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -119,7 +120,7 @@ def _gpu_facts(name: str, memory_gb: float, capability: tuple[int, int]) -> dict
 
 
 def _triton(device_type: str) -> dict[str, Any]:
-    """Finds out whether Triton works by running a kernel in another process, which may crash."""
+    """Finds out whether Triton works by running a kernel in another process, because the kernel may crash it."""
     if device_type != "cuda":
         return {"works": False, "reason": "not usable: Triton's kernels run on a CUDA GPU, and there is none"}
     if importlib.util.find_spec("triton") is None:
@@ -139,7 +140,7 @@ def try_triton() -> None:
     """Compiles and runs a kernel on the GPU.
 
     Raises:
-        DeviceError: The result is wrong. The errors of Triton pass through.
+        DeviceError: The result is wrong. The errors of Triton are raised unchanged.
     """
     import torch
     import triton

@@ -62,7 +62,7 @@ class NonFiniteError(GptperfError, RuntimeError):
 
 
 class DeviceError(GptperfError, RuntimeError):
-    """The machine lacks what the configuration needs: a GPU, a dtype, Triton, a compiler."""
+    """The machine lacks something that the configuration needs: a GPU, a dtype, Triton or a compiler."""
 
     exit_code = 6
 

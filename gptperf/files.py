@@ -141,7 +141,7 @@ def replace_text(path: Path, text: str) -> None:
 def append_line(path: Path, line: bytes, *, half: Callable[[], None] = lambda: None) -> None:
     """Appends one line and syncs the file.
 
-    Where the file does not end with a newline, because a process was killed as it wrote, the new line starts after one.
+    A file that does not end with a newline, because a process was killed while it wrote, gets one before the new line.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -171,14 +171,14 @@ def open_regular(path: Path) -> int:
 
 
 def make_directory(directory: Path) -> None:
-    """Makes a directory with mode 0700 and its parents; an existing directory is left unchanged."""
+    """Makes a directory with mode 0700, and its parents; an existing directory is left unchanged."""
     if not directory.is_dir():
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(directory.parent)
 
 
 def sync_file(path: Path) -> None:
-    """Makes the content of a file that was written and closed durable."""
+    """Makes the content of a file durable; the file was written and closed before."""
     _sync(path, os.O_RDONLY)
 
 
@@ -248,8 +248,8 @@ class RunLock:
     """Allows one process at a time to write to a run directory.
 
     The lock is an flock on `run.lock`, which the kernel releases when the process ends, however it ends. The content of
-    the file is used only for the error message. A child of a fork closes its copy of the descriptor, because an flock
-    lives as long as any copy is open.
+    the file is used only for the error message. A forked child closes its copy of the descriptor, because an flock
+    lasts as long as any copy is open.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers, durations and values as text: every command prints them the same way. No torch here."""
+"""Formats numbers, durations and values as text, so that every command prints them the same way. Loads no torch."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 __all__ = ["duration", "number", "one_line", "percentiles", "short_count", "value_text", "with_unit"]
 
 _MOST_ITEMS = 50
-"""Items of a list or mapping that `value_text` shows."""
+"""Largest number of items of a list or mapping that `value_text` shows."""
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def number(value: float | None, form: str, missing: str = "-") -> str:
-    """A number that may be missing: `format(value, form)`, or `missing` for None."""
+    """Returns `format(value, form)`, or `missing` if the value is None."""
     return missing if value is None else format(value, form)
 
 
 def duration(seconds: float | None) -> str:
-    """ "12.3 s" below 100 seconds, then "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
+    """Returns a duration as "12.3 s" below 100 seconds, then as "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
     if seconds is None:
         return "-"
     if seconds < 100:
@@ -32,7 +32,10 @@ def duration(seconds: float | None) -> str:
 
 
 def with_unit(value: float, unit: str, digits: int = 4) -> str:
-    """ "0.798 GFLOPs": uses the largest SI prefix that leaves at least 0.1 before it, and k for small values."""
+    """Returns a value with its unit, such as "0.798 GFLOPs".
+
+    The SI prefix is the largest of T, G and M that leaves at least 0.1 before it, or else k.
+    """
     for prefix, scale in _PREFIXES:
         if value >= 0.1 * scale:
             return f"{value / scale:.{digits}g} {prefix}{unit}"
@@ -40,7 +43,7 @@ def with_unit(value: float, unit: str, digits: int = 4) -> str:
 
 
 def short_count(value: float) -> str:
-    """ "1.57B": a count of tokens or parameters with three digits and a letter for its size."""
+    """Returns a count of tokens or parameters with three digits and a letter for its size, such as "1.57B"."""
     for letter, scale in _LETTERS:
         if abs(value) >= 0.9995 * scale:  # 999,600 is 1M, not 1e+03k
             return f"{value / scale:.3g}{letter}"
@@ -55,12 +58,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def value_text(value: Any, digits: int = 5) -> str:
-    """Text of a value of any kind for a cell of a table.
+    """Returns the text of a value of any kind for a cell of a table.
 
     Args:
-        value: None becomes "-", a bool "yes" or "no"; integers have commas from 10,000; the items of lists and
+        value: None becomes "-", and a bool "yes" or "no". Integers have commas from 10,000 on. The items of lists and
             mappings are separated by commas.
-        digits: Significant digits of a float. One with as many digits before the point has commas and no fraction.
+        digits: Significant digits of a float. A float with as many digits before the point has commas and no fraction.
     """
     match value:
         case None:
@@ -70,7 +73,7 @@ def value_text(value: Any, digits: int = 5) -> str:
         case int() if abs(value) < 10**18:
             return f"{value:,}" if abs(value) >= 10_000 else str(value)
         case int():  # Python may refuse to print it
-            return "a number of too many digits"
+            return "a number with too many digits"
         case float():
             whole = 10 ** (digits - 1) <= abs(value) < 1e15
             return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
@@ -83,7 +86,10 @@ def value_text(value: Any, digits: int = 5) -> str:
 
 
 def one_line(text: str, most: int = 60) -> str:
-    """Text on one line: control characters become escapes, and the middle of a text longer than `most` is left out."""
+    """Returns a text on one line of at most `most` characters.
+
+    Control characters become escapes, and the middle of a text that is too long is left out.
+    """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -1,9 +1,10 @@
-"""Start from a Hugging Face model: `python -m gptperf.hugging_face hf:openai-community/gpt2 --out_dir=out/gpt2`.
+"""Starts from a Hugging Face model: `python -m gptperf.hugging_face hf:openai-community/gpt2 --out_dir=out/gpt2`.
 
-The command writes a checkpoint with the weights of a GPT-2 or LLaMA, and its architecture to OUT_DIR/model.toml. Then:
+The command writes a checkpoint with the weights of a GPT-2 or LLaMA, and its architecture to OUT_DIR/model.toml. These
+commands then use the checkpoint:
 
     python -m gptperf.train OUT_DIR/model.toml --init_from=OUT_DIR --out_dir=OTHER --dataset=...
-    python -m gptperf.sample OUT_DIR --prompt="..."    # GPT-2 only: gptperf has no tokenizer of LLaMA
+    python -m gptperf.sample OUT_DIR --prompt="..."    # GPT-2 only: gptperf has no LLaMA tokenizer
 
 The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]').
 """
@@ -33,7 +34,7 @@ __all__ = ["convert", "main", "model_config", "weights"]
 _FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Ends of the names of masks and tables that some files hold; they are not weights."""
+"""Suffixes of the names of masks and tables that some files hold and that are not weights."""
 # Hugging Face's name of a part of a GPT-2 block -> its name here.
 _GPT2 = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.out"}
 _GPT2 |= {"ln_1": "norm1", "ln_2": "norm2"}
@@ -142,7 +143,11 @@ def _llama_keys(described: Described) -> dict[str, Any]:
 
 
 def _want(described: Described, key: str, wanted: object) -> None:
-    """Raises an error where a key has another value than the only one that gptperf has an equivalent of."""
+    """Checks that a key has the only value that gptperf supports; a missing key counts as that value.
+
+    Raises:
+        CheckpointError: The key has another value.
+    """
     found = described.get(key, wanted)
     if found != wanted:
         raise CheckpointError(f"config.json: {key}: found {json.dumps(found)}, wanted {json.dumps(wanted)}")
@@ -227,18 +232,18 @@ class _StoredTensors:
 
 
 def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, ModelConfig]:
-    """Writes the checkpoint and model.toml.
+    """Writes the checkpoint and model.toml of a Hugging Face model.
 
     Args:
         folder: Folder of the Hugging Face model.
         out_dir: Folder for the checkpoint and model.toml.
-        tokenizer: Name of the tokenizer; "": gpt2 for a vocabulary of 50257, else unknown.
+        tokenizer: Name of the tokenizer. "" means gpt2 for a vocabulary of 50257, and unknown for any other.
 
     Returns:
         Folder of the checkpoint, and the architecture.
 
     Raises:
-        CheckpointError: gptperf does not have such a model, its files are corrupt, or `out_dir` has checkpoints.
+        CheckpointError: gptperf does not support the model, its files are corrupt, or `out_dir` has checkpoints.
         DataError: The tokenizer is unknown, or cannot be loaded.
         DiskError: The checkpoint cannot be written.
     """
@@ -277,7 +282,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
 
 
 def _downloaded(name: str) -> Path:
-    """Downloads a model of the hub and returns its folder."""
+    """Downloads a model from the Hugging Face hub and returns its folder."""
     repo = name.removeprefix("hf:")
     try:
         hub: Any = importlib.import_module("huggingface_hub")

@@ -1,4 +1,4 @@
-"""Which code runs an op: its Triton kernel or eager PyTorch, chosen by the key `kernels` (auto, triton, eager).
+"""Chooses the code that runs an op, its Triton kernel or eager PyTorch, by the key `kernels` (auto, triton, eager).
 
 Importing this module loads no torch.
 """
@@ -22,10 +22,10 @@ OPS = {
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
 }
-"""Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function of each name."""
+"""Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 
 MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
-"""The versions that every GPU figure was measured with; `constraints-gpu.txt` pins the same pair."""
+"""Versions with which every GPU figure was measured; `constraints-gpu.txt` pins the same pair."""
 
 _OLDEST_CAPABILITY = (7, 0)
 
@@ -120,7 +120,7 @@ def unmeasured_versions(device_type: str) -> str | None:
 
 
 def _installed(package: str) -> str:
-    """The public version of an installed package, without the build ("+cu130"), or "(not installed)"."""
+    """Returns the public version of a package, without the build ("+cu130"), or "(not installed)"."""
     try:
         return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:

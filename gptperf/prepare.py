@@ -1,4 +1,4 @@
-"""Turn text into a data set: `python -m gptperf.prepare WHAT [--name=NAME] ...`; see `--help`."""
+"""Turns text into a data set: `python -m gptperf.prepare WHAT [--name=NAME] ...`; see `--help`."""
 
 import argparse
 import signal
@@ -14,7 +14,7 @@ WHAT is one of
   python_stdlib             the .py files of the running Python, about 11 MB; needs no download
   shakespeare               tiny Shakespeare, 1 MB, downloaded
   openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
-                            streamed from Hugging Face; needs pip install gptperf[hf]
+                            streamed from Hugging Face; needs pip install 'gptperf[hf]'
   PATH                      a text file, a .jsonl file with a document per line, or a folder whose text files are
                             the documents
 
@@ -31,7 +31,7 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`, or with those of the process."""
+    """Runs the command with the arguments `argv`; None means those of the process."""
     args = _parser().parse_args(argv)
     with main_guard(debug=args.debug):
         if args.verify:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         from gptperf.data.prepare import prepare
 
-        # SIGTERM ends the process by an exception, so that the writer removes what is half written.
+        # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         optional = {} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}
         prepare(

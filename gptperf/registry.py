@@ -40,7 +40,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
     "norm_position": {"pre": block.PRE_NORM, "post": block.POST_NORM},
     "ffn_type": {"standard": ffn.STANDARD, "swiglu": ffn.SWIGLU},
 }
-"""Component kind, which is its configuration key -> name -> card. `gptperf.model` registers the class of every row."""
+"""Component kind (a configuration key) -> name -> card. `gptperf.model` registers the class of every row."""
 
 KINDS: dict[str, tuple[str, ...]] = {kind: tuple(rows) for kind, rows in _BUILT_IN.items()}
 """Component kind -> the built-in names."""
@@ -53,15 +53,15 @@ _T = TypeVar("_T")
 
 
 def register(kind: str, name: str, cls: _T, card: Any = None) -> _T:
-    """Makes `name` a valid value of the configuration key `kind`.
+    """Registers a component, so that `name` is a valid value of the configuration key `kind`.
 
     Args:
         kind: a key of `KINDS`.
         name: the value in TOML files and on the command line.
         cls: for `activation` a function from a tensor to a tensor; for the other kinds an `nn.Module` class with the
             constructor and `forward` of its counterparts in `gptperf.model`.
-        card: an object of `gptperf.cards` for this kind. A model with a component that has no card has no FLOP count,
-            no MFU and no plan.
+        card: an object of `gptperf.cards` for this kind. A model has no FLOP count, no MFU and no plan if one of its
+            components has no card.
 
     Returns:
         `cls`.
@@ -110,12 +110,12 @@ def component(kind: str, name: str) -> Any:
 
 
 def card(kind: str, name: str) -> Any:
-    """The card of a component, or None where its plugin brought none."""
+    """Returns the card of a component, or None if the plugin registered it without a card."""
     return _cards.get((kind, name))
 
 
 def no_card(**components: str) -> str | None:
-    """A sentence about the first component (kind -> name) that has no card, or None where all have one."""
+    """Returns a sentence about the first component (kind -> name) that has no card, or None if all have one."""
     for kind, name in components.items():
         if card(kind, name) is None:
             return f"component {kind} = {name!r} has no card"

@@ -1,6 +1,6 @@
-"""Generate text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--top_k=50]`.
+"""Generates text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--top_k=50]`.
 
-RUN is the folder of a run, of its checkpoints, or of one checkpoint. `gptperf.api` has the same for Python.
+RUN is the folder of a run, of its checkpoints, or of one checkpoint. `gptperf.api.generate` does the same in Python.
 """
 
 import sys
@@ -25,21 +25,21 @@ class SampleConfig:
     prompt: str = "\n"
     """Text to continue."""
     tokens: int = 200
-    """Tokens to generate."""
+    """Number of tokens to generate in each sample."""
     num_samples: int = 1
-    """Samples, one after another."""
+    """Number of samples, printed one after another."""
     temperature: float = 0.8
-    """Divides the logits; 0: always the likeliest token."""
+    """Divisor of the logits; 0 always takes the likeliest token."""
     top_k: int = 50
-    """Draw from this many likeliest tokens; 0: from all."""
+    """Number of the likeliest tokens to draw from; 0 draws from all."""
     seed: int = 1337
     """Seed of the draws."""
     checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint of a run."""
+    """Checkpoint of the run: the newest, or the one with the lowest validation loss."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """Device; auto is the GPU if there is one."""
     plugins: str = ""
-    """Python modules, comma-separated, that register components."""
+    """Comma-separated Python modules that register components."""
     debug: bool = False
     """Show the stack of an error."""
 

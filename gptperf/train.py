@@ -1,6 +1,6 @@
 """Trains a GPT: `python -m gptperf.train [CONFIG ...] [--key=value ...]`, alone or under torchrun.
 
-This module reads and checks the command line before torch is loaded; `gptperf.training.trainer` has the run itself.
+This module reads and checks the command line before torch is loaded; `gptperf.training.trainer` runs the training.
 """
 
 import os

@@ -3,9 +3,9 @@
     g' = g / divisor,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
     w = w (1 - lr decay) - (lr / (1 - b1^t)) m / (sqrt(v / (1 - b2^t)) + eps)
 
-The update is in float32 and in place; a step that is skipped changes nothing. The kernel reads every number that
-depends on the step from a tensor on the GPU, so the host never waits. Elements moved for P weights: 7 P of float32, and
-P more with a compute copy (28 P bytes, 30 P with a copy in 16 bits).
+The update is in float32 and in place; a skipped step changes nothing. The kernel reads every number that depends on the
+step from a tensor on the GPU, so the host never waits. Elements moved for P weights: 7 P of float32, and P more with a
+compute copy (28 P bytes, or 30 P bytes with a 16-bit copy).
 
 Eager reference: `gptperf.kernels.reference.adamw`. Source: Loshchilov and Hutter, 2019, algorithm 2.
 """
@@ -82,7 +82,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Updates in place; see `gptperf.kernels.reference.adamw` for arguments and errors. It only reads the gradient."""
+    """Does one AdamW update in place; see `gptperf.kernels.reference.adamw` for arguments and errors.
+
+    Unlike the reference, it never overwrites the gradient.
+    """
     check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
     check_triton("adamw", master)
     _adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, beta1, beta2, eps, weight_decay)

@@ -1,4 +1,4 @@
-"""Checks of the arguments of every op, for eager PyTorch and Triton alike: one clear ValueError before anything runs.
+"""Checks the arguments of every op, for eager PyTorch and Triton alike, and raises a ValueError before anything runs.
 
 Each check takes the arguments of the op of that name in `gptperf.kernels.reference`, and returns nothing.
 """
@@ -99,8 +99,8 @@ def check_swiglu(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
     """Checks the arguments of linear_cross_entropy.
 
-    The values of targets on a GPU are not checked, because that would wait for the GPU: there a target out of range
-    makes the loss NaN.
+    The values of targets on a GPU are not checked, because the check would wait for the GPU. There a target out of
+    range makes the loss NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or, on the CPU, a target is out of range.
@@ -145,10 +145,10 @@ def check_adamw(
 
 
 def check_triton(op: str, x: Tensor) -> None:
-    """Checks that a Triton kernel can run on x, the op's first argument; on a CPU only Triton's interpreter runs one.
+    """Checks that a Triton kernel can run on x, the op's first argument. On a CPU only Triton's interpreter can.
 
     Raises:
-        ValueError: x is float64, or is not on a GPU.
+        ValueError: x is float64, or is not on a GPU and the interpreter is off.
     """
     if x.dtype == torch.float64:
         raise ValueError(f"{op}: found torch.float64, wanted float32, float16 or bfloat16 for the Triton kernel")
@@ -164,14 +164,14 @@ def _interpreter_is_on() -> bool:
 
 
 def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
-    """Checks that a tensor has this shape, x's dtype or float32, and x's device."""
+    """Checks that a tensor has this shape, has x's dtype or float32, and is on x's device."""
     if tensor.shape != shape or tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
         dtypes = str(x.dtype) if x.dtype == torch.float32 else f"{x.dtype} or torch.float32"
         raise ValueError(f"{op}: found {name} {_describe(tensor)}, wanted {tuple(shape)} {dtypes} on {x.device}")
 
 
 def _does_not_match(tensor: Tensor, x: Tensor) -> bool:
-    """Whether a tensor is on another device than x, or has another dtype that autocast will not change."""
+    """Returns whether a tensor is on another device than x, or has another dtype that autocast will not change."""
     other_dtype = tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
     return other_dtype or tensor.device != x.device
 

@@ -19,9 +19,9 @@ from gptperf.kernels.launch import ceil_div, launch, power_of_2
 __all__ = ["column_sum"]
 
 ROWS = 1024
-"""The most rows that one program sums; more rows take a second pass."""
+"""Largest number of rows that one program sums; more rows take a second pass."""
 COLUMNS = 16
-"""Columns of a program: 64 bytes, which are two sectors. They are few, so that N = 768 still makes 48 programs."""
+"""Columns of a program: 64 bytes, or two sectors. The number is small, so that even N = 768 gives 48 programs."""
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def column_sum(x: Tensor, split: int, *dtypes: torch.dtype) -> tuple[Tensor, Ten
 
     Args:
         x: `(P, N)` float32, contiguous, P >= 1.
-        split: where the result is split, 0..N.
+        split: number of columns in the first result, 0..N.
         dtypes: the dtypes of the two results, or one dtype for both.
 
     Returns:

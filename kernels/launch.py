@@ -1,8 +1,8 @@
 """Registers an op with torch.library and launches its kernels, with little work on the host.
 
-A small model waits for the host: PyTorch's dispatcher costs a Python op about 30 us in each direction, and Triton's
-launcher about as much again. So an op that is called on plain tensors calls its implementation directly, and a kernel
-that was launched before with arguments of the same kind is not looked up again. Compilers and tracers see the
+The step of a small model waits for the host: PyTorch's dispatcher costs a Python op about 30 us in each direction, and
+Triton's launcher about as much again. So an op that is called on plain tensors calls its implementation directly, and a
+kernel that was launched before with arguments of the same kind is not looked up again. Compilers and tracers see the
 registered op.
 """
 
@@ -19,10 +19,10 @@ __all__ = ["ceil_div", "launch", "power_of_2", "register"]
 _library = torch.library.Library("gptperf", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _COMPILER_OPTIONS = ("num_warps", "maxnreg")
-"""Constants of a launch that Triton's compiler takes instead of the kernel."""
+"""Constants of a launch that go to Triton's compiler and not to the kernel."""
 _registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}
-"""What Triton compiles a kernel for -> the compiled kernel."""
+"""Properties that Triton compiles a kernel for -> the compiled kernel."""
 
 
 def register(
@@ -70,11 +70,11 @@ def register(
 
 @torch.compiler.assume_constant_result
 def _introduce_to_inductor() -> bool:
-    """Gives Inductor a lowering of every op while it traces the first call of one.
+    """Registers a lowering of every op with Inductor, while the first call of an op is traced.
 
-    PyTorch 2.11 makes the lowering itself when it meets an op that has none, but first formats a log line with all that
-    the inputs were computed from. Every residual add doubles the length of that line, so the loss of a model with 12
-    layers never compiles.
+    PyTorch 2.11 makes the lowering itself when it meets an op that has none, but first formats a log line with
+    everything that the inputs were computed from. Every residual add doubles the length of that line, so the loss of a
+    model with 12 layers never compiles.
     """
     from torch._inductor import lowering
 
@@ -87,7 +87,10 @@ def _introduce_to_inductor() -> bool:
 def _autograd_function(
     name: str, forward: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Joins forward and save, because PyTorch inspects the signature in every call of a separate `setup_context`."""
+    """Returns the `apply` of an autograd function that joins forward and save.
+
+    They are joined because PyTorch inspects the signature in every call of a separate `setup_context`.
+    """
 
     def forward_and_save(ctx: Any, *arguments: Any) -> Any:
         outputs = forward(*arguments)
@@ -129,12 +132,12 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, scalars, constants)
-    # Triton's own launcher runs in two cases: its interpreter has no compiled kernel, and a kernel that is compiled for
-    # addresses that are multiples of 16 is wrong for other addresses, which views may have.
+    # Triton's own launcher is used in two cases: the interpreter has no compiled kernel, and a kernel that is compiled
+    # for addresses that are multiples of 16 is wrong for other addresses, which views may have.
     if not isinstance(kernel, triton.JITFunction) or any(x.data_ptr() % 16 for x in tensors):
         kernel[grid](*tensors, *scalars, **constants)
         return None
-    # Triton compiles a kernel for the dtypes, for which integers are 1, divisible by 16 or wide, and for the constants.
+    # Triton compiles a kernel for the dtypes, the constants, and whether each integer is 1, divisible by 16, or wide.
     kinds = [(x == 1, x % 16 == 0, -(2**31) <= x < 2**31) if type(x) is int else None for x in scalars]
     key = (id(kernel), device.index, *(x.dtype for x in tensors), *kinds, *constants.values())
     compiled = _launched.get(key)

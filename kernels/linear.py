@@ -1,15 +1,15 @@
-"""The three matrix products of a linear layer, for the linear layers of the model and for the fused ops.
+"""The three matmuls of a linear layer, for the linear layers of the model and for the fused ops.
 
     forward:    y = x W^T (+ b)
     backward:   dx = dy W  (`dgrad`),   dW = dy^T x  (`wgrad`),   db = sum of dy over its rows  (`bias_grad`)
 
-This file alone decides the precision of a product: the operands have one dtype (`operand_dtype`), sums are in float32,
-and each result is rounded once to its own dtype. The functions call aten ops and are no registered op themselves, so
-that autograd, torch.compile, selective recomputation and FlopCounterMode see every matrix product. Elements moved for M
-rows of K columns and N outputs: M K + N K + M N for each product.
+This file alone decides the precision of a matmul: the operands have one dtype (`operand_dtype`), sums are in float32,
+and each result is rounded once to its own dtype. The functions call aten ops and are not registered ops themselves, so
+that autograd, torch.compile, selective recomputation and FlopCounterMode see every matmul. Elements moved for M rows of
+K columns and N outputs: M K + N K + M N for each matmul.
 
-PyTorch differentiates `linear`; its gradients have the bits of `dgrad`, `wgrad` and `bias_grad`. An op that has a
-backward of its own calls these three.
+PyTorch differentiates `linear`, and its gradients have the same bits as those of `dgrad`, `wgrad` and `bias_grad`. An
+op with its own backward calls these three functions.
 
 Reference: `torch.nn.functional.linear`.
 """
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         x: `(..., K)`; `(M, K)` with `out`.
         weight: `(N, K)`.
         bias: `(N,)` or None; None with `out`.
-        out: `(M, N)`, where y is written; y then has no gradient.
+        out: `(M, N)`, to which y is written; y then has no gradient.
 
     Returns:
         y `(..., N)`.
@@ -44,7 +44,7 @@ def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         dy: `(..., N)`; `(M, N)` with `out`.
         weight: `(N, K)`.
-        out: `(M, K)` in dy's dtype or float32, where dx is written.
+        out: `(M, K)` in dy's dtype or float32, to which dx is written.
 
     Returns:
         dx `(..., K)`.
@@ -60,8 +60,8 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -
     Args:
         dy: `(..., N)`; `(M, N)` with `out`.
         x: `(..., K)`; `(M, K)` with `out`.
-        out: `(N, K)` in dy's dtype or float32, where dW is written.
-        add: add dW to what `out` holds.
+        out: `(N, K)` in dy's dtype or float32, to which dW is written.
+        add: add dW to `out` instead of overwriting it.
 
     Returns:
         dW `(N, K)`.
@@ -77,9 +77,9 @@ def bias_grad(dy: Tensor) -> Tensor:
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of the operands of a product with x: the dtype of autocast if it is on, else that of x.
+    """Returns the dtype of the operands of a matmul with x: the dtype of autocast if it is on, else that of x.
 
-    An op that has an autograd function of its own casts them itself, because autocast only casts for PyTorch's ops.
+    An op with its own autograd function casts the operands itself, because autocast casts only for PyTorch's ops.
     """
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
@@ -93,7 +93,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
     """Computes out = a b or out += a b, rounded once; out has a's dtype or float32."""
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if not a.is_cuda:  # PyTorch has a product with an out_dtype on CUDA only
+    if not a.is_cuda:  # PyTorch has a matmul with an out_dtype on CUDA only
         return torch.addmm(out, a.float(), b.float(), out=out) if add else torch.mm(a.float(), b.float(), out=out)
     if add:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -1,16 +1,16 @@
-"""lm_head and mean cross-entropy without the (M, V) logits in memory.
+"""Computes lm_head and the mean cross-entropy without all (M, V) logits in memory.
 
     logits = x W^T,  loss = sum(logsumexp(logits) - logits[target]) / count
     d = softmax(logits) - onehot(target),  dx = d W,  dW = d^T x,  both times dloss / count
 
 Forward takes the rows in chunks. For each chunk it computes the logits; one kernel turns them into the loss of each row
 and overwrites them with d; then it computes dx and adds to dW. Backward only scales dx and dW. If V is not a multiple
-of 8, the op copies W and appends rows of zeros up to the next multiple, because cuBLAS's fast products need it; the
+of 8, the op copies W and appends rows of zeros up to the next multiple, because cuBLAS's fast matmuls need it; the
 logits then have columns of zeros, which the kernel does not touch.
 
 Log-sum-exp, losses and dW are in float32; logits, d and dx are in x's dtype. In float16 d is stored times 2^14, so that
 small probabilities do not vanish, and dx is in float32. FLOPs: three GEMMs of 2 M C V with gradients, one without.
-Elements moved: M V read and M V written by the kernel, besides dW, V C, which is read and written once for each chunk.
+Elements moved: the kernel reads and writes M V each, and every chunk reads and writes dW, which has V C elements.
 
 Eager reference: `gptperf.kernels.reference.linear_cross_entropy`. Source of the running maximum and sum: Milakov and
 Gimelshein, 2018, algorithm 3.
@@ -65,8 +65,8 @@ def _cross_entropy_kernel(
     target = tl.load(TARGETS + row)
     counts = (target >= 0) & (target < V) & (target != ignore_index)
     target_logit = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
-    # A whole block is a tile with rows of 8 neighbouring columns, which one thread holds, because STRIDE is a multiple
-    # of 8. Each thread keeps its own maximum and sum, and all are joined once, after the last block.
+    # A whole block is a tile whose rows are 8 neighbouring columns; one thread can hold such a row, because STRIDE is a
+    # multiple of 8. Each thread keeps its own maximum and sum, and all are joined once, after the last block.
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     lanes = tl.arange(0, BLOCK_V // 8).to(tl.int64)[:, None] * 8 + tl.arange(0, 8).to(tl.int64)[None, :]
     tail = WHOLE + tl.arange(0, max(BLOCK_TAIL, 1)).to(tl.int64)

@@ -7,9 +7,9 @@ Backward, with g = dy w:    ds = r (g - mean(g) - h mean(g h)) (+ the gradient o
 
 Statistics and sums are in float32, and each output is rounded once. The sum s is rounded to x's dtype before it is
 normalised, as in eager PyTorch. Elements moved for M rows: forward 2 M N, with the add 4 M N; backward 3 M N, with the
-add 4 M N, because the gradients of x and of the residual are one tensor. A program of the backward kernel takes rows a
-fixed step apart, loads the next rows while it works on the current ones, and writes one row of partial sums of dw and
-db at its end.
+add 4 M N, because the gradients of x and of the residual are one tensor. A program of the backward kernel takes tiles
+of rows at a fixed distance, loads the next rows while it works on the current ones, and at its end writes one row of
+partial sums of dw and db.
 
 Eager references: `gptperf.kernels.reference.rms_norm` and `layer_norm`. Sources: Ba, Kiros and Hinton, 2016, eq. 4;
 Zhang and Sennrich, 2019, eq. 4.
@@ -31,14 +31,14 @@ __all__ = ["MAX_N", "norm_backward", "norm_forward", "warn_too_wide"]
 MAX_N = 16384
 """The widest row that a program holds in registers."""
 SHARED_BYTES = 98304
-"""Shared memory that the backward pipeline may use: the 99 KB a program of Ada and of the small Blackwells, less what
-reductions take."""
+"""Shared memory in bytes that the backward pipeline may use: the 99 KB that a program has on Ada and on the small
+Blackwells, less what reductions take."""
 
 
 def forward_shape(N: int, center: bool, has_residual: bool) -> dict[str, int | bool]:
     """Returns the rows, warps and registers of a program, and whether it reads its rows twice (`AGAIN`).
 
-    A program has several narrow rows or one wide row. Measured on an H200, as a fraction of the speed of a copy:
+    A program takes several narrow rows or one wide row. Measured on an H200, as a fraction of the speed of a copy:
 
     - up to 1024 columns: 4096 elements in 4 warps .98 and LayerNorm .965, one row in one or two warps .975 and .957
     - 2048 and 4096 columns: RMSNorm .976 and .978 with a warp for 512, .972 and .959 for 1024; LayerNorm .965 and .960
@@ -73,7 +73,7 @@ def backward_shape(M: int, N: int, element_size: int, center: bool, has_dsum: bo
     - 16384x4096: LayerNorm takes 102 us with 132 programs of 8192 elements, 108 with 264
     """
     block_n = power_of_2(N)
-    if block_n <= 256:  # a thread has elements of several rows, which takes more registers for each element
+    if block_n <= 256:  # a thread has elements of several rows, which takes more registers per element
         tile, warps, most, stages = 2048, 4, 264, 4
     elif block_n == 512:
         tile, warps, most, stages = 2048, 2, 396, 4
@@ -99,7 +99,7 @@ def _norm_forward_kernel(
 ):  # fmt: skip
     tl.static_assert(not (AGAIN and (CENTER or HAS_RESIDUAL)), "what is read again is x, neither centred nor a sum")
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    # A thread has 4 neighbouring columns: 16 bytes of float32 weights and 8 bytes of x, in one layout for both.
+    # A thread has 4 neighbouring columns, 16 bytes of float32 weights and 8 bytes of x, in one layout for both.
     cols = tl.max_contiguous(tl.arange(0, BLOCK_N), 4).to(tl.int64)[None, :]
     mask = cols < N
     if BLOCK_M > 1:
@@ -224,8 +224,8 @@ def norm_backward(
         dsum: the gradient of s as an output, like dy, or None.
         x: the tensor that was normalised: s where there was a residual, else x.
         weight: `(N,)`.
-        mean: the mean that `norm_forward` returned; empty for RMSNorm.
-        rstd: the rstd that `norm_forward` returned.
+        mean: the mean from `norm_forward`; empty for RMSNorm.
+        rstd: the rstd from `norm_forward`.
         bias_dtype: the dtype of the bias, or None if there is no bias.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Every op in eager PyTorch: the fallback where no kernel runs, the oracle of the tests, the baseline of the bench.
+"""Every op in eager PyTorch: the fallback if no kernel can run, the oracle of the tests, the baseline of the bench.
 
 Statistics, rotations and the log-sum-exp are computed in float32 (in float64 for float64 input) and rounded once to the
 dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
@@ -104,7 +104,7 @@ def rope(
     Raises:
         ValueError: the projection does not divide into the heads, head_dim is odd, or tables or weights do not fit.
 
-    Source: Su et al., 2021, eq. 34; pairs of i and i + D/2 are those of Hugging Face's LLaMA.
+    Source: Su et al., 2021, eq. 34; Hugging Face's LLaMA uses the pairs i and i + D/2.
     """
     check_rope(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight)
     B, T, width = qkv.shape
@@ -120,7 +120,7 @@ def rope(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the pairs of x `(B, T, H, D)` by the angles whose cos and sin `(T, 1, D/2)` are given."""
+    """Rotates the pairs of x `(B, T, H, D)` by the angles with these cosines and sines, `(T, 1, D/2)`."""
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
     one, two = pairs.unbind(-1 if interleaved else -2)
     rotated = (one * cos - two * sin, one * sin + two * cos)
@@ -128,7 +128,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Computes silu(gate) * up on the packed projection; with a weight also the down projection of the product.
+    """Computes silu(gate) * up on the packed projection, and, with a weight, the down projection of that product.
 
     Args:
         gate_up: `(..., 2 F)`: F gate columns, then F up columns.
@@ -156,7 +156,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         x: `(..., C)`.
         weight: `(V, C)` in x's dtype.
         targets: `(...)` int64, 0..V-1 or `ignore_index`.
-        ignore_index: a target that does not count, neither in the sum nor in the mean.
+        ignore_index: a target with this value does not count in the mean.
 
     Returns:
         A float32 scalar. It is 0 if every target is ignored, and NaN if a target on a GPU is out of range.
@@ -194,9 +194,9 @@ def adamw(
         compute: like master, in the compute dtype, overwritten with the rounded weights; or None.
         scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, the divisor of the gradient, and a flag
             that skips the update unless it is 0. t counts updates from 1.
-        beta1, beta2: decay of the moments.
-        eps: added to the root of the second moment.
-        weight_decay: multiplied with the learning rate.
+        beta1, beta2: decay rates of the moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decay rate of the weights; it is multiplied by the learning rate.
 
     Raises:
         ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
@@ -237,7 +237,7 @@ def adamw(
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:
-    """Writes the sum of the shards of all n ranks, in rank order, to `out`, or adds it.
+    """Writes the sum of the shards of all n ranks, in rank order, to `out`, or adds it to `out`.
 
     Args:
         out: `(P,)` float32; it may be `own`.

@@ -33,8 +33,8 @@ __all__ = ["rope"]
 def program_shape(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str, int]:
     """Returns the tokens, heads and warps of a program that has this number of pairs.
 
-    The heads of a program are all queries, all keys or all values. 512 pairs and one warp are among the best of 512 to
-    4096 pairs and 1 to 8 warps on an H200, at .97 to .99 of the speed of a copy.
+    The heads of a program are all queries, all keys or all values. On an H200, 512 pairs and one warp are among the
+    best of 512 to 4096 pairs and 1 to 8 warps, at .97 to .99 of the speed of a copy.
     """
     heads = math.gcd(n_head, n_kv_head)
     heads = min(heads & -heads, 4)  # a power of two that divides both
@@ -44,7 +44,7 @@ def program_shape(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dic
 
 @triton.jit
 def _load_pairs(X, at, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Loads the elements of each pair as two float32 tiles (BLOCK_T, BLOCK_H, BLOCK_D); `at` has the heads' offsets."""
+    """Loads the elements of each pair as two float32 tiles (BLOCK_T, BLOCK_H, BLOCK_D) from the head offsets `at`."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D).to(tl.int64)[None, None, :]
         x = tl.load(X + at + both, mask=mask & (both < D), other=0.0)
@@ -58,7 +58,7 @@ def _load_pairs(X, at, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED
 
 @triton.jit
 def _store_pairs(Y, at, mask, a, b, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Stores what `_load_pairs` loads."""
+    """Stores two tiles a and b in the layout from which `_load_pairs` loads them."""
     a, b = a.to(Y.dtype.element_ty), b.to(Y.dtype.element_ty)
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D).to(tl.int64)[None, None, :]
@@ -72,7 +72,7 @@ def _store_pairs(Y, at, mask, a, b, D: tl.constexpr, BLOCK_D: tl.constexpr, INTE
 
 @triton.jit
 def _weight_columns(D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Returns the offsets of both elements of each pair in a head."""
+    """Returns the offsets within a head of the first and of the second element of each pair."""
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
     if INTERLEAVED:
         return cols * 2, cols * 2 + 1
@@ -221,7 +221,7 @@ def _backward(
     B, T, H, D = dq.shape
     K = dk.shape[2]
     dqkv = dq.new_empty((B, T, (H + 2 * K) * D))
-    # QK-norm holds twice as much in registers.
+    # With QK-norm a program holds twice as many values in registers.
     shape = program_shape(H, K, D, pairs=512 if q_weight is None else 256)
     blocks = B * ceil_div(T, shape["BLOCK_T"])
     has_norm = q_weight is not None
@@ -301,9 +301,10 @@ def rope(
     eps: float = 1e-5,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits, normalises and rotates; arguments, results and errors are those of `gptperf.kernels.reference.rope`.
+    """Splits a packed projection, and normalises and rotates queries and keys.
 
-    q, k and v are new tensors; the tables get no gradient.
+    Arguments, results and errors are those of `gptperf.kernels.reference.rope`. q, k and v are new tensors, and the
+    tables get no gradient.
     """
     check_rope(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight)
     check_triton("rope", qkv)

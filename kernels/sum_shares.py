@@ -1,9 +1,9 @@
-"""Sums the shards of all ranks in the order of their ranks, in float32.
+"""Sums the shards of all ranks in rank order, in float32.
 
-    out = x_0 + x_1 + ... + x_{n-1}  (+ out),  where x_rank is this rank's own and the others were copied to this GPU
+    out = x_0 + x_1 + ... + x_{n-1}  (+ out),  where x_rank is this rank's own shard and the others were copied to it
 
-The sum has the same bits on every rank. Elements moved for n shards of P elements: n P read and P of float32 written;
-with `add` P more of float32 read.
+The sum has the same bits on every rank. Elements moved for n shards of P elements: n P read, and P of float32 written;
+with `add` another P of float32 read.
 
 Eager reference: `gptperf.kernels.reference.sum_shares`. There is no backward.
 """
@@ -50,7 +50,7 @@ _sum_shares = register(
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:
-    """Writes the sum of the shards of all n ranks to `out`, or adds it.
+    """Writes the sum of the shards of all n ranks to `out`, or adds it to `out`.
 
     Args:
         out: `(P,)` float32; it may be `own`.

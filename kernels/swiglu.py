@@ -112,7 +112,7 @@ _swiglu = register("swiglu(Tensor gate_up) -> Tensor", _forward, _forward_fake, 
 
 
 class _SwiGLULinear(torch.autograd.Function):
-    """The product and its down projection; backward computes the product again instead of keeping it."""
+    """Computes the product and its down projection; backward recomputes the product instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,8 +132,8 @@ class _SwiGLULinear(torch.autograd.Function):
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Computes silu(gate) * up; arguments, results and errors are those of `gptperf.kernels.reference.swiglu`.
 
-    With a weight, backward computes the product again instead of keeping it, which saves M F elements of memory and
-    moves M F more.
+    With a weight, backward recomputes the product instead of keeping it, which saves M F elements of memory and moves
+    M F more elements.
     """
     check_swiglu(gate_up, weight, bias)
     check_triton("swiglu", gate_up)

@@ -56,7 +56,7 @@ def test_percentiles_are_of_the_values_and_in_order(values: list[float]) -> None
         (True, "yes"),
         (9_999, "9999"),
         (10_000, "10,000"),
-        (10**400, "a number of too many digits"),
+        (10**400, "a number with too many digits"),
         (0.000123456, "0.00012346"),
         (12_345.6, "12,346"),
         (1e30, "1e+30"),

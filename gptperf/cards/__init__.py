@@ -1,11 +1,11 @@
 """Cards: what each component and optimizer costs, stated once, in plain numbers and without torch.
 
-A card knows the parameters of its component, its matmuls, the FLOPs of its element-wise work, the elements that it
+A card states the parameters of its component, its matmuls, the FLOPs of its element-wise work, the elements that it
 moves through GPU memory and the elements that autograd keeps for the backward pass. `gptperf.flops`, `gptperf.plan`,
-the measured ceilings, the self-test and the bench add up the cards of a model; `gptperf.registry` says which card a
-component's name means. A card's methods take sizes, never a configuration or a tensor.
+the measured ceilings, the self-test and the bench add up the cards of a model; `gptperf.registry` maps the name of a
+component to its card. A card's methods take sizes, never a configuration or a tensor.
 
-A plugin brings its own card: an instance of one of these classes, or of a subclass, as `card` of `registry.register`.
+A plugin passes its own card to `registry.register`: an instance of one of these classes, or of a subclass.
 
 Sizes: T tokens, C n_embd, H query heads, K key and value heads, D head_dim, F FFN width, L n_layer.
 """

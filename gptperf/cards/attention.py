@@ -9,17 +9,17 @@ __all__ = ["FLASH_ATTN", "MANUAL", "SDPA", "AttentionBackend", "causal_pairs", "
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBackend:
-    """A backend runs softmax(Q K^T) V. All backends have the FLOPs of `causal_pairs`."""
+    """A backend computes softmax(Q K^T) V. All backends have the same FLOPs, which follow from `causal_pairs`."""
 
     kept_score_matrices: int = 0
-    """`(T, T)` matrices of a head that are kept for backward."""
+    """Number of `(T, T)` matrices per head that autograd keeps for backward."""
 
     def kept(self, T: int, H: int) -> int:
-        """Elements of a token and layer kept for backward, besides q, k, v and the output."""
+        """Returns the elements kept for backward per token and layer, besides q, k, v and the output."""
         return self.kept_score_matrices * H * T
 
     def kept_statistics(self, H: int) -> int:
-        """float32 numbers of a token and layer kept for backward: the log-sum-exp of every head."""
+        """Returns the float32 numbers kept for backward per token and layer: the log-sum-exp of every head."""
         return H
 
 
@@ -29,10 +29,10 @@ MANUAL = AttentionBackend(kept_score_matrices=2)
 
 
 def projections(C: int, KD: int) -> tuple[Matmul, Matmul]:
-    """The packed projection to queries, keys and values, and the output projection."""
+    """Returns the packed projection to queries, keys and values, and the output projection."""
     return Matmul("qkv", C + 2 * KD, C), Matmul("out", C, C)
 
 
 def causal_pairs(T: int) -> int:
-    """(query, key) pairs of a head and sequence: token t attends to t tokens, itself among them."""
+    """Returns the (query, key) pairs per head and sequence: the t-th token attends to t tokens, itself included."""
     return T * (T + 1) // 2

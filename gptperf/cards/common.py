@@ -1,4 +1,4 @@
-"""Element-wise costs that every model has, whatever its components."""
+"""Element-wise costs that do not depend on the components of a model."""
 
 from gptperf.cards.quantities import Cost
 
@@ -11,4 +11,4 @@ COMMON_COSTS: dict[str, Cost] = {
     "loss": Cost(4, "of a logit: maximum, minus, exp, sum"),
     "dropout": Cost(2, "times mask, times scale"),
 }
-"""What happens once a row is not counted."""
+"""Part -> cost. Operations that run once per row are not counted."""

@@ -13,14 +13,14 @@ class Norm:
 
     cost: Cost
     statistics: int
-    """float32 numbers of a row that are kept for backward: mean, 1 / std."""
+    """Number of float32 statistics per row that are kept for backward, such as mean and 1 / std."""
     bias: bool = False
-    """Whether there is a bias beside the weight."""
+    """Whether the norm has a bias besides the weight."""
     op: str | None = None
-    """The op of `gptperf.ops` that runs it."""
+    """The op of `gptperf.ops` that runs the norm, or None if there is no such op."""
 
     def parameters(self, C: int) -> int:
-        """Parameters of one norm."""
+        """Returns the number of parameters of one norm."""
         return (2 if self.bias else 1) * C
 
 

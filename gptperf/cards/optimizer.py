@@ -12,24 +12,24 @@ class Optimizer:
     """An optimizer that updates float32 master weights in one pass."""
 
     states: int
-    """float32 tensors of the size of the weights that it keeps."""
+    """Number of float32 state tensors, each with the size of the weights."""
 
     def state_bytes(self, parameters: int) -> int:
-        """Bytes of the states of so many parameters."""
+        """Returns the bytes of the states of this number of parameters."""
         return FP32_BYTES * self.states * parameters
 
     def update_bytes(self, copy_bytes: int) -> int:
-        """Bytes moved for one parameter by one update.
+        """Returns the bytes that one update moves per parameter.
 
-        Gradient, weight and states are read, weight and states are written, and the copy in the compute dtype with
-        them.
+        The update reads gradient, weight and states, and writes weight, states and the copy of the weight in the
+        compute dtype.
 
         Args:
-            copy_bytes: bytes of an element of that copy; 0 where the model reads the master weights.
+            copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
         """
         read, written = 2 + self.states, 1 + self.states
         return FP32_BYTES * (read + written) + copy_bytes
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adamw": Optimizer(states=2)}
-"""Name -> card."""
+"""Optimizer name -> card."""

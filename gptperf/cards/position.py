@@ -12,22 +12,22 @@ __all__ = ["LEARNED_ABSOLUTE", "NO_POSITION", "ROPE", "LearnedAbsolute", "Positi
 
 @dataclass(frozen=True, kw_only=True)
 class PositionEncoding:
-    """No encoding: the split into heads is a view, and QK-norm is an op of its own."""
+    """No encoding: the split into heads is a view, and QK-norm is a separate op."""
 
     cost: Cost
     op: str | None = None
-    """The op of `gptperf.ops` that splits, normalizes and encodes at once; None where there is no such op."""
+    """The op of `gptperf.ops` that splits, normalises and encodes at once, or None if there is no such op."""
 
     def parameters(self, T: int, C: int) -> int:
-        """Parameters of the whole model's encoding."""
+        """Returns the number of parameters that the encoding has in the whole model."""
         return 0
 
     def elements(self, L: int, C: int, KD: int) -> int:
-        """Elements of a token that the encoding changes, over all layers."""
+        """Returns the number of elements per token that the encoding changes, over all layers."""
         return 0
 
     def moved(self, L: int, C: int, KD: int, qk_norm: bool) -> Moved:
-        """Elements moved for one token by encoding, split and QK-norm, over all layers."""
+        """Returns the elements that encoding, split and QK-norm move per token, over all layers."""
         # Backward of the split writes the three gradients into one tensor.
         forward, backward = 0, 2 * (C + 2 * KD)
         if qk_norm:
@@ -35,24 +35,24 @@ class PositionEncoding:
         return Moved(L * forward, L * backward)
 
     def kept(self, C: int, KD: int, qk_norm: bool) -> int:
-        """Elements of a token and layer kept for backward: q, k, v, and what QK-norm reads."""
+        """Returns the elements kept for backward per token and layer: q, k, v, and the input of QK-norm."""
         return C + 2 * KD + (C + KD if qk_norm else 0)
 
     def kept_statistics(self, H: int, K: int, qk_norm: bool) -> int:
-        """float32 numbers of a token and layer kept for backward: those of QK-norm."""
+        """Returns the float32 numbers kept for backward per token and layer: the statistics of QK-norm."""
         return H + K if qk_norm else 0
 
     def kept_by_pytorch(self, C: int, compiled: bool) -> float:
-        """Elements of a token and layer that PyTorch's own ops keep in a block beyond those that the cards list.
+        """Returns the elements per token and layer that PyTorch's own ops keep beyond those that the cards list.
 
-        Fitted to one run each on an H200 with PyTorch 2.11, llama_1.36b at 16 x 2048 tokens (RoPE) and gpt2_124m at
-        64 x 1024 (no RoPE): compiled 86.0 and 28.7 GB at their peak, not compiled 111.8 and 64.0.
+        The numbers were fitted to one run each on an H200 with PyTorch 2.11, llama_1.36b at 16 x 2048 tokens (RoPE) and
+        gpt2_124m at 64 x 1024 (no RoPE), with a peak of 86.0 and 28.7 GB compiled, and 111.8 and 64.0 GB not compiled.
         """
         return 0.0 if compiled else 2.0 * C
 
 
 class LearnedAbsolute(PositionEncoding):
-    """A table of T vectors, added to the token embedding."""
+    """A table of T vectors that are added to the token embeddings."""
 
     def parameters(self, T: int, C: int) -> int:
         return T * C
@@ -66,7 +66,7 @@ class LearnedAbsolute(PositionEncoding):
 
 
 class RoPE(PositionEncoding):
-    """One op for split, QK-norm and rotation; with QK-norm its backward reads queries and keys again."""
+    """RoPE: one op does split, QK-norm and rotation. With QK-norm its backward reads queries and keys again."""
 
     def elements(self, L: int, C: int, KD: int) -> int:
         return L * (C + KD)

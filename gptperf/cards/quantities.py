@@ -8,29 +8,29 @@ FP32_BYTES = 4
 """Bytes of a float32 element: master weights, gradients, optimizer states, statistics of a norm."""
 
 BUCKET_NUMEL = 32 << 20
-"""Elements of a bucket of parameters, unless one parameter alone is larger."""
+"""Most elements in a bucket of parameters, unless one parameter alone is larger."""
 
 Implementation = Literal["triton", "compiled", "eager"]
-"""What runs the fused ops: Triton kernels, or PyTorch with or without torch.compile."""
+"""The code that runs the fused ops: Triton kernels, or PyTorch with or without torch.compile."""
 
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": FP32_BYTES}
 
 
 def element_bytes(dtype: str) -> int:
-    """Bytes of an element of a compute dtype: bfloat16, float16 or float32."""
+    """Returns the bytes of an element of a compute dtype: bfloat16, float16 or float32."""
     return _ELEMENT_BYTES[dtype]
 
 
 class Cost(NamedTuple):
-    """Forward FLOPs of one element. Every operation counts as one, exp, erf and tanh too."""
+    """Forward FLOPs of one element. Every operation counts as one, including exp, erf and tanh."""
 
     flops: int
     why: str
-    """The operations."""
+    """The operations that are counted, in words."""
 
 
 class Matmul(NamedTuple):
-    """A linear layer: `(T, into)` times a weight `(out, into)`, transposed."""
+    """A linear layer: `(T, into)` times the transpose of a weight `(out, into)`."""
 
     name: str
     out: int
@@ -40,7 +40,7 @@ class Matmul(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Elements of the weight."""
+        """Number of elements of the weight."""
         return self.out * self.into
 
 

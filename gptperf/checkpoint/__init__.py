@@ -1,4 +1,4 @@
-"""Checkpoints: saved atomically, verified before use, without pickle."""
+"""Checkpoints, which are saved atomically, verified before use, and written without pickle."""
 
 from gptperf.checkpoint.background import Saved, Saver
 from gptperf.checkpoint.listing import CheckpointInfo

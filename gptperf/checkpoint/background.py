@@ -1,19 +1,20 @@
-"""Checkpoints that are written while training goes on.
+"""Writes checkpoints in the background, while training continues.
 
-A save has two phases. The copy: the main thread copies the state of this step to host memory, and training waits for
-it. The write: a thread writes the copies to the disk, together with the threads of the other ranks, while training goes
-on and overwrites the weights that were copied.
+A save has two phases. In the copy phase the main thread copies the state of this step to host memory, and training
+waits for it. In the write phase a thread writes the copies to the disk, together with the threads of the other ranks,
+while training continues and overwrites the weights that were copied.
 
 Invariants:
 
-- One save at a time. `save` first waits for the save before. So there is one set of host buffers, there is at most one
-  writing thread, and a disk that is slower than the save interval slows training instead of filling the host memory.
-- Ownership. Between the start and the end of the thread, the buffers belong to it, and the main thread neither reads
-  nor writes them. The thread touches no tensor of the model and makes no CUDA call. `_ended` is written by the thread
-  and read by the main thread after `join`, so neither needs a lock.
-- Ranks in step. Every rank calls `save` at the same step, so the threads meet in the same order in every collective of
-  `checkpoint.save`. They use a process group of their own (`peers`), because the main threads run collectives of
-  training at the same time, in an order that the threads do not know.
+- One save at a time: `save` first waits for the previous save. So there is one set of host buffers, there is at most
+  one writing thread, and a disk that is slower than the save interval slows training instead of filling the host
+  memory.
+- Ownership: between the start and the end of the thread, the buffers belong to it, and the main thread neither reads
+  nor writes them. The thread touches no tensor of the model and makes no CUDA call. The thread writes `_ended`, and
+  the main thread reads it after `join`, so neither needs a lock.
+- Same order on all ranks: every rank calls `save` at the same step, so the threads run every collective of
+  `checkpoint.save` in the same order. They use a separate process group (`peers`), because the main threads run the
+  collectives of training at the same time, in an order that the threads do not know.
 """
 
 import threading
@@ -43,7 +44,7 @@ class Saved:
     """Directory of the checkpoint; None after an error."""
     error: GptperfError | None
     stall_ms: float
-    """Time that training waited for the copy, or without a thread for the whole save."""
+    """Time that training waited: for the copy, or, without a thread, for the whole save."""
     time_ms: float
     """Time from the start of the copy to the end of the write."""
 
@@ -53,7 +54,7 @@ class Saver:
 
     Args:
         directory: Directory of the checkpoints.
-        keep: Number of the newest checkpoints that stay.
+        keep: Number of the newest checkpoints to keep.
         peers: The ranks that save together, each with its own `Saver`.
         in_background: Whether a thread writes; otherwise `save` returns when the checkpoint is on the disk.
     """
@@ -67,7 +68,7 @@ class Saver:
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON], metric: float | None
     ) -> Saved | None:
-        """Starts to save a step, after the save before has ended. Collective: every rank must call it.
+        """Starts to save a step, after the previous save has ended. Collective: every rank must call it.
 
         Args:
             step: As in `checkpoint.save`.
@@ -76,7 +77,7 @@ class Saver:
             metric: As in `checkpoint.save`.
 
         Returns:
-            The result of the save before, if `poll` or `wait` has not returned it yet.
+            The result of the previous save, if `poll` or `wait` has not returned it yet.
         """
         before = self.wait()  # from here on the buffers belong to this thread again
         begun = time.perf_counter()
@@ -119,11 +120,11 @@ class Saver:
         return ended
 
     def _copy_to_host(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies tensors to host buffers, page-locked for tensors of a GPU, that later saves use again.
+        """Copies tensors to host buffers, which later saves use again and which are page-locked for tensors on a GPU.
 
-        The buffers are kept because pinning pages is slower than copying into them, and because memory that was found
-        at the first save cannot be missing at a later one. A copy from a GPU to pageable memory would be staged
-        through a small pinned buffer and could not be asynchronous.
+        The buffers are kept because pinning pages is slower than copying into them, and because memory that the first
+        save allocated cannot be missing at a later save. A copy from a GPU to pageable memory would be staged through a
+        small pinned buffer and could not be asynchronous.
         """
         copies: dict[str, dict[str, Tensor]] = {}
         on_gpu = False
@@ -139,8 +140,8 @@ class Saver:
                 # the kernels of the next step that overwrite them.
                 copies[stem][name] = buffer.copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
-            # An asynchronous copy has no result until the device has run it, and the thread reads the buffers on the
-            # host without asking the device. One synchronization covers all copies.
+            # The buffers hold the data only when the device has run the asynchronous copies, and the thread reads them
+            # without waiting for the device. One synchronization covers all copies.
             torch.cuda.synchronize()
         return copies
 
@@ -151,7 +152,7 @@ class Saver:
         state: Mapping[str, JSON],
         metric: float | None,
     ) -> Path:
-        """Saves; on a full disk it deletes older checkpoints and tries once more."""
+        """Saves the checkpoint; on a full disk it deletes older checkpoints and tries once more."""
         for may_retry in (True, False):
             try:
                 return write.save(
@@ -164,15 +165,15 @@ class Saver:
                     peers=self.peers,
                 )
             except DiskError as error:
-                # An error of one rank is raised on every rank, so every rank comes here and exchanges. Only rank 0
+                # An error of one rank is raised on every rank, so every rank reaches this exchange. Only rank 0
                 # deletes, and all ranks follow its answer: they try again together or raise together.
                 if not any(self.peers.exchange(error.full and may_retry and self._make_room())):
                     raise
         raise AssertionError
 
     def _make_room(self) -> bool:
-        """Deletes all but the newest and the best checkpoint; whether this is rank 0 and it has deleted any."""
+        """Deletes, on rank 0, all but the newest and the best checkpoint; returns whether this rank deleted any."""
         try:
             return self.peers.rank == 0 and bool(write.prune(self.directory, keep=1))
         except DiskError:
-            return False  # the error that is reported is the full disk
+            return False  # the caller reports the full disk

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds, and which of them is the best. Loads no torch."""
+"""Lists the checkpoints of a directory and finds the best one. Loads no torch."""
 
 import os
 import re
@@ -12,23 +12,23 @@ from gptperf.errors import CheckpointError
 __all__ = ["SET_ASIDE", "CheckpointInfo", "best_of", "has_all_bytes", "list_checkpoints"]
 
 SET_ASIDE = re.compile(r"\.old-(\d{8,18})-[0-9a-f]{8}", re.ASCII)
-"""Name of a checkpoint that a save of the same step has set aside, until the new one has its name."""
+"""Name that an older checkpoint of the same step has during a save, until the new one has taken its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """A checkpoint on the disk whose files are not verified yet."""
+    """A checkpoint on disk whose files are not verified yet."""
 
     path: Path
     step: int
     metric: float | None
-    """Metric of the manifest; None where the checkpoint was saved without one, or the manifest cannot be read."""
+    """Metric in the manifest; None if the checkpoint was saved without one, or if the manifest cannot be read."""
 
 
 def list_checkpoints(directory: Path, *, strict: bool = False) -> list[CheckpointInfo]:
     """Lists the checkpoints that have a manifest, oldest first.
 
-    A checkpoint that a save has set aside is listed under its step while no other one of that step exists.
+    A checkpoint that a save has set aside is listed under its step if no other checkpoint of that step exists.
 
     Args:
         directory: Directory of the checkpoints of a run; it may be absent.
@@ -58,7 +58,7 @@ def list_checkpoints(directory: Path, *, strict: bool = False) -> list[Checkpoin
 
 
 def _exists(path: Path, strict: bool) -> bool:
-    """Whether `path` exists; with `strict`, a path that may not be examined is an error instead of a no."""
+    """Returns whether `path` exists; with `strict`, raises an error where that cannot be determined."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -71,7 +71,7 @@ def _exists(path: Path, strict: bool) -> bool:
 
 
 def has_all_bytes(path: Path) -> bool:
-    """Whether a checkpoint has all its files with their sizes; their content is not read."""
+    """Returns whether a checkpoint has all its files in the right sizes; their content is not read."""
     try:
         check_files(path, read_manifest(path))
     except CheckpointError:
@@ -80,6 +80,6 @@ def has_all_bytes(path: Path) -> bool:
 
 
 def best_of(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-    """Returns the checkpoint with the lowest metric, the newest one of several with that metric; None without any."""
+    """Returns the checkpoint with the lowest metric, or None if none has a metric; of equal ones, the newest."""
     scored = [(info.metric, -info.step, info) for info in infos if info.metric is not None]
     return min(scored, key=lambda item: item[:2])[2] if scored else None

@@ -34,16 +34,16 @@ __all__ = [
 ]
 
 SCHEMA = 1
-"""Number of the layout that is written; a checkpoint with a greater number is refused.
+"""Number of the layout that `save` writes; a checkpoint with a greater number is refused.
 
-Every later layout keeps the fields `schema` and `sha256` of the manifest as they are. They tell a checkpoint of a newer
-gptperf from a corrupt one.
+Every later layout must keep the fields `schema` and `sha256` of the manifest as they are, because they distinguish a
+checkpoint of a newer gptperf from a corrupt one.
 """
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MANIFEST_LIMIT = 1 << 22
-"""Longest manifest in bytes."""
+"""Maximum size of a manifest in bytes."""
 READ_CHUNK = 1 << 24
 """Bytes that are read and hashed at a time."""
 STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
@@ -62,7 +62,7 @@ class CheckpointManifest:
 
 
 class NewerSchemaError(CheckpointError):
-    """An intact checkpoint of a newer gptperf. Resuming from an older checkpoint instead would fork the run."""
+    """A newer gptperf wrote this intact checkpoint. Resuming from an older checkpoint instead would fork the run."""
 
 
 def seal(step: int, metric: float | None, files: Iterable[FileRecord], schema: int = SCHEMA) -> bytes:
@@ -103,7 +103,7 @@ def check_files(path: Path, manifest: CheckpointManifest) -> None:
     """Checks that a directory holds exactly the files of the manifest, as regular files of the right sizes.
 
     Raises:
-        CheckpointError: It does not; the message names the file with its expected and actual bytes.
+        CheckpointError: The files differ; the message names one with its expected and actual size.
     """
     wanted = {file.name: file.bytes for file in manifest.files}
     try:
@@ -164,8 +164,8 @@ def read_file(path: Path, limit: int) -> bytes:
 def _is_sealed(found: dict[str, Any], raw: bytes) -> bool:
     body = {key: value for key, value in found.items() if key != "sha256"}
     try:
-        # The text is compared as well: JSON can spell a value in many ways, and a flipped bit may give another
-        # spelling of the same value.
+        # The text is compared as well: JSON has several spellings of one value, and a flipped bit may change one
+        # spelling into another.
         return found.get("sha256") == hashlib.sha256(_canonical(body)).hexdigest() and _canonical(found) == raw
     except RecursionError:
         return False
@@ -176,7 +176,7 @@ def _canonical(value: dict[str, Any]) -> bytes:
 
 
 def _parse(found: dict[str, Any], where: Path) -> CheckpointManifest:
-    """Returns the fields of a sealed manifest. Anybody can make a seal, so every field is checked."""
+    """Returns the fields of a sealed manifest. The seal proves no author, so every field is checked."""
     schema, step, metric, listed = (found.get(key) for key in ("schema", "step", "metric", "files"))
     if type(schema) is not int or schema < 1 or type(step) is not int or step < 0:
         raise CheckpointError(f"{where} has schema {schema!r}, step {step!r}; wanted schema 1..{SCHEMA}, step >= 0")

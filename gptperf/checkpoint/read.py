@@ -1,4 +1,4 @@
-"""Reading checkpoints. Every byte is verified before a tensor is used."""
+"""Reads checkpoints. Every byte is verified before a tensor is used."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +33,9 @@ class Checkpoint:
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """File stem to named tensors, as they were given to `save`."""
+    """File stem -> named tensors, as they were passed to `save`."""
     state: dict[str, Any]
-    """The JSON values that were given to `save`."""
+    """The JSON values that were passed to `save`."""
     metric: float | None
 
 
@@ -43,31 +43,31 @@ def checkpoints(directory: Path, *, strict: bool = False) -> list[CheckpointInfo
     """Lists the checkpoints of a run, oldest first, without verifying them; see `list_checkpoints`.
 
     Raises:
-        CheckpointError: As `list_checkpoints` does.
+        CheckpointError: As in `list_checkpoints`.
     """
     return list_checkpoints(Path(directory), strict=strict)
 
 
 def latest(directory: Path) -> CheckpointInfo | None:
-    """Returns the checkpoint of the greatest step, or None."""
+    """Returns the checkpoint of the greatest step, or None if there is none."""
     found = checkpoints(directory)
     return found[-1] if found else None
 
 
 def best(directory: Path) -> CheckpointInfo | None:
-    """Returns the checkpoint of the lowest metric, the newest one of several; None where none has a metric."""
+    """Returns the checkpoint with the lowest metric, or None if none has a metric; of equal ones, the newest."""
     return best_of(checkpoints(directory))
 
 
 def load(
     path: Path, *, device: str | torch.device = "cpu", only: Sequence[str] | None = None, later: Sequence[str] = ()
 ) -> Checkpoint:
-    """Loads a checkpoint, after verifying every file that it reads.
+    """Loads a checkpoint after it has verified every file that it reads.
 
     Args:
         path: Directory of the checkpoint.
         device: Device of the tensors.
-        only: File stems to read, such as ("model",); of the other files only the sizes are checked. None: all files.
+        only: File stems to read, such as ("model",); None reads all. Of the other files only the sizes are checked.
         later: File stems that are verified but not loaded; `stored` reads them part by part.
 
     Raises:
@@ -91,12 +91,12 @@ def load(
 
 
 def _stem(file: str) -> str:
-    """Returns the stem that the tensors of a file were saved under, without the rank that wrote it."""
+    """Returns the stem under which the tensors of a file were saved: its name without suffix and rank."""
     return re.sub(r"(-\d{5})?\.safetensors$", "", file)
 
 
 def stored(path: Path, stem: str) -> Iterator[Part]:
-    """Yields the parts of tensors that the files of a stem hold, with one part in memory at a time.
+    """Yields the parts of tensors that the files of a stem hold; one part is in memory at a time.
 
     A part is valid until the next one is requested. `load` must have verified the files.
 

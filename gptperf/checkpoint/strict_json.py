@@ -1,4 +1,4 @@
-"""JSON that reads back equal: no NaN, no infinity, and no Python type that JSON would change."""
+"""JSON that reads back equal: it has no NaN, no infinity, and no Python type that JSON would change."""
 
 import json
 import math
@@ -13,7 +13,7 @@ __all__ = ["JSON", "STATE_LIMIT", "parse_json", "state_text"]
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 STATE_LIMIT = 1 << 26
-"""Longest `state.json` in bytes."""
+"""Maximum size of `state.json` in bytes."""
 _DEEPEST = 100
 
 
@@ -21,7 +21,7 @@ def state_text(state: Mapping[str, Any]) -> bytes:
     """Returns the JSON text of a checkpoint's state, which `parse_json` reads back equal.
 
     Raises:
-        CheckpointError: JSON has no such type as one of the values, or the text is longer than `STATE_LIMIT`.
+        CheckpointError: A value has a type that JSON does not have, or the text is longer than `STATE_LIMIT`.
         NonFiniteError: A float is not finite.
     """
     _check(state, "state", 0)
@@ -35,10 +35,10 @@ def state_text(state: Mapping[str, Any]) -> bytes:
 
 
 def parse_json(data: bytes, path: Path) -> Any:
-    """Parses JSON without NaN and infinity; `path` is named in the error.
+    """Parses JSON without NaN and infinity; `path` is for the error message.
 
     Raises:
-        CheckpointError: The data is not such JSON.
+        CheckpointError: The data is not JSON, or has a NaN or an infinity.
     """
     try:
         return json.loads(data, parse_constant=_finite, parse_float=_finite)
@@ -54,7 +54,7 @@ def _finite(text: str) -> float:
 
 
 def _check(value: object, where: str, depth: int) -> None:
-    """Raises an error for a value that JSON would not give back equal; `where` names the value."""
+    """Checks that a value reads back equal from JSON, or raises an error; `where` names the value."""
     if depth > _DEEPEST:
         raise CheckpointError(f"{where[:200]} is nested deeper than {_DEEPEST} levels")
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,8 +1,8 @@
-"""One safetensors file of a checkpoint: written in chunks from any device, read by the safetensors library.
+"""Writes and reads one safetensors file of a checkpoint: in chunks from any device, and with the safetensors library.
 
-`safetensors.torch.save_file` does not write these files for two reasons. It refuses overlapping views of one storage,
-which the parameters of a flat bucket may be. It also writes in one call, so the bytes cannot be hashed as they are
-written, and all tensors of a GPU are copied to the host at once.
+`safetensors.torch.save_file` is not used for two reasons. It refuses overlapping views of one storage, which the
+parameters of a flat bucket may be. It also writes in one call, so the bytes cannot be hashed as they are written, and
+all tensors of a GPU are copied to the host at once.
 Format: https://github.com/huggingface/safetensors#format
 
 A rank that holds only a part of a tensor stores the part as a flat tensor named `NAME@START:SHAPE` (`part_name`);
@@ -27,7 +27,7 @@ __all__ = ["Part", "check_finite", "header", "join", "part_name", "parts", "read
 __all__ += ["write_tensors"]
 
 HEADER_LIMIT = 1 << 24
-"""Longest header in bytes."""
+"""Maximum size of a header in bytes."""
 CHUNK = 1 << 24
 """Bytes that are copied to the host and written at a time."""
 _PART = re.compile(r"(.+)@(\d+):(\d+(?:x\d+)*)", re.ASCII)
@@ -46,7 +46,7 @@ _DTYPES = {
 
 
 def tensor_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Returns the bytes of tensors by file stem and name, without the headers of their files."""
+    """Returns the total bytes of tensors (file stem -> name -> tensor), without the headers of their files."""
     return sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
 
 
@@ -54,9 +54,9 @@ def check_finite(stem: str, named: Mapping[str, Tensor]) -> None:
     """Checks that every element is finite, so that no checkpoint holds a NaN or an infinity.
 
     Raises:
-        NonFiniteError: An element is not; the message names the tensor.
+        NonFiniteError: An element is not finite; the message names the tensor.
     """
-    # aminmax propagates NaN, and allocates no tensor of the input's size as isfinite does.
+    # aminmax propagates NaN; unlike isfinite, it allocates no tensor of the input's size.
     for name, tensor in named.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
@@ -65,7 +65,7 @@ def check_finite(stem: str, named: Mapping[str, Tensor]) -> None:
 
 
 def header(stem: str, named: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """Returns the names of the tensors in the order of the file, and the bytes before the first tensor.
+    """Returns the names of the tensors in file order, and the bytes before the first tensor.
 
     Raises:
         CheckpointError: A name, a dtype or a layout cannot be stored, or the header is longer than `HEADER_LIMIT`.
@@ -102,7 +102,7 @@ def write_tensors(
     half: Callable[[], None] = lambda: None,
     written: Callable[[], None] = lambda: None,
 ) -> FileRecord:
-    """Writes and syncs one file, and copies at most `CHUNK` bytes, or one non-contiguous tensor, at a time.
+    """Writes and syncs one file; at most `CHUNK` bytes, or one non-contiguous tensor, are copied at a time.
 
     Args:
         path: Path of the new file.
@@ -128,7 +128,7 @@ def write_tensors(
 
 
 def part_name(name: str, shape: Sequence[int], start: int) -> str:
-    """Returns the name in a file of the elements of a tensor from `start` on, where the file has not all of them."""
+    """Returns the name under which a file stores a part of a tensor: consecutive elements from `start` on."""
     return f"{name}@{start}:{'x'.join(map(str, shape))}"
 
 
@@ -137,7 +137,7 @@ def join(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
     Args:
         named: Tensors by their names in the files of a stem: plain names, or names of `part_name`.
-        where: What the error message names.
+        where: Name of the place for the error message.
 
     Raises:
         CheckpointError: Parts of a tensor are missing or overlap.
@@ -178,7 +178,7 @@ class Part(NamedTuple):
 
 
 def parts(path: Path) -> Iterator[Part]:
-    """Yields the tensors of a verified file, one after another; `values` maps the file and is valid until the next.
+    """Yields the tensors of a verified file one by one; `values` maps the file and is valid until the next part.
 
     Raises:
         CheckpointError: The file is not a safetensors file.
@@ -207,7 +207,7 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         if length > HEADER_LIMIT:
             raise CheckpointError(f"{path} announces a header of {length} bytes; wanted at most {HEADER_LIMIT}")
         with safe_open(path, framework="pt") as opened:
-            # The copy leaves no tensor on the mapped file: if the file is truncated later, reading it is a SIGBUS.
+            # The copy leaves no tensor on the mapped file, where a read would raise SIGBUS if the file is truncated.
             names = list(opened.keys())
             return {name: opened.get_tensor(name).to(device, copy=True) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -1,11 +1,11 @@
-"""Saving checkpoints atomically, and deleting old ones.
+"""Saves checkpoints atomically, and deletes old ones.
 
-    DIRECTORY/step-00000042/   safetensors files (one a group of tensors and rank), state.json, MANIFEST.json
-    DIRECTORY/index.jsonl      what was saved when, for people; no code reads it
+    DIRECTORY/step-00000042/   safetensors files (one per group of tensors and rank), state.json, MANIFEST.json
+    DIRECTORY/index.jsonl      list of the saves with their times, for people; no code reads it
 
 `save` writes and syncs every file in `.tmp-00000042-NONCE`, then renames that directory. So `step-*` is complete or
-absent, whatever kills the process. `MANIFEST.json` holds the bytes and the SHA-256 of every file, and of itself.
-No link names the newest checkpoint: it is the one of the greatest step.
+absent, whatever kills the process. `MANIFEST.json` holds the size and the SHA-256 of every other file, and a SHA-256 of
+its own content. No link names the newest checkpoint: it is the one with the greatest step.
 """
 
 import errno
@@ -51,7 +51,8 @@ FAILPOINTS = (
     "prune_half_deleted",
     "pruned",
 )
-"""Points of a save. `GPTPERF_FAILPOINT=save.N` kills the process at point N, from 1; `save.N:enospc` fills the disk."""
+"""Points of a save, for tests. `GPTPERF_FAILPOINT=save.N` kills the process at point N, counted from 1;
+`save.N:enospc` raises the error of a full disk there."""
 
 
 def save(
@@ -64,7 +65,7 @@ def save(
     metric: float | None = None,
     peers: Ranks | None = None,
 ) -> Path:
-    """Saves one step. Afterwards the disk holds the whole checkpoint, or what it held before.
+    """Saves one step. Afterwards the disk holds the complete checkpoint, or what it held before.
 
     Collective: every rank of `peers` must call it with its own tensors. The ranks share a file system and write their
     files side by side; when all have written, rank 0 seals the manifest and renames the directory. An error of one rank
@@ -73,10 +74,10 @@ def save(
     Args:
         directory: Directory of the checkpoints of the run; it is made if absent. The caller holds its `RunLock`.
         step: Step of the checkpoint; a complete checkpoint of the same step is replaced.
-        tensors: File stem ("model", "optimizer") to named tensors on any device. Views may share a storage. At most
+        tensors: File stem ("model", "optimizer") -> named tensors on any device. Views may share a storage. At most
             16 MiB, or one non-contiguous tensor, are copied at a time.
-        state: JSON values; a float comes back with the same bits.
-        keep: Number of the newest checkpoints that stay; the best one and this one stay as well.
+        state: JSON values; a float is read back with the same bits.
+        keep: Number of the newest checkpoints to keep; the best one and this one are kept too.
         metric: Value for `best`; lower is better.
         peers: The ranks that save together; None for a single process.
 
@@ -126,7 +127,7 @@ def _write_together(
 ) -> None:
     """Writes the tensor files of every rank into `tmp`; rank 0 then calls `publish` with all of them.
 
-    Each `together` is a barrier that raises the error of any rank on every rank, with `failed` as its start.
+    Each `fail_together` is a barrier that raises the error of any rank on every rank; `failed` begins the message.
     """
     suffix = f"-{peers.rank:05d}" if peers.world_size > 1 else ""
     with fail_together(peers, failed):
@@ -187,7 +188,7 @@ def _seal_and_publish(
 def prune(directory: Path, *, keep: int) -> list[str]:
     """Deletes all checkpoints but the newest `keep` and the best one, and returns the deleted names.
 
-    A checkpoint with a missing or short file does not count, so that `keep` usable ones stay.
+    A checkpoint with a missing or short file does not count, so that `keep` usable ones remain.
 
     Raises:
         DiskError: The directory cannot be written.
@@ -201,9 +202,9 @@ def prune(directory: Path, *, keep: int) -> list[str]:
 
 
 def clean(directory: Path) -> list[str]:
-    """Removes what killed saves left, and gives a checkpoint that a killed save had set aside its name back.
+    """Removes what killed saves left behind, and restores the name of a checkpoint that a killed save had set aside.
 
-    One process calls it, at the start of a run, while it holds the `RunLock`.
+    One process calls it at the start of a run, while it holds the `RunLock`.
 
     Returns:
         The names that no longer exist.
@@ -290,7 +291,7 @@ def _prune(directory: Path, keep: int, saved: Path | None, hit: Callable[[str], 
         os.rename(info.path, trash[-1])
         hit("prune_renamed")
     if trash:
-        sync_directory(directory)  # a half deleted checkpoint must not have its old name after a power cut
+        sync_directory(directory)  # after a power cut a half-deleted checkpoint must not have its old name
     for path in trash:
         delete(path, lambda: hit("prune_half_deleted"))
         hit("pruned")

@@ -1,4 +1,4 @@
-"""The configuration: sections and keys, rules between keys, presets, files and flags."""
+"""The configuration of a run: sections and keys, rules between keys, presets, files and flags."""
 
 from gptperf.config.sections import (
     KEYS,

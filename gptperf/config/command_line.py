@@ -38,7 +38,7 @@ class _Given(NamedTuple):
 
     name: str
     value: Any
-    """From a file the TOML value, from the command line a string; `_check` gives it the type of the key."""
+    """The TOML value in a file, or the string on the command line; `_check` converts it to the type of the key."""
     where: str
     """The file's name as the user wrote it, or "command line"."""
 

@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The names that a value can have, or None where it is not a choice of names."""
+        """The valid names, or None if the value is not a choice of names."""
         if isinstance(self.rule, Component):
             return registry.component_names(self.rule.kind)
         return self.rule.names if isinstance(self.rule, Choice) else None

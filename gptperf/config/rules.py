@@ -13,7 +13,7 @@ __all__ = ["Problem", "combination_problems"]
 
 
 class Problem(NamedTuple):
-    """Keys whose values do not go together, and the reason."""
+    """Keys whose values cannot be combined, and the reason."""
 
     keys: tuple[str, ...]
     text: str

@@ -72,7 +72,7 @@ class ModelConfig(_Section):
     normalization: Annotated[str, Component("normalization")] = "layernorm_nobias"
     """Norm: layernorm, layernorm_nobias, rmsnorm, or one that a plugin registers."""
     activation: Annotated[str, Component("activation")] = "gelu"
-    """Activation of the standard FFN: gelu, gelu_tanh, silu, relu, leaky_relu, relu_squared. SwiGLU uses SiLU."""
+    """Activation of the standard FFN: gelu, gelu_tanh, silu, relu, leaky_relu or relu_squared. SwiGLU uses SiLU."""
     position_encoding: Annotated[str, Component("position_encoding")] = "learned_absolute"
     """Position encoding: learned_absolute, rope or none."""
     attention_backend: Annotated[str, Component("attention_backend")] = "sdpa"
@@ -116,12 +116,12 @@ class ModelConfig(_Section):
 
     @property
     def applied_activation(self) -> str:
-        """The activation that the FFN applies: its own where it has one, as SwiGLU has SiLU, or else `activation`."""
+        """The activation that the FFN applies: its own if it has one, as SwiGLU has SiLU, else `activation`."""
         return self.own_activation or self.activation
 
     @property
     def own_activation(self) -> str | None:
-        """The activation of an FFN that applies no other one; None where it applies `activation`."""
+        """The FFN's own activation, which replaces `activation`; None if the FFN applies `activation`."""
         ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
         return None if ffn is None else ffn.activation
 
@@ -186,7 +186,7 @@ class TrainConfig(_Section):
     eval_interval: _Positive = 2000
     """Iterations between evaluations; the last iteration is always evaluated."""
     eval_iters: _Positive = 200
-    """Number of validation batches per evaluation, at most those of the validation split."""
+    """Number of validation batches per evaluation, limited by the size of the validation split."""
     save_interval: _Positive | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True
@@ -198,7 +198,7 @@ class TrainConfig(_Section):
     out_dir: str = "out"
     """Folder for the logs and checkpoints of the run."""
     overwrite: bool = False
-    """Start a new run where out_dir already has checkpoints, and move those aside."""
+    """Start a new run even if out_dir has checkpoints, which are then moved aside."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1337
     """Seed of the initialisation, the data order and dropout."""
 
@@ -214,7 +214,7 @@ class SystemConfig(_Section):
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
-    """Compile each block, or the model as one graph: no faster with the Triton ops, and ten times the start-up."""
+    """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -232,35 +232,35 @@ class SystemConfig(_Section):
     fsdp_gather_once: bool = False
     """FSDP: keep gathered weights until the last backward of the iteration; less communication, more memory."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which NCCL reduces gradients over the GPUs; copy engines always use float32."""
+    """Dtype in which NCCL reduces gradients over the GPUs; with copy engines sums are always in float32."""
     communication: Literal["auto", "copy_engine", "process_group"] = "auto"
-    """How data moves between the GPUs. auto: copy engines if one host has all GPUs, else the process group (NCCL)."""
+    """How data moves between GPUs. auto: copy engines if one host has all GPUs, else the process group (NCCL)."""
     peak_tflops: Annotated[float, Range(0, exclude_low=True)] | None = None
     """Peak of the GPU in TFLOP/s for the MFU; default: the value in the GPU table."""
     peak_basis: Literal["dense", "sparse"] = "dense"
-    """Column of the GPU table that the MFU is relative to."""
+    """Column of the GPU table with the peak that the MFU is relative to."""
     collective_timeout_s: _Seconds = 600.0
-    """Seconds that ranks wait for another rank before they report it as hanging."""
+    """Seconds that ranks wait for another rank before they report that it hangs."""
     ignore_plan: bool = False
     """Start the run even if the plan says that it does not fit into GPU memory."""
     plugins: str = ""
-    """Comma-separated Python modules that register components. On the command line only."""
+    """Comma-separated Python modules that register components. Valid on the command line only."""
     debug: bool = False
     """Show the stack trace of an error."""
 
     @property
     def compute_dtype(self) -> str:
-        """Dtype of autocast, and so of activations and their gradients."""
+        """Dtype of autocast, and therefore of activations and their gradients."""
         return self.dtype
 
     @property
     def weight_copy_dtype(self) -> str:
-        """Dtype of the copy of the weight matrices that the model reads, and so of their gradients."""
+        """Dtype of the copy of the weight matrices that the model reads, and therefore of their gradients."""
         return self.dtype
 
     @property
     def peak_dtype(self) -> str:
-        """Dtype of the matmuls, and so of the peak that the MFU is relative to."""
+        """Dtype of the matmuls, and therefore of the peak that the MFU is relative to."""
         return self.dtype
 
 
@@ -273,13 +273,13 @@ class LogConfig(_Section):
     profile: str = ""
     """Iterations START:STOP to profile; writes a trace for Perfetto and a breakdown of the step time."""
     memory_history: bool = False
-    """Record the stack of every GPU allocation for the snapshots that SIGUSR2 and out-of-memory errors write."""
+    """Record the stack of every GPU allocation, for the snapshots that SIGUSR2 and an out-of-memory error write."""
     console: Annotated[str, Choice(("auto", "live", "plain"))] = "auto"
     """live: a panel that is redrawn; plain: lines; auto: live if stdout is a terminal."""
     sample_tokens: _Count = 200
     """Number of tokens to generate as a sample at the end of the run; 0 disables it."""
     trigram_baseline: bool = False
-    """At the end, print the loss of a trigram model of the same tokens (byte vocabularies only)."""
+    """At the end, print the loss of a trigram model on the same tokens (byte vocabularies only)."""
     wandb_log: bool = False
     """Log to Weights & Biases."""
     wandb_project: str = "gptperf"
@@ -347,7 +347,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
-"""Section name, which is also the TOML table, -> its class."""
+"""Name of a section, which is also that of its TOML table -> its class."""
 
 
 def _keys() -> dict[str, Key]:

@@ -7,7 +7,7 @@ one stream of tokens in which the tokenizer's `eot` follows every document. A do
     offset  size  header field
          0     8  magic, b"GPTPERF\\0"
          8     4  format version
-        12     4  dtype code: 2 uint16, 4 uint32 (bytes a token)
+        12     4  dtype code, the bytes of a token: 2 uint16, 4 uint32
         16     8  tokens
         24     8  documents that end in this shard
         32     8  largest token id
@@ -154,7 +154,7 @@ def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
     """Reads and checks `manifest.json` of the data set in the folder `path`.
 
     Raises:
-        DataError: The file is missing, not JSON, of another format or schema, or has a missing or wrong field.
+        DataError: The file is missing, is not JSON, has another format or schema, or lacks a valid field.
     """
     where = Path(path) / MANIFEST
     try:

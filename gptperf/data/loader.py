@@ -1,4 +1,4 @@
-"""Batches of training, prefetched by one thread, and the fixed batches of validation.
+"""Training batches, which one thread prefetches, and the fixed validation batches.
 
 The order of the data is a pure function of seed and sample number (`order.BatchOrder`), so the loader has no state to
 save: a run resumes at step k by starting at step k, and the tokens of a step are the same on any number of GPUs.
@@ -21,7 +21,7 @@ from gptperf.errors import DataError
 __all__ = ["Loader", "validation_batches"]
 
 _ORDER_CHUNK = 4096
-"""Samples whose order is computed at once: the overhead of ~150 us per call becomes 0.04 us per sample."""
+"""Number of samples whose order is computed at once: the overhead of ~150 us per call is then 0.04 us per sample."""
 
 
 class Loader:
@@ -111,7 +111,7 @@ class Loader:
             self.wait_s += time.perf_counter() - begin
             if self._closed:
                 raise RuntimeError("the loader is closed")
-            if self._ready:  # batches from before an error are good
+            if self._ready:  # batches that were read before an error are valid
                 batch = self._ready.popleft()
                 self._changed.notify_all()
                 return batch
@@ -181,8 +181,8 @@ def validation_batches(
     """Yields this rank's share of the fixed validation batches, (2, B, T) int64: inputs and targets.
 
     The batches are disjoint blocks, evenly spread over the split, and the same in every run. Batch i belongs to rank
-    `i % world_size`, so a rank may have one batch less than another one, or none. A split with fewer than `batch_size`
-    blocks gives one smaller batch.
+    `i % world_size`, so a rank may have one batch fewer than another rank, or none. A split with fewer than
+    `batch_size` blocks gives one smaller batch.
 
     Raises:
         ValueError: A count is not positive, or the rank is out of range.

@@ -1,12 +1,12 @@
-"""Losses of unigram, bigram and trigram models, the baselines of a language model of bytes.
+"""Losses of unigram, bigram and trigram models, which are baselines for a language model on bytes.
 
-They are smoothed by the interpolated method of Witten and Bell (1991). For a context h with `count(h)` occurrences and
-`types(h)` distinct successors,
+The models are smoothed by the interpolated method of Witten and Bell (1991). For a context h with `count(h)`
+occurrences and `types(h)` distinct successors,
 
     p(c | h) = (count(h, c) + types(h) * p(c | shorter h)) / (count(h) + types(h))
 
-and the shortest context has the uniform distribution over the vocabulary. The method has no parameter to fit, and the
-probabilities sum to one.
+and the empty context is interpolated with the uniform distribution over the vocabulary. The method has no parameter to
+fit, and the probabilities sum to one.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NgramLosses:
-    """Mean validation losses in nats per token, over the tokens that have a whole context of the model."""
+    """Mean validation losses in nats per token; each model is evaluated on the tokens that have a full context."""
 
     unigram: float
     bigram: float
@@ -93,7 +93,7 @@ class _Level:
 
 
 def _dense_ids(*sources: TokenSource) -> tuple[Array, int]:
-    """Numbers the ids that occur in the sources; returns the table id -> number, and how many ids occur."""
+    """Numbers the ids that occur in the sources; returns the table id -> number, and the number of ids that occur."""
     present = np.zeros(max(source.max_id for source in sources) + 1, bool)
     for source in sources:
         for tokens in _chunks(source, overlap=0):

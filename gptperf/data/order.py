@@ -35,7 +35,7 @@ class BatchOrder:
         n_blocks: Number of blocks, and so of samples, in an epoch.
 
     Raises:
-        DataError: The stream has fewer than 2 * block_size tokens, the least that hold a block at every offset.
+        DataError: The stream has fewer than 2 * block_size tokens, the minimum that has a block at every offset.
     """
 
     def __init__(self, tokens: int, block_size: int, seed: int) -> None:

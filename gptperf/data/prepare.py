@@ -1,8 +1,9 @@
-"""Preparing a data set from text: a file, a folder, JSON lines, the standard library, or Hugging Face.
+"""Prepares a data set from text: a file, a folder, JSON lines, the standard library, or Hugging Face.
 
-Validation documents are chosen by content: a document is one when the first 64 bits of its SHA-256, divided by 2**64,
-are below `val_fraction`. So the split does not depend on the order of the files or on a random state, and copies of a
-document are always in the same split. A single text file is one document, and its tail is the validation split.
+Validation documents are chosen by their content: a document belongs to the validation split if the first 64 bits of its
+SHA-256, divided by 2**64, are below `val_fraction`. So the split does not depend on the order of the files or on a
+random state, and copies of a document are always in the same split. A single text file is one document, and its tail is
+the validation split.
 """
 
 import contextlib
@@ -26,10 +27,10 @@ from gptperf.errors import DataError
 __all__ = ["KNOWN", "prepare", "summary"]
 
 KNOWN = ("python_stdlib", "shakespeare", *sources.HUGGING_FACE)
-"""Data sets that have a name instead of a path."""
+"""Names of the data sets that are prepared by name instead of by path."""
 DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
-"""Kind of source -> default fraction. 5% of some hundred documents is several; the others are nanoGPT's fractions for
-Shakespeare and OpenWebText."""
+"""Kind of source -> default fraction. 5% of a few hundred documents are several documents; the other two are nanoGPT's
+fractions for Shakespeare and OpenWebText."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TAIL, _HASH = "the tail of the text", "documents whose SHA-256 falls below val_fraction"
 _BATCH_DOCUMENTS = 256
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A source of text, and how it is split. It has either documents or a single text."""
+    """A source of text, and how it is split. A source has either documents or a single text."""
 
     name: str
     """Default name of the data set."""
@@ -76,7 +77,7 @@ def prepare(
     Args:
         what: A name of `KNOWN`, "hf:REPO[:CONFIG]", or the path of a text file, a .jsonl file or a folder.
         data_dir: Folder of data sets.
-        name: Name of the data set; None: that of `what`.
+        name: Name of the data set; None: derived from `what`.
         tokenizer: "byte" or an encoding of tiktoken.
         val_fraction: Fraction of the validation split, 0 to below 1; None: see `DEFAULT_VAL_FRACTION`.
         overwrite: Whether an existing data set is replaced.
@@ -88,7 +89,7 @@ def prepare(
 
     Raises:
         DataError: `what` is unknown, unreadable, too small or lacks the field; the data set exists; a download failed.
-        DeviceError: A Hugging Face data set, and the package `datasets` is not installed.
+        DeviceError: `what` is a Hugging Face data set, and the package `datasets` is not installed.
         DiskError: The disk is full or cannot be written.
     """
     begin = time.perf_counter()
@@ -135,7 +136,7 @@ def _check_options(
 
 
 def summary(path: str | os.PathLike[str], seconds: float) -> str:
-    """Returns a description of the data set in the folder `path`, in a few lines; `seconds` is the time it took."""
+    """Returns a few lines that describe the data set in the folder `path`; preparing it took `seconds`."""
     manifest = read_manifest(path)
     lines = [f"{path}: {manifest.source}; tokenizer {manifest.tokenizer.name}, {manifest.dtype}, {seconds:.1f} s"]
     total = sum(split.tokens for split in manifest.splits.values())
@@ -199,7 +200,7 @@ def _find_source(what: str, data_dir: str | os.PathLike[str], shakespeare_url: s
 def _write_documents(
     writer: ShardWriter, tokenizer: Tokenizer, documents: Iterable[bytes], fraction: float, progress: Progress
 ) -> None:
-    """Writes documents to both splits; see the module for the choice of the validation documents."""
+    """Writes documents to both splits; the docstring of the module says how validation documents are chosen."""
     count, low, high = 0, 1.0, 0.0
     # tiktoken encodes without the GIL, so threads use all cores; bytes need no encoding.
     threads = 1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1
@@ -226,7 +227,7 @@ def _write_documents(
 def _write_tail_split(
     writer: ShardWriter, tokenizer: Tokenizer, path: Path, fraction: float, progress: Progress
 ) -> None:
-    """Writes a single text: its head to the training split, its tail to the validation split."""
+    """Writes a single text, its head to the training split and its tail to the validation split."""
     size = path.stat().st_size
     if size < 2:
         raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
@@ -242,7 +243,7 @@ def _write_tail_split(
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yields documents in lists, which the threads of the tokenizer encode at a time."""
+    """Yields lists of documents; the threads of the tokenizer encode one list at a time."""
     batch: list[bytes] = []
     size = 0
     for document in documents:

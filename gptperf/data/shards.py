@@ -1,6 +1,6 @@
-"""Finding and reading a data set in the shard format (`format.py`, written by `writer.py`).
+"""Finds and reads a data set in the shard format (`format.py`), which `writer.py` writes.
 
-Opening a split checks everything that takes no pass over the tokens. Shards are read with `preadv` instead of being
+Opening a split checks everything that does not take a pass over the tokens. Shards are read with `preadv` and are not
 mapped: resident memory stays constant, and a shard that is truncated during a run raises an error instead of SIGBUS.
 """
 
@@ -21,7 +21,7 @@ from gptperf.errors import DataError
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
 
 MAX_OPEN_SHARDS = 512
-"""Files that one source keeps open, half of the usual limit of a process; other shards are opened at each read."""
+"""Most files that one source keeps open, half of the usual limit of a process; other shards are opened at each read."""
 
 
 class _OpenFile:
@@ -31,7 +31,7 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.fd = -1  # for __del__, if open raises
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in the place of a shard must not block
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in place of a shard must not block
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -39,7 +39,7 @@ class _OpenFile:
 
 
 class TokenSource:
-    """The tokens of one split as one array on disk. `TokenSource.open` makes one.
+    """The tokens of one split as one array on disk. Create an instance with `TokenSource.open`.
 
     Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened again
     must be the same file (size, mtime, inode).
@@ -79,7 +79,7 @@ class TokenSource:
         Args:
             path: Folder with `manifest.json`.
             split: "train" or "val".
-            vocab_size: Vocabulary size of the model; None: that of the tokenizer.
+            vocab_size: Vocabulary size of the model; None means that of the tokenizer.
 
         Raises:
             DataError: A shard is missing, has the wrong size, magic, version or dtype, or differs from the manifest;
@@ -128,7 +128,7 @@ class TokenSource:
     def read_rows(self, offsets: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         """Fills row r of `out`, (R, W) of the source's dtype and contiguous, with the W tokens from `offsets[r]` on.
 
-        It does the same as R calls of `read_into`, and raises the same errors, with less work per row.
+        It does the same as R calls of `read_into` and raises the same errors, with less work per row.
         """
         self._check_out(out, ndim=2)
         width = out.shape[1]
@@ -252,7 +252,7 @@ def verify(path: str | os.PathLike[str]) -> int:
         The number of tokens read.
 
     Raises:
-        DataError: A checksum, largest id or number of documents differs, or `TokenSource.open` raises it.
+        DataError: A checksum, largest id or number of documents differs, or a check of `TokenSource.open` fails.
     """
     manifest = read_manifest(path)
     total = 0

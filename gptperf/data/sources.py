@@ -92,9 +92,9 @@ def jsonl_documents(path: Path, field: str = "text") -> Iterator[bytes]:
 
 
 def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """Yields the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB, which end at the end of a line.
+    """Yields the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB, each of which ends with a whole line.
 
-    A line of more than 16 MB is not cut.
+    A line of more than 16 MB is not split.
 
     Raises:
         DataError: The text is not UTF-8, or the file shrank.
@@ -126,7 +126,7 @@ def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
 
 
 def character_start(path: Path, offset: int) -> int:
-    """Returns the start of the UTF-8 character that holds the byte `offset`: up to 3 bytes before it, at least 1."""
+    """Returns the offset of the UTF-8 character that holds the byte `offset`: at most 3 less, and at least 1."""
     begin = max(1, offset - 3)
     with path.open("rb") as file:
         file.seek(begin)
@@ -138,7 +138,7 @@ def character_start(path: Path, offset: int) -> int:
 
 
 def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
-    """Downloads tiny Shakespeare to `data_dir`/.downloads, unless it is there, and returns the path of the file.
+    """Downloads tiny Shakespeare to `data_dir`/.downloads, unless the file exists, and returns its path.
 
     Raises:
         DataError: The text cannot be downloaded, or its SHA-256 is not `SHAKESPEARE_SHA256`.
@@ -167,7 +167,7 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
     """Splits "hf:REPO[:CONFIG]" into repository and configuration.
 
     Raises:
-        DataError: It names no repository.
+        DataError: The name has no repository.
     """
     repo, _, config = what.removeprefix("hf:").partition(":")
     if not repo:
@@ -176,7 +176,7 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
 
 
 def hub_documents(repo: str, config: str | None, split: str = "train", field: str = "text") -> Iterator[bytes]:
-    """Yields one field of each record of a split of a Hugging Face data set, which is streamed.
+    """Streams a split of a Hugging Face data set and yields one field of each record.
 
     Raises:
         DeviceError: The package `datasets`, or a package that it needs, is not installed.
@@ -186,7 +186,7 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise DeviceError(
-            f"hf:{repo} needs the package datasets, which is not installed: pip install gptperf[hf]"
+            f"hf:{repo} needs the package datasets, which is not installed: pip install 'gptperf[hf]'"
         ) from error
     try:
         records = datasets.load_dataset(repo, config, split=split, streaming=True)
@@ -197,7 +197,7 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         if "Compression type" in first_line:
-            raise DeviceError(f"hf:{repo}: {first_line}: pip install gptperf[hf]") from error
+            raise DeviceError(f"hf:{repo}: {first_line}: pip install 'gptperf[hf]'") from error
         raise DataError(
             f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); check the network, and the names of "
             "the data set and its configuration"
@@ -237,7 +237,7 @@ def _files(
 
 
 def _text_document(path: Path, skipped: Skipped) -> Iterator[bytes]:
-    """Yields the content of a text file; another file yields nothing and is counted in `skipped`."""
+    """Yields the content of a text file. Any other file yields nothing and is counted in `skipped`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
             _count(skipped, "not a regular file")

@@ -1,4 +1,4 @@
-"""Tokenizers of raw bytes and of tiktoken's vocabularies.
+"""Tokenizers for raw bytes and for tiktoken's vocabularies.
 
 The manifest of a data set names its tokenizer, with a fingerprint of the vocabulary, so that a model is never trained
 on ids whose meaning has changed. The text of a special token in a document is encoded as ordinary text.
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class Tokenizer(Protocol):
-    """A tokenizer, as preparation and sampling use it."""
+    """The interface of a tokenizer that preparation and sampling use."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Numbers of ids; the ids are 0 to `vocab_size - 1`."""
+        """Number of ids; the ids are 0 to `vocab_size - 1`."""
 
     @property
     def eot(self) -> int:
@@ -165,7 +165,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
             f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it, "
             "or use --tokenizer=byte, which needs no vocabulary"
         ) from error
-    except ValueError as error:  # an unknown name, or a download that does not have tiktoken's checksum
+    except ValueError as error:  # an unknown name, or a download whose checksum is not the one that tiktoken expects
         raise DataError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error
 
 

@@ -1,4 +1,4 @@
-"""Writing a data set in the shard format (`format.py`). It is streamed, and visible only when it is complete."""
+"""Writes a data set in the shard format (`format.py`) as a stream; the data set is visible only when it is complete."""
 
 import contextlib
 import hashlib
@@ -34,14 +34,14 @@ SHARD_TOKENS = 100_000_000
 
 
 class ShardWriter:
-    """Writes one data set into a temporary folder and renames it to its name at the end.
+    """Writes one data set into a temporary folder, and renames the folder at the end.
 
     It is a context manager. Leaving it without an error syncs each file, then the folder, and renames the folder;
-    leaving it with an error removes what was written. Its memory use is constant.
+    leaving it with an error removes what was written. The memory use is constant.
 
     Args:
         path: Folder of the data set; its last part is the name of the data set.
-        tokenizer: Tokenizer of the ids; it determines the dtype, and the `eot` after each document.
+        tokenizer: Tokenizer of the ids. It determines the dtype and the `eot` that follows each document.
         source: Where the text came from, in words, for the manifest.
         val_fraction: Fraction of the validation split, 0 to 1, for the manifest.
         split_method: How the validation documents were chosen, in words, for the manifest.
@@ -179,7 +179,7 @@ class ShardWriter:
 
 
 class _SplitWriter:
-    """Writes the shards of one split, with one open file, its counts and its running checksum."""
+    """Writes the shards of one split. It has one open file, the counts of that file and its running checksum."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._folder = folder

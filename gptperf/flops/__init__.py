@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a model, counted from its configuration. No module here loads torch."""
+"""Counts the parameters, FLOPs and bytes of a model from its configuration. No module here loads torch."""
 
 from gptperf.flops.count import CONVENTIONS, RECOMPUTE, Convention, FlopCount, attention_ffn_ratio, flops_per_token
 from gptperf.flops.elementwise import VectorCount, uncountable_vector_flops, vector_flops

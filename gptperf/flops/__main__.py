@@ -23,10 +23,10 @@ _Number = int | float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the counts of the model that a command line describes.
+    """Prints the counts of the model that a command line describes.
 
     Raises:
-        ConfigError: files or flags are wrong; outside `main_guard` only with `--debug`.
+        ConfigError: files or flags are wrong, with `--debug`; without it the command prints the error and exits.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def count_all(config: Config) -> dict[str, Any]:
-    """Every count of a model, for one token. A count that is no whole number is a float.
+    """Returns every count of a model, for one token. A count that is not a whole number is a float.
 
     Returns:
-        model (sizes and components), parameters, conventions, vector_flops and bytes_moved. A count that needs a card
-        which a plugin did not bring is {"uncountable": why}.
+        model (sizes and components), parameters, conventions, vector_flops and bytes_moved. A count that needs the card
+        of a plugin's component without one is {"uncountable": why}.
     """
     model, size = config.model, element_bytes(config.system.compute_dtype)
     return {
@@ -61,7 +61,7 @@ def _unless(reason: str | None, count: Callable[[], dict[str, Any]]) -> dict[str
 
 
 def _rows() -> list[str]:
-    """The rows of the table of conventions: their names, hfu once with every recompute."""
+    """Returns the rows of the table of conventions: their names, with one row of hfu for every recompute."""
     rows = []
     for name in flops.CONVENTIONS:
         rows += [f"hfu {recompute}" for recompute in flops.RECOMPUTE] if name == "hfu" else [name]

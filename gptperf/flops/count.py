@@ -1,9 +1,9 @@
-"""The matmul FLOPs of a model, exact, under every convention in use.
+"""Counts the matmul FLOPs of a model exactly, under every convention in use.
 
 FLOPs are counted over one sequence of `block_size` tokens, where every count of a matmul is a whole number, and divided
 by the tokens only at the end. A multiply-add is two FLOPs. The backward pass of a matmul is two matmuls of its size, so
-training is three times forward. Norms, activations and position encodings are no matmuls and do not count in MFU (PaLM,
-https://arxiv.org/abs/2204.02311, appendix B); `gptperf.flops.elementwise` counts them.
+training is three times forward. Norms, activations and position encodings are not matmuls and do not count in MFU
+(PaLM, https://arxiv.org/abs/2204.02311, appendix B); `gptperf.flops.elementwise` counts them.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ __all__ = ["CONVENTIONS", "RECOMPUTE", "Convention", "FlopCount", "attention_ffn
 
 
 def exact(count: int | Fraction, tokens: int = 1) -> int | Fraction:
-    """count / tokens: an int where it is whole, else a fraction."""
+    """Returns count / tokens as an int if it is a whole number, else as a fraction."""
     quotient = Fraction(count) / tokens
     return quotient.numerator if quotient.denominator == 1 else quotient
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of one sequence by part, over all layers. All parts are forward FLOPs but for `recomputed`.
+    """FLOPs of one sequence by part, over all layers. All parts except `recomputed` are forward FLOPs.
 
-    A convention that is one formula for the whole model is split into the same parts.
+    A convention that has one formula for the whole model is split into the same parts.
     """
 
     convention: str
@@ -41,7 +41,7 @@ class FlopCount:
     ffn: int
     lm_head: int
     other: int | Fraction = 0
-    """FLOPs that a convention counts for something else than a matmul."""
+    """FLOPs that a convention counts for something other than a matmul."""
     recomputed: int = 0
     """FLOPs of the forward matmuls that backward repeats."""
 
@@ -58,7 +58,7 @@ class FlopCount:
 
     @property
     def training(self) -> int | Fraction:
-        """Forward and backward FLOPs of the sequence, with recomputed ones where the convention counts them."""
+        """Forward and backward FLOPs of the sequence, with recomputed ones if the convention counts them."""
         return 3 * self.forward + self.recomputed
 
     @property
@@ -73,13 +73,13 @@ class FlopCount:
 
 
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
-    """FLOPs of every matmul that the model runs, with `pairs` (query, key) pairs for a head and sequence."""
+    """Counts every matmul that the model runs; a head has `pairs` (query, key) pairs per sequence."""
     t = model.block_size
     return FlopCount(
         convention=convention,
         tokens=t,
         qkv=2 * t * weights(model, "qkv"),
-        # Query heads: grouped keys and values do not reduce the scores.
+        # The number of query heads counts: grouped keys and values do not reduce the scores.
         scores=model.n_layer * 2 * 2 * pairs * model.n_head * model.head_dim,
         output=2 * t * weights(model, "output"),
         ffn=2 * t * weights(model, "ffn"),
@@ -96,13 +96,16 @@ def _palm(model: ModelConfig) -> FlopCount:
 
 
 def _nanogpt(model: ModelConfig) -> FlopCount:
-    """6 N + 12 L H Q T for a token, with N = `non_embedding` and Q = head_dim, so that the second term is palm's."""
+    """Counts 6 N + 12 L H Q T per token, with N = `non_embedding` and Q = head_dim; the second term is that of palm."""
     other = parameters(model).non_embedding - weights(model)
     return replace(_palm(model), convention="nanogpt", other=2 * model.block_size * other)
 
 
 def _six_n(model: ModelConfig) -> FlopCount:
-    """6 N for a token, with N all parameters, both embeddings included; Kaplan et al. leave out both and the head."""
+    """Counts 6 N per token, where N is all parameters, both embeddings included.
+
+    Kaplan et al. leave out both embeddings and the head.
+    """
     other = parameters(model).total - weights(model)
     return replace(_palm(model), convention="6n", scores=0, other=2 * model.block_size * other)
 
@@ -116,9 +119,9 @@ _DESCRIBED_NORMS = {"rmsnorm": Fraction(3, 2)}
 
 
 def _description(model: ModelConfig) -> FlopCount:
-    """L (6 S H^2 + 2 a S^2 H + 2 m S H F + rope + norm) for a sequence: heads a, width H, FFN matrices m.
+    """Counts L (6 S H^2 + 2 a S^2 H + 2 m S H F + rope + norm) per sequence, with a heads, width H and m FFN matrices.
 
-    The formula counts one norm for a layer, 1.5 S H for RMSNorm and 2 S H for any other, and 4 S H for RoPE.
+    The formula counts one norm per layer, 1.5 S H for RMSNorm and 2 S H for any other, and 4 S H for RoPE.
     """
     n, t, c = model.n_layer, model.block_size, model.n_embd
     elementwise = _DESCRIBED_ENCODINGS.get(model.position_encoding, 0) + _DESCRIBED_NORMS.get(model.normalization, 2)
@@ -135,7 +138,10 @@ def _description(model: ModelConfig) -> FlopCount:
 
 
 def _12sbh2(model: ModelConfig) -> FlopCount:
-    """L (12 S B H^2 + 2 a S^2 B H) with B = 1: one FLOP for a multiply-add, weights 3, 1 and 8 H^2 for any FFN."""
+    """Counts L (12 S B H^2 + 2 a S^2 B H) with B = 1.
+
+    A multiply-add is one FLOP here, and the weights are 3 H^2 (QKV), H^2 (output) and 8 H^2 (any FFN).
+    """
     n, t, c = model.n_layer, model.block_size, model.n_embd
     square, scores = n * t * c * c, n * 2 * model.n_head * t * t * c
     return FlopCount("12sbh2", t, qkv=3 * square, scores=scores, output=square, ffn=8 * square, lm_head=0)
@@ -143,23 +149,23 @@ def _12sbh2(model: ModelConfig) -> FlopCount:
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to count the FLOPs of a trained token; `source` says whose."""
+    """A way to count the FLOPs of a trained token; `source` names the paper or program that uses it."""
 
     count: Callable[[ModelConfig], FlopCount]
     summary: str
     source: str
     uncountable: Callable[[ModelConfig], str | None] = uncountable_flops
-    """Why this convention cannot count a model, or None when it can."""
+    """Returns why this convention cannot count a model, or None if it can."""
 
 
 CONVENTIONS: dict[str, Convention] = {
-    "strict": Convention(_strict, "matmuls, causal scores: what every MFU is taken with", "PaLM's rule, exact"),
+    "strict": Convention(_strict, "matmuls, causal scores; every MFU uses it", "PaLM's rule, exact"),
     "palm": Convention(_palm, "matmuls, all T x T scores: 12LCT", "Chowdhery et al. 2022, app. B"),
     "nanogpt": Convention(
         _nanogpt, "6N + 12LCT, N all but the position table", "nanoGPT, estimate_mfu", uncountable_parameters
     ),
     "6n": Convention(_six_n, "6N, N all parameters; no scores", "Hoffmann et al. 2022", uncountable_parameters),
-    "hfu": Convention(_hfu, "strict, and matmuls that backward does again", "Korthikanti et al. 2022"),
+    "hfu": Convention(_hfu, "strict, and matmuls that backward repeats", "Korthikanti et al. 2022"),
     "description": Convention(
         _description,
         "scores H/2 times palm's; no output projection, no head",
@@ -177,23 +183,23 @@ RECOMPUTE: dict[str, dict[str, Fraction]] = {
     "attention": {"scores": Fraction(1)},
     "full": dict.fromkeys(("qkv", "scores", "output", "ffn"), Fraction(1)),
 }
-"""What backward computes again -> the share of each part's forward matmuls that it repeats.
+"""Kind of recomputation -> the share of each part's forward matmuls that backward repeats.
 
-selective: norms and activations, no matmul, as the configuration's `recompute`. flash: Q K^T, which the backward of a
-flash attention repeats because it keeps no score matrix; no other value counts that. attention: both attention
-matmuls, which Korthikanti et al. (2022, section 5) call selective. full: every block, not the head.
+selective: norms and activations, no matmul, as with the configuration's `recompute`. flash: Q K^T, which the backward
+of flash attention repeats because it keeps no score matrix; no other value counts that. attention: both attention
+matmuls, which Korthikanti et al. (2022, section 5) call selective. full: every block, but not the head.
 """
 
 
 def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute: str = "none") -> FlopCount:
-    """Count the FLOPs of one sequence; the result's `training_per_token` is the numerator of MFU, or of HFU.
+    """Counts the FLOPs of one sequence; `training_per_token` of the result is the numerator of MFU, or of HFU.
 
     Args:
         convention: one of `CONVENTIONS`.
         recompute: one of `RECOMPUTE`; only "hfu" counts it.
 
     Raises:
-        ValueError: unknown convention or recompute, recompute with a convention that does not count it, or a component
+        ValueError: the convention or recompute is unknown, the convention does not count recompute, or a component
             that the convention needs has no card (see `Convention.uncountable`).
     """
     if convention not in CONVENTIONS:
@@ -201,7 +207,7 @@ def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: found {recompute!r}, wanted one of {', '.join(RECOMPUTE)}")
     if recompute != "none" and convention != "hfu":
-        wanted = "wanted 'none', or the convention 'hfu', which counts what is computed again"
+        wanted = "wanted 'none', or the convention 'hfu', which counts recomputed matmuls"
         raise ValueError(f"recompute: found {recompute!r} with the convention {convention!r}, {wanted}")
     reason = CONVENTIONS[convention].uncountable(model)
     if reason is not None:
@@ -213,6 +219,6 @@ def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute
 
 
 def attention_ffn_ratio(model: ModelConfig) -> float:
-    """FLOPs of attention (projections and causal scores) over FLOPs of the FFN."""
+    """Returns the FLOPs of attention (projections and causal scores) divided by those of the FFN."""
     count = flops_per_token(model, "strict")
     return (count.qkv + count.scores + count.output) / count.ffn

@@ -1,4 +1,4 @@
-"""The forward FLOPs of everything that is no matmul, exact. MFU does not count them; a roofline needs them."""
+"""Counts exactly the forward FLOPs that do not belong to matmuls. MFU does not include them; a roofline needs them."""
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -16,7 +16,7 @@ __all__ = ["VectorCount", "part_costs", "uncountable_vector_flops", "vector_flop
 
 @dataclass(frozen=True)
 class VectorCount:
-    """Forward FLOPs of one sequence that belong to no matmul, by part, over all layers.
+    """Forward FLOPs of one sequence that do not belong to matmuls, by part, over all layers.
 
     The optimizer, the embedding look-up and random numbers are not counted.
     """
@@ -51,7 +51,7 @@ class VectorCount:
 
 
 def uncountable_vector_flops(model: ModelConfig) -> str | None:
-    """Why `vector_flops` cannot count this model, or None when it can."""
+    """Returns why `vector_flops` cannot count this model, or None if it can."""
     reason = uncountable_parameters(model)
     if reason is not None:
         return reason
@@ -62,7 +62,7 @@ def uncountable_vector_flops(model: ModelConfig) -> str | None:
 def part_costs(
     normalization: str, position_encoding: str, ffn_type: str, activation: str
 ) -> dict[str, tuple[str, Cost]]:
-    """The cost of one element of every part, with the name of what costs it: a component or the part itself.
+    """Returns, by part, the cost of one element and the name of what causes it: a component or the part itself.
 
     Every component must have a card (see `uncountable_vector_flops`).
     """
@@ -77,7 +77,7 @@ def part_costs(
 
 
 def vector_flops(model: ModelConfig) -> VectorCount:
-    """Count the forward FLOPs of everything that is no matmul.
+    """Counts the forward FLOPs that do not belong to matmuls.
 
     Raises:
         ValueError: a component has no card (see `uncountable_vector_flops`).

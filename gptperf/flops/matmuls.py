@@ -1,4 +1,4 @@
-"""The linear layers of a model, from the cards of its components."""
+"""Lists the linear layers of a model from the cards of its components."""
 
 from typing import NamedTuple
 
@@ -13,21 +13,21 @@ _BIASED = ("qkv", "output", "ffn")  # lm_head never has a bias
 
 
 class Linear(NamedTuple):
-    """A linear layer and how often a model has it."""
+    """A linear layer, and the number of times that a model has it."""
 
     part: str
-    """qkv, output, ffn or lm_head."""
+    """The part of the model: qkv, output, ffn or lm_head."""
     matmul: Matmul
     times: int
 
 
 def uncountable_flops(model: ModelConfig) -> str | None:
-    """Why the matmuls of this model cannot be counted, or None when they can."""
+    """Returns why the matmuls of this model cannot be counted, or None if they can."""
     return registry.no_card(ffn_type=model.ffn_type, norm_position=model.norm_position)
 
 
 def linears(model: ModelConfig) -> tuple[Linear, ...]:
-    """Every linear layer, a tied lm_head among them, in the order in which the forward pass runs them.
+    """Returns every linear layer, including a tied lm_head, in the order of the forward pass.
 
     The FFN must have a card (see `uncountable_flops`).
     """
@@ -42,12 +42,12 @@ def linears(model: ModelConfig) -> tuple[Linear, ...]:
 
 
 def weights(model: ModelConfig, *parts: str) -> int:
-    """Elements of the matrices that multiply activations, over all layers; `parts` limits them to those parts."""
+    """Returns the elements of the matrices that multiply activations, over all layers, for all or only these parts."""
     return sum(x.times * x.matmul.weight for x in linears(model) if not parts or x.part in parts)
 
 
 def biases(model: ModelConfig, *parts: str) -> int:
-    """Elements of the linear layers' biases, over all layers; `parts` limits them to those parts."""
+    """Returns the elements of the linear layers' biases, over all layers, for all or only these parts."""
     if not model.bias:
         return 0
     return sum(x.times * x.matmul.out for x in linears(model) if x.part in (parts or _BIASED))

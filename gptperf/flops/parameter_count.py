@@ -1,4 +1,4 @@
-"""The parameters of a model, counted exactly from its configuration."""
+"""Counts the parameters of a model exactly from its configuration."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ __all__ = ["ParameterCount", "parameters", "uncountable_parameters"]
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by part. A tied lm_head is the embedding and counts there."""
+    """Number of parameters by part. A tied lm_head is counted as the embedding."""
 
     embedding: int
     position: int
     attention: int
     ffn: int
     norm: int
-    """With the vectors of QK-norm."""
+    """Norms, including the weights of QK-norm."""
     lm_head: int
 
     @property
     def total(self) -> int:
-        """All parameters, a shared one once."""
+        """All parameters; a shared parameter counts once."""
         return self.embedding + self.position + self.attention + self.ffn + self.norm + self.lm_head
 
     @property
@@ -34,13 +34,13 @@ class ParameterCount:
 
 
 def uncountable_parameters(model: ModelConfig) -> str | None:
-    """Why `parameters` cannot count this model, or None when it can."""
+    """Returns why `parameters` cannot count this model, or None if it can."""
     components = {"normalization": model.normalization, "position_encoding": model.position_encoding}
     return uncountable_flops(model) or registry.no_card(**components)
 
 
 def parameters(model: ModelConfig) -> ParameterCount:
-    """Count the parameters of the model that `model` describes.
+    """Counts the parameters of a model.
 
     Raises:
         ValueError: a component has no card (see `uncountable_parameters`).
@@ -53,7 +53,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
     block = block_of(model)
     ffn = ffn_of(model)
     n, c = model.n_layer, model.n_embd
-    norms = block.norms * n + 1  # the last one before lm_head, for post-norm too
+    norms = block.norms * n + 1  # the last one is before lm_head, in post-norm too
     qk_norms = 2 * model.head_dim * n if model.qk_norm else 0
     embedding = model.padded_vocab_size * c
     return ParameterCount(

@@ -12,16 +12,16 @@ _HEADINGS |= {"lm_head": "head", "other": "other"}
 
 
 def report_lines(counts: dict[str, Any]) -> list[str]:
-    """The counts of `gptperf.flops.__main__.count_all` as text."""
+    """Returns the counts of `gptperf.flops.__main__.count_all` as lines of text."""
     conventions = counts["conventions"]
     lines = ["MODEL", *_model_lines(counts["model"])]
     lines += ["", "PARAMETERS", *_section(counts["parameters"], _parameter_lines)]
-    lines += ["", "MATMULS, MFLOP a token, causal scores (strict)", *_section(conventions["strict"], _matmul_lines)]
-    lines += ["", "CONVENTIONS, GFLOP a trained token", *_convention_lines(conventions)]
-    lines += ["", "THE SAME BY PART", *_part_lines(conventions)]
-    lines += ["", "VECTOR OPS, MFLOP a token, forward; in no MFU"]
+    lines += ["", "MATMULS, MFLOP per token, causal scores (strict)", *_section(conventions["strict"], _matmul_lines)]
+    lines += ["", "CONVENTIONS, GFLOP per trained token", *_convention_lines(conventions)]
+    lines += ["", "CONVENTIONS BY PART, GFLOP per trained token", *_part_lines(conventions)]
+    lines += ["", "VECTOR OPS, forward MFLOP per token; not part of MFU"]
     lines += _section(counts["vector_flops"], lambda section: _vector_lines(section, counts["model"]))
-    lines += ["", f"MEMORY-BOUND OPS, kB a token{_element_text(counts['bytes_moved'])}, at least"]
+    lines += ["", f"MEMORY-BOUND OPS, minimum kB per token{_element_text(counts['bytes_moved'])}"]
     return lines + _section(counts["bytes_moved"], _bytes_lines)
 
 
@@ -66,7 +66,7 @@ def _convention_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _part_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Training GFLOP of every part under every convention."""
+    """Returns a table of the training GFLOP of every part under every convention."""
     lines = [f"  {'':<14} " + " ".join(f"{name:>10}" for name in (*_HEADINGS, "again"))]
     for row_name, row in rows.items():
         if "uncountable" not in row:
@@ -76,11 +76,11 @@ def _part_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 _RECOMPUTE_TEXT = {
-    "hfu none": "strict; nothing computed again",
-    "hfu selective": "strict; norms and activations again, no matmul",
-    "hfu flash": "strict and Q K^T again, in a flash backward",
-    "hfu attention": "strict and both attention matmuls again",
-    "hfu full": "strict and all matmuls of the blocks again",
+    "hfu none": "strict; nothing is recomputed",
+    "hfu selective": "strict; norms and activations, no matmul",
+    "hfu flash": "strict, and Q K^T again in a flash backward",
+    "hfu attention": "strict, and both attention matmuls again",
+    "hfu full": "strict, and all matmuls of the blocks again",
 }
 
 
@@ -96,7 +96,7 @@ def _vector_lines(count: dict[str, Any], model: dict[str, Any]) -> list[str]:
 
 
 def _element_text(moved: dict[str, Any]) -> str:
-    return "" if "uncountable" in moved else f" with {moved['element_bytes']} bytes an element"
+    return "" if "uncountable" in moved else f" with {moved['element_bytes']} bytes per element"
 
 
 def _bytes_lines(moved: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The bytes that the memory-bound ops of a model move, exact and at least."""
+"""Counts the bytes that the memory-bound ops of a model move at least."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -12,7 +12,7 @@ __all__ = ["BytesMoved", "Traffic", "bytes_moved"]
 
 
 class Traffic(NamedTuple):
-    """Bytes that a part moves for one token."""
+    """Bytes that one part of the model moves per token."""
 
     forward: int
     backward: int
@@ -20,11 +20,11 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class BytesMoved:
-    """Bytes to and from the GPU's memory for one token, by memory-bound part, over all layers.
+    """Bytes moved to and from GPU memory per token, by memory-bound part, over all layers.
 
-    Every op reads its operands and writes its results once, as the Triton kernels do. Not counted are tensors that all
-    tokens of a micro-batch share (weights, their gradients, partial sums, tables), single numbers of a row, and the
-    matmuls and the attention, which their FLOPs bound.
+    Every op reads its operands and writes its results once, as the Triton kernels do. The count leaves out tensors that
+    all tokens of a micro-batch share (weights, their gradients, partial sums, tables), single numbers per row, and the
+    matmuls and attention, which are bound by their FLOPs.
     """
 
     element_bytes: int
@@ -35,7 +35,7 @@ class BytesMoved:
     """Position encoding with the split into heads and QK-norm."""
     activation: Traffic
     bias: Traffic
-    """Gradients of the biases; forward, the matmul adds them."""
+    """Gradients of the biases; in forward the matmul adds the biases."""
     dropout: Traffic
     loss: Traffic
 
@@ -61,7 +61,7 @@ class BytesMoved:
 
 
 def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool = False) -> BytesMoved:
-    """Count the least traffic of one token in training.
+    """Counts the minimum memory traffic of one token in training.
 
     Args:
         model: sizes and components.
@@ -94,8 +94,8 @@ def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool
         position=traffic(*position.moved(n, c, kv_width, model.qk_norm)),
         activation=traffic(n * activation.forward, n * activation.backward),
         bias=traffic(0, biases(model)),
-        dropout=Traffic(*[(2 * element_bytes + 1) * dropped] * 2),  # and a mask of one byte
-        # Kept: the logits are read, then read again and their gradients written. The op: gradients take the place of
-        # the logits in forward, then dx is scaled.
+        dropout=Traffic(*[(2 * element_bytes + 1) * dropped] * 2),  # one element in and out, and a mask of one byte
+        # Logits kept: forward reads the logits, and backward reads them again and writes their gradients. With the op,
+        # forward overwrites the logits with their gradients, and backward scales dx.
         loss=traffic(v, 2 * v) if logits_kept else traffic(2 * v, 2 * c),
     )

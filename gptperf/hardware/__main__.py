@@ -1,6 +1,6 @@
-"""`python -m gptperf.hardware`: the table of GPUs, with those of this machine marked, and their state.
+"""`python -m gptperf.hardware`: prints the table of GPUs, in which those of this machine are marked, and their state.
 
-With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this card reaches (`gptperf.hardware.measure`).
+With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this GPU reaches (`gptperf.hardware.measure`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or measure this card's ceilings.
+    """Prints the table, or measures the ceilings of this GPU.
 
     Returns:
         The exit code.
@@ -75,7 +75,7 @@ def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
         if note is not None:
             yield f"    {note}"
     if not states:
-        yield f"No GPU is seen here: {report['reason']}."
+        yield f"No GPU was found: {report['reason']}."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cache of measured ceilings: one JSON file for each model, card, driver and torch version. Loads no torch."""
+"""The cache of measured ceilings: one JSON file for each model, GPU, driver and torch version. Loads no torch."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ __all__ = ["cache_path", "load", "save"]
 
 
 def cache_path(model: ModelConfig, batch_size: int, dtype: str, device: str, driver: str | None, torch: str) -> Path:
-    """The file of a model's ceilings on a card. See `load` for the arguments."""
+    """Returns the path of the file with a model's ceilings on a GPU. See `load` for the arguments."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     parts = (device, dtype, f"driver {driver}", f"torch {torch}", workload_key(model, batch_size))
@@ -28,10 +28,10 @@ def cache_path(model: ModelConfig, batch_size: int, dtype: str, device: str, dri
 
 
 def save(ceilings: Ceilings, path: Path) -> None:
-    """Write the file; a reader sees all of it or none.
+    """Writes the ceilings to a file; a reader sees the whole file or none.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     body = dataclasses.asdict(ceilings)
     page = {"version": VERSION, "sha256": _digest(body), "ceilings": body}
@@ -49,16 +49,16 @@ def load(
     power_cap_w: float | None = None,
     say: Callable[[str], object] = lambda line: print(f"gptperf: {line}", file=sys.stderr),
 ) -> Ceilings | None:
-    """The ceilings that were measured before, or None.
+    """Returns the ceilings that were measured before, or None if the cache has none that hold.
 
     Args:
         model: the model whose shapes were measured.
         batch_size: sequences of a micro-batch.
         dtype: compute dtype.
-        device: name of the card as CUDA reports it.
+        device: name of the GPU as CUDA reports it.
         driver: version of the driver, as `gpu_state().driver` has it.
         torch: version of torch.
-        power_cap_w: power cap of the card now. Ceilings that were measured under another cap do not hold.
+        power_cap_w: current power cap of the GPU. Ceilings that were measured under another cap do not hold.
         say: receives the line that says why an existing file is not used.
     """
     path = cache_path(model, batch_size, dtype, device, driver, torch)
@@ -67,7 +67,7 @@ def load(
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        say(f"{path}: not used, the ceilings have to be measured again: {error}")
+        say(f"{path}: not used, the ceilings must be measured again: {error}")
         return None
     wanted = (workload_key(model, batch_size), dtype, device)
     found = (ceilings.key, ceilings.dtype, ceilings.device)
@@ -81,11 +81,11 @@ def load(
 
 
 def _read(path: Path) -> Ceilings:
-    """Read a file.
+    """Reads the ceilings from a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is corrupt or of another version.
+        OSError: the file cannot be read.
+        ValueError: the file is corrupt or has another version.
     """
     with os.fdopen(files.open_regular(path), "rb") as file:
         page: Any = json.loads(file.read())

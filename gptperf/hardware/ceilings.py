@@ -1,10 +1,10 @@
-"""Measured ceilings: the rates that a card reaches in the shapes of one model, and what they mean for a training step.
+"""Measured ceilings: the rates that a GPU reaches in the shapes of one model, and what they mean for a training step.
 
-A data sheet's peak is out of reach of any program: under its power cap an H200 sustains about 0.7 of it. The ceiling of
-a training step is what the same card reaches when it runs nothing but the model's own matmuls, at the measured rates:
-`ceiling_flop_s`. Achieved FLOP/s over the ceiling show what the program loses, MFU also what the card does.
+No program reaches a data sheet's peak: under its power cap an H200 sustains about 0.7 of it. The ceiling of a training
+step (`ceiling_flop_s`) is the rate of the same GPU when it runs only the model's matmuls, at the measured rates.
+Achieved FLOP/s divided by the ceiling show what the program loses; MFU also includes what the GPU itself loses.
 
-`gptperf.hardware.measure` measures them, `gptperf.hardware.ceiling_cache` keeps them.
+`gptperf.hardware.measure` measures the ceilings, and `gptperf.hardware.ceiling_cache` keeps them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["Ceilings", "Machine", "Spread", "ceiling_flop_s"]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The card, driver and libraries that measured rates belong to."""
+    """The GPU, driver and libraries with which rates were measured."""
 
     device: str
     driver: str | None
@@ -28,7 +28,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 10th and 90th percentile of a rate over the windows, in FLOP/s or byte/s."""
+    """Median, 10th and 90th percentile of a rate over the timed windows, in FLOP/s or byte/s."""
 
     median: float
     p10: float
@@ -37,20 +37,20 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Measured rates of one card in one dtype, in the shapes of one model; medians."""
+    """Measured median rates of one GPU in one dtype, in the shapes of one model."""
 
     gemm_flop_s: float
     """Mean over the model's own GEMMs."""
     gemm_square_flop_s: float
-    """8192 x 8192 x 8192."""
+    """A GEMM of 8192 x 8192 x 8192."""
     attention_forward_flop_s: float
     attention_backward_flop_s: float
     copy_byte_s: float
-    """Read and written, 2 GB."""
+    """A copy of 2 GB; bytes read and bytes written both count."""
     copy_small_byte_s: float
-    """Read and written, 256 MB."""
+    """A copy of 256 MB; bytes read and bytes written both count."""
     spreads: dict[str, Spread]
-    """Name of a work -> the spread of its rate."""
+    """Name of a workload -> the spread of its rate."""
     device: str
     dtype: str
     key: str
@@ -64,14 +64,14 @@ class Ceilings:
 
 
 def ceiling_flop_s(ceilings: Ceilings, count: FlopCount) -> float:
-    """FLOP/s of a training step that runs nothing but the model's matmuls at the measured rates.
+    """Returns the FLOP/s of a training step that runs only the model's matmuls, at the measured rates.
 
-    Its time is the GEMM FLOPs (3 x forward) over their rate and the attention FLOPs, forward and backward (2 x
-    forward), each over their own. Achieved FLOP/s over this is the share of the measured ceiling, as MFU is the share
-    of the peak.
+    Its time is the sum of the GEMM FLOPs (3 x forward), the attention FLOPs of forward and those of backward (2 x
+    forward), each divided by the measured rate. Achieved FLOP/s divided by the ceiling are the share of the ceiling, as
+    MFU is the share of the peak.
 
     Raises:
-        ValueError: `count` is not of the strict convention, in which the attention rates are.
+        ValueError: `count` does not have the strict convention, in which the attention rates are measured.
     """
     if count.convention != "strict":
         raise ValueError(f"FLOP convention: found {count.convention!r}, wanted 'strict', as the measured rates have it")

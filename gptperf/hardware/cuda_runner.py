@@ -1,4 +1,4 @@
-"""Runs the works of `gptperf.hardware.workload` on the current CUDA device."""
+"""Runs the workloads of `gptperf.hardware.workload` on the current CUDA device."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,14 +19,14 @@ _DEVICE = "cuda"
 
 
 def current_machine() -> Machine:
-    """The current CUDA device, its driver and power cap.
+    """Returns the current CUDA device, its driver, the versions of the libraries and the power cap.
 
     Raises:
         DeviceError: torch sees no GPU.
     """
     if not torch.cuda.is_available():
         raise DeviceError(
-            "the ceilings are measured on a GPU, and torch sees none here; nearest: python -m gptperf.hardware, "
+            "the ceilings are measured on a GPU, and torch sees none; nearest: python -m gptperf.hardware, "
             "which prints the data sheets' peaks"
         )
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -42,17 +42,18 @@ def current_machine() -> Machine:
 
 
 class CudaRunner:
-    """Makes operands and timers. GEMMs share three buffers, so that their memory is that of the largest GEMM."""
+    """Makes operands and timers. GEMMs share three buffers, so that they need only the memory of the largest ones."""
 
     def __init__(self, model: ModelConfig, works: Sequence[Work], dtype: str):
-        """
+        """Allocates the operands of the GEMMs.
+
         Args:
             model: the model whose attention backend runs.
-            works: all works that `prepare` will get.
+            works: all workloads that `prepare` will get.
             dtype: name of the compute dtype.
 
         Raises:
-            DeviceError: there is no GPU, or it lacks the dtype.
+            DeviceError: there is no GPU, or it does not have the dtype.
             OutOfMemoryError: the operands do not fit.
         """
         self.here = current_machine()
@@ -68,11 +69,11 @@ class CudaRunner:
             raise OutOfMemoryError(f"the GEMMs' operands need {needed_gb:.1f} GB; lower --batch_size") from error
 
     def machine(self) -> Machine:
-        """The device that it runs on."""
+        """Returns the device that runs the workloads."""
         return self.here
 
     def prepare(self, work: Work) -> Timer:
-        """Make the operands of a work, and its timer.
+        """Makes the operands of a workload, and returns its timer.
 
         Raises:
             OutOfMemoryError: the operands do not fit.
@@ -96,7 +97,7 @@ class CudaRunner:
         return lambda: torch.mm(a, b, out=c)
 
     def _attention(self, attention: CausalAttention) -> Callable[[], object]:
-        """The model's own backend, without dropout. The forward pass keeps what backward needs."""
+        """Returns a call of the model's own backend, without dropout. The forward pass keeps what backward needs."""
         backend = component("attention_backend", self.model.attention_backend)(self.model).eval()
         rows, D = (attention.batch_size, attention.tokens), attention.head_dim
         heads = (attention.n_head, attention.kv_heads, attention.kv_heads)
@@ -108,7 +109,7 @@ class CudaRunner:
         return lambda: torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
 
     def _copies(self, copy: Copy) -> list[Callable[[], object]]:
-        """Three ways to copy: now and then a memcpy is a third slower than usual, as long as its buffers live."""
+        """Returns three ways to copy: a memcpy is sometimes a third slower than usual, as long as its buffers exist."""
         source = self._random(copy.buffer_bytes // self.dtype.itemsize)
         first, second = torch.empty_like(source), torch.empty_like(source)
         return [lambda: first.copy_(source), lambda: second.copy_(source), lambda: torch.neg(source, out=first)]

@@ -1,8 +1,8 @@
-"""The GPU table: peak by dtype, memory, bandwidth, and the document that each figure is from.
+"""The GPU table: peak by dtype, memory, bandwidth, and the document that states each figure.
 
 Data sheets of Ampere and later print the 2:4-sparse figure in large type; the dense one, for training, is half of it.
-Peaks are those with float32 accumulation, which on GeForce cards is half the rate of the figure that is advertised.
-float32 is without TF32, because gptperf computes float32 as float32. Figures that no document states are left out.
+Peaks are those with float32 accumulation, which GeForce GPUs run at half the advertised rate. float32 peaks are without
+TF32, because gptperf computes float32 as float32. Figures that no document states are left out.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ DOCUMENTS: dict[str, str] = {
     _RTX_PRO: _DAM
     + "design-visualization/quadro-product-literature/NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf",
 }
-"""Title of every source -> its address. All documents are by NVIDIA."""
+"""Title of a source -> its address. All documents are by NVIDIA."""
 _HALF = "half of sparse"
 
 
@@ -50,7 +50,7 @@ class Gpu:
 
     name: str
     cuda_names: tuple[str, ...]
-    """Names that CUDA gives the card, without the brand; a device matches where all words agree."""
+    """Names that CUDA gives the GPU, without the brand; a device matches if all words are equal."""
     capability: tuple[int, int]
     dense_tflops: dict[str, float]
     """dtype -> rate: bfloat16, float16 (both with float32 accumulation), float32, tf32, fp8."""
@@ -59,11 +59,11 @@ class Gpu:
     """Memory as the data sheet prints it, HBM or GDDR: GiB, less what ECC or the driver takes."""
     hbm_byte_s: float
     sources: dict[str, str]
-    """dense, sparse, memory, bandwidth -> a title in `DOCUMENTS`, or "half of sparse" where only sparse is printed."""
+    """dense, sparse, memory, bandwidth -> a title in `DOCUMENTS`, or "half of sparse" if only sparse is printed."""
 
     @property
     def source(self) -> str:
-        """The sources in one line: the document of most figures, then the figures that another document states."""
+        """The sources in one line: the document of most figures, then the figures from other documents."""
         documents = list(self.sources.values())
         most = max(documents, key=documents.count)
         others = [f"; {figure}: {document}" for figure, document in self.sources.items() if document != most]
@@ -71,36 +71,36 @@ class Gpu:
 
 
 class _Chip(NamedTuple):
-    """Rates that several cards share."""
+    """Rates that several GPUs share."""
 
     capability: tuple[int, int]
     dense: tuple[float | None, float, float | None, float | None, float]
-    """bfloat16, float16, tf32, fp8, float32."""
+    """Dense rates of bfloat16, float16, tf32, fp8 and float32."""
     sparse: tuple[float, ...] = ()
-    """bfloat16, float16, tf32, fp8."""
+    """Sparse rates of bfloat16, float16, tf32 and fp8."""
     dense_source: str = ""
-    """Where it is not the card's own document."""
+    """Title of the document, or "" for the GPU's own document; also for `sparse_source`."""
     sparse_source: str = ""
 
 
 _DTYPES = ("bfloat16", "float16", "tf32", "fp8", "float32")
 
-# No bfloat16, no TF32, no sparsity on Volta.
+# Volta has no bfloat16, no TF32 and no sparsity.
 _GV100_SXM2 = _Chip((7, 0), (None, 125, None, None, 15.7))
 _GV100_PCIE = _Chip((7, 0), (None, 112, None, None, 14))
 _GA100 = _Chip((8, 0), (312, 312, 156, None, 19.5), (624, 624, 312))
-# A full-clock Hopper module: 132 SMs. H100, H200 and GH200 differ in memory alone.
+# A full-clock Hopper module has 132 SMs. H100, H200 and GH200 differ only in memory.
 _GH100 = _Chip((9, 0), (989.4, 989.4, 494.7, 1978.9, 66.9), (1979, 1979, 989.4, 3958), _HOPPER)
 _GH100_PCIE = _Chip((9, 0), (756, 756, 378, 1513, 51.2), (1513, 1513, 756, 3026), _HOPPER)
-# The first H100 NVL data sheet printed the sum of two cards at full clocks.
+# The first H100 NVL data sheet printed the sum of two GPUs at full clocks.
 _GH100_NVL = _Chip((9, 0), (835, 835, 417.5, 1671, 60), (1671, 1671, 835, 3341), _HALF)
-# The data sheets of B200 and B300 cut TF32 to 2.2 PFLOPS; the HGX table has 18 PFLOPS for eight, 2.25 each.
+# The data sheets of B200 and B300 cut TF32 to 2.2 PFLOPS; the HGX table has 18 PFLOPS for eight GPUs, 2.25 each.
 _BLACKWELL_HGX = _Chip((10, 0), (2250, 2250, 1125, 4500, 75), (4500, 4500, 2250, 9000), _HALF, _HGX)
 _BLACKWELL_ULTRA_HGX = _BLACKWELL_HGX._replace(capability=(10, 3))
-# One of the two Blackwell GPUs beside a Grace CPU; their power limit is higher than HGX's.
+# One of the two Blackwell GPUs beside a Grace CPU, whose power limit is higher than on HGX.
 _BLACKWELL_GRACE = _Chip((10, 0), (2500, 2500, 1250, 5000, 80), (5000, 5000, 2500, 10000), _HALF)
 _BLACKWELL_ULTRA_GRACE = _BLACKWELL_GRACE._replace(capability=(10, 3))
-# 362.05 as printed, beside a sparse 733 and an FP8 of 733.
+# The data sheet prints 362.05, but 733 for sparse and for FP8.
 _AD102_L40S = _Chip((8, 9), (362.05, 362.05, 183, 733, 91.6), (733, 733, 366, 1466))
 _AD104_L4 = _Chip((8, 9), (121, 121, 60, 242.5, 30.3), (242, 242, 120, 485), _HALF)
 _AD102_4090 = _Chip((8, 9), (165.2, 165.2, 82.6, 330.3, 82.6), (330.4, 330.4, 165.2, 660.6))
@@ -111,7 +111,7 @@ _GB202_5090 = _Chip((12, 0), (209.5, 209.5, 104.8, 419, 104.8), (419, 419, 209.5
 def _gpu(
     name: str, cuda_names: tuple[str, ...], chip: _Chip, memory_gb: float, hbm_byte_s: float, document: str
 ) -> Gpu:
-    """A row; `document` states every figure for which the chip names no other."""
+    """Returns a row of the table; `document` states every figure for which the chip names no other document."""
     dense, sparse = zip(_DTYPES, chip.dense, strict=True), zip(_DTYPES, chip.sparse, strict=False)
     sources = {"dense": chip.dense_source or document, "sparse": chip.sparse_source or document}
     if not chip.sparse:
@@ -142,10 +142,10 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("H100 NVL", ("H100 NVL",), _GH100_NVL, 94, 3900e9, _H100_NVL),
     _gpu("H200", ("H200",), _GH100, 141, 4800e9, _H200),
     _gpu("H200 NVL", ("H200 NVL",), _GH100_NVL, 141, 4800e9, _H200),
-    # The size in the first two CUDA names is the Grace CPU's memory.
+    # The size in these two CUDA names is the memory of the Grace CPU.
     _gpu("GH200 96 GB", ("GH200 480GB", "GH200 120GB"), _GH100, 96, 4000e9, _GH200),
     _gpu("GH200 144 GB", ("GH200 144G HBM3e",), _GH100, 144, 4900e9, _GH200),
-    # Early tables give the B200 192 GB and 8 TB/s; the bus that its driver reports is 7,680 bits, which is 7.7 TB/s.
+    # Early tables state 192 GB and 8 TB/s for the B200; its driver reports a bus of 7,680 bits, which is 7.7 TB/s.
     _gpu("B200", ("B200",), _BLACKWELL_HGX, 180, 7.7e12, _BLACKWELL),
     _gpu("GB200", ("GB200",), _BLACKWELL_GRACE, 186, 8e12, _GB200),
     _gpu("B300", ("B300 SXM6 AC", "B300"), _BLACKWELL_ULTRA_HGX, 270, 7.7e12, _BLACKWELL_ULTRA),
@@ -156,4 +156,4 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("RTX 6000 Ada", ("RTX 6000 Ada Generation",), _AD102_6000, 48, 960e9, _RTX_PRO),
     _gpu("RTX 5090", ("RTX 5090",), _GB202_5090, 32, 1792e9, _RTX),
 )
-"""The table."""
+"""The rows of the table."""

@@ -1,4 +1,4 @@
-"""Measures what a card reaches in the shapes of one model, by the protocol of `gptperf.hardware.workload`.
+"""Measures the rates that a GPU reaches in the shapes of one model, by the protocol of `gptperf.hardware.workload`.
 
 Only a measurement on a GPU loads torch.
 """
@@ -16,32 +16,32 @@ from gptperf.hardware.workload import COPY_BYTES, PROTOCOL, Gemm, Timer, Work, c
 
 __all__ = ["Runner", "current_machine", "measure"]
 
-_WINDOW_MS = 300.0  # shorter ones end before the power cap bites: short bursts of GEMM read 14% high on an H200
+_WINDOW_MS = 300.0  # shorter windows end before the power cap limits the clock: on an H200 their GEMMs read 14% high
 _ROUNDS = 5
 
 
 class Runner(Protocol):
-    """Runs works on a device."""
+    """Runs workloads on a device."""
 
     def machine(self) -> Machine:
-        """The device that it runs on."""
+        """Returns the device that runs the workloads."""
 
     def prepare(self, work: Work) -> Timer:
-        """Make the operands of a work, and a timer that may be called many times; several works are in use at once."""
+        """Makes the operands of a workload, and returns a timer for repeated calls. Several workloads coexist."""
 
 
 def current_machine() -> Machine:
-    """The current CUDA device.
+    """Returns the current CUDA device.
 
     Raises:
-        DeviceError: there is none, or torch cannot be imported.
+        DeviceError: there is no CUDA device, or torch cannot be imported.
     """
     machine: Machine = _cuda_runner().current_machine()
     return machine
 
 
 def _cuda_runner() -> Any:
-    """The module that runs works on a GPU."""
+    """Returns the module that runs workloads on a GPU."""
     try:
         from gptperf.hardware import cuda_runner
     except (ImportError, OSError) as error:  # OSError: a shared library of torch does not load
@@ -52,19 +52,19 @@ def _cuda_runner() -> Any:
 def measure(
     model: ModelConfig, batch_size: int, dtype: str, *, runner: Runner | None = None, rounds: int = _ROUNDS
 ) -> Ceilings:
-    """Measure the ceilings of this card for one model. It takes about half a minute.
+    """Measures the ceilings of this GPU for one model, which takes about half a minute.
 
     Args:
         model: the model whose shapes are measured.
         batch_size: sequences of a micro-batch.
         dtype: compute dtype: bfloat16, float16 or float32.
-        runner: where to run; default: the current CUDA device.
-        rounds: windows of each work.
+        runner: runs the workloads; default: the current CUDA device.
+        rounds: number of windows of each workload.
 
     Raises:
         ConfigError: the model's GEMMs are not known.
-        DeviceError: there is no GPU, or it lacks the dtype.
-        OutOfMemoryError: the GPU does not hold the largest operands.
+        DeviceError: there is no GPU, or it does not have the dtype.
+        OutOfMemoryError: the largest operands do not fit into GPU memory.
     """
     works = workload(model, batch_size)
     if runner is None:
@@ -95,7 +95,7 @@ def measure(
 
 
 def _rates(works: Sequence[Work], runner: Runner, rounds: int) -> dict[str, list[float]]:
-    """FLOP/s or byte/s of every work in every round; the warm-up round is left out."""
+    """Returns the FLOP/s or byte/s of every workload in every round, without the warm-up round."""
     timers = {work.name: runner.prepare(work) for work in works}
     launches = dict.fromkeys(timers, 1)
     rates: dict[str, list[float]] = {name: [] for name in timers}
@@ -108,11 +108,11 @@ def _rates(works: Sequence[Work], runner: Runner, rounds: int) -> dict[str, list
 
 
 def _window(timer: Timer, launches: int) -> tuple[float, int]:
-    """Time windows until one is long enough. Returns milliseconds of a call, and the launches of that window."""
+    """Times windows until one is long enough; returns the milliseconds per call, and the launches of that window."""
     elapsed_ms = timer(launches)
     while elapsed_ms < _WINDOW_MS:
         missing = 1.1 * _WINDOW_MS / max(elapsed_ms, 1e-3)
-        launches = math.ceil(launches * min(missing, 100))  # the first call of all may load modules and take long
+        launches = math.ceil(launches * min(missing, 100))  # the very first call may be slow, because it loads modules
         elapsed_ms = timer(launches)
     return elapsed_ms / launches, launches
 

@@ -1,4 +1,4 @@
-"""`python -m gptperf.hardware --measure`: what this card reaches, from the cache or measured now."""
+"""`python -m gptperf.hardware --measure`: prints the ceilings of this GPU, from the cache or measured now."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ __all__ = ["command", "report"]
 
 
 def command(argv: Sequence[str], *, as_json: bool, again: bool) -> int:
-    """Print the ceilings; measure and keep them where the cache has none, or `again` asks for it.
+    """Prints the ceilings. If the cache has none, or with `again`, it measures them and writes them to the cache.
 
     Raises:
-        GptperfError: the configuration is wrong, the card cannot be measured, or the cache cannot be written.
+        GptperfError: the configuration is wrong, the GPU cannot be measured, or the cache cannot be written.
     """
     config = command_line.resolve(argv).config
     model, batch_size, dtype = config.model, config.train.batch_size, config.system.compute_dtype
@@ -40,7 +40,7 @@ def command(argv: Sequence[str], *, as_json: bool, again: bool) -> int:
 
 
 def report(ceilings: Ceilings, model: ModelConfig) -> list[str]:
-    """The ceilings as text, and what they mean for the model."""
+    """Returns the ceilings as lines of text, and what they mean for the model."""
     gpu = match_gpu(ceilings.device)
     peak = peak_flop_s(gpu, ceilings.dtype)
 

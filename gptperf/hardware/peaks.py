@@ -1,4 +1,4 @@
-"""Which row of the table a GPU is, and its peak. An unknown GPU has no peak and no MFU, never those of another one."""
+"""Finds the row of a GPU in the table, and its peak. A GPU that is not in the table has no peak and no MFU."""
 
 import re
 from typing import Literal, NamedTuple
@@ -19,13 +19,13 @@ _BFLOAT16_CAPABILITY = (8, 0)
 
 
 class Peak(NamedTuple):
-    """The peak that MFU is taken against."""
+    """The peak that the MFU is relative to."""
 
     flop_s: float
     basis: str
     """dense, sparse, or given (by the user)."""
     source: str
-    """The peak and where it is from, for people."""
+    """The peak and its origin, as text for people."""
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -37,12 +37,12 @@ _ROWS = {_words(cuda_name): gpu for gpu in GPUS for cuda_name in gpu.cuda_names}
 
 
 def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
-    """The row of a device, or None. A card with a similar name (RTX A1000, H20, a MIG slice) has no row.
+    """Returns the row of a device, or None. Similar names are not enough (RTX A1000, H20 and a MIG slice have no row).
 
     Args:
         device_name: name from `torch.cuda.get_device_name()` or nvidia-smi, such as "NVIDIA H100 80GB HBM3".
-        memory_gb: memory that CUDA reports, in 1e9 bytes. Where it is not that of the row, the device is a slice of
-            that card, or another card.
+        memory_gb: memory that CUDA reports, in 1e9 bytes. If it differs from that of the row, the device is a slice of
+            that GPU, or another GPU.
     """
     gpu = _ROWS.get(_words(device_name))
     if gpu is not None and memory_gb is not None and abs(memory_gb / gpu.memory_gb - 1) > _MEMORY_TOLERANCE:
@@ -51,14 +51,14 @@ def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
 
 
 def has_bfloat16(capability: tuple[int, int]) -> bool:
-    """Whether GPUs of this compute capability have bfloat16 units (Ampere and later)."""
+    """Returns whether GPUs of this compute capability have bfloat16 units (Ampere and later)."""
     return capability >= _BFLOAT16_CAPABILITY
 
 
 def peak_flop_s(
     gpu: Gpu | None, dtype: str, *, basis: Basis = "dense", peak_tflops: float | None = None
 ) -> Peak | None:
-    """The peak of one GPU in a compute dtype, or None where it is not known (`no_peak_hint` says what to do then).
+    """Returns the peak of one GPU in a compute dtype, or None if it is not known; `no_peak_hint` then has the remedy.
 
     Args:
         gpu: row of the table, from `match_gpu`.
@@ -67,8 +67,8 @@ def peak_flop_s(
         peak_tflops: the user's own figure, which takes precedence over the table.
 
     Raises:
-        DeviceError: bfloat16 on a GPU without it.
-        ValueError: unknown dtype or basis.
+        DeviceError: the dtype is bfloat16, and the GPU does not have it.
+        ValueError: the dtype or the basis is unknown.
     """
     if dtype not in _SHORT:
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(_SHORT)}")
@@ -85,6 +85,6 @@ def peak_flop_s(
 
 
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
-    """One line for a device whose peak is not known: how to give it."""
+    """Returns one line for a device whose peak is not known, which says how to set it."""
     known = f"no {basis} {_SHORT[dtype]} peak is known for {device_name}, so no MFU"
-    return f"{known}; give it in TFLOP/s with --peak_tflops=X"
+    return f"{known}; set it in TFLOP/s with --peak_tflops=X"

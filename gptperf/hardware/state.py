@@ -1,4 +1,4 @@
-"""The state of this machine's GPUs: power cap, clocks, temperature. No torch here."""
+"""Reads the state of this machine's GPUs: power cap, clocks, temperature. Loads no torch."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ _SMI_TIMEOUT_S = 30
 
 @dataclass(frozen=True, kw_only=True)
 class GpuState:
-    """A GPU as its driver reports it now. Figures that the driver does not report are None."""
+    """The current state of a GPU as its driver reports it. Figures that the driver does not report are None."""
 
     name: str | None = None
     memory_gb: float | None = None
@@ -29,16 +29,16 @@ class GpuState:
     temperature_c: float | None = None
     driver: str | None = None
     via: str | None = None
-    """What reported the state: pynvml or nvidia-smi; None where neither did."""
+    """The source of the state, pynvml or nvidia-smi, or None if neither reported it."""
     reason: str | None = None
-    """Why there is no state."""
+    """Why no source reported the state."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
+        """Returns the fields by name, for JSON."""
         return dataclasses.asdict(self)
 
     def note(self) -> str | None:
-        """A warning where the power cap is below the card's default, or None."""
+        """Returns a warning if the power cap is below the GPU's default, else None."""
         if self.power_cap_w is None or self.power_default_w is None or self.power_cap_w >= self.power_default_w:
             return None
         watts = f"the power cap of {self.power_cap_w:.0f} W is below the card's default of {self.power_default_w:.0f} W"
@@ -59,27 +59,27 @@ def _of(figure: float | None) -> str:
 
 
 def gpu_state(device: int | str = 0) -> GpuState:
-    """Power, clocks and temperature of one GPU, from NVML (package nvidia-ml-py) or else nvidia-smi.
+    """Returns power, clocks and temperature of one GPU, from NVML (package nvidia-ml-py) or else nvidia-smi.
 
     Args:
         device: the driver's index, or better the UUID ("GPU-...", in torch f"GPU-{properties.uuid}"), because
             CUDA_VISIBLE_DEVICES renumbers CUDA's devices but not the driver's.
 
     Returns:
-        The state. Where nothing is known, all fields but `reason` are None.
+        The state. If neither source reports it, all fields except `reason` are None.
     """
     states, reason = _ask(device)
     return states[0] if states else GpuState(reason=reason)
 
 
 def gpu_states() -> tuple[list[GpuState], str | None]:
-    """The states of all GPUs of this machine in the driver's order, and the reason where there are none."""
+    """Returns the states of all GPUs of this machine in the driver's order, and why there are none."""
     states, reason = _ask(None)
     return states, None if states else reason
 
 
 def _ask(device: int | str | None) -> tuple[list[GpuState], str]:
-    """The states of one device, or of all, from the first source that answers; and why the sources did not answer."""
+    """Returns the states of one device, or of all for None, from the first source that answers, and why none did."""
     reasons = []
     for ask in (_ask_nvml, _ask_nvidia_smi):
         try:
@@ -182,5 +182,5 @@ def _smi_state(line: str) -> GpuState:
         except ValueError:
             continue  # "N/A": the card does not report this figure
     if "memory_gb" in figures:
-        figures["memory_gb"] *= 2**20 / 1e9  # of MiB
+        figures["memory_gb"] *= 2**20 / 1e9  # nvidia-smi reports MiB
     return GpuState(**figures, via="nvidia-smi")

@@ -1,4 +1,4 @@
-"""What is measured for a model's ceilings: its GEMMs, its attention and copies, as plain sizes."""
+"""The workloads that are measured for a model's ceilings: its GEMMs, its attention and copies, as plain sizes."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ __all__ = ["COPY_BYTES", "PROTOCOL", "VERSION", "CausalAttention", "Copy", "Gemm
 __all__ += ["copy_name", "gemm_list", "workload", "workload_key"]
 
 VERSION = 1
-"""Version of the protocol and of the cache file. Figures of another version are not read."""
+"""Version of the protocol and of the cache file. A file of another version is not read."""
 PROTOCOL = (
     "fresh normal random numbers; a window is launches one by one, at least 300 ms between two CUDA events; a round "
     "gives every work one window, so that kinds alternate; one round of warm-up, then 5; median, 10th and 90th "
@@ -24,7 +24,7 @@ PROTOCOL = (
 )
 """How `gptperf.hardware.measure` measures. The text is part of the key of a measurement."""
 COPY_BYTES = (2_000_000_000, 256_000_000)
-"""Sizes of the buffers that are copied."""
+"""Sizes in bytes of the buffers that are copied."""
 
 _SQUARE = 8192
 
@@ -38,7 +38,7 @@ class Gemm:
 
     name: str
     kind: str
-    """forward (the second operand is a transposed view), dgrad (neither) or wgrad (the first)."""
+    """forward (the second operand is a transposed view), dgrad (neither is) or wgrad (the first is)."""
     m: int
     n: int
     k: int
@@ -64,7 +64,7 @@ class CausalAttention:
 
     @property
     def amount(self) -> int:
-        """FLOPs of one call: the causal half of scores and values; twice that for backward."""
+        """FLOPs of one call: the causal half of both products, and twice that for backward."""
         pairs = self.batch_size * self.n_head * self.tokens * (self.tokens + 1) // 2
         return 2 * 2 * pairs * self.head_dim * (2 if self.name == "attention_backward" else 1)
 
@@ -86,10 +86,10 @@ Work = Gemm | CausalAttention | Copy
 
 
 def gemm_list(model: ModelConfig, batch_size: int) -> tuple[Gemm, ...]:
-    """Every GEMM of a training step of one micro-batch, with its count.
+    """Returns every GEMM of a training step with one micro-batch, with its count.
 
     Raises:
-        ConfigError: the FFN has no card, so that its matmuls are not known.
+        ConfigError: the FFN component has no card in `gptperf.cards`, so that its matmuls are not known.
     """
     reason = flops.uncountable_flops(model)
     if reason is not None:
@@ -105,15 +105,15 @@ def gemm_list(model: ModelConfig, batch_size: int) -> tuple[Gemm, ...]:
 
 
 def copy_name(buffer_bytes: int) -> str:
-    """Name of the copy of a buffer of this size."""
+    """Returns the name of the copy of a buffer of this size."""
     return f"copy_{buffer_bytes // 1_000_000}mb"
 
 
 def workload(model: ModelConfig, batch_size: int) -> tuple[Work, ...]:
-    """Everything that is measured for a model.
+    """Returns all workloads that are measured for a model.
 
     Raises:
-        ConfigError: see `gemm_list`.
+        ConfigError: as in `gemm_list`.
     """
     sizes = (batch_size, model.block_size, model.n_head, model.kv_heads, model.head_dim)
     return (
@@ -126,7 +126,7 @@ def workload(model: ModelConfig, batch_size: int) -> tuple[Work, ...]:
 
 
 def workload_key(model: ModelConfig, batch_size: int) -> str:
-    """Hash of what is measured and how."""
+    """Returns a hash of the workloads and of the protocol."""
     works = [dataclasses.astuple(work) for work in workload(model, batch_size)]
     text = json.dumps([VERSION, PROTOCOL, model.attention_backend, works])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

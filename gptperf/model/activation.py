@@ -15,11 +15,11 @@ built_in("activation", "leaky_relu")(F.leaky_relu)
 
 @built_in("activation", "gelu_tanh")
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation, which the released GPT-2 uses (Hendrycks and Gimpel, 2016, section 2)."""
+    """Computes GELU in its tanh approximation, as the released GPT-2 does (Hendrycks and Gimpel, 2016, section 2)."""
     return F.gelu(x, approximate="tanh")
 
 
 @built_in("activation", "relu_squared")
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al., 2021, Primer)."""
+    """Computes relu(x)^2 (So et al., 2021, Primer)."""
     return F.relu(x).square()

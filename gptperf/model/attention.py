@@ -47,7 +47,7 @@ class SDPA(nn.Module):
         self.grouped = config.kv_heads != config.n_head
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
+        """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         causal = q.shape[2] == k.shape[2]
         mask = None if causal or q.shape[2] == 1 else _causal_mask(q.shape[2], k.shape[2], q.device)
@@ -67,14 +67,14 @@ class SDPA(nn.Module):
 
 @built_in("attention_backend", "manual")
 class ManualAttention(nn.Module):
-    """Attention written out, for reading and testing; it keeps the matrix of scores in memory."""
+    """Attention written out in plain ops, for reading and testing. It keeps the matrix of scores in memory."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
+        """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         groups = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k)
@@ -86,7 +86,7 @@ class ManualAttention(nn.Module):
 
 @built_in("attention_backend", "flash_attn")
 class FlashAttention(nn.Module):
-    """The attention of the package flash-attn, which has to be installed."""
+    """The attention of the package flash-attn, which must be installed."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -96,12 +96,12 @@ class FlashAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `(B, T, H, D)`, k and v `(B, S, K, D)`, -> `(B, T, H, D)`."""
+        """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         return self.function(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True)
 
 
 def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """Returns `(T, S)`, true where a query attends to a key; the last query attends to every key."""
+    """Returns a mask `(T, S)` that is true where a query attends to a key; the last query attends to every key."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.backend = component("attention_backend", config.attention_backend)(config)
 
     def forward(self, x: Tensor, position: NoPosition, cache: KVCache | None = None) -> Tensor:
-        """x `(B, T, C)` -> `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
+        """Returns the output `(B, T, C)` for x `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
         start = 0 if cache is None else cache.length
         q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:

@@ -34,7 +34,7 @@ class PreNormBlock(nn.Module):
         """Computes the block.
 
         Args:
-            x: `(B, T, C)`, the output of the branch before.
+            x: `(B, T, C)`, the output of the previous branch.
             residual: `(B, T, C)`, the residual stream, or None in the first block. x + residual is the block's input.
             position: the position encoding.
             cache: keys and values of the tokens before x, or None.
@@ -55,7 +55,7 @@ class PostNormBlock(PreNormBlock):
     def forward(
         self, x: Tensor, residual: Tensor | None, position: NoPosition, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the block: x `(B, T, C)` -> the output `(B, T, C)`; the residual is None before and after."""
+        """Computes the output of the block `(B, T, C)` from x `(B, T, C)`; the residual is None before and after."""
         x, _ = self.norm1(self.dropout(self.attention(x, position, cache)), x)
         x, _ = self.norm2(self.dropout(self.ffn(x)), x)
         return x, None

@@ -21,7 +21,7 @@ class StandardFFN(nn.Module):
         self.activation = component("activation", config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(B, T, C)` -> `(B, T, C)`."""
+        """Returns the output `(B, T, C)` for x `(B, T, C)`."""
         return self.out(self.activation(self.up(x)))
 
 
@@ -36,5 +36,5 @@ class SwiGLU(nn.Module):
         self.op = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(B, T, C)` -> `(B, T, C)`."""
+        """Returns the output `(B, T, C)` for x `(B, T, C)`."""
         return self.op(self.gate_up(x), self.out.weight, self.out.bias)

@@ -29,7 +29,7 @@ def generate(
         tokens: the number of tokens to generate.
         vocab_size: the size of the tokenizer's vocabulary; ids of the model's padding are never drawn.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: draws from this number of the most likely tokens; 0 draws from all.
+        top_k: number of the most likely tokens to draw from; 0 draws from all.
         generator: the source of random numbers, on the model's device.
 
     Returns:

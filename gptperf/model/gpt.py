@@ -19,16 +19,16 @@ __all__ = ["GPT", "Units"]
 
 
 class Units(Protocol):
-    """Provides the weights of a model that are not always in memory, such as those of FSDP.
+    """Provides the weights of a model if they are not always in memory, as under FSDP.
 
     Unit 0 is the embeddings, unit i + 1 is block i, and the last unit is the rest: the last norm and the head.
     """
 
     def enter(self, unit: int) -> None:
-        """Is called before the weights of a unit are read."""
+        """Provides the weights of a unit. The model calls it before it reads them."""
 
     def leave(self, unit: int, outputs: tuple[Tensor | None, ...]) -> None:
-        """Is called with the outputs of a block; its backward begins when their gradients arrive."""
+        """Ends the forward pass of a block. The backward pass of the block begins when its outputs get gradients."""
 
 
 class GPT(nn.Module):
@@ -54,9 +54,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         self.loss = ops.linear_cross_entropy
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
-        """Runs a block that backward computes again."""
+        """Function that runs a block whose activations backward computes again."""
         self.units: Units | None = None
-        """Provides the weights of each unit, or None if they are always in memory."""
+        """Provider of the weights of each unit, or None if they are always in memory."""
         self.recompute = "none"
         """What backward computes again: "none", "selective" (norms and activations) or "full" (whole blocks)."""
         self.init_weights()
@@ -77,7 +77,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile_blocks(self) -> None:
-        """Compiles every block, the last norm and the loss, each as a graph of its own."""
+        """Compiles every block, the last norm and the loss, each as a separate graph."""
         if self.recompute == "selective":  # the choice among a block's ops has to be part of the block's graph
             self.recomputed = torch.compile(checkpoint)
         for block in self.blocks:
@@ -91,7 +91,7 @@ class GPT(nn.Module):
         Args:
             tokens: `(B, T)` int64.
             targets: `(B, T)` int64, or None; -100 does not count in the mean.
-            caches: one cache for each block, or None; tokens are then the ones after the cached tokens.
+            caches: one cache for each block, or None; with caches, `tokens` follow the cached tokens.
 
         Returns:
             The loss as a float32 scalar, or logits `(B, T, V)`.

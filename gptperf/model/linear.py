@@ -8,8 +8,8 @@ __all__ = ["Linear"]
 
 
 class Linear(nn.Linear):
-    """nn.Linear that calls `gptperf.kernels.linear`, which decides the precision of every GEMM."""
+    """An nn.Linear that calls `gptperf.kernels.linear`, which decides the precision of every GEMM."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(..., in_features)` -> `(..., out_features)`."""
+        """Returns `(..., out_features)` for x `(..., in_features)`."""
         return linear(x, self.weight, self.bias)

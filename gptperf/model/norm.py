@@ -1,4 +1,4 @@
-"""Norms; each also adds the residual before it normalises. Shapes: B batch, T tokens, C n_embd."""
+"""Norms. Each norm also adds the residual before it normalises. Shapes: B batch, T tokens, C n_embd."""
 
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.op = ops.rms_norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual `(B, T, C)` -> the norm of their sum, and the sum; without a residual, of x alone."""
+        """Returns the norm of x + residual, and that sum, all `(B, T, C)`; without a residual, the norm of x, and x."""
         if residual is None:
             return self.op(x, self.weight, self.eps), x
         return self.op(x, self.weight, self.eps, residual)
@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
         self.op = ops.layer_norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual `(B, T, C)` -> the norm of their sum, and the sum; without a residual, of x alone."""
+        """Returns the norm of x + residual, and that sum, all `(B, T, C)`; without a residual, the norm of x, and x."""
         if residual is None:
             return self.op(x, self.weight, self.bias, self.eps), x
         return self.op(x, self.weight, self.bias, self.eps, residual)

@@ -12,7 +12,7 @@ __all__ = ["LearnedAbsolute", "NoPosition", "RoPE"]
 
 @built_in("position_encoding", "none")
 class NoPosition(nn.Module):
-    """No position encoding; it splits the heads, and normalises queries and keys with QK-norm."""
+    """No position encoding. The module only splits the heads, and applies QK-norm to queries and keys."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -21,11 +21,11 @@ class NoPosition(nn.Module):
         self.norm = ops.rms_norm
 
     def embed(self, x: Tensor, start: int) -> Tensor:
-        """Token embeddings `(B, T, C)` at positions start, start + 1, ... -> the model's input `(B, T, C)`."""
+        """Returns the model's input `(B, T, C)` from x `(B, T, C)`, the token embeddings of positions start, ..."""
         return x
 
     def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
-        """Splits the packed projection of positions start, start + 1, ... into heads.
+        """Splits the packed projection of the positions from start on into heads.
 
         Args:
             qkv: `(B, T, (H + 2K) D)`: H query heads, then K key heads, then K value heads.

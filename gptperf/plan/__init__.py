@@ -1,4 +1,4 @@
-"""Memory, time and fit of a run, predicted from its configuration. No module here loads torch."""
+"""Predicts from a run's configuration its memory and time, and whether it fits. No module here loads torch."""
 
 from gptperf.plan.fit import Remedy, largest_batch, refusal, remedies
 from gptperf.plan.gpu_lookup import find_gpu, own_gpu

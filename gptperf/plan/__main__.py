@@ -1,4 +1,4 @@
-"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: memory, speed and fit of a run on any known GPU."""
+"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: predicts memory and speed of a run on any known GPU."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 
 def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
-    """A table with a row for every strategy and recompute; the chosen row is marked."""
+    """Returns a table with a row for every strategy and recompute; the chosen row is marked."""
     lines = [
         f"{'':<3}{'strategy':<10}{'recompute':<11}{'GB a GPU':>9}{'fits':>6}{'largest batch_size':>20}"
         f"{'ms/step':>10}{'tokens/s':>12}{'MFU':>8}"
@@ -39,18 +39,18 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan of a configuration on a GPU.
+    """Prints the plan of a configuration on a GPU.
 
     Returns:
-        The exit code: 0 if the run fits, 7 (that of a GPU out of memory) if not.
+        The exit code: 0 if the run fits, else 7, as for a GPU that is out of memory.
 
     Raises:
         ConfigError: files or flags are wrong, or there is no plan for this model or GPU.
     """
     parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--gpu", help="a row of the GPU table (python -m gptperf.hardware); default: the one here")
+    parser.add_argument("--gpu", help="row of the GPU table (python -m gptperf.hardware); default: this machine's GPU")
     parser.add_argument("--num_gpus", type=int, default=1)
-    parser.add_argument("--tokens", type=float, default=None, help="days for so many tokens; default: those of the run")
+    parser.add_argument("--tokens", type=float, default=None, help="tokens to predict the days for; default: the run's")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     if args.num_gpus < 1:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(record, indent=2))
         return 0 if chosen.fits else 7
     total = flops.parameters(config.model).total
-    print(f"{total:,} parameters, {config.tokens_per_iter:,} tokens an iteration, {args.num_gpus} x {gpu.name}\n")
+    print(f"{total:,} parameters, {config.tokens_per_iter:,} tokens per iteration, {args.num_gpus} x {gpu.name}\n")
     print("\n".join(_table(config, gpu, chosen)))
     print("\n" + "\n".join(plan_lines(chosen)))
     print(f"{tokens:,.0f} tokens in {chosen.days(tokens):,.2f} days")

@@ -1,4 +1,4 @@
-"""What fits into the memory of a GPU: the largest micro-batch, and the changes that make a run fit."""
+"""Finds what fits into the memory of a GPU: the largest micro-batch, and the changes that make a run fit."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ class Remedy:
     flags: str
     """Command line flags that make the change."""
     plan: Plan
-    """The run with that change."""
+    """The plan of the run with that change."""
 
 
 def largest_batch(
     config: Config, limit_gb: float, *, num_gpus: int = 1, strategy: Strategy = "ddp", recompute: Recompute = "none"
 ) -> int:
-    """The most sequences of a micro-batch on one GPU that fit into `limit_gb`; 0 where not even one fits."""
+    """Returns the largest number of sequences in a micro-batch that fits into `limit_gb` of one GPU, or 0."""
 
     def fits(batch: int) -> bool:
         return footprint(_with_batch(config, batch_size=batch), num_gpus, strategy, recompute).total_gb <= limit_gb
@@ -54,15 +54,15 @@ def remedies(
     strategies: Sequence[Strategy] = STRATEGIES,
     most: int = 3,
 ) -> list[Remedy]:
-    """The fastest changes that make a run fit, fastest first. All of them train on the same tokens in an iteration.
+    """Returns the fastest changes that make a run fit, fastest first; the tokens of an iteration stay the same.
 
     Args:
         config: the run.
-        gpu: its row of the GPU table.
+        gpu: row of the run's GPU in the GPU table.
         given: the plan of the run, which does not fit.
-        reported_gb: memory that CUDA reports for this very device; default: from the table.
-        strategies: strategies that a change may choose besides that of the run.
-        most: largest number of remedies.
+        reported_gb: memory that CUDA reports for this device; default: from the table.
+        strategies: strategies that a change may choose, besides that of the run.
+        most: maximum number of remedies.
     """
     fastest: dict[frozenset[str], Remedy] = {}
     for changed, strategy, recompute, flags in _changes(config, given, strategies):
@@ -73,7 +73,7 @@ def remedies(
         if keys and candidate.fits and (keys not in fastest or candidate.step_ms < fastest[keys].plan.step_ms):
             fastest[keys] = Remedy(" ".join(flags), candidate)
     ranked = sorted(fastest.items(), key=lambda item: item[1].plan.step_ms)
-    # A remedy that changes all keys of another one and more is worth naming only where it is faster.
+    # A remedy that changes all keys of another remedy, and more keys, is listed only if it is faster.
     kept = [remedy for i, (keys, remedy) in enumerate(ranked) if not any(other < keys for other, _ in ranked[:i])]
     return kept[:most]
 
@@ -81,7 +81,7 @@ def remedies(
 def _changes(
     config: Config, given: Plan, strategies: Sequence[Strategy]
 ) -> Iterator[tuple[Config, Strategy, Recompute, list[str]]]:
-    """Configurations near this one: smaller micro-batches, other kernels, more sharding and recomputation."""
+    """Yields configurations near this one: smaller micro-batches, other kernels, more sharding and recomputation."""
     train = config.train
     batches = [train.batch_size]
     divisors = [n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
@@ -105,7 +105,7 @@ def _changes(
 
 
 def _systems(system: SystemConfig, strategy: Strategy) -> list[tuple[SystemConfig, list[str]]]:
-    """This section and variants that take less memory, with the flags that make them."""
+    """Returns this section and variants of it that take less memory, each with the flags that select it."""
     found: list[tuple[SystemConfig, list[str]]] = [(system, [])]
     if system.kernels != "auto":
         found.append((dataclasses.replace(system, kernels="auto"), ["--kernels=auto"]))
@@ -123,9 +123,9 @@ def refusal(
     reported_gb: float | None = None,
     strategies: Sequence[Strategy] = STRATEGIES,
 ) -> str:
-    """The error of a run that does not fit: its memory, and the fastest remedies with their memory and speed.
+    """Returns the error message of a run that does not fit: its memory, and the fastest remedies.
 
-    See `remedies` for the arguments.
+    Each remedy has its memory and speed. See `remedies` for the arguments.
     """
     lines = [
         f"the plan needs {given.memory.total_gb:.1f} GB of the {given.limit_gb:.1f} GB that PyTorch can allocate on "
@@ -140,6 +140,6 @@ def refusal(
         )
     if not found:
         lines.append(
-            "no batch_size, recompute or sharding makes it fit: a smaller model, a shorter block_size, more GPUs"
+            "no batch_size, recompute or sharding makes it fit; use a smaller model, a shorter block_size or more GPUs"
         )
-    return "\n  ".join([*lines, "--ignore_plan=True goes on"])
+    return "\n  ".join([*lines, "--ignore_plan=True starts the run anyway"])

@@ -1,4 +1,4 @@
-"""Which row of the GPU table a plan is for."""
+"""Finds the row of the GPU table that a plan is for."""
 
 from gptperf import hardware
 from gptperf.errors import ConfigError
@@ -8,25 +8,26 @@ __all__ = ["find_gpu", "own_gpu"]
 
 
 def own_gpu() -> Gpu | None:
-    """The row of this machine's first GPU, or None where there is no GPU or the table does not have it."""
+    """Returns the row of this machine's first GPU, or None if there is no GPU or the table does not have it."""
     states, _ = hardware.gpu_states()
     return hardware.match_gpu(states[0].name, states[0].memory_gb) if states and states[0].name else None
 
 
 def find_gpu(name: str | None) -> Gpu:
-    """The row of the table that a user means.
+    """Returns the row of the table that a user names.
 
     Args:
         name: a row's name or words of it ("H200", "a100 sxm 80"), or a device's own name; None: this machine's GPU.
 
     Raises:
-        ConfigError: no row or several match; the message lists them.
+        ConfigError: no row matches, or several rows match; the message lists the candidates.
     """
     if name is None:
         own = own_gpu()
         if own is None:
             raise ConfigError(
-                "command line: gpu: found none, and no known GPU here; wanted --gpu=NAME, such as --gpu=H100"
+                "command line: gpu: found no --gpu and no known GPU in this machine; wanted --gpu=NAME, such as "
+                "--gpu=H100"
             )
         return own
     exact = hardware.match_gpu(name)

@@ -1,11 +1,12 @@
-"""GPU memory of a training run, by part, from its configuration alone.
+"""Predicts the GPU memory of a training run, by part, from its configuration alone.
 
-What stays for the whole run is exact: float32 master weights, gradients and optimizer states, and the copy of the
-matrices in the compute dtype. Activations are the tensors that autograd keeps for backward, as the cards of the
-components list them. The buffers of the loss, or those of the last block's backward where they are larger, are added.
+The parts that stay for the whole run are exact: float32 master weights, gradients and optimizer states, and the copy of
+the matrices in the compute dtype. Activations are the tensors that autograd keeps for backward, as the cards of the
+components list them. The buffers of the loss are added, or those of the last block's backward if they are larger.
 PyTorch's own bookkeeping, the CUDA context and fragmentation are not in the sum; `usable_gb` leaves room for them.
 
-PyTorch and Inductor decide what eager ops keep; the constants for these were fitted to one run each. No torch here.
+PyTorch and Inductor decide what eager ops keep; the constants for these ops were fitted to one run each. This module
+loads no torch.
 """
 
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _INT64_BYTES = 8
 _GPUS_OF_ONE_HOST = 8
 _CONTEXT_GB = 0.7  # CUDA context with cuBLAS, cuDNN and the loaded kernels
-_VISIBLE = 0.985  # share of the memory that a data sheet names, in GiB, which CUDA reports
-_FRAGMENTATION = 0.97  # share of that which can be allocated before PyTorch finds no gap that is wide enough
+_VISIBLE = 0.985  # share of a data sheet's memory (in GiB) that CUDA reports
+_FRAGMENTATION = 0.97  # share of the reported memory that PyTorch can allocate before it finds no gap of enough bytes
 _WORKSPACE_GB = 0.1  # cuBLAS, loss terms, gradient norms, batches
 
 
@@ -56,7 +57,7 @@ class Footprint:
     logits_gb: float
     """Logits, and the gradients of the loss before they are scaled."""
     buffers_gb: float
-    """What the backward of one block needs beyond the loss, gathered parameters, workspaces."""
+    """Gathered parameters, workspaces, and what the backward of one block needs beyond the buffers of the loss."""
 
     @property
     def total_gb(self) -> float:
@@ -66,12 +67,12 @@ class Footprint:
 
 
 def strategy_of(config: Config) -> Strategy:
-    """What the GPUs of a run shard."""
+    """Returns what the GPUs of a run shard."""
     return "fsdp" if config.system.use_fsdp else "zero1" if config.system.use_zero1 else "ddp"
 
 
 def usable_gb(memory_gb: float) -> float:
-    """Memory in 1e9 bytes that PyTorch can allocate on a GPU whose data sheet says `memory_gb`.
+    """Returns the memory in 1e9 bytes that PyTorch can allocate on a GPU whose data sheet states `memory_gb`.
 
     The GB of data sheets are GiB, less what error correction and the driver take.
     """
@@ -79,25 +80,25 @@ def usable_gb(memory_gb: float) -> float:
 
 
 def allocatable_gb(reported_gb: float) -> float:
-    """Memory in 1e9 bytes that PyTorch can allocate where CUDA reports `reported_gb`."""
+    """Returns the memory in 1e9 bytes that PyTorch can allocate on a GPU for which CUDA reports `reported_gb`."""
     return (reported_gb - _CONTEXT_GB) * _FRAGMENTATION
 
 
 def unknown_memory(model: ModelConfig) -> str | None:
-    """Why `footprint` cannot count this model, or None when it can."""
+    """Returns why `footprint` cannot count this model, or None if it can."""
     return flops.uncountable_parameters(model) or registry.no_card(attention_backend=model.attention_backend)
 
 
 def footprint(
     config: Config, num_gpus: int = 1, strategy: Strategy = "ddp", recompute: Recompute = "none"
 ) -> Footprint:
-    """Peak memory of one GPU while it trains.
+    """Predicts the peak memory of one GPU during training.
 
     Args:
         config: the run; its batch_size is that of one GPU.
         num_gpus: GPUs of the run, which share the states under ZeRO-1 and FSDP.
         strategy: what the GPUs shard.
-        recompute: what backward computes again.
+        recompute: what backward recomputes.
 
     Raises:
         ValueError: a component has no card (see `unknown_memory`).
@@ -109,7 +110,7 @@ def footprint(
     tokens = config.train.batch_size * config.model.block_size
     saved = tokens * saved_bytes(config, recompute)
     loss, kept = _loss_bytes(config, recompute, tokens)
-    # What the last norm kept is freed before the blocks' backward begins.
+    # The tensors that the last norm kept are freed before the backward of the blocks begins.
     backward = kept + tokens * (_backward_bytes(config, recompute) - _last_bytes(config))
     return Footprint(
         weights_gb=weights / 1e9,
@@ -122,7 +123,7 @@ def footprint(
 
 
 def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients, optimizer states and gathered parameters."""
+    """Returns the bytes of weights, gradients, optimizer states and gathered parameters."""
     model, count = config.model, flops.parameters(config.model)
     vectors = count.norm + biases(model)
     size = element_bytes(config.system.weight_copy_dtype)
@@ -130,11 +131,11 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     copy = 0 if size == FP32_BYTES else size * matrices
     master = gradients = float(FP32_BYTES * count.total)
     states = float(optimizer_of(config.optimizer).state_bytes(count.total))
-    # The share of a bucket that is pulled from the other GPUs.
+    # The share of a bucket that this GPU copies from the other GPUs.
     others = (num_gpus - 1) / num_gpus if copy_engines_move(config, num_gpus) else 0.0
     if strategy != "fsdp" or num_gpus == 1:  # one GPU has nothing to gather
         single = config.train.gradient_accumulation_steps == num_gpus and size < FP32_BYTES
-        # With one micro-batch in a step gradients travel in the compute dtype, and three buckets may be in flight.
+        # With one micro-batch per step, gradients are sent in the compute dtype, and three buckets may be in flight.
         pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * max(
             count.embedding, BUCKET_NUMEL
         )
@@ -142,7 +143,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
             return master + copy, gradients, states, pulled
         return master / num_gpus + copy, gradients, states / num_gpus, pulled
     block = (count.attention + count.ffn) / model.n_layer
-    unit = max(block, count.embedding)  # two units are gathered at a time, or all; one gradient is there, or three
+    unit = max(block, count.embedding)  # two or all units are gathered at a time; one or three gradients exist
     once = config.system.fsdp_reduce_once
     gathered = (FP32_BYTES * others if once else size * (3 + others) if others else FP32_BYTES) * unit
     gathered += size * (matrices if config.system.fsdp_gather_once else 2 * unit)
@@ -152,7 +153,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
 
 
 def copy_engines_move(config: Config, num_gpus: int) -> bool:
-    """Whether copy engines move what the GPUs exchange: the default where one host may have all GPUs."""
+    """Returns whether copy engines move data between the GPUs, which is the default if one host may have all GPUs."""
     return config.system.communication != "process_group" and 1 < num_gpus <= _GPUS_OF_ONE_HOST
 
 
@@ -167,7 +168,7 @@ def _implementation(config: Config) -> Implementation:
 
 
 def saved_bytes(config: Config, recompute: Recompute) -> float:
-    """Bytes for a token of the activations that are kept for backward."""
+    """Returns the bytes per token of the activations that are kept for backward."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
     block = block_of(model)
     layer = _layer_elements(config, recompute) * size
@@ -176,21 +177,21 @@ def saved_bytes(config: Config, recompute: Recompute) -> float:
         statistics += position_of(model).kept_statistics(model.n_head, model.kv_heads, model.qk_norm)
         layer += FP32_BYTES * statistics
         layer += 2 * model.n_embd if model.dropout else 0  # masks are booleans
-    missing = 0  # no residual comes into the first block
+    missing = 0  # the first block has no residual as input
     if recompute != "none" and block.passes_residual:
         missing = model.n_embd * size
     return model.n_layer * layer - missing + _last_bytes(config) + _INT64_BYTES
 
 
 def _last_bytes(config: Config) -> int:
-    """Bytes for a token that the norm before lm_head keeps: its input, and its output where the loss keeps that."""
+    """Returns the bytes per token that the last norm keeps: its input, and its output if the loss keeps it."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
     kept = 1 if _triton(config) else 2  # the Triton op keeps a gradient instead, which `_loss_bytes` counts
     return kept * model.n_embd * size + FP32_BYTES * norm_of(model).statistics
 
 
 def _layer_elements(config: Config, recompute: Recompute) -> float:
-    """Elements of a token that a block keeps for its backward."""
+    """Returns the elements per token that a block keeps for its backward."""
     model = config.model
     block, ffn = block_of(model), ffn_of(model)
     C, F, KD = model.n_embd, model.ffn_width, model.kv_heads * model.head_dim
@@ -198,43 +199,43 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     if recompute == "full":
         return inputs
     if recompute == "selective":
-        # Besides the inputs, the outputs of the matmuls and of attention. The FFN's last output is kept only where the
-        # next op is in the same block, or where no compiler sees that nothing needs it.
+        # Kept are the inputs, and the outputs of the matmuls and of attention. The FFN's last output is kept only if
+        # the next op is in the same block, or if no compiler sees that nothing needs it.
         last = 0 if block.passes_residual and config.system.compile else C
         hidden = sum(matmul.out for matmul in ffn.matmuls(C, F)[:-1])
         return inputs + 2 * C + last + (C + 2 * KD) + hidden
     position, implementation = position_of(model), _implementation(config)
-    kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; what follows keeps the normed sum
+    kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; the next op keeps the output of the norm
     kept += position.kept(C, KD, model.qk_norm) + C  # with attention's output
     kept += attention_of(model).kept(model.block_size, model.n_head) + ffn.kept(F, implementation)
     return kept if implementation == "triton" else kept + position.kept_by_pytorch(C, implementation == "compiled")
 
 
 def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[float, float]:
-    """Bytes of lm_head and the loss at their peak, and those of them that remain during the blocks' backward."""
+    """Returns the peak bytes of lm_head and the loss, and the bytes that remain during the backward of the blocks."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
     V, C = model.padded_vocab_size, model.n_embd
     kept = size * V * C if model.weight_tying else 0  # the gradient of lm_head waits for the embedding's
     dx = tokens * C * size
     if not _triton(config):
-        # Bytes of an element of the logits, as bench.measure.ops measures: compiled the logits and their gradient,
-        # else both in float32 too.
+        # Bytes per element of the logits, as bench.measure.ops measures them: when compiled, the logits and their
+        # gradient; otherwise both of them in float32 too.
         return tokens * V * (2 * size if config.system.compile else 2 * size + 2 * FP32_BYTES) + dx, kept
     rows = min(tokens, chunk_rows(V, size))
-    # The input, and the last block's residual, which a recomputed block has not kept.
+    # Alive are the input and, if blocks are recomputed, the last block's residual, which no block has kept.
     alive = 2 if recompute != "none" and block_of(model).passes_residual else 1
     copy = size * padded(V) * C if padded(V) > V else 0  # the weight with rows of zeros
     return rows * padded(V) * size + (1 + alive) * dx + copy + padded(V) * C * FP32_BYTES, kept
 
 
 def _backward_bytes(config: Config, recompute: Recompute) -> float:
-    """Bytes for a token of the gradients, and of what is computed again, inside the backward of one block."""
+    """Returns the bytes per token of the gradients and of recomputed tensors in the backward of one block."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
     C, F, packed = model.n_embd, model.ffn_width, model.n_embd + 2 * model.kv_heads * model.head_dim
     ffn = ffn_of(model)
-    # Gradients of attention's output, of q, k, v and of their projection; what the FFN and its norm kept is free again.
+    # Gradients of attention's output, of q, k, v and of their projection, less what the FFN and its norm have freed.
     attention = C + 2 * packed - ffn.kept(F, "triton") - 2 * C
     again = _layer_elements(config, "none") - _layer_elements(config, recompute)
     if recompute == "full" and not config.system.compile:
-        again += _layer_elements(config, "full")  # inputs stay until a block that is not compiled is done
+        again += _layer_elements(config, "full")  # a block that is not compiled holds its inputs until its end
     return size * (C + max(ffn.backward_peak(F), attention) + again)

@@ -1,6 +1,6 @@
-"""Memory and speed of a run on any known GPU, predicted before it starts. No torch here.
+"""Predicts the memory and speed of a run on any known GPU before the run starts. Loads no torch.
 
-`gptperf.plan.memory` predicts the memory and `gptperf.plan.step_time` the time; `plan` puts them together.
+`gptperf.plan.memory` predicts the memory and `gptperf.plan.step_time` the time; `plan` combines them.
 """
 
 from dataclasses import dataclass
@@ -32,20 +32,20 @@ class Plan:
     recompute: Recompute
     memory: Footprint
     limit_gb: float
-    """What PyTorch can allocate on the GPU."""
+    """Memory that PyTorch can allocate on the GPU."""
     parts_ms: dict[str, float]
-    """gemm, attention, memory_bound, optimizer, communication, other; they add up to an iteration."""
+    """gemm, attention, memory_bound, optimizer, communication and other; they add up to an iteration."""
     band: float
-    """Share by which the step time may be off."""
+    """Relative error that the predicted step time may have."""
     tokens_per_iter: int
     mfu: float | None
     """Strict MFU, 0..1; None where the peak is not known."""
     peak_basis: str
-    """What the MFU is taken against: dense, sparse or given."""
+    """The peak that the MFU is relative to: dense, sparse or given."""
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has the memory."""
+        """Whether the run fits into the memory of the GPU."""
         return self.memory.total_gb <= self.limit_gb
 
     @property
@@ -59,12 +59,12 @@ class Plan:
         return self.tokens_per_iter / self.step_ms * 1e3
 
     def days(self, tokens: float) -> float:
-        """Days that training on so many tokens takes."""
+        """Returns the days that training on this number of tokens takes."""
         return tokens / self.tokens_per_sec / 86400
 
 
 def unplannable(config: Config, gpu: Gpu | None) -> str | None:
-    """Why `plan` cannot predict this run on this GPU, or None when it can."""
+    """Returns why `plan` cannot predict this run on this GPU, or None if it can."""
     reason = unknown_memory(config.model)
     if reason is not None:
         return reason
@@ -85,15 +85,15 @@ def plan(
     recompute: Recompute = "none",
     reported_gb: float | None = None,
 ) -> Plan:
-    """Predict a run.
+    """Predicts the memory and speed of a run.
 
     Args:
         config: the run.
         gpu: a row of the table (`find_gpu`, `hardware.match_gpu`) that has a peak for the compute dtype.
         num_gpus: GPUs that share the iteration.
         strategy: what the GPUs shard.
-        recompute: what backward computes again.
-        reported_gb: memory that CUDA reports for this very device; default: from the table.
+        recompute: what backward recomputes.
+        reported_gb: memory that CUDA reports for this device; default: from the table.
 
     Raises:
         ValueError: the run cannot be predicted (see `unplannable`).

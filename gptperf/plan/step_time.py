@@ -1,8 +1,8 @@
-"""The time of a training step on a GPU, from its data sheet: a serial roofline. No torch here.
+"""Predicts the time of a training step from the data sheet of a GPU, as a serial roofline. Loads no torch.
 
-Matmuls run at a sustained share of the dense peak, attention at its own share, the memory-bound ops and the optimizer
-at a share of the memory bandwidth. Communication counts where no compute covers it. The shares were measured on an
-H200; those of other GPUs are assumptions and have a wider band.
+Matmuls run at a sustained share of the dense peak, attention at its own share, and the memory-bound ops and the
+optimizer at a share of the memory bandwidth. Communication counts where no compute covers it. The shares were measured
+on an H200; those of other GPUs are assumptions and have a wider band.
 """
 
 import dataclasses
@@ -18,9 +18,11 @@ from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 __all__ = ["parts_ms", "rates_of"]
 
 _GAPS_MS = 2.5
-"""Time between the kernels of a micro-batch: 2.3 ms in the step of llama_1.36b on an H200 that gave the rates."""
+"""Total idle time between the kernels of a micro-batch. It was 2.3 ms in the step of llama_1.36b on an H200 that gave
+the rates below."""
 _LONG_SEQUENCE = 128
-"""Attention over T tokens runs at T / (T + this) of the rate of a long sequence: its diagonal tiles are half empty."""
+"""Attention over T tokens runs at T / (T + this number) of the rate of a long sequence, because the diagonal tiles are
+half empty."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Rates:
     bus_byte_s: float
     """Bus bandwidth of an all-reduce for each GPU, as nccl-tests defines it."""
     band: float
-    """Share by which the step time may be off."""
+    """Relative error that the predicted step time may have."""
 
 
 _NARROW = 0.68
@@ -44,8 +46,9 @@ _NARROW = 0.68
 _MEASURED = 0.10
 _ASSUMED = 0.25
 # H200, PyTorch 2.11: products of llama_1.36b 692 TFLOP/s and of gpt2_124m 706 of 989.4; attention 319 at (16, 16, 2048,
-# 128) and 205 at (64, 12, 1024, 64), helper kernels included; copy 4.25 of 4.8 TB/s; all-reduce over four 355 GB/s. The
-# rest is assumed by analogy: the same share of the peak, FlashAttention-2 where cuDNN is not first, NVLink by its age.
+# 128) and 205 at (64, 12, 1024, 64), helper kernels included; copy 4.25 of 4.8 TB/s; all-reduce over four GPUs 355
+# GB/s. The others are assumed by analogy: the same share of the peak, FlashAttention-2 where cuDNN is not first, and
+# the NVLink of that generation.
 _BY_CAPABILITY = {
     (7, 0): Rates(0.70, 0.12, 0.88, 130e9, _ASSUMED),
     (8, 0): Rates(0.80, 0.45, 0.88, 230e9, _ASSUMED),
@@ -57,9 +60,9 @@ _BY_CAPABILITY = {
 }
 _PCIE_BUS_BYTE_S = 20e9
 _BESIDE_COMPUTE = 0.75
-"""Share of a collective's time that the step loses even where compute covers it: the collective takes bandwidth, power
-and, with NCCL, multiprocessors, and GPUs wait for each other. Four H200s lose 0.5 under DDP, 0.7 under ZeRO-1, 0.6 and
-0.9 under FSDP; with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
+"""Share of a collective's time that the step loses even if compute covers it, because the collective takes bandwidth,
+power and, with NCCL, multiprocessors, and because GPUs wait for each other. Four H200s lose 0.5 under DDP, 0.7 under
+ZeRO-1, 0.6 and 0.9 under FSDP; with NCCL 0.5 to 0.9 and 0.7 to 1.1 (bench/NOTES.md)."""
 _MEASURED_ON = ("H200",)
 # Rates of the memory-bound ops and of the optimizer, as shares of a copy's. Single kernels reach .92 to 1.03
 # (bench.measure.ops); a step also has ops that PyTorch adds.
@@ -68,7 +71,7 @@ _OPTIMIZER_OF_COPY = 0.98
 
 
 def rates_of(gpu: Gpu) -> Rates:
-    """The shares that training reaches on this GPU."""
+    """Returns the shares that training reaches on this GPU."""
     rates = _BY_CAPABILITY[gpu.capability]
     changes: dict[str, float] = {}
     if "PCIe" in gpu.name:
@@ -79,14 +82,14 @@ def rates_of(gpu: Gpu) -> Rates:
 
 
 def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recompute: Recompute) -> dict[str, float]:
-    """Predict the milliseconds of an iteration on one GPU, by part.
+    """Predicts the milliseconds of an iteration on one GPU, by part.
 
     Args:
         config: the run.
         gpu: a row of the GPU table that has a peak for the compute dtype.
         num_gpus: GPUs that share the iteration.
         strategy: what the GPUs shard.
-        recompute: what backward computes again.
+        recompute: what backward recomputes.
 
     Returns:
         gemm, attention, memory_bound, optimizer, communication and other; they add up to the iteration.
@@ -130,7 +133,7 @@ def _implementation(config: Config) -> Implementation:
 
 
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
-    """Bytes that the memory-bound ops move for one token, forward and backward."""
+    """Returns the bytes that the memory-bound ops move per token, forward and backward."""
     kept = _implementation(config) != "triton"
     moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype), logits_kept=kept)
     again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
@@ -138,7 +141,7 @@ def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
 
 
 def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
-    """Bytes that an iteration moves to add gradients up in float32, to take their norm, and to update the weights."""
+    """Returns the bytes that an iteration moves to add up gradients in float32, take their norm and update weights."""
     size = element_bytes(config.system.weight_copy_dtype)
     first, more, norm = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
     update = optimizer_of(config.optimizer).update_bytes(size if size < FP32_BYTES else 0)
@@ -149,12 +152,12 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
 def _communication_s(
     config: Config, rates: Rates, num_gpus: int, strategy: Strategy, micro_batches: float, compute_s: float
 ) -> float:
-    """Seconds that communication adds to an iteration.
+    """Returns the seconds that communication adds to an iteration.
 
-    Gradients are reduced during the last micro-batch's backward, which is two thirds of its time, where the blocks are
-    compiled apart or not at all. As one graph, backward hands all gradients over at its end, so that nothing covers
-    their reduction. NCCL moves gradients in `reduce_dtype`. Copy engines move them in the compute dtype, or in float32
-    where they were added up over micro-batches, and move sums in float32.
+    If the blocks are compiled separately or not at all, gradients are reduced during the last micro-batch's backward,
+    which is two thirds of its time. If the model is compiled as one graph, backward returns all gradients at its end,
+    so that nothing covers their reduction. NCCL moves gradients in `reduce_dtype`. Copy engines move them in the
+    compute dtype, or in float32 if they were added up over micro-batches, and move sums in float32.
     """
     if num_gpus == 1:
         return 0.0
@@ -174,8 +177,8 @@ def _communication_s(
     if strategy == "zero1":
         total = gather + reduce
         return max(total - compute_s / micro_batches, _BESIDE_COMPUTE * total)
-    # The first forward covers a gather that is done once, the last backward a reduction that is done once; all compute
-    # covers the rest.
+    # The first forward covers a gather that is done once, and the last backward a reduction that is done once. All
+    # compute covers gathers and reductions that are done in every micro-batch.
     forward, backward = compute_s / micro_batches / 3, 2 / 3 * compute_s / micro_batches
     gather_once, reduce_once = config.system.fsdp_gather_once, config.system.fsdp_reduce_once
     gather *= 1 if gather_once else 2 * micro_batches

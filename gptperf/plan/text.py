@@ -1,4 +1,4 @@
-"""A plan as text for the console and as a record for logs and JSON."""
+"""Converts a plan to text for the console and to a record for logs and JSON."""
 
 import dataclasses
 from typing import Any
@@ -10,17 +10,17 @@ from gptperf.plan.predict import Plan
 __all__ = ["STRATEGY_NAMES", "memory_text", "plan_lines", "plan_record"]
 
 STRATEGY_NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}
-"""Strategy -> its name for readers."""
+"""Strategy -> the name that is printed."""
 
 
 def memory_text(memory: Footprint) -> str:
-    """The parts of the memory in one line, largest first."""
+    """Returns the parts of the memory in one line, largest first."""
     parts = sorted(dataclasses.asdict(memory).items(), key=lambda part: -part[1])
     return ", ".join(f"{name.removesuffix('_gb')} {gb:.1f}" for name, gb in parts)
 
 
 def plan_record(given: Plan) -> dict[str, Any]:
-    """A plan as a flat record for logs and JSON."""
+    """Returns a plan as a flat record for logs and JSON."""
     return {
         "gpu": given.gpu,
         "num_gpus": given.num_gpus,
@@ -40,7 +40,7 @@ def plan_record(given: Plan) -> dict[str, Any]:
 
 
 def plan_lines(given: Plan) -> list[str]:
-    """A plan in two lines: memory, then time and speed."""
+    """Returns a plan in two lines: memory, then time and speed."""
     fit = "fits" if given.fits else "does NOT fit"
     low, high = given.tokens_per_sec / (1 + given.band), given.tokens_per_sec / (1 - given.band)
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in given.parts_ms.items())

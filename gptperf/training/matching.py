@@ -50,9 +50,8 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     Raises:
         CheckpointError: a key differs that must be equal; the message names all of them.
     """
-    before: dict[str, Any] = {
-        name: key.default for name, key in KEYS.items()
-    }  # for keys that came after the checkpoint
+    # A key that the checkpoint lacks came after it: the run had what is the default now.
+    before: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
     before |= {name: value for section in saved["config"].values() for name, value in section.items()} | saved["model"]
     now = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
     for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by what follows from them

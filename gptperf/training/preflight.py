@@ -130,7 +130,7 @@ def open_dataset(
         The manifest, the training tokens and the validation tokens.
 
     Raises:
-        DataError: the data set is missing or damaged, or has a token id that is not in the model's vocabulary.
+        DataError: the data set is missing or corrupt, or has a token id that is not in the model's vocabulary.
     """
     built_in = Path(data.data_dir) / BUILT_IN_DATASET
     if data.dataset == BUILT_IN_DATASET and process.is_main and not os.path.exists(built_in):

@@ -115,7 +115,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, what: str, name: str, repo: str, c
 
 def test_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DeviceError, match=r"pip install gptperf\[hf\]"):
+    with pytest.raises(DeviceError, match=r"pip install 'gptperf\[hf\]'"):
         prepare("openwebtext", quiet=True)
     assert list(Path("data").iterdir()) == []
 
@@ -137,7 +137,7 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("Compression type zstd not supported")
 
     fake_datasets(monkeypatch, compressed)
-    with pytest.raises(DeviceError, match=r"zstd not supported: pip install gptperf\[hf\]"):
+    with pytest.raises(DeviceError, match=r"zstd not supported: pip install 'gptperf\[hf\]'"):
         prepare("slimpajama_627b", quiet=True)
 
 

@@ -201,7 +201,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_command_prints_every_convention(capsys: pytest.CaptureFixture[str]) -> None:
     text = command(capsys, "configs/gpt2_124m.toml")
-    table = text[text.index("CONVENTIONS") : text.index("THE SAME BY PART")]
+    table = text[text.index("CONVENTIONS") : text.index("CONVENTIONS BY PART")]
     rows = {line.split("  ")[1]: line.split() for line in table.splitlines()[2:] if line}
     figures = {name: float(row[len(name.split())]) * 1e9 for name, row in rows.items()}
     for name, figure in figures.items():

@@ -93,7 +93,7 @@ def test_a_corrupt_file_is_skipped_with_a_warning(monkeypatch: pytest.MonkeyPatc
     found, said = loaded(LLAMA, 4, *WHERE)
     assert found is None
     assert len(said) == 1
-    assert said[0].startswith(f"{path}: not used, the ceilings have to be measured again: ")
+    assert said[0].startswith(f"{path}: not used, the ceilings must be measured again: ")
 
 
 def test_a_link_and_a_strangers_file_are_skipped_with_a_warning(

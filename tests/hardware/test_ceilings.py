@@ -153,7 +153,7 @@ def test_command_measures_once_and_then_reads(
     assert page["gemm_square_flop_s"] == pytest.approx(690e12)
     next(tmp_path.glob("gptperf/ceilings/*.json")).write_bytes(b"{}")
     assert main(["--measure", *ARGV]) == 0
-    assert "have to be measured again" in capsys.readouterr().err
+    assert "must be measured again" in capsys.readouterr().err
     assert len(runners) == 3
 
 
@@ -165,7 +165,7 @@ def test_without_a_gpu_there_is_one_clear_error() -> None:
     assert done.returncode == DeviceError.exit_code
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "torch sees none here; nearest: python -m gptperf.hardware" in done.stderr
+    assert "torch sees none; nearest: python -m gptperf.hardware" in done.stderr
     with pytest.raises(DeviceError, match="measured on a GPU"):
         measure(LLAMA, 4, "bfloat16")
 

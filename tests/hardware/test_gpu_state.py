@@ -160,6 +160,6 @@ def test_the_table_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert main([]) == 0
-    assert "No GPU is seen here: " in capsys.readouterr().out
+    assert "No GPU was found: " in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"found 'configs/tiny.toml' without --measure"):
         main(["configs/tiny.toml"])

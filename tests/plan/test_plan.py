@@ -182,7 +182,7 @@ def test_without_a_name_it_is_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hardware, "gpu_states", lambda: (here, None))
     assert plan.find_gpu(None).name == "H100 PCIe"
     here.clear()
-    with pytest.raises(ConfigError, match="no known GPU here; wanted --gpu=NAME"):
+    with pytest.raises(ConfigError, match="no known GPU in this machine; wanted --gpu=NAME"):
         main([])
 
 
