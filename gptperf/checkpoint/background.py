@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on.
+"""Writes checkpoints while training continues.
 
 A save has two phases. In the copy phase, the main thread copies the state of this step to host memory, and training
 waits for it. In the write phase, a thread writes the copies to disk, together with the threads of the other ranks,
