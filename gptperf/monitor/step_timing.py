@@ -20,12 +20,12 @@ WINDOW = 4
 """Steps in a window of the warm-up."""
 MOST_WARM_UP = 46
 STABLE = 0.01
-STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which
-compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that
-before it, at most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation
-at the end. Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and
-after the timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated,
-warm-up included."""
+STEP_PROTOCOL = f"""New random tokens in every step, one micro-batch per optimizer step. Warm-up: the first step, which
+compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that of
+the window before it, at most {MOST_WARM_UP} steps. A CUDA event is recorded after every timed step, and the device is
+synchronised once at the end. Figures are the median, the 10th and the 90th percentile. Energy is read from the GPU's
+own counter (NVML) before and after the timed steps; clocks and power are read while the last steps run. Peak memory is
+the largest that PyTorch had allocated, warm-up included."""
 
 Window = Callable[[int, int], list[float]]
 """A function that runs steps: (number of the first step, number of steps) -> milliseconds of each step. It synchronises
