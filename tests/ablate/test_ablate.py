@@ -1,4 +1,4 @@
-"""What a change is worth: equal tokens and FLOPs, paired differences, and a small ablation that is taken up again."""
+"""Ablations: equal tokens and FLOPs, paired differences, and a small ablation that is interrupted and continued."""
 
 import json
 import math
