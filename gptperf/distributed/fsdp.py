@@ -86,7 +86,7 @@ class FullySharded(Sharded):
         yield from (names for unit, names in others.items() if unit not in ("norm", "lm_head"))
 
     def _shards(self, group: BucketGroup) -> bool:
-        """Whether buckets of a group are dropped between uses; other buckets always stay whole on every rank."""
+        """Returns whether buckets of a group are dropped between uses; the others stay whole on every rank."""
         return group.fsdp_shards and self.world_size > 1
 
     def _reserve(self, layouts: Sequence[Layout]) -> None:
@@ -235,7 +235,7 @@ class FullySharded(Sharded):
             self._drop(bucket)
 
     def _waits_for_next(self, bucket: Bucket) -> bool:
-        """Whether a bucket's weights stay until the next micro-batch, whose forward begins with units 0 and 1."""
+        """Returns whether a bucket's weights stay for the next forward, which begins with units 0 and 1."""
         return self.gather_once or bucket in (*self._needs[0], *self._needs[1])
 
     def _reduce(self, bucket: Bucket) -> None:

@@ -35,7 +35,7 @@ class PeerMemory(Protocol):
         """Returns a new region of zeros. Collective: every rank must call it with the same arguments."""
 
     def holds(self, flat: Tensor) -> bool:
-        """Whether a buffer lies in a region of this rank."""
+        """Returns whether a buffer lies in a region of this rank."""
 
     def peer(self, flat: Tensor, rank: int) -> Tensor:
         """Returns the buffer at the same place in the memory of another rank."""

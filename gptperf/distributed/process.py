@@ -61,7 +61,7 @@ class Process:
             return (value / self.world_size).cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Returns whether the flag is set on any rank."""
         return bool(self.highest(int(flag)))
 
     def highest(self, value: int) -> int:

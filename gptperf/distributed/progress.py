@@ -1,4 +1,4 @@
-"""Where the main thread of a rank is, for the watchdog and its messages."""
+"""Tracks where the main thread of a rank is, for the watchdog and its messages."""
 
 import contextlib
 from collections.abc import Iterator

@@ -123,14 +123,14 @@ class Replicated:
         return self.collectives.wire_dtype(self.compute_dtype)
 
     def _travels(self, bucket: Bucket) -> bool:
-        """Whether the gradient of a micro-batch is reduced by itself, in its own dtype, from a borrowed buffer.
+        """Returns whether the gradient of a micro-batch is reduced by itself, in its own dtype, from a borrowed buffer.
 
         Otherwise it is first accumulated in `bucket.grad`, which is then reduced.
         """
         return self.single and bucket.group.uses_compute_dtype
 
     def _copied(self, group: BucketGroup) -> bool:
-        """Whether the model reads a copy of the master weights, in the compute dtype."""
+        """Returns whether the model reads a copy of the master weights, in the compute dtype."""
         return group.uses_compute_dtype and self.compute_dtype != torch.float32
 
     @torch.no_grad()

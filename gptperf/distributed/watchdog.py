@@ -181,7 +181,7 @@ class Watchdog:
         late.start()
 
     def _said(self, text: str) -> bool:
-        """Whether the rank that failed first has published the same text."""
+        """Returns whether the rank that failed first has published the same text."""
         assert self._store is not None
         for _ in range(15):
             if self._store.check(["failed"]):

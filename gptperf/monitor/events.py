@@ -84,7 +84,7 @@ class StartupInfo(TypedDict, total=False):
     peak_basis: str
     peak_source: str
     peak_hint: str
-    """Why there is no peak, from `gptperf.hardware.no_peak_hint`; present only without one."""
+    """The reason why there is no peak, from `gptperf.hardware.no_peak_hint`; present only without a peak."""
     flops_per_token: float
     convention: str
     attention_ffn_ratio: float

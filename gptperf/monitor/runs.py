@@ -67,7 +67,7 @@ class LoggedRun:
     tokens_per_sec: float | None
     mfu_percent: float | None
     mfu_convention: str | None
-    """How the FLOPs are counted, and the basis of the peak where it is not dense."""
+    """Name of the convention that counts the FLOPs, and the basis of the peak if it is not dense."""
     peak_gb: float | None
     """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None

@@ -58,7 +58,7 @@ def _definitions(source: str) -> Iterator[str]:
 
 
 def _computes_nothing(node: ast.stmt) -> bool:
-    """Whether a statement is an import, a docstring (of a constant too) or `__all__`."""
+    """Returns whether a statement is an import, a docstring (of a constant too) or `__all__`."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if isinstance(node, ast.Assign | ast.AugAssign):

@@ -1,4 +1,4 @@
-"""What must be equal for a run to continue from a checkpoint, and what may differ with a warning.
+"""Decides what must be equal for a run to continue from a checkpoint, and what may differ with a warning.
 
 A key that determines the weights, the numbers or the order of the data must be equal. Other keys may differ, and so may
 the versions and the layout that the bits depend on; the run then continues, but it is not bit for bit the run without

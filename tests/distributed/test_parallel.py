@@ -196,7 +196,7 @@ def test_how_often_weights_are_gathered(results: Callable[[int], Results], model
 
 
 def test_an_overflow_in_one_share_is_one_for_all(tmp_path: Path) -> None:
-    """Of float16: no process updates, and the scale falls in all of them."""
+    """In float16, an overflow in one shard makes every rank skip the update and lower the scale."""
     flags = [*SMALL, "--device=cpu", "--dtype=float16", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
     cases = {name: {"flags": [*flags, *STRATEGIES[name]], "overflow": 2} for name in ("ddp", "zero1", "fsdp")}
     for name, ranks in spawn(2, cases, tmp_path).items():
