@@ -1,8 +1,8 @@
 """The whole bench, cell by cell: `python -m bench [--only CELL ...] [--quick] [--out DIR] [--fresh] [--list]`.
 
 Every cell writes its own file when it is done, so that an interrupted run continues where it stopped: a cell that has
-a result with the same sources, versions, driver and device is not measured again. A cell that fails is a result with
-its reason. At the end a report is written beside the results.
+a result with the same sources, versions, driver and device is not measured again. A cell that fails also has a result,
+with the reason. At the end a report is written beside the results.
 """
 
 import argparse

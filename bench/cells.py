@@ -19,17 +19,17 @@ class Cell:
 
     name: str
     budget_s: float
-    """Rough guess of its time on an H200, or on any machine for a cell that needs no GPU."""
+    """Estimated time on an H200, or on any machine for a cell that needs no GPU."""
     gpu: bool = True
     alone: bool = False
-    """Run in a process of its own, so that it has all of the memory."""
+    """Whether the cell runs in a process of its own, so that all of the memory is free."""
     quick_s: float | None = None
-    """Rough guess for the short form in `--quick`; None: the cell is not part of `--quick`."""
+    """Estimated time of the short form in `--quick`; None if the cell is not part of `--quick`."""
     needs: tuple[str, ...] = ()
     """Cells whose results this cell uses."""
 
     def seconds(self, quick: bool) -> float:
-        """Guess of the time of the short or of the full form."""
+        """Returns the estimated time of the short or the full form."""
         return self.quick_s if quick and self.quick_s is not None else self.budget_s
 
 
@@ -40,7 +40,7 @@ _QUICK_OPS = ("ops/rms_norm/65536x768", "ops/swiglu/65536x2048")
 
 
 def all_cells() -> tuple[Cell, ...]:
-    """Returns every cell in the order of measurement: a cell stands after the cells that it needs."""
+    """Returns every cell in the order of measurement: a cell comes after the cells that it needs."""
     cells = [Cell(f"micro/{name}", 10, gpu=False, quick_s=_QUICK_MICRO_S.get(name)) for name in MICRO]
     cells.append(Cell("loader", 75, gpu=False, quick_s=12))
     for model in MODELS:
@@ -49,7 +49,7 @@ def all_cells() -> tuple[Cell, ...]:
         cells.append(ceilings)
         for variant in STEP_VARIANTS:
             seconds = (90 if large else 45) if "compiled" in variant else (60 if large else 35)
-            # The whole of a quick step is in the waterfall's cell, which compiles the same model once.
+            # `--quick` has no step cells: the waterfall's cell measures the same step, and compiles the model once.
             cells.append(Cell(f"step/{model}/{variant}", seconds, alone=True, needs=(ceilings.name,)))
         seconds = 70 if large else 40
         quick_s = 45 if quick else None
@@ -67,10 +67,10 @@ def all_cells() -> tuple[Cell, ...]:
 
 
 def select(only: Sequence[str], quick: bool) -> list[Cell]:
-    """Selects cells by name, with the cells that they need.
+    """Selects cells by name, together with the cells that they need.
 
     Args:
-        only: Names or their beginnings, up to a slash: "step/llama_1.36b"; empty: all cells.
+        only: Names or their beginnings up to a slash, such as "step/llama_1.36b"; empty selects all cells.
         quick: Select only the cells of `--quick`, unless `only` names some.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The results of the bench: a folder with a JSON file for each cell, which says how it was made. No torch here."""
+"""The results of the bench: a folder with a JSON file for each cell, which says how it was measured. No torch here."""
 
 import datetime
 import hashlib
@@ -20,22 +20,22 @@ Record = dict[str, Any]
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 _MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/cells.py", "bench/measure/*.py")
-"""Patterns of the files that can change a figure."""
+"""Patterns of the source files that can change a figure."""
 _NEEDED = ("cell", "status", "date", "environment", "results", "schema")
 
 
 def now() -> str:
-    """The time now in UTC, ISO 8601."""
+    """Returns the current time in UTC, as ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def cell_path(folder: Path, cell: str) -> Path:
-    """Path of the file of a cell."""
+    """Returns the path of the file of a cell."""
     return folder / f"{cell.replace('/', '__')}.json"
 
 
 def _finite(value: Any) -> Any:
-    """Replaces numbers that are not finite by None, as JSON has no NaN."""
+    """Replaces numbers that are not finite with None, because JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -44,7 +44,7 @@ def _finite(value: Any) -> Any:
 
 
 def write(folder: Path, record: Record) -> Path:
-    """Writes the file of a cell, whole or not at all, and returns its path.
+    """Writes the file of a cell, completely or not at all, and returns its path.
 
     Raises:
         DiskError: The file cannot be written.
@@ -85,7 +85,7 @@ def load_folder(folder: Path) -> dict[str, Record]:
 
 
 def identity(record: Record) -> tuple[Any, ...]:
-    """Returns what must be the same for a result to stand: device, driver, versions, sources, full or quick form."""
+    """Returns the facts that must be equal for a result to be valid: device, driver, versions, sources and form."""
     made_by = record["environment"]
     source = made_by.get("source", {})
     versions = tuple(sorted((name, str(version)) for name, version in made_by.get("versions", {}).items()))
@@ -101,7 +101,7 @@ def source_state(root: Path = ROOT) -> dict[str, Any]:
     """Returns the commit, whether tracked files differ from it, and a digest of the files that can change a figure.
 
     Returns:
-        commit and dirty (None where git does not know), digest.
+        commit and dirty (None if git does not know), digest.
     """
     digest = hashlib.sha256()
     for path in _sources(root):
@@ -123,14 +123,14 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def default_folder(environment: Mapping[str, Any], root: Path = ROOT) -> Path:
-    """Returns out/bench/DEVICE-COMMIT: the results of other commits stay, to compare with."""
+    """Returns out/bench/DEVICE-COMMIT, so that the results of other commits stay for comparison."""
     source = environment["source"]
     device = re.sub(r"[^a-z0-9]+", "_", str(environment["device"]).lower()).strip("_")
     return root / "out" / "bench" / f"{device}-{(source['commit'] or source['digest'])[:9]}"
 
 
 def guarded(row: Record, work: Callable[[], Any]) -> Any:
-    """Does a piece of work; an error becomes the `error` of the row, and None is returned."""
+    """Runs `work` and returns its result; an error is stored as the `error` of the row, and None is returned."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001 - rivals raise errors of any class, and an error is a result

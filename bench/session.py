@@ -1,4 +1,4 @@
-"""One run of the bench: decides which cells to measure, has the worker measure them, and prints how it goes."""
+"""One run of the bench: decides which cells to measure, has the worker measure them, and prints the progress."""
 
 import time
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ def run(cells: Sequence[Cell], out: Path | None, *, quick: bool, fresh: bool, on
     """Measures cells and writes the report.
 
     Args:
-        cells: Cells to measure, in this order; without a GPU those that need one are left out.
-        out: Folder of the results; None: the default folder of this device and commit.
-        quick: Measure the short form of the cells, within `QUICK_S`.
-        fresh: Measure also the cells whose result stands.
-        only_list: Print the cells with their budget, and measure nothing.
+        cells: Cells to measure, in this order. Without a GPU, cells that need one are left out.
+        out: Folder of the results; default: the folder of this device and commit.
+        quick: Whether to measure the short form of the cells, within `QUICK_S`.
+        fresh: Whether to measure the cells that have a valid result too.
+        only_list: Whether to print the cells with their budget and measure nothing.
 
     Returns:
         Number of cells that failed.
@@ -60,7 +60,7 @@ def run(cells: Sequence[Cell], out: Path | None, *, quick: bool, fresh: bool, on
     with Worker(interpreter=not on_gpu) as worker:
         failed, left_out = _run([c for c in possible if c.name not in done], folder, shared, worker, begun)
     if left_out:
-        print(f"\nleft out, there was no time: {', '.join(left_out)}")
+        print(f"\nleft out for lack of time: {', '.join(left_out)}")
     if possible and folder.is_dir():
         _report(folder)
     print(f"{time.monotonic() - begun:.0f} s, {failed} failed")
@@ -68,7 +68,7 @@ def run(cells: Sequence[Cell], out: Path | None, *, quick: bool, fresh: bool, on
 
 
 def _environment(worker: Worker) -> dict[str, Any]:
-    """Asks the worker for device, driver and versions: this process never touches the GPU.
+    """Asks the worker for device, driver and versions, because this process must not use the GPU.
 
     Raises:
         DeviceError: The worker ended without an answer.
@@ -81,7 +81,7 @@ def _environment(worker: Worker) -> dict[str, Any]:
 
 
 def _stands(folder: Path, cell: Cell, mark: tuple[Any, ...]) -> Record | None:
-    """Returns the result of a cell that need not be measured again, or None."""
+    """Returns the result of a cell if it is valid and need not be measured again, else None."""
     path = results.cell_path(folder, cell.name)
     if not path.exists():
         return None
@@ -90,7 +90,7 @@ def _stands(folder: Path, cell: Cell, mark: tuple[Any, ...]) -> Record | None:
 
 
 def _budget(cells: Sequence[Cell], done: Sequence[str], folder: Path, quick: bool) -> list[str]:
-    """Lists the cells with the seconds that each took before or may take."""
+    """Returns a line for each cell, with the seconds that it took before or is estimated to take."""
     lines, total = [], 0.0
     for cell in cells:
         if cell.name in done:
@@ -104,7 +104,7 @@ def _budget(cells: Sequence[Cell], done: Sequence[str], folder: Path, quick: boo
 
 
 def _expected(cell: Cell, folder: Path, quick: bool) -> float:
-    """Seconds that a cell took before, or else its guess."""
+    """Returns the seconds that a cell took before, or else its estimate."""
     path = results.cell_path(folder, cell.name)
     before = results.read(path) if path.exists() else {}
     if before.get("status") == "done" and before.get("quick") == quick:
@@ -113,7 +113,7 @@ def _expected(cell: Cell, folder: Path, quick: bool) -> float:
 
 
 def _run(cells: Sequence[Cell], folder: Path, shared: Record, worker: Worker, begun: float) -> tuple[int, list[str]]:
-    """Measures cells; returns how many failed, and the names of those that were left out for want of time."""
+    """Measures cells. Returns how many failed, and the names of those that were left out for lack of time."""
     failed, left_out = 0, []
     for number, cell in enumerate(cells, 1):
         passed = time.monotonic() - begun
@@ -142,7 +142,7 @@ def _measure(worker: Worker, cell: Cell, folder: Path, shared: Record, timeout_s
         answer = worker.ask(job, timeout_s)
     except WorkerEnded as error:
         answer = {"status": "failed", "reason": str(error), "results": {}, "config": None, "ops": None}
-    if cell.alone or answer["status"] == "failed":  # a failure may leave the device unusable for the process
+    if cell.alone or answer["status"] == "failed":  # after a failure the process may be unable to use the device
         worker.close()
     record = {**shared, "cell": cell.name, "date": results.now(), "seconds": time.monotonic() - begun, **answer}
     results.write(folder, record)
@@ -150,7 +150,7 @@ def _measure(worker: Worker, cell: Cell, folder: Path, shared: Record, timeout_s
 
 
 def _report(folder: Path) -> None:
-    """Writes the report, or prints how to get it."""
+    """Writes the report, or prints how to get one if a package is missing."""
     try:
         paths = write_reports(folder)
     except DeviceError as error:

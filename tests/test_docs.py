@@ -1,4 +1,4 @@
-"""What the pages say is there: files, links, and the example of a plugin."""
+"""Files, modules and links that the pages name exist, and the plugin example of the overview works."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The doctor on machines that are well, and on machines where something is broken."""
+"""The doctor on working machines, and on machines where something is broken."""
 
 import json
 import os

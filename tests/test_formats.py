@@ -1,4 +1,4 @@
-"""One way to print a number, a duration and a value."""
+"""Numbers, durations and values as text."""
 
 import statistics
 from typing import Any

@@ -1,4 +1,4 @@
-"""Who may import whom, and what no module does."""
+"""Rules for the whole project: which package may import which, and things that no module may do."""
 
 import ast
 import graphlib
@@ -29,7 +29,7 @@ api
 sample prepare hugging_face doctor
 train
 """
-"""From the ground up: a module imports its own package and the packages on lines above its own, nothing else."""
+"""Packages, the lowest first. A module imports its own package and packages on the lines before it, nothing else."""
 
 WITHOUT_TORCH = [
     "errors cards files formats registry ops config config.command_line api train sample prepare doctor",
@@ -41,7 +41,7 @@ WITHOUT_TORCH = [
 
 
 def _module(path: Path) -> str:
-    """The dotted name under which a file is imported; `kernels/` is `gptperf.kernels`."""
+    """Returns the dotted name under which a file is imported; `kernels/` is `gptperf.kernels`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("gptperf", *parts) if parts[0] == "kernels" else parts
     return ".".join(parts).removesuffix(".__init__")
@@ -51,7 +51,7 @@ MODULES = {_module(path): path for path in (*FILES, *KERNELS, *BENCH)}
 
 
 def _named(path: Path) -> Iterator[str]:
-    """Every module that a file imports at any depth: by a statement, by `import_module`, or by a table of names."""
+    """Yields every module that a file imports at any depth: by a statement, by `import_module` or from a table."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

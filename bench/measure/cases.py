@@ -1,9 +1,9 @@
-"""What `bench.measure.ops` measures: ops, shapes, inputs, the least bytes, and the implementations beside ours.
+"""The cases that `bench.measure.ops` measures: ops, shapes, inputs, least bytes, and the implementations besides ours.
 
-A rival is imported only when it is measured. Each gets its inputs in the form in which it is fastest: weights of norms
-in bfloat16 for `liger`, `torch_native` and cuDNN's RMSNorm (ours, eager and compiled have them in float32, as the model
-does); gate and up in two tensors for Liger's SwiGLU. RoPE takes the packed projection, except `liger_separate`, which
-rotates q and k in two tensors of their own and does not move v.
+A rival (an implementation of another project) is imported only when it is measured. Each rival gets its inputs in the
+form in which it is fastest: weights of norms in bfloat16 for `liger`, `torch_native` and cuDNN's RMSNorm (ours, eager
+and compiled have them in float32, as the model does); gate and up in two tensors for Liger's SwiGLU. RoPE takes the
+packed projection, except in `liger_separate`, which rotates q and k in two tensors of their own and does not move v.
 """
 
 import importlib
@@ -27,19 +27,19 @@ Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 OURS, YARDSTICKS = "triton", ("copy", "gemm")
 LOSS_OP = "linear_cross_entropy"
-EPS = 1e-5  # the default of ours, of eager and of compiled
+EPS = 1e-5  # the default of our kernels and of eager
 
 
 @dataclass(frozen=True)
 class Op:
-    """Shapes and implementations with which an op is measured."""
+    """An op with the shapes and implementations that are measured."""
 
     shapes: tuple[Shape, ...]
     impls: tuple[str, ...]
     small: Shape
-    """Small shape for errors, in Triton's interpreter too."""
+    """Small shape for the measurement of errors, which Triton's interpreter can run too."""
     real: Shape
-    """Shape for errors, with the width of a model."""
+    """Shape with the width of a model, for the measurement of errors."""
 
 
 NORM = ((32768, 2048), (65536, 768), (16384, 4096), (8192, 8192))  # M, N
@@ -67,10 +67,11 @@ HOST_SHAPES: dict[str, Callable[[int], Shape]] = {
 
 
 def least_bytes(op: str, shape: Shape) -> dict[str, int]:
-    """Returns direction -> least bytes that an op of 2-byte elements moves: it reads inputs and writes outputs once.
+    """Returns direction -> the least bytes that an op on 2-byte elements moves: every input and output once.
 
     Parameters of norms and tables of rope are float32, and so are the statistics of a row, which forward writes and
-    backward reads. With the residual add, backward reads two gradients and writes the one of both inputs once.
+    backward reads. With the residual add, backward reads two gradients and writes once the gradient that both inputs
+    share.
     """
     if "norm" in op:
         M, N = shape
@@ -83,7 +84,7 @@ def least_bytes(op: str, shape: Shape) -> dict[str, int]:
         moved = 2 * (2 * B * T * (H + 2 * K) * D) + 2 * (4 * T * D // 2)
         return {"forward": moved, "backward": moved}
     if op == "linear_cross_entropy":
-        return {}  # bound by its matrix products
+        return {}  # limited by its matrix products, not by memory
     M, d_ff = shape
     if op == "swiglu_recompute":
         return {"backward": 2 * 6 * M * d_ff}
@@ -130,13 +131,13 @@ def make_inputs(
 
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:
-    """Returns the inputs that have a gradient, and makes them require it."""
+    """Returns the inputs that get a gradient, with `requires_grad` set."""
     with_gradient = (name for name, x in inputs.items() if x.is_floating_point() and name not in ("cos", "sin"))
     return {name: inputs[name].requires_grad_() for name in with_gradient}
 
 
 def call(function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs) -> Outputs:
-    """Calls a function that has the signature of the op's reference; returns its outputs as a tuple."""
+    """Calls a function that has the signature of the op's reference, and returns its outputs as a tuple."""
     positional = [x for name, x in inputs.items() if name != "residual"]
     heads = (shape[1], shape[4]) if op == "rope" else ()
     outputs = function(*positional, *heads, **{k: v for k, v in inputs.items() if k == "residual"})
@@ -165,7 +166,7 @@ class Implementation:
     own: Callable[[Inputs], Inputs] = dict
     """Converts the op's inputs to the form that `run` takes."""
     overwrites: bool = False
-    """Backward writes into tensors that it reads, so that they drift from call to call."""
+    """Whether backward writes into tensors that it reads, so that their values drift from call to call."""
 
 
 def implementation(name: str, op: str, shape: Shape) -> Implementation:
@@ -184,7 +185,7 @@ def implementation(name: str, op: str, shape: Shape) -> Implementation:
         case "torch_native":
             return Implementation(_norm(op, F.rms_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS)), _low)
         case "cudnn":
-            norm = importlib.import_module("cudnn.ops.norm")  # graphs with a plan a shape, TRAINING phase
+            norm = importlib.import_module("cudnn.ops.norm")  # graphs with one plan per shape, TRAINING phase
             rms = partial(_without_shape, norm.rms_norm)
             run = _norm(op, rms, lambda x, w, b: norm.layer_norm(x, w.shape, w, b, EPS))
             return Implementation(run, _low if op == "rms_norm" else dict)
@@ -198,7 +199,7 @@ def _compiled(op: str) -> Callable[..., Any]:
 
     def rope(*arguments: Any) -> Outputs:
         q, k, v = function(*arguments)
-        return q, k, v.contiguous()  # autograd would differentiate a view outside of the graph, at a high cost
+        return q, k, v.contiguous()  # autograd would differentiate a view outside the graph, at a high cost
 
     return torch.compile(rope, fullgraph=True, dynamic=False)
 
@@ -233,7 +234,7 @@ def _liger_norm(op: str) -> Implementation:
     if op == "rms_norm_add":
         add_norm = _liger_function("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
         return Implementation(lambda t: add_norm(t["x"], t["residual"], t["weight"], EPS, 0.0, "llama", False), _low)
-    if op == "rms_norm":  # in place by default: the gradient of x overwrites that of y
+    if op == "rms_norm":  # by default it works in place: the gradient of x overwrites that of y
         rms = _liger_function("rms_norm", "LigerRMSNormFunction")
         run = _norm(op, lambda x, _, w, eps: rms(x, w, eps, 0.0, "llama", True, None), F.layer_norm)
         return Implementation(run, _low, overwrites=True)

@@ -1,14 +1,13 @@
-"""Measures the training loader: tokens a second and resident memory. `python -m bench.measure.loader [--json=PATH]`
+"""Measures the training loader: tokens per second and resident memory. `python -m bench.measure.loader [--json=PATH]`
 
-Protocol. Each case is one process-wide `Loader` of rank 0 of 1 with 8 micro-batches a step and a batch of
-about 16,384 tokens, consumed as fast as it delivers, in the page-locked setting of a machine without a GPU
-(off). After 0.5 s of warm-up come 5 windows of 1 s; the figure is the median window and the spread is (max -
-min) / median. The data is a temporary set of 64 million random tokens, in the page cache: this measures
-gptperf, not a disk.
+Protocol. Each case is one `Loader` of rank 0 of 1 with 8 micro-batches per step and a batch of about 16,384 tokens,
+consumed as fast as it delivers. Memory is not page-locked, as on a machine without a GPU. After 0.5 s of warm-up there
+are 5 windows of 1 s; the figure is the median window, and the spread is (max - min) / median. The data is a temporary
+set of 64 million random tokens in the page cache, so this measures gptperf and not a disk.
 
-One case reads a data set of 100 GB whose shards are sparse files (headers and manifest are valid, the tokens are
-holes that read as zeros), to see that resident memory does not grow with the data: RSS is read before the loader
-starts and after the last window. The kernel fills fresh pages for the holes, so this rate is lower.
+One case reads a data set of 100 GB to show that resident memory does not grow with the data. Its shards are sparse
+files: headers and manifest are valid, and the tokens are holes that read as zeros. The RSS is read before the loader
+starts and after the last window. The kernel fills new pages for the holes, so this rate is lower.
 """
 
 import argparse
@@ -37,7 +36,7 @@ SHARD_TOKENS = 100_000_000
 
 
 def write_sparse_dataset(path: Path, *, size_bytes: int, dtype: str, shard_tokens: int = SHARD_TOKENS) -> Path:
-    """Writes a data set of about `size_bytes` whose tokens are holes: zeros that take no room on the disk."""
+    """Writes a data set of about `size_bytes` bytes whose tokens are holes: zeros that take no space on the disk."""
     itemsize = DTYPES[dtype].itemsize
     count = max(1, size_bytes // (itemsize * shard_tokens))
     return _write_dataset(path, dtype=dtype, sizes=[shard_tokens] * count, fill=None)
@@ -50,7 +49,7 @@ def write_random_dataset(path: Path, *, tokens: int, dtype: str, shard_tokens: i
 
 
 def _write_dataset(path: Path, *, dtype: str, sizes: list[int], fill: np.random.Generator | None) -> Path:
-    """Writes shards without their true checksums; validation is one more shard."""
+    """Writes shards with checksums of zeros; the validation split is one more shard."""
     path.mkdir(parents=True)
     itemsize = DTYPES[dtype].itemsize
     vocab_size = 50_257 if dtype == "uint16" else 200_019
@@ -97,7 +96,7 @@ def rss_bytes() -> int:
 
 
 def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 1.0) -> dict[str, Any]:
-    """Measures one case by the protocol above."""
+    """Measures one case by the protocol at the top of this file."""
     batch_size = max(1, BATCH_TOKENS // block_size)
     with TokenSource.open(path, "train") as source:
         before = rss_bytes()
@@ -121,7 +120,7 @@ def measure(path: Path, block_size: int, *, windows: int = 5, window_s: float = 
 
 
 def _consume(loader: Loader, seconds: float) -> float:
-    """Returns micro-batches a second over at least `seconds`."""
+    """Returns micro-batches per second, over at least `seconds` seconds."""
     count, begin = 0, time.perf_counter()
     while (passed := time.perf_counter() - begin) < seconds:
         next(loader)
@@ -132,14 +131,14 @@ def _consume(loader: Loader, seconds: float) -> float:
 def measure_all(
     folder: Path, *, tokens: int = RANDOM_TOKENS, windows: int = 5, window_s: float = 1.0, few: bool = False
 ) -> list[dict[str, Any]]:
-    """Measures every case, or one with `few`, and prints the table.
+    """Measures every case, or only one with `few`, and prints the table.
 
     Args:
         folder: Folder for the data sets.
-        tokens: Tokens of a random data set.
-        windows: Windows of a case.
-        window_s: Seconds of a window.
-        few: Measure one data type and one block size only.
+        tokens: Number of tokens of a random data set.
+        windows: Number of windows per case.
+        window_s: Length of a window in seconds.
+        few: Whether to measure only one data type and one block size.
     """
     columns = f"{'data set':14s} {'GB':>6s} {'dtype':7s} {'T':>5s} {'B':>4s} {'Mtok/s':>8s} {'spread':>7s}"
     print(f"{columns} {'RSS MB':>15s}")
@@ -163,7 +162,7 @@ def measure_all(
 
 
 def main() -> None:
-    """Runs all cases, prints the table and writes the JSON file that the command line names."""
+    """Runs all cases, prints the table, and writes the JSON file if the command line names one."""
     parser = argparse.ArgumentParser(prog="python -m bench.measure.loader", description="Measure the training loader.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")

@@ -1,4 +1,4 @@
-"""The models and variants whose training step is measured. No torch here."""
+"""The models and variants whose training step is measured. This module does not import torch."""
 
 import dataclasses
 import typing
@@ -29,8 +29,8 @@ PLANNED = {
     "gpt2_openai_124m/batch_32": ["configs/gpt2_openai_124m.toml", "--batch_size=32"],
     "gpt2_774m/batch_12": [*_GPT2, "--n_layer=36", "--n_embd=1280", "--n_head=20", "--batch_size=12"],
 }
-"""Runs whose plan is compared with a measurement. The plan's rates are fitted to the first and the sixth run, and no
-formula of it to the last."""
+"""Runs whose plan is compared with a measurement. The rates of the plan are fitted to the first and the sixth run; no
+formula of the plan is fitted to the last run."""
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
     "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
@@ -45,7 +45,7 @@ DEFAULT_VARIANT = "triton+compiled"
 
 
 def resolve(model: str, variant: str) -> Config:
-    """Returns the configuration of a cell, with one micro-batch a step; needs the repository root as working directory.
+    """Returns the configuration of a cell, with one micro-batch per step. Call it in the root folder of the repository.
 
     Raises:
         ConfigError: The configuration file is missing.
@@ -54,7 +54,7 @@ def resolve(model: str, variant: str) -> Config:
 
 
 def planned(name: str) -> Config:
-    """Returns the configuration of one of `PLANNED` in the default variant; one micro-batch a step unless it sets more.
+    """Returns the configuration of one of `PLANNED` in the default variant, with one micro-batch per step by default.
 
     Raises:
         ConfigError: The configuration file is missing.

@@ -1,7 +1,7 @@
-"""What monitoring costs: steps of which some are watched, beside steps of which none is.
+"""Measures the cost of monitoring: windows in which some steps are watched, against windows without watched steps.
 
-A watched step does what a run does at a log line: the figures of `gptperf.monitor.gradients` are computed on the
-device, and the host reads them before it enqueues the next step. Writing the line to console and journal is not
+In a watched step, as at the log line of a run, the figures of `gptperf.monitor.gradients` are computed on the device,
+and the host reads them before it enqueues the next step. The time to write the line to console and journal is not
 measured.
 """
 
@@ -21,11 +21,11 @@ from gptperf.training.step import train_step
 __all__ = ["INTERVAL", "PROTOCOL", "measure"]
 
 INTERVAL, STEPS, WINDOWS = 10, 20, 6
-PROTOCOL = f"""One engine, fresh random tokens a step, one optimizer step a micro-batch. Warm-up: a watched window.
-Then {WINDOWS} windows of {STEPS} steps between CUDA events, unwatched and watched ones, a b b a a b, with one
-synchronisation at the end of each; in a watched one every {INTERVAL}th step is watched. Figures are the median, the
-10th and the 90th percentile of the windows. What a watched step takes more is the median of it and the step after it,
-which waits for the host, over two others of the same window."""
+PROTOCOL = f"""One engine, new random tokens in every step, one micro-batch per optimizer step. Warm-up: one watched
+window. Then {WINDOWS} windows of {STEPS} steps between CUDA events, unwatched (a) and watched (b) in the order a b b a
+a b, with one synchronisation at the end of each. In a watched window every {INTERVAL}th step is watched. Figures are
+the median, the 10th and the 90th percentile of the windows. The additional time of a watched step is the median of its
+time and that of the step after it, which waits for the host, minus the time of two other steps of the same window."""
 
 
 def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
 
 
 def _is_watched(step: int) -> bool:
-    """Whether a step is watched: in the middle of an interval, so that the step it delays is in the same window."""
+    """Returns whether a step is watched: the middle one of an interval, so that the next step is in the same window."""
     return step % INTERVAL == INTERVAL // 2
 
 

@@ -1,4 +1,4 @@
-"""Errors of eager and of ours against float64, for every output and gradient of an op."""
+"""Measures the errors of eager and of our kernels against float64, for every output and gradient of an op."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ def dtypes_of(op: str) -> tuple[str, ...]:
 def outputs_and_gradients(
     function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Returns outputs and gradients of the inputs by name; the incoming gradients are rounded to `dtype`."""
+    """Returns the outputs and the gradients of the inputs by name. The incoming gradients are rounded to `dtype`."""
     wanted = leaves(inputs)
     outputs = call(function, op, shape, inputs)
     generator = torch.Generator(outputs[0].device).manual_seed(1)
@@ -51,7 +51,7 @@ def exact(op: str, shape: Shape, inputs: Inputs, dtype: torch.dtype) -> dict[str
 
 
 def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
-    """Returns the errors of eager and of ours, a row for each output and gradient of one op.
+    """Returns the errors of eager and of our kernel, with a row for each output and gradient of one op.
 
     Args:
         op: One of `bench.measure.cases.OPS`.
@@ -60,8 +60,8 @@ def error_rows(op: str, shape: Shape, dtype: str, device: str) -> list[Row]:
         device: Device of the tensors.
 
     Returns:
-        Errors divided by the root mean square of the exact result, and ours divided by eager's (None where eager has
-        no error).
+        Errors divided by the root mean square of the exact result, and our error divided by that of eager (None if
+        eager has no error).
     """
     low, parameters = DTYPES.get(dtype, torch.bfloat16), DTYPES.get(dtype, torch.float32)
     inputs = partial(make_inputs, op, shape, 0, device, low, parameters)

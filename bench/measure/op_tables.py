@@ -1,4 +1,4 @@
-"""The rows of ops, of their host time and of their errors as text."""
+"""Formats the rows of timed ops, of host times and of errors as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Text of the rows of one op at one shape, with the verdict."""
+    """Returns the table of one op at one shape, with the verdict."""
     loss = rows[0]["op"] == LOSS_OP
     shape = "x".join(map(str, rows[0]["shape"]))
     lines = [f"{rows[0]['op']} {shape}"]
@@ -46,7 +46,10 @@ def _span(cell: Row, digits: int) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Compares ours with the fastest rival of the same work, norms also with compiled; above 1 ours is faster."""
+    """Returns a line that compares our kernel with the fastest rival of the same work, or no line.
+
+    Above 1 our kernel is faster. Norms are compared with compiled too.
+    """
     op, shape = rows[0]["op"], tuple(rows[0]["shape"])
     by_impl = {row["impl"]: row for row in rows if "error" not in row and row["impl"] not in YARDSTICKS}
     ours = by_impl.pop(OURS, {})
@@ -65,7 +68,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 
 def host_table(rows: Sequence[Row]) -> str:
-    """Text of the host times of one op at one number of rows."""
+    """Returns the lines with the host times of one op at one number of rows."""
     lines = []
     for row in rows:
         text = row.get("error") or f"{row['forward']['us']:>12.1f}{row['forward_backward']['us']:>20.1f}"
@@ -74,7 +77,7 @@ def host_table(rows: Sequence[Row]) -> str:
 
 
 def error_table(rows: Sequence[Row]) -> str:
-    """Text of the errors of one op at one shape and dtype."""
+    """Returns the lines with the errors of one op at one shape and dtype."""
     lines = []
     for row in rows:
         text = row.get("error")

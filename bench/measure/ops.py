@@ -1,22 +1,23 @@
-"""Times every op beside its rivals: `python -m bench.measure.ops [--ops OP ...] [--shapes N ...] [--impls IMPL ...]`.
+"""Times every op and its rivals: `python -m bench.measure.ops [--ops OP ...] [--shapes N ...] [--impls IMPL ...]`.
 
-bfloat16 on one GPU in one process, by the protocol of `bench.measure.timing`; ops, shapes and rivals are in
-`bench.measure.cases`. Forward is that of training: it keeps what backward needs. Backward is `torch.autograd.grad` on a
-graph that is kept, with a gradient for every input that has one. Where an implementation cannot keep its graph, its
-backward is forward and backward together minus the forward, and a note says so. `compiled` is torch.compile of the
-reference (fullgraph, static shapes); it may not reuse saved buffers, since they are read again.
+The ops run in bfloat16 on one GPU in one process, by the protocol of `bench.measure.timing`; ops, shapes and rivals are
+in `bench.measure.cases`. Forward is that of training, which keeps the tensors that backward needs. Backward is
+`torch.autograd.grad` on a graph that is kept, with a gradient for every input that gets one. If an implementation
+cannot keep its graph, the time of its backward is that of forward and backward together minus that of forward, and a
+note says so. `compiled` is torch.compile of the reference (fullgraph, static shapes); it must not reuse saved buffers,
+because they are read again.
 
-`of copy` is the time of a copy that reads and writes as many bytes as the op has to, timed in the same rounds, divided
-by the time of the op; `GB/s` are those bytes divided by that time. linear_cross_entropy is timed forward and backward
-together, in windows of 300 ms, where the power cap shows, with its three matrix products in the same rounds; its extra
-memory is the peak of a call minus what was allocated before it and the two gradients.
+`of copy` is the time of a copy that reads and writes as many bytes as the op must, timed in the same rounds, divided by
+the time of the op. `GB/s` is the number of these bytes divided by the time of the op. linear_cross_entropy is timed
+forward and backward together, in windows of 300 ms, in which the power cap shows, with its three matrix products in the
+same rounds. Its extra memory is the peak of a call minus the memory allocated before it and the two gradients.
 
-The first output of every implementation, and the gradients of the loss, are compared with eager's before it is timed.
-An implementation that fails has the reason in its row; the exit code is 1 if it is ours.
+The first output of every implementation, and the gradients of the loss, are compared with those of eager before it is
+timed. If an implementation fails, its row has the reason; the exit code is 1 if it is our own.
 
-`--host` measures the host time of a call at small shapes. `--errors` compares eager and ours with float64, on a CPU in
-Triton's interpreter too (TRITON_INTERPRET=1), which truncates to bfloat16 instead of rounding. `--json PATH` writes the
-rows to a file after every shape.
+`--host` measures the host time of a call at small shapes. `--errors` compares eager and our kernels with float64; it
+also runs on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which truncates to bfloat16 instead of rounding.
+`--json PATH` writes the rows to a file after every shape.
 """
 
 import argparse
@@ -72,7 +73,7 @@ HOST_IMPLS = ("eager", "triton", "torch_native")
 
 @contextmanager
 def setting() -> Iterator[None]:
-    """Keeps saved buffers unchanged while the body runs; on a GPU, runs it on a stream that can be captured."""
+    """Runs the body with saved buffers that stay unchanged and, on a GPU, on a stream that can be captured."""
     with functorch_config.patch(donated_buffer=False):
         if torch.cuda.is_available():
             with timing.side_stream():
@@ -96,7 +97,7 @@ def works(way: Implementation, op: str, shape: Shape, sets: int, expected: Tenso
     """Captures forward and backward of one implementation over its own input sets.
 
     Returns:
-        Direction -> work; "both" instead of "backward" where the graph cannot be kept.
+        Direction -> work, with "both" instead of "backward" if the graph cannot be kept.
     """
     inputs = [way.own(make_inputs(op, shape, seed)) for seed in range(sets)]
     forward = [partial(way.run, one) for one in inputs]
@@ -127,14 +128,14 @@ def forward_backward(run: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], 
 
 
 def renew(tensors: Sequence[Tensor]) -> None:
-    """Fills the matrices with new random numbers; `.data` hides this from autograd, like a kernel's writes."""
+    """Fills the matrices with new random numbers. `.data` hides this from autograd, as the writes of a kernel are."""
     for x in tensors:
         if x.dim() > 1:
             x.data.normal_()
 
 
 def measure(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
-    """Returns the rows of one op at one shape, with the copy's row first."""
+    """Returns the rows of one op at one shape, the first for the copy."""
     least = least_bytes(op, shape)
     reference_inputs = make_inputs(op, shape)
     sets = timing.input_sets(sum(x.nbytes for x in reference_inputs.values()))
@@ -168,7 +169,7 @@ def measure(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Ro
 
 
 def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> list[Row]:
-    """Returns the rows of the loss at one shape, with the row of its matrix products first."""
+    """Returns the rows of the loss at one shape, the first for its matrix products."""
     inputs = make_inputs(op, shape)  # no implementation writes into them
     expected = call(eager(op), op, shape, inputs)[0]
     x, weight = inputs["x"].detach(), inputs["weight"].detach()
@@ -189,7 +190,7 @@ def measure_loss(op: str, shape: Shape, impls: Sequence[str], rounds: int) -> li
             run = partial(implementation(impl, op, shape).run, inputs)
             compare(run(), expected)
             step = partial(forward_backward, run, wanted, None)
-            for found, gradient in zip(step(), gradients, strict=True):  # the loss alone hides what a gradient shows
+            for found, gradient in zip(step(), gradients, strict=True):  # a gradient shows errors that the loss hides
                 compare([found], gradient)
             return Work(step), timing.extra_bytes(step) / 1e9
 
@@ -246,7 +247,7 @@ def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) ->
 
 
 def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
-    """Measures the errors of every op; on a CPU only at the small shape."""
+    """Measures the errors of every op; on a CPU, at the small shape only."""
     on_gpu = torch.cuda.is_available()
     columns = f"{'eager':>11}{'triton':>11}{'ratio':>9}"
     print(f"{'':<61}{'root mean square':>31}{'largest':>31}\n{'':<61}{columns}{columns}")

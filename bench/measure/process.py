@@ -1,4 +1,4 @@
-"""Starts the worker process and talks to it: the worker may crash, hang or run out of memory."""
+"""Starts the worker process and sends it jobs. The worker may crash, hang or run out of memory."""
 
 import contextlib
 import json
@@ -20,17 +20,17 @@ _GRACE_S = 10.0
 
 
 class WorkerEnded(Exception):
-    """The worker gave no answer; the text says how it ended."""
+    """The worker gave no answer. The text says how the worker ended."""
 
 
 class Worker:
-    """Starts `bench.measure.worker` when the first job comes, and again after it died."""
+    """Runs `bench.measure.worker`: starts it with the first job, and again with the next job after it has ended."""
 
     def __init__(self, interpreter: bool, command: tuple[str, ...] = (sys.executable, "-m", "bench.measure.worker")):
         """
         Args:
-            interpreter: Run Triton's kernels in its interpreter, for a machine without a GPU.
-            command: Command of the worker; the file descriptor for the answers is added to it.
+            interpreter: Whether to run Triton's kernels in its interpreter, for a machine without a GPU.
+            command: Command of the worker; the file descriptor for the answers is appended to it.
         """
         self._interpreter = interpreter
         self._command = command
@@ -103,10 +103,10 @@ class Worker:
         return line
 
     def close(self, grace_s: float = _GRACE_S) -> int | None:
-        """Ends the process and all processes that it started; returns its exit code.
+        """Ends the process and all processes that it started, and returns its exit code.
 
         Args:
-            grace_s: Time that the process has to end by itself, as it does while it waits for a job.
+            grace_s: Time in which the process may end by itself, which it does if it is waiting for a job.
         """
         process, self._process = self._process, None
         if process is None:

@@ -1,20 +1,21 @@
-"""Training on several GPUs of a host: `python -m bench.measure.scaling [--gpus 1 2 4] [--strategies ...] [--strong]`.
+"""Measures training on several GPUs of a host: `python -m bench.measure.scaling [--gpus 1 2 4] [--strategies ...]`.
 
-For every model and number of micro-batches, each card first trains alone, all at the same time (`--one_by_one`: the
-others idle), then together under each strategy, then alone again, in the same processes: fresh random tokens, at least
-3 micro-batches of warm-up, then the mean of the timed steps of the slowest rank, between CUDA events (no median: at its
-power cap a card is slower and faster by turns). The time of a card alone is the mean of before and after, because cards
-slow down as they warm up. Weak scaling keeps the micro-batches of each GPU, strong scaling (`--strong`) those of the
-job. Efficiency is the tokens/s of the job divided by n times those of the slowest card alone, and divided by the sum
-of the cards.
+For every model and number of micro-batches, each card first trains alone, then all cards train together under each
+strategy, then each card trains alone again, in the same processes. Cards that train alone do so at the same time; with
+`--one_by_one` the others idle. Each measurement uses new random tokens and at least 3 micro-batches of warm-up. Its
+time is the mean over the timed steps of the slowest rank, between CUDA events. It is not the median, because at its
+power cap a card is slower and faster by turns. The time of a card alone is the mean of the measurements before and
+after, because cards slow down as they warm up. Weak scaling keeps the micro-batches of each GPU, and strong scaling
+(`--strong`) those of the job. Efficiency is the tokens/s of the job divided by n times those of the slowest card alone,
+and divided by the sum of those of the cards alone.
 
-State is the memory allocated between two steps, without buffers that only communication needs; peak is the most
-allocated during the steps, with these buffers. Both are of the rank with the most, and the plan stands beside them.
-Exposed communication is the time in which a card does nothing but communicate, from a profile of two steps of rank 0.
-With `--save`, the stall is the time for which training waits in the second of two saves.
+State is the memory allocated between two steps, without the buffers that only communication needs. Peak is the largest
+memory allocated during the steps, with these buffers. Both are those of the rank that uses most, and the table shows
+the plan beside them. Exposed communication is the time in which a card does nothing but communicate, from a profile of
+two steps of rank 0. With `--save`, the stall is the time for which training waits in the second of two saves.
 
-Every case writes its own file under --out. A case that has a file is not measured again without `--fresh`, except the
-cards alone, which are measured around every strategy that is measured.
+Every case writes its own file under --out. A case that has a file is measured again only with `--fresh`. The cards
+alone are an exception: they are measured before and after every group of strategies that is measured.
 """
 
 import argparse
@@ -76,7 +77,7 @@ class Case:
     """One of `STRATEGIES` or of `ALONE`."""
     gpus: int
     micro_batches: int
-    """Micro-batches of a step on one GPU."""
+    """Number of micro-batches of a step on one GPU."""
     steps: int
 
     @property
@@ -85,7 +86,7 @@ class Case:
         return f"{self.model}-{self.gpus}gpus-{self.strategy}-{self.micro_batches}x"
 
     def config(self) -> Config:
-        """Returns the configuration of the job; for a card alone, that of a job on one card."""
+        """Returns the configuration of the job. For a card alone it is that of a job on one card."""
         world_size = 1 if self.strategy in ALONE else self.gpus
         flags = [f"--gradient_accumulation_steps={self.micro_batches * world_size}", *STRATEGIES.get(self.strategy, [])]
         return command_line.resolve([*MODELS[self.model], *flags], world_size=world_size).config
@@ -99,7 +100,7 @@ def cases(
     strong: bool = False,
     most_steps: int = 21,
 ) -> list[Case]:
-    """Returns the cases on a number of GPUs: the strategies, with the cards alone before and after them."""
+    """Returns the cases for a number of GPUs: the strategies, with the cards alone before and after them."""
     found = []
     for model in models:
         for count in micro_batches:
@@ -172,7 +173,7 @@ def _communication(run: Any, first: int, process: Process) -> dict[str, float]:
 
 
 def _stall(engine: Engine, process: Process) -> dict[str, float]:
-    """Returns the milliseconds for which training waits in the second of two saves, and until that save is written."""
+    """Returns, for the second of two saves, the milliseconds for which training waits and those until it is written."""
     box = [tempfile.mkdtemp(dir=".") if process.is_main else ""]
     dist.broadcast_object_list(box, 0, group=process.host_group)
     saver = Saver(Path(box[0]), 1, process)
@@ -190,7 +191,7 @@ def _stall(engine: Engine, process: Process) -> dict[str, float]:
 
 
 def _worker(jobs: Path, out: Path) -> None:
-    """Measures cases in the processes that torchrun has started."""
+    """Measures the cases of a file, in the processes that torchrun has started."""
     process = start_process("cuda")
     for entry in json.loads(jobs.read_text()):
         case = Case(**entry["case"])
@@ -252,7 +253,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns the planned GB of model state and at the peak."""
+    """Returns the planned GB of the model state and of the peak."""
     gpu = match_gpu(environment["device"], environment.get("memory_gb"))
     if gpu is None:
         return float("nan"), float("nan")

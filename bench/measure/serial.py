@@ -1,8 +1,9 @@
 """The serial roofline of a training step: its parts one after another, each at the rate that was measured on this card.
 
-GEMM FLOPs run at the rate of the model's own GEMMs, causal attention at its own rate, the bytes of the memory-bound ops
-and of the optimizer at that of a copy. A step can be faster than that only where parts overlap, so that the share of
-the roofline is the program's own. The bytes are the least: every op reads and writes once, and no logits are kept.
+GEMM FLOPs run at the rate of the model's own GEMMs, causal attention at its own rate, and the bytes of the memory-bound
+ops and of the optimizer at the rate of a copy. A step can be faster than its roofline only if parts overlap, so the
+fraction of the roofline says how well the program uses the card. The bytes are the least possible: every op reads its
+inputs and writes its outputs once, and no logits are kept.
 """
 
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ __all__ = ["optimizer_bytes", "serial_ms"]
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes that an update after one micro-batch moves: gradients into float32, their norm, and the optimizer.
+    """Returns the bytes that the update after one micro-batch moves.
 
-    In float32 gradients need no conversion and the model reads the master weights, so that there is no copy.
+    They are those of the conversion of gradients to float32, of the gradient norm, and of the optimizer. In float32
+    gradients need no conversion, and the model reads the master weights, so there is no copy.
     """
     size = element_bytes(config.system.weight_copy_dtype)
     conversion, copy = (0, 0) if size == FP32_BYTES else (size + FP32_BYTES, size)
@@ -30,7 +32,7 @@ def optimizer_bytes(config: Config) -> int:
 
 
 def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:
-    """Milliseconds of a step of one micro-batch on one GPU, by part.
+    """Returns the milliseconds of a step of one micro-batch on one GPU, by part.
 
     Args:
         config: the run.

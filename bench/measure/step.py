@@ -1,9 +1,9 @@
 """Times a training step: `python -m bench.measure.step [--models ...] [--variants ...] [--steps 31] [--kernels]`.
 
-One cell (model and variant of `bench.measure.models`) after another in one process, by the protocol of
-`gptperf.monitor.step_timing`. MFU is strict: causal matmul FLOPs over the dense peak of the GPU table. With --kernels,
-five more steps under the profiler show where the time goes. `python -m bench` runs the same cells, each in a process of
-its own, and more.
+It measures one cell (a model and a variant of `bench.measure.models`) after another in one process, by the protocol of
+`gptperf.monitor.step_timing`. MFU is strict: causal matmul FLOPs divided by the dense peak of the GPU table. With
+--kernels, five more steps under the profiler show where the time goes. `python -m bench` runs the same cells, each in a
+process of its own, and others.
 """
 
 import argparse
@@ -35,15 +35,15 @@ from gptperf.training.step import StepResult, train_step
 __all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
 
 PROFILED = 5
-WARM_UP_MS = 2000.0  # before profiled steps, until the card runs at its power cap again
+WARM_UP_MS = 2000.0  # time of warm-up before profiled steps, after which the card runs at its power cap again
 _PROBE = 8192
 
 
 def random_batches(engine: Engine, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Yields batches of fresh random tokens without end, made on the device.
+    """Yields batches of new random tokens without end, made on the device.
 
     Args:
-        engine: Gives the shape and the device.
+        engine: Engine whose shape and device the batches have.
         generator: Source of the tokens; default: the device's own generator.
     """
     config, device = engine.config, engine.process.device
@@ -54,13 +54,13 @@ def random_batches(engine: Engine, generator: torch.Generator | None = None) -> 
 
 
 def peak_here(config: Config) -> Peak | None:
-    """Returns the dense peak of the current device; None, and so no MFU, for a device that is not in the table."""
+    """Returns the dense peak of the current device, or None (then there is no MFU) if the table does not have it."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:
-    """Returns TFLOP/s and MFU in percent by every convention that counts this model; the MFU is None without a peak."""
+    """Returns TFLOP/s and MFU in percent for every convention that can count this model; without a peak MFU is None."""
     found: dict[str, dict[str, float | None]] = {}
     for name, convention in flops.CONVENTIONS.items():
         if convention.uncountable(config.model) is not None:
@@ -83,7 +83,7 @@ def of_serial(config: Config, step_ms: float, ceilings: Mapping[str, Any] | None
 
 
 def _probe_tflops() -> float:
-    """Returns the TFLOP/s of one large product now, which shows the state of the card."""
+    """Measures the TFLOP/s of one large matrix product, which shows the current state of the card."""
     a, b, c = (torch.randn(_PROBE, _PROBE, device="cuda", dtype=torch.float16) for _ in range(3))
     work = timing.Work(lambda: torch.mm(a, b, out=c))
     work.window(3)
@@ -91,7 +91,7 @@ def _probe_tflops() -> float:
 
 
 def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: float) -> dict[str, Any]:
-    """Profiles steps: milliseconds by part and, where the peak of the GPU is known, the waterfall."""
+    """Profiles steps, and returns milliseconds by part and, if the peak of the GPU is known, the waterfall."""
     warm_up = math.ceil(WARM_UP_MS / step_ms)
     kernels = trace.kernels_of(trace.trace_steps(run, first, PROFILED, warm_up=warm_up))
     found = waterfall.breakdown(kernels, PROFILED)
@@ -142,11 +142,11 @@ def measure(
         model: One of `MODELS`.
         variant: One of `VARIANTS`.
         steps: Number of timed steps.
-        profile: Profile more steps afterwards.
+        profile: Whether to profile more steps afterwards.
         ceilings: Ceilings of this card, for the serial roofline.
 
     Returns:
-        config, ops, and the figures as results; a figure that is unknown is None.
+        config, ops, and the figures as results; an unknown figure is None.
     """
     found = measure_config(resolve(model, variant), steps, profile=profile, ceilings=ceilings)
     return {**found, "results": {"model": model, "variant": variant, **found["results"]}}
@@ -155,7 +155,7 @@ def measure(
 def measure_config(
     config: Config, steps: int, *, profile: bool = False, ceilings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Measures a step of any configuration as `measure` does."""
+    """Measures a step of any configuration, in the way of `measure`."""
     process = start_process("cuda")
     before = _probe_tflops()
     torch.cuda.empty_cache()
@@ -169,7 +169,7 @@ def measure_config(
 def _timed(
     config: Config, process: Process, steps: int, profile: bool, ceilings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the figures and the ops of a step; the memory of its engine is free afterwards."""
+    """Returns the figures and the ops of a step. When it returns, the memory of the engine is free."""
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     engine = build_engine(config, process)

@@ -1,19 +1,20 @@
-"""Times work on a GPU: cold cache, CUDA graphs, implementations in turn, medians.
+"""Times work on a GPU: with a cold cache, with CUDA graphs, implementations by turns, and medians as results.
 
 Protocol:
 
-1. Calls rotate over input sets of random numbers, at least two and together at least four times the L2 cache, so that
-   no call finds its inputs there.
-2. After two warm-up calls a set, the calls are captured in one CUDA graph of at least 24 of them: a replay costs the
-   host no time that a call would show. Work that cannot be captured runs in a plain loop, and its figure says so.
-3. A window is about 20 ms of replays (three at least) between two CUDA events.
-4. A round gives every implementation one window. Rounds follow each other, so that clocks, temperature and neighbours
-   are the same for all. The figure is the median over the rounds, with the 10th and 90th percentile.
+1. Calls rotate over input sets of random numbers. There are at least two sets, together at least four times the size of
+   the L2 cache, so that no call finds its inputs there.
+2. After two warm-up calls per set, at least 24 calls are captured in one CUDA graph, so that the time of a call does
+   not include time of the host. Work that cannot be captured runs in a plain loop, and its figure says so.
+3. A window is about 20 ms of replays (at least three) between two CUDA events.
+4. A round gives every implementation one window. Windows of different implementations alternate, so that clocks,
+   temperature and neighbours are the same for all. The figure is the median over the rounds, with the 10th and the 90th
+   percentile.
 
-Everything runs on one side stream: the default one cannot be captured, and a backward runs on its forward's stream.
+Everything runs on one side stream, because the default stream cannot be captured and backward runs on the stream of its
+forward.
 
-A training step has a protocol of its own, `gptperf.monitor.step_timing.STEP_PROTOCOL`, which the profile of a run uses
-too.
+The protocol for training steps is `gptperf.monitor.step_timing.STEP_PROTOCOL`.
 """
 
 import itertools
@@ -57,12 +58,12 @@ class Work:
     method: str = "loop"
     """"graph", or "loop" with the reason."""
     prepare: Call | None = None
-    """Runs before a window, outside its time."""
+    """Called before each window, outside its time."""
     keep: object = None
-    """Keeps the tensors alive whose addresses the graph holds."""
+    """Reference that keeps the tensors alive whose addresses the graph holds."""
 
     def window(self, launches: int) -> float:
-        """Returns milliseconds a call over one window."""
+        """Runs one window, and returns its milliseconds per call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.prepare is not None:
             self.prepare()
@@ -95,12 +96,12 @@ def capture(calls: Sequence[Call], prepare: Call | None = None) -> Work:
 
     Args:
         calls: One call for each input set; it launches work on the current stream and can be repeated.
-        prepare: Runs before a window, for calls that overwrite what they read.
+        prepare: Called before a window, for calls that overwrite their inputs.
 
     Returns:
-        The work, as a plain loop where the capture failed.
+        The work; a plain loop if the capture failed.
     """
-    for call in itertools.chain(calls, calls):  # compiles, loads modules, makes handles: a capture allows none of these
+    for call in itertools.chain(calls, calls):  # may compile, load modules and make handles: a capture allows none
         call()
     torch.cuda.synchronize()
     repeats = math.ceil(GRAPH_CALLS / len(calls))
@@ -122,10 +123,10 @@ def capture(calls: Sequence[Call], prepare: Call | None = None) -> Work:
 
 
 def copies(moved_bytes: int) -> Work:
-    """Returns a copy whose reads and writes add up to `moved_bytes`: the yardstick for an op that moves as much.
+    """Returns a copy whose reads and writes add up to `moved_bytes`: the yardstick for an op that moves the same bytes.
 
-    It is the fastest of two `dst.copy_(src)` and one elementwise kernel, each with memory of its own: on an H200 a
-    memcpy is sometimes a third slower than usual, for as long as its buffers live.
+    It is the fastest of two `dst.copy_(src)` and one elementwise kernel, each with memory of its own, because on an
+    H200 a memcpy is sometimes a third slower than usual, for as long as its buffers exist.
     """
     elements = max(1, moved_bytes // 4)  # 2 bytes an element, read and written
     found = []
@@ -136,10 +137,10 @@ def copies(moved_bytes: int) -> Work:
 
 
 def alternate(works: Mapping[Name, Work], rounds: int, window_ms: float = WINDOW_MS) -> dict[Name, list[float]]:
-    """Times every work with one window a round.
+    """Times several works by turns, with one window of each per round.
 
     Returns:
-        Name -> milliseconds a call, one for each round.
+        Name -> milliseconds per call, one value per round.
     """
     launches = {}
     for name, work in works.items():
@@ -154,7 +155,7 @@ def alternate(works: Mapping[Name, Work], rounds: int, window_ms: float = WINDOW
 
 
 def host_us(call: Call, calls: int = 300, windows: int = 5) -> dict[str, float]:
-    """Measures the host time of a call in microseconds; the queue is empty before a window, and nothing waits in it.
+    """Measures the host time of a call in microseconds. The device is idle before a window; the host never waits in it.
 
     Returns:
         us of the median window, low_us of the fastest and high_us of the slowest.
@@ -169,7 +170,7 @@ def host_us(call: Call, calls: int = 300, windows: int = 5) -> dict[str, float]:
 
 
 def extra_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
-    """Returns the peak memory of a call, without what was allocated before it and without its results."""
+    """Returns the peak memory of a call, without the memory allocated before it and without its results."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -185,14 +186,14 @@ def device_uuid() -> str:
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Describes the device and the software that make the figures.
+    """Describes the device and the software of a measurement.
 
     Args:
-        packages: Packages whose versions are listed beside torch and Triton (None: not installed).
+        packages: Packages whose versions are listed besides torch and Triton (None if not installed).
 
     Returns:
-        device ("cpu" without a GPU), versions, python, machine, cores; with a GPU its driver, memory, L2 cache, and
-        `gpu_state`: power cap, power, clocks and temperature now, where the driver tells them.
+        device ("cpu" without a GPU), versions, python, machine, cores; with a GPU also its driver, memory, L2 cache,
+        and `gpu_state`: the current power cap, power, clocks and temperature, as far as the driver reports them.
     """
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", *packages):

@@ -1,7 +1,7 @@
-"""Measures cells in a process of its own: `python -m bench.measure.worker FD` reads jobs as JSON lines from stdin, and
+"""Measures cells in a separate process: `python -m bench.measure.worker FD` reads jobs as JSON lines from stdin, and
 writes answers to the file descriptor FD.
 
-What a cell prints goes to stdout. The answer for a cell that fails is the reason; a process that dies gives no answer.
+Output of a cell goes to stdout. The answer for a cell that fails has the reason; a process that dies gives no answer.
 """
 
 import gc
@@ -159,11 +159,11 @@ def execute(name: str, quick: bool, folder: Path) -> Found:
 
     Args:
         name: Name of a cell of `bench.cells`.
-        quick: Measure the short form, with fewer rounds.
+        quick: Whether to measure the short form, with fewer rounds.
         folder: Folder with the results of this run so far.
 
     Returns:
-        status ("done" or "failed"), reason, results, protocol, and config and ops where the cell has them.
+        status ("done" or "failed"), reason, results, protocol, and config and ops if the cell has them.
     """
     row: Found = {}
     found = results.guarded(row, partial(_traced, partial(_KINDS[name.partition("/")[0]], name, quick, folder))) or {}
@@ -178,7 +178,7 @@ def execute(name: str, quick: bool, folder: Path) -> Found:
 
 
 def _traced(measure: Callable[[], Found]) -> Found:
-    """Measures, and prints the traceback of an error before it passes on."""
+    """Calls `measure`, and prints the traceback of an error before it passes on."""
     try:
         return measure()
     except BaseException:

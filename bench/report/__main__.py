@@ -1,6 +1,7 @@
-"""The report of a folder of results: `python -m bench.report DIR` writes DIR/report.md and DIR/report.html.
+"""Reports a folder of results: `python -m bench.report DIR` writes DIR/report.md and DIR/report.html.
 
-The HTML file needs nothing beside it: charts are in it, no address is asked for, and every text is escaped.
+The HTML file is self-contained: it includes its charts, loads nothing from other addresses, and every text in it is
+escaped.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The charts of the bench's report as SVG elements. matplotlib is loaded by `draw` only."""
+"""Draws the charts of the bench's report as SVG elements. matplotlib is loaded only when a chart is drawn."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,11 +22,11 @@ _COMPONENT = {
     "rope": ("position_encoding", "rope"),
     "swiglu": ("ffn_type", "swiglu"),
 }
-"""Op -> the component whose card states its FLOPs per element."""
+"""Op -> kind and name of the component whose card states the op's FLOPs per element."""
 
 
 def figure(name: str, records: Mapping[str, Record]) -> Any:
-    """Draws a chart, or returns None where there is nothing to draw.
+    """Draws a chart, or returns None if there is nothing to draw.
 
     Args:
         name: waterfall:CELL, roofline, of_copy:forward or of_copy:backward.
@@ -51,7 +51,7 @@ def figure(name: str, records: Mapping[str, Record]) -> Any:
 
 
 def draw(name: str, records: Mapping[str, Record]) -> str | None:
-    """Returns the SVG element of a chart, or None where there is nothing to draw.
+    """Returns the SVG element of a chart, or None if there is nothing to draw.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def draw(name: str, records: Mapping[str, Record]) -> str | None:
 
 
 def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float, float]]:
-    """Returns (label, kind, FLOP per byte, FLOP/s) of the forward of every op and of the models' GEMMs."""
+    """Returns (label, kind, FLOP per byte, FLOP/s) for the forward of every op, and for the models' GEMMs."""
     points = []
     for row in ops_rows(records):
         op = row["op"].removesuffix("_add")
@@ -84,7 +84,7 @@ def roofline_points(records: Mapping[str, Record]) -> list[tuple[str, str, float
 
 
 def _elements(op: str, shape: Sequence[int]) -> float:
-    """Elements for which the FLOPs of an op are counted; rope counts queries and keys only."""
+    """Returns the number of elements for which an op's FLOPs are counted; rope counts queries and keys only."""
     if op == "rope":
         B, H, T, D, K = shape
         return B * T * (H + K) * D
@@ -113,7 +113,7 @@ def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
 
 
 def _roofs(axes: Any, ceilings: Sequence[Record], intensities: Sequence[float]) -> None:
-    """Draws the speed of a copy, the peak of the data sheet, and the speed of a large product."""
+    """Draws the speed of a copy, the peak of the data sheet, and the speed of a large matrix product."""
     copy = max(r["results"]["copy_byte_s"] for r in ceilings)
     square = max(r["results"]["gemm_square_flop_s"] for r in ceilings)
     made_by, dtype = ceilings[0]["environment"], ceilings[0]["results"]["dtype"]
@@ -131,7 +131,7 @@ def _roofs(axes: Any, ceilings: Sequence[Record], intensities: Sequence[float]) 
 
 
 def _label_ops(axes: Any, points: Sequence[tuple[str, str, float, float]]) -> None:
-    """Writes the names of the ops; ops of one intensity lie upon each other and share a label."""
+    """Writes the names of the ops. Ops with the same intensity are at the same place and share a label."""
     labels: dict[float, dict[str, None]] = {}
     for label, _, intensity, _ in points:
         labels.setdefault(round(intensity, 1), {})[label.split()[0]] = None
@@ -144,7 +144,7 @@ def _label_ops(axes: Any, points: Sequence[tuple[str, str, float, float]]) -> No
 
 
 def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draws our ops as bars and the others as marks."""
+    """Draws our implementation of each op as a bar, and the others as marks."""
     shares: dict[str, dict[str, float]] = {}
     for row in rows:
         if "of_copy" in row.get(direction, {}) and row["impl"] != "copy":

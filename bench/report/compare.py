@@ -1,8 +1,9 @@
-"""What got slower or faster between two folders of results: `python -m bench.report.compare A B` (B against A).
+"""Shows what got slower or faster between two folders of results: `python -m bench.report.compare A B` (B against A).
 
-A figure has changed where it moved by more than the threshold and its 10th to 90th percentile does not touch that of
-the other. The exit code is 1 where a figure of this project got worse, or a cell that ran in A fails in B. The figures
-of rivals and of the card are shown too, because they distinguish a slower program from a slower machine. No torch here.
+A figure has changed if it moved by more than the threshold and its range from the 10th to the 90th percentile does not
+touch the range of the other. The exit code is 1 if a figure of this project got worse, or if a cell that ran in A fails
+in B. The figures of rivals and of the card are shown too, because they distinguish a slower program from a slower
+machine. This module does not import torch.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """How many times worse the figure is; below 1 it is better."""
+        """Factor by which the figure got worse; below 1 it got better."""
         before, after = self.before.value, self.after.value
         if before == after:
             return 1.0
@@ -62,10 +63,10 @@ class Comparison:
     """The comparison of two folders."""
 
     notes: list[str]
-    """What differs between the machines, a line each."""
+    """A line for each fact that differs between the machines."""
     changes: list[Change]
     broken: list[str]
-    """Cells that are done in A and failed in B, each with the reason."""
+    """Cells that are done in A and failed in B, with the reason."""
     missing: list[str]
     """Cells for which only one folder has a result."""
 
@@ -137,7 +138,7 @@ def compare(before: Mapping[str, Record], after: Mapping[str, Record], threshold
 def _lines(found: Comparison, show_all: bool) -> list[str]:
     lines = [f"! {note}" for note in found.notes]
     if any(note.startswith("different GPU") for note in found.notes):
-        lines.append("! these figures are of two cards; they say little about the program")
+        lines.append("! these figures are of two different cards, so they say little about the program")
     moved = [c for c in found.changes if c.verdict != "same"]
     shown = sorted(found.changes if show_all else moved, key=lambda c: (c.verdict, not c.after.ours, -c.factor))
     for change in shown:

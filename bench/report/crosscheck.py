@@ -1,8 +1,8 @@
-"""Measured throughput against the analytical prediction: a verdict for each cell, and the prediction for other GPUs.
+"""Compares measured throughput with the analytical prediction: a verdict for each cell, and forecasts for other GPUs.
 
-The prediction (`gptperf.plan`) is made from FLOPs, bytes and the GPU table alone, the measurement with a clock. They
-agree within the band only where count, table and program are right: with half the peak in the table they do not. No
-torch here.
+The prediction (`gptperf.plan`) comes from FLOPs, bytes and the GPU table alone, and the measurement from a clock. They
+agree within the band only if count, table and program are right; with half the peak in the table, for example, they do
+not agree. This module does not import torch.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Check:
     measured_tokens_s: float
     predicted_tokens_s: float | None
     reason: str | None = None
-    """Why there is no prediction; None where there is one."""
+    """The reason why there is no prediction; None if there is one."""
 
     @property
     def ratio(self) -> float | None:
@@ -58,7 +58,7 @@ class Forecast:
 
 
 def measured_steps(records: Mapping[str, Record]) -> dict[str, Record]:
-    """Returns cells with a timed step; a waterfall cell replaces the step cell of its model where that is missing."""
+    """Returns the cells with a timed step. A waterfall cell stands in for a missing step cell of its model."""
     done = {cell: record for cell, record in records.items() if record["status"] == "done"}
     steps = {cell: record for cell, record in done.items() if cell.startswith("step/")}
     for cell, record in done.items():
@@ -91,7 +91,7 @@ def gpu_of(record: Record) -> Gpu | None:
 
 
 def verdict_line(checks: Sequence[Check]) -> str:
-    """Returns PASS or FAIL in one line; the cells of the default variant decide."""
+    """Returns a line with PASS or FAIL, which the cells of the default variant decide."""
     deciding = [c for c in checks if c.cell.endswith(f"/{DEFAULT_VARIANT}") or c.cell.startswith("waterfall/")]
     if not deciding:
         return f"cross-check: none, no step of {DEFAULT_VARIANT} was measured"
@@ -107,7 +107,7 @@ def verdict_line(checks: Sequence[Check]) -> str:
 
 
 def forecasts(config: Config) -> list[Forecast]:
-    """Predicts a step on the GPUs of `OTHERS`, in float16 where a card has no bfloat16."""
+    """Predicts a step on the GPUs of `OTHERS`; in float16 if a card does not support bfloat16."""
     found = []
     for name in OTHERS:
         gpu = plan.find_gpu(name)

@@ -1,4 +1,4 @@
-"""The figures of a result that can get better or worse. No torch here."""
+"""Extracts the figures of a result that can get better or worse. This module does not import torch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Metric:
 
 
 def metrics(record: Record) -> dict[str, Metric]:
-    """Returns name -> figure of one cell; empty for a cell that failed."""
+    """Returns name -> figure of one cell, or an empty dictionary for a cell that failed."""
     readers = {
         "ops": _ops,
         "host": _host,

@@ -26,12 +26,12 @@ def _checks(records: Records) -> list[crosscheck.Check]:
 
 
 def verdict_lines(records: Records) -> list[str]:
-    """The lines that a reader needs first: cross-check, waterfalls, failed cells."""
+    """Returns the lines that a reader needs first: cross-check, waterfalls, failed cells."""
     lines = []
     if any(record["environment"]["device"] != "cpu" for record in records.values()):
         lines.append(crosscheck.verdict_line(_checks(records)))
     else:
-        lines.append("no GPU: what needs one was not measured, and there is no MFU")
+        lines.append("no GPU: cells that need one were not measured, and there is no MFU")
     for cell, record in _done(records, "waterfall").items():
         fall = record["results"]["profile"]
         if fall["waterfall"] is not None:
@@ -44,7 +44,7 @@ def verdict_lines(records: Records) -> list[str]:
 
 
 def sections(records: Records) -> list[Section]:
-    """Returns all sections of a folder of results; what was not measured has no section."""
+    """Returns all sections of a folder of results; cells that were not measured have no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
     makers = (_steps, _conventions, _waterfalls, _monitoring, _cross_check, _plans, _ceilings, _ops, _errors, _host)
     for make in (*makers, _loader, _micro):
@@ -119,12 +119,12 @@ def _waterfalls(records: Records) -> Iterator[Section]:
             charts.append(f"waterfall:{cell}")
         hidden = profile["hidden_communication_ms"]
         if hidden > 0:
-            lines.append(f"{cell.partition('/')[2]}: communication under computation {hidden:.3f} ms a step.")
+            lines.append(f"{cell.partition('/')[2]}: {hidden:.3f} ms per step of communication during computation.")
         tables.append(Table((cell.partition("/")[2], "ms a step", "points of MFU"), rows))
         unknown |= profile["unknown_ms"]
     if tables:
         lines.append(
-            "gemm and attention lose what they take above their FLOPs at the peak. Tokens come from the device."
+            "gemm and attention lose the time beyond what their FLOPs take at the peak. Tokens come from the device."
         )
         if unknown:
             names = ", ".join(f"{name[:60]} {ms:.3f} ms" for name, ms in list(unknown.items())[:8])
@@ -180,7 +180,7 @@ def _cross_check(records: Records) -> Iterator[Section]:
         tables.append(Table(("model", "GPU", "dtype", "predicted tokens/s", "MFU", "band", "fits"), forecast))
     lines = [
         crosscheck.verdict_line(checks),
-        "The prediction knows FLOPs, bytes and the GPU table, and no measurement of this run.",
+        "The prediction uses FLOPs, bytes and the GPU table, and no measurement of this run.",
     ]
     yield Section("Cross-check", lines, tables)
 
@@ -243,8 +243,8 @@ def _ops(records: Records) -> Iterator[Section]:
                 rate = number(cell.get("gb_s"), ",.0f")
                 rows.append((*head, direction, f"{cell['ms']:.4f}", span, rate, f"{share:.3f}"))
     if rows:
-        yardstick = "the time of a copy of the bytes that the op has to move, over the op's own"
-        lines = [f"Of copy: {yardstick}; of linear_cross_entropy that of its three matrix products."]
+        yardstick = "the time of a copy of the bytes that the op must move, divided by the time of the op"
+        lines = [f"Of copy: {yardstick}. For linear_cross_entropy it is the time of its three matrix products instead."]
         columns = ("op", "shape", "implementation", "direction", "ms", "p10 to p90", "GB/s", "of copy")
         charts = [f"of_copy:{direction}" for direction in ("forward", "backward")]
         yield Section("Ops", lines, charts=charts)
@@ -336,7 +336,7 @@ def _environment(records: Records) -> Section:
     dates = sorted(record["date"] for record in records.values())
     rows.append(("measured", f"{dates[0]} to {dates[-1]}"))
     mixed = [name for name, found in values.items() if len(found) > 1 and name in ("device", "driver", "sources")]
-    lines = [f"These results are not of one kind: {', '.join(mixed)} differ."] if mixed else []
+    lines = [f"These results were not measured under the same conditions: {', '.join(mixed)} differ."] if mixed else []
     return Section("Environment", lines, [words(("what", "value"), rows)])
 
 

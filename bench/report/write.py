@@ -1,4 +1,4 @@
-"""The report of a folder of results, as Markdown and as a page."""
+"""Writes the report of a folder of results, as Markdown and as a page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ __all__ = ["html", "markdown", "write_reports"]
 
 
 def _title(records: Mapping[str, Record]) -> str:
-    """Devices and date of the results."""
+    """Returns the title of the report: devices and date of the results."""
     devices = dict.fromkeys(record["environment"]["device"] for record in records.values())
     last = max(record["date"] for record in records.values())
     return f"gptperf bench: {', '.join(devices)}, {last[:10]}"
@@ -33,7 +33,7 @@ def _markdown_section(section: Section) -> list[str]:
 
 
 def markdown(records: Mapping[str, Record]) -> str:
-    """The report in Markdown, without charts."""
+    """Returns the report in Markdown, without charts."""
     lines = [f"# {escaped(_title(records))}", ""]
     for section in sections(records):
         if section.tables or section.lines or section.code:
@@ -42,7 +42,7 @@ def markdown(records: Mapping[str, Record]) -> str:
 
 
 def html(records: Mapping[str, Record]) -> str:
-    """The report as one page.
+    """Returns the report as one HTML page.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
@@ -57,7 +57,7 @@ def write_reports(folder: Path) -> tuple[Path, Path]:
 
     Raises:
         ConfigError: There are no results.
-        DeviceError: jinja2 or matplotlib is not installed; the Markdown file is written nevertheless.
+        DeviceError: jinja2 or matplotlib is not installed; the Markdown file is written anyway.
         DiskError: A file cannot be written.
     """
     records = load_folder(folder)

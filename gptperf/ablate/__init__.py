@@ -1,1 +1,1 @@
-"""What a change of the configuration is worth, over seeds."""
+"""Measures over several seeds how much each change of a configuration improves the loss."""

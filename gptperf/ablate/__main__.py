@@ -1,8 +1,9 @@
-"""`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: what each change is worth.
+"""`python -m gptperf.ablate CONFIG.toml --vary key=value[,key2=value2] ... --seeds 3`: compares changes over seeds.
 
-The baseline and every change are trained with every seed, each at the tokens or FLOPs of the baseline: one run after
-another, or with --parallel N so many at a time, each on one GPU, which more runs than GPUs share. Runs that are
-finished are not run again, interrupted ones go on: the same command continues.
+The baseline and every change are trained with every seed, and each run gets the tokens or the FLOPs of the baseline.
+Runs are trained one after another, or N at a time with --parallel N, each on one GPU; if there are fewer GPUs than
+runs, runs share them. The same command continues an interrupted ablation: it skips finished runs and resumes the
+others.
 """
 
 import argparse
@@ -57,21 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the ablation and reports it.
 
     Returns:
-        0, 1 where a run failed, or `PREEMPTED` after a request to stop.
+        0, 1 if a run failed, or `PREEMPTED` after a request to stop.
     """
     args, rest = _parse(argv)
     found = variants(rest, args.vary, args.seeds, args.equal, args.out)
     gpus = gpus_for(min(args.parallel, sum(len(variant.jobs) for variant in found)))
     changed = changed_runs(found)
     if changed:
-        raise ConfigError("; ".join([*changed, "wanted another --out, or those folders away"]))
+        raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
     if args.list:
         print(page.listing(found))
         return 0
     if len(set(gpus)) < len(gpus) and "" not in gpus:
         print(
-            f"ablate: {len(gpus)} runs at a time share {len(set(gpus))} GPU(s): the tokens/s and MFU of each are less "
-            "than alone, and its plan counts on the whole memory"
+            f"ablate: {len(gpus)} runs at a time share {len(set(gpus))} GPU(s): each run has lower tokens/s and MFU "
+            "than alone, and its plan assumes the whole memory of the GPU"
         )
     if args.html is not None:
         check_packages()
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         replace_text(args.html, page.html(reached, args.equal, failed))
         print(f"page: {args.html}")
     if runner.asked() and not all(job.finished() for variant in found for job in variant.jobs):
-        print("ablate: asked to stop; the same command goes on", flush=True)
+        print("ablate: asked to stop; run the same command again to continue", flush=True)
         return PREEMPTED
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""The report of an ablation: text, Markdown, JSON, a page. No torch here."""
+"""The report of an ablation as text, Markdown, JSON and a page. This module does not import torch."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ __all__ = ["html", "listing", "markdown", "record", "table", "text", "write"]
 
 
 def listing(found: Sequence[Variant]) -> str:
-    """The runs of an ablation, each with what it trains on and how far it is."""
+    """Returns a table of the runs of an ablation, with the tokens and FLOPs of each run and its progress."""
     rows = []
     for variant in found:
         for job in variant.jobs:
@@ -36,7 +36,7 @@ def listing(found: Sequence[Variant]) -> str:
 
 
 def table(found: Sequence[Result]) -> Table:
-    """The result with a row for each variant."""
+    """Returns the results as a table with a row for each variant."""
     columns = ("variant", "seeds", "val loss", "sd", "difference", "95%", "min", "max", "verdict")
     rows = []
     for result in found:
@@ -78,15 +78,15 @@ def _title(found: Sequence[Result], equal: str) -> str:
 
 
 def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
-    """How to read the table, and which runs are missing from it."""
+    """Returns lines that explain the table, and list the runs that are missing from it."""
     lines = [
-        "Differences of the final validation loss to the baseline's, paired by seed: mean +- standard error, the 95% "
-        "interval of the mean (Student's t), least and greatest. Within the spread: the interval holds 0.",
+        "Difference: final validation loss minus that of the baseline, paired by seed: mean +- standard error, the 95% "
+        "interval of the mean (Student's t), smallest and largest. Within the spread: the interval contains 0.",
     ]
     for result in found:
         paired = result.difference
         if paired is not None and paired.interval is None:
-            lines.append(f"{result.variant.name}: one seed has no spread, {paired.mean:+.4f} may be chance.")
+            lines.append(f"{result.variant.name}: with one seed there is no spread; {paired.mean:+.4f} may be chance.")
         elif paired is not None and paired.verdict == "within the spread":
             lines.append(f"{result.variant.name}: {paired.mean:+.4f} is within the spread.")
     lines += [f"failed: {folder}: {how}" for folder, how in failed.items()]
@@ -97,18 +97,18 @@ def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
 
 
 def text(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """The report for a terminal."""
+    """Returns the report as text for a terminal."""
     return "\n".join([_title(found, equal), "", aligned(table(found)), "", *_lines(found, failed)])
 
 
 def markdown(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """The report as a Markdown file."""
+    """Returns the report as the text of a Markdown file."""
     lines = "\n\n".join(map(escaped, _lines(found, failed)))
     return f"# {_title(found, equal)}\n\n{markdown_table(table(found))}\n\n{lines}\n"
 
 
 def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> dict[str, Any]:
-    """The report for other programs, as JSON."""
+    """Returns the report in the form of the JSON file."""
     rows = []
     for result in found:
         variant, paired = result.variant, result.difference
@@ -153,7 +153,7 @@ def write(found: Sequence[Result], equal: str, failed: Mapping[Path, str], folde
 
 
 def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str:
-    """The report as a page: table, differences, and curves of all runs in the colours of their variants.
+    """Returns the report as a page: table, differences, and curves of all runs in the colours of their variants.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
@@ -173,15 +173,15 @@ def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str
     differences = _forest(found, keys)
     if differences is not None:
         charts["differences"] = differences
-        line = "Small dots: seeds. Bar: the 95% interval."
+        line = "Diamond: mean. Small dots: seeds. Bar: the 95% interval of the mean."
         sections.append(Section("Differences to the baseline", [line], charts=["differences"]))
-    line = "One curve a seed. Time is that of training, without compilation, evaluation and saving."
+    line = "One curve per seed. Time is that of training, without compilation, evaluation and saving."
     sections.append(Section("Curves", [line], charts=names, legend=keys))
     return render(_title(found, equal), sections, charts)
 
 
 def _forest(found: Sequence[Result], keys: Sequence[Line]) -> str | None:
-    """Draws the differences as points with their intervals; None where there is no difference yet."""
+    """Draws the differences as points with their intervals; returns None if there is no difference yet."""
     shown = [(r.difference, key) for r, key in zip(found, keys, strict=True) if r.difference is not None]
     if not shown:
         return None

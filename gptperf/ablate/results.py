@@ -1,4 +1,4 @@
-"""What the runs of an ablation came to: final losses, and paired differences over seeds. No torch here."""
+"""The results of an ablation: final losses, and paired differences over seeds. This module does not import torch."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Difference(NamedTuple):
-    """Final validation losses of a variant less those of the baseline, paired by seed."""
+    """Final validation losses of a variant minus those of the baseline, paired by seed."""
 
     by_seed: dict[int, float]
     """Seed -> difference."""
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the difference says about the variant."""
+        """Returns in words whether the variant is better or worse than the baseline."""
         if self.interval is None:
             return "one seed, no spread"
         if abs(self.mean) <= self.interval:
@@ -39,11 +39,11 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """The finished runs of a variant, put together."""
+    """The combined results of the finished runs of a variant."""
 
     variant: Variant
     losses: dict[int, float]
-    """Seed -> final validation loss of a finished run."""
+    """Seed -> final validation loss, for each finished run."""
     difference: Difference | None
     """Difference to the baseline; None for the baseline itself."""
     tokens_per_sec: float | None
@@ -62,7 +62,7 @@ class Result:
 
 
 def difference(losses: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Compares losses by seed with those of the baseline; None where no seed is in both."""
+    """Compares losses by seed with those of the baseline; returns None if they have no seed in common."""
     by_seed = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
     if not by_seed:
         return None
@@ -75,7 +75,7 @@ def difference(losses: dict[int, float], baseline: dict[int, float]) -> Differen
 
 
 def _t95(freedom: int) -> float:
-    """Student's t of a two-sided 95% interval; beyond the table by its expansion, to 0.1%."""
+    """Returns Student's t of a two-sided 95% interval; beyond the table, by an expansion that is accurate to 0.1%."""
     return _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
 
 

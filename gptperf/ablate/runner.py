@@ -1,4 +1,4 @@
-"""Trains the runs of an ablation, one after another or several at a time. torch is loaded only to count GPUs."""
+"""Trains the runs of an ablation, one after another or several at a time. It imports torch only to count GPUs."""
 
 import contextlib
 import importlib
@@ -20,7 +20,7 @@ __all__ = ["Runner", "gpus_for", "run_all"]
 
 
 class Runner:
-    """Runs commands as child processes, and passes the signals on that ask them to stop."""
+    """Runs commands as child processes, and passes requests to stop on to them."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -38,7 +38,7 @@ class Runner:
                 signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether a signal or `stop` asked to stop."""
+        """Returns whether a signal or `stop` has asked to stop."""
         return self._asked
 
     def stop(self) -> None:
@@ -65,8 +65,8 @@ class Runner:
                 log.parent.mkdir(parents=True, exist_ok=True)
             output = None if log is None else stack.enter_context(log.open("ab"))
             with self._lock:
-                # In a process group of its own a child receives Ctrl-C once, from `_ask`: a second one from the
-                # terminal would end it before it has saved.
+                # Each child has a process group of its own, so that it receives Ctrl-C only once, from `_ask`. A second
+                # one from the terminal would end it before it has saved.
                 child = subprocess.Popen(command, process_group=0, env=environment, stdout=output, stderr=output)
                 if self._asked:  # the signal came before this child could receive it
                     child.send_signal(signal.SIGTERM)
@@ -86,10 +86,10 @@ def run_all(
         found: Variants with their runs.
         runner: Runs the commands.
         after: Called with the failures so far whenever a run has ended.
-        gpus: One GPU for each run that is trained at a time; empty: one run after another, on all GPUs.
+        gpus: A GPU for each run that is trained at the same time; empty to train one run after another, on all GPUs.
 
     Returns:
-        Folder -> how its run failed.
+        Folder -> how the run in it failed.
     """
     jobs: list[tuple[Variant, Job]] = [(v, v.jobs[i]) for i in range(len(found[0].jobs)) for v in found]
     failed: dict[Path, str] = {}
@@ -110,7 +110,7 @@ def run_all(
             _ended(runner, job, what, code, failed)
             after(failed)
 
-    if not gpus:  # in this thread, which receives the signals
+    if not gpus:  # runs in this thread, which receives the signals
         for number, (variant, job) in enumerate(jobs, 1):
             run(number, variant, job)
         return failed
@@ -135,18 +135,18 @@ def _run(runner: Runner, job: Job, what: str, free: "queue.SimpleQueue[str] | No
 
 def _ended(runner: Runner, job: Job, what: str, code: int, failed: dict[Path, str]) -> None:
     """Judges a run by its exit code and its log, and adds it to `failed` if it failed."""
-    if code == PREEMPTED:  # the run was asked to stop, not this process: the request is for all of them
+    if code == PREEMPTED:  # the run was asked to stop, and this process was not: the request counts for all runs
         runner.stop()
     elif runner.asked():
         if not job.finished():
             print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr)
     elif code or not job.finished():
         failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
-        print(f"ablate: {what} failed: {failed[job.out_dir]}; the others go on", file=sys.stderr, flush=True)
+        print(f"ablate: {what} failed: {failed[job.out_dir]}; the others continue", file=sys.stderr, flush=True)
 
 
 def gpus_for(parallel: int) -> list[str]:
-    """Returns a value of `CUDA_VISIBLE_DEVICES` for each of `parallel` runs; none for one run after another."""
+    """Returns a value of `CUDA_VISIBLE_DEVICES` for each of `parallel` runs; an empty list if `parallel` is 1."""
     if parallel == 1:
         return []
     count = importlib.import_module("torch").cuda.device_count()

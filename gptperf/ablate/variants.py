@@ -1,4 +1,4 @@
-"""What an ablation trains: variants at equal tokens or FLOPs, each with several seeds. No torch here."""
+"""The runs of an ablation: variants at equal tokens or FLOPs, each with several seeds. Does not import torch."""
 
 import hashlib
 import re
@@ -28,7 +28,7 @@ _OF_NO_EFFECT = frozenset(
         *(name for name, key in KEYS.items() if key.section == "log"),
     }
 )
-"""Keys that do not change what is trained: an interrupted run may go on with other values of them."""
+"""Keys that do not change the trained model: an interrupted run may continue with other values of them."""
 
 
 class Job(NamedTuple):
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     config: Config
 
     def log(self) -> LoggedRun | None:
-        """The log of this run; None before it has written one."""
+        """Returns the log of this run, or None if it has not written one yet."""
         path = find_journal(self.out_dir)
         try:
             return None if path is None else read_run(path, f"{self.out_dir.parent.name}, seed {self.seed}")
@@ -49,7 +49,7 @@ class Job(NamedTuple):
             return None
 
     def val_loss(self) -> float | None:
-        """Validation loss of the last iteration; None while the run is not finished."""
+        """Returns the validation loss of the last iteration, or None if the run is not finished."""
         run = self.log()
         if run is None or not self.finished():
             return None
@@ -57,7 +57,7 @@ class Job(NamedTuple):
         return last.loss if last is not None and last.iter == run.iterations else None
 
     def finished(self) -> bool:
-        """Whether the run has trained to its last iteration and logged its end."""
+        """Returns whether the run has trained to its last iteration and logged its end."""
         run = self.log()
         return run is not None and run.state == "finished" and run.iterations == self.config.train.max_iters
 
@@ -79,7 +79,7 @@ class Variant:
 
     @property
     def flops_per_token(self) -> float | None:
-        """Strict training FLOPs a token; None where the matmuls of a plugin's component are unknown."""
+        """Strict training FLOPs per token; None if the matmuls of a plugin's component are unknown."""
         model = self.config.model
         if flops.uncountable_flops(model) is not None:
             return None
@@ -87,7 +87,7 @@ class Variant:
 
     @property
     def parameters(self) -> int | None:
-        """Number of all parameters; None where those of a plugin's component are unknown."""
+        """Number of parameters; None if those of a plugin's component are unknown."""
         model = self.config.model
         return None if flops.uncountable_parameters(model) else flops.parameters(model).total
 
@@ -98,12 +98,12 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
     Args:
         argv: Arguments of the baseline, `[CONFIG.toml ...] [--key=value ...]`.
         vary: Changes, each `key=value[,key2=value2 ...]`.
-        seeds: Runs of a variant; the first has the seed of the configuration, the others the numbers after it.
-        equal: "tokens" or "flops": every run gets as much of it as the baseline.
+        seeds: Number of runs per variant. The first has the seed of the configuration, the others the numbers after it.
+        equal: "tokens" or "flops": every run gets as many as the baseline.
         out: Folder of all runs.
 
     Raises:
-        ConfigError: Lists everything that is wrong with any variant.
+        ConfigError: A variant is wrong; the message lists everything that is wrong with any of them.
     """
     given = _keys_of(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
@@ -145,7 +145,7 @@ def _parse(vary: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
             elif key in _SET_HERE:
                 problems.append(f"--vary {text}: {key} is set by the ablation")
             elif key in change:
-                problems.append(f"--vary {text}: {key} stands twice")
+                problems.append(f"--vary {text}: {key} appears twice")
             else:
                 change[key] = value.strip()
         changes.append(change)
@@ -157,7 +157,7 @@ def _text(change: dict[str, str]) -> str:
 
 
 def _name(change: dict[str, str]) -> str:
-    """Name of the folder of a change. A hash distinguishes changes whose text is too long or no file name."""
+    """Returns the name of a change's folder. A hash is added if the text is too long or is not a valid file name."""
     text = _text(change)
     name = re.sub(r"[^A-Za-z0-9._=,-]", "_", text)[:100]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -180,13 +180,13 @@ def _same(a: Config, b: Config) -> bool:
 
 
 def _differing(values: dict[str, Any], config: Config) -> list[str]:
-    """Returns keys that change what is trained and differ; a key that `values` lacks has its default."""
+    """Returns the differing keys that change the trained model; a key that is missing in `values` has its default."""
     now = config.flat()
     return [key for key in now if key not in _OF_NO_EFFECT and values.get(key, KEYS[key].default) != now[key]]
 
 
 def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
-    """Gives a variant as many tokens or FLOPs as the baseline, and scales the lengths of its schedule with them.
+    """Gives a variant as many tokens or FLOPs as the baseline, and scales the lengths of its schedule to match.
 
     Raises:
         ConfigError: The FLOPs cannot be counted.

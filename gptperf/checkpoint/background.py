@@ -1,20 +1,19 @@
-"""Writes checkpoints in the background, while training continues.
+"""Writes checkpoints while training continues.
 
-A save has two phases. In the copy phase the main thread copies the state of this step to host memory, and training
-waits for it. In the write phase a thread writes the copies to the disk, together with the threads of the other ranks,
+A save has two phases. In the copy phase, the main thread copies the state of this step to host memory, and training
+waits for it. In the write phase, a thread writes the copies to disk, together with the threads of the other ranks,
 while training continues and overwrites the weights that were copied.
 
 Invariants:
 
-- One save at a time: `save` first waits for the previous save. So there is one set of host buffers, there is at most
-  one writing thread, and a disk that is slower than the save interval slows training instead of filling the host
-  memory.
-- Ownership: between the start and the end of the thread, the buffers belong to it, and the main thread neither reads
-  nor writes them. The thread touches no tensor of the model and makes no CUDA call. The thread writes `_ended`, and
-  the main thread reads it after `join`, so neither needs a lock.
-- Same order on all ranks: every rank calls `save` at the same step, so the threads run every collective of
-  `checkpoint.save` in the same order. They use a separate process group (`peers`), because the main threads run the
-  collectives of training at the same time, in an order that the threads do not know.
+- One save at a time. `save` first waits for the previous save. So there is one set of host buffers and at most one
+  writing thread, and a disk that is slower than the save interval slows training instead of filling the host memory.
+- Ownership. Between the start and the end of the thread, the buffers belong to it, and the main thread neither reads
+  nor writes them. The thread touches no tensor of the model and makes no CUDA call. `_ended` is written by the thread
+  and read by the main thread after `join`, so neither needs a lock.
+- Same order on every rank. Every rank calls `save` at the same step, so the threads meet in the same order in every
+  collective of `checkpoint.save`. They use a process group of their own (`peers`), because at the same time the main
+  threads run the collectives of training, in an order that the threads do not know.
 """
 
 import threading
@@ -68,7 +67,7 @@ class Saver:
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON], metric: float | None
     ) -> Saved | None:
-        """Starts to save a step, after the previous save has ended. Collective: every rank must call it.
+        """Waits for the previous save, then starts to save a step. Collective: every rank must call it.
 
         Args:
             step: As in `checkpoint.save`.
@@ -122,8 +121,8 @@ class Saver:
     def _copy_to_host(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Copies tensors to host buffers, which later saves use again and which are page-locked for tensors on a GPU.
 
-        The buffers are kept because pinning pages is slower than copying into them, and because memory that the first
-        save allocated cannot be missing at a later save. A copy from a GPU to pageable memory would be staged through a
+        The buffers are kept because pinning pages is slower than copying into them, and because a later save cannot run
+        out of memory that the first one has allocated. A copy from a GPU to pageable memory would be staged through a
         small pinned buffer and could not be asynchronous.
         """
         copies: dict[str, dict[str, Tensor]] = {}
@@ -152,7 +151,7 @@ class Saver:
         state: Mapping[str, JSON],
         metric: float | None,
     ) -> Path:
-        """Saves the checkpoint; on a full disk it deletes older checkpoints and tries once more."""
+        """Writes a checkpoint. If the disk is full, deletes older checkpoints and tries once more."""
         for may_retry in (True, False):
             try:
                 return write.save(
@@ -172,7 +171,7 @@ class Saver:
         raise AssertionError
 
     def _make_room(self) -> bool:
-        """Deletes, on rank 0, all but the newest and the best checkpoint; returns whether this rank deleted any."""
+        """Deletes all but the newest and the best checkpoint on rank 0. Returns whether this rank has deleted any."""
         try:
             return self.peers.rank == 0 and bool(write.prune(self.directory, keep=1))
         except DiskError:

@@ -1,1 +1,1 @@
-"""Runs or architectures side by side."""
+"""Compares runs at equal tokens, and architectures by their facts."""

@@ -1,9 +1,9 @@
-"""Runs or architectures side by side: `python -m gptperf.compare out/*` or `--configs configs/*.toml`.
+"""Compares runs or architectures: `python -m gptperf.compare out/*` or `--configs configs/*.toml`.
 
 Runs (folders, run_*.jsonl, run_*.json) are ranked by their loss at equal tokens, with the configuration keys that
 differ; --html writes a page with their curves. Configurations are compared by their components, parameters by part,
-matmul FLOPs of a trained token, and what `gptperf.plan` predicts on one GPU: --gpu, or the GPU of this machine. A row
-in which all configurations agree is printed once, at the end. No torch here.
+training FLOPs per token, and the prediction of `gptperf.plan` for one GPU: the one that --gpu names, or the GPU of this
+machine. Rows in which all configurations agree are printed once, at the end. This module does not import torch.
 """
 
 import argparse
@@ -22,10 +22,10 @@ __all__ = ["main"]
 
 
 def _rank(paths: Sequence[str], html: Path | None, as_json: bool) -> str:
-    """Ranks runs, writes the page that was asked for, and returns what is printed.
+    """Ranks runs, writes the page if `html` is given, and returns the text to print.
 
     Raises:
-        DataError: None of the runs can be read.
+        DataError: No run can be read.
         DeviceError: A package that the page needs is not installed.
         DiskError: The page cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Facts of configurations side by side: components, parameters, FLOPs and what the plan predicts. No torch here."""
+"""Compares configurations: components, parameters, FLOPs and the plan's prediction. Does not import torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
 
     Args:
         paths: TOML files, each a configuration of its own.
-        gpu: Predict memory and speed on one GPU of this kind; None predicts nothing.
+        gpu: GPU for which memory and speed are predicted; None predicts nothing.
 
     Returns:
-        Name of the file without its ending -> name of the row -> value, None where it is unknown.
+        Name of the file without its ending -> name of the row -> value, or None if it is unknown.
 
     Raises:
-        ConfigError: A file is wrong, or two files have one name.
+        ConfigError: A file has an error, or two files have the same name.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -69,7 +69,7 @@ def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
 
 
 def table(facts: dict[str, dict[str, Any]]) -> str:
-    """The facts as text: rows that differ as a table, and below it what all configurations share."""
+    """Returns the facts as text: a table of the rows that differ, and below it the facts that are the same in all."""
     rows = {row: [value_text(of[row], 4) for of in facts.values()] for row in next(iter(facts.values()))}
     differs = {row: values for row, values in rows.items() if len(set(values)) > 1 or len(facts) == 1}
     shared = [f"{row} {values[0]}" for row, values in rows.items() if row not in differs]

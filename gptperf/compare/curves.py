@@ -1,4 +1,4 @@
-"""Charts that lay the curves of runs over each other. matplotlib is loaded by `charts` only."""
+"""Draws charts with the curves of several runs. Only `charts` loads matplotlib."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ __all__ = ["charts", "limits", "thinned"]
 _BUCKETS = 150
 """Points of a drawn curve."""
 _FEW = 6
-"""Up to this many runs are drawn with thick lines and bands; more with thin lines alone."""
+"""Up to this number of runs, curves are thick and have bands; with more runs they are thin and have none."""
 _EARLY = 0.05
-"""Share of a run, at its start, whose values do not stretch the axis: the loss falls fast there."""
+"""Share of a run at its start, where the loss falls fast, whose values do not stretch the axis."""
 
 Points = list[tuple[float, float]]
 
 
 def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = None) -> dict[str, str | None]:
-    """Returns title -> SVG of every chart, None for a chart that has nothing to show.
+    """Returns title -> SVG of every chart, or None for a chart that has nothing to show.
 
     Args:
         runs: The runs to draw.
-        lines: How to draw each run; runs may share a line.
+        lines: The line of each run; runs may share a line.
         at: Tokens at which the runs are ranked, drawn as a dotted line.
     """
     unit = _time_unit(runs)
@@ -44,20 +44,20 @@ def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = 
 
 @dataclass(frozen=True)
 class _Chart:
-    """What a chart shows, and how."""
+    """The content and the style of a chart."""
 
     title: str
     points_of: Callable[[LoggedRun], Points]
     unit: tuple[float, str] | None = None
-    """Unit of the time axis, of `_time_unit`; None: the axis has tokens."""
+    """Unit of the time axis, from `_time_unit`; None if the x-axis shows tokens."""
     at: float | None = None
-    """Where a dotted line stands."""
+    """Position of a dotted vertical line."""
     dots: bool = False
-    """Mark each point."""
+    """Whether each point is marked."""
     wide_range: bool = False
-    """Use a logarithmic y-axis where the values need one."""
+    """Whether the y-axis is logarithmic if the values have a wide range."""
     from_zero: bool = False
-    """Begin the y-axis at zero."""
+    """Whether the y-axis begins at zero."""
 
 
 def _loss(run: LoggedRun) -> Points:
@@ -91,7 +91,7 @@ def _time_unit(runs: Sequence[LoggedRun]) -> tuple[float, str]:
 
 
 def thinned(points: Points, buckets: int = _BUCKETS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns mean x, mean y, least y and greatest y of at most `buckets` groups of neighbouring points."""
+    """Returns the mean x, mean y, smallest y and largest y of at most `buckets` groups of neighbouring points."""
     size = -(-len(points) // buckets)
     whole = np.array(points)
     parts = [whole[start : start + size] for start in range(0, len(points), size)]
@@ -100,7 +100,7 @@ def thinned(points: Points, buckets: int = _BUCKETS) -> tuple[np.ndarray, np.nda
 
 
 def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
-    """Returns ends of the y-axis that show what follows the early fall, without the few points that lie far above."""
+    """Returns limits of the y-axis that show the values after the early fall, without the few that are far above."""
     late = [ys[xs >= _EARLY * xs[-1]] for xs, ys in series if len(xs) > 2]
     if not late:
         return None
@@ -111,7 +111,7 @@ def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
 
 
 def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> str | None:
-    """Returns the SVG of a chart, or None where no run has a point."""
+    """Returns the SVG of a chart, or None if no run has a point."""
     plots = pyplot()
     figure, axes = plots.subplots(figsize=(6.4, 3.7))
     series = []
@@ -146,7 +146,7 @@ def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> s
 
 
 def _scale(axes: Any, chart: _Chart, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Sets the scale and the ends of both axes."""
+    """Sets the scale and the limits of both axes."""
     largest = max(ys.max() for _, ys in series)
     if chart.wide_range and largest > 20 * min(ys.min() for _, ys in series):
         logarithmic(axes.yaxis)

@@ -1,4 +1,4 @@
-"""A ranking of runs as tables, as text and as a page. No torch here."""
+"""Shows a ranking of runs as tables, as text and as a page. Does not import torch."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ __all__ = ["differing_table", "html", "ranking_table", "text"]
 
 
 def ranking_table(ranking: Ranking) -> Table:
-    """The ranking with a row for each run."""
+    """Returns the ranking as a table with a row for each run."""
     columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
@@ -45,7 +45,7 @@ def ranking_table(ranking: Ranking) -> Table:
 
 
 def differing_table(ranking: Ranking) -> Table | None:
-    """Keys that differ, with a column for each run or for each key, whichever table is narrower; None without any."""
+    """Returns the keys that differ, with a column for each run or each key, whichever is narrower; None if none do."""
     if not ranking.differing:
         return None
     cells = {
@@ -59,7 +59,7 @@ def differing_table(ranking: Ranking) -> Table | None:
 
 
 def text(ranking: Ranking, page: Path | None = None) -> str:
-    """The ranking for a terminal, with the name of the page that was written."""
+    """Returns the ranking as text for a terminal, with the path of the page if one was written."""
     differing = differing_table(ranking)
     parts = [ranking.how, aligned(ranking_table(ranking))]
     parts += [f"what differs:\n{aligned(differing)}"] if differing is not None else []
@@ -68,7 +68,7 @@ def text(ranking: Ranking, page: Path | None = None) -> str:
 
 
 def html(ranking: Ranking) -> str:
-    """The ranking as a page: table, differing keys, curves.
+    """Returns the ranking as a page: table, differing keys, curves.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Runs ranked at equal tokens, and the configuration keys in which they differ. No torch here."""
+"""Ranks runs at equal tokens, and finds the configuration keys in which they differ. Does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from gptperf.monitor.runs import LeftOut, LoggedRun
 __all__ = ["Ranking", "differing_keys", "rank", "record"]
 
 _WHERE_KEYS = ("out_dir", "init_from", "overwrite", "wandb_run_name")
-"""Keys that say where a run lies; they always differ."""
+"""Keys that say where a run is stored and how it starts. They are not compared."""
 _RAN_ON = {
     "device": "ran on",
     "num_gpus": "GPUs",
@@ -19,25 +19,25 @@ _RAN_ON = {
     "total_parameters": "parameters",
     "versions": "versions",
 }
-"""Startup info -> name of the fact in the table."""
+"""Key of the startup info -> name of the fact in the table."""
 _SAME_VALIDATION = ("dataset", "block_size", "batch_size", "eval_iters")
 """Keys that must agree for two runs to evaluate on the same batches."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs in the order of their losses, the lowest first; runs without a loss stand at the end."""
+    """Runs in the order of their losses, the lowest first; runs without a loss come last."""
 
     runs: tuple[LoggedRun, ...]
     losses: tuple[float | None, ...]
     measure: str
-    """One of "validation loss", "training loss" and "none", where nothing is logged."""
+    """One of "validation loss", "training loss" and "none" (no loss that all runs have)."""
     tokens: float | None
-    """Tokens at which the losses are taken."""
+    """Number of tokens at which the losses are taken."""
     how: str
     """Measure and tokens in words."""
     differing: dict[str, list[Any]]
-    """Key -> its value in each run, None where it is unknown."""
+    """Key -> its value in each run, or None if it is unknown."""
     remarks: tuple[str, ...]
 
 
@@ -77,7 +77,7 @@ def rank(runs: Sequence[LoggedRun], left_out: Sequence[LeftOut] = ()) -> Ranking
 
 
 def _measure(runs: Sequence[LoggedRun]) -> tuple[str, float | None, str]:
-    """Returns what all runs can be ranked by, the tokens at which they are, and both in words."""
+    """Returns the measure by which all runs can be ranked, the tokens at which it is taken, and both in words."""
     if not runs:
         return "none", None, "no run has logged a loss"
     if all(run.evals for run in runs):
@@ -120,7 +120,7 @@ def differing_keys(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
 
 
 def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """The ranking for JSON."""
+    """Returns the ranking in the form of the JSON output."""
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
         rows.append(

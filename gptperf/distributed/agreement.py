@@ -1,4 +1,4 @@
-"""Ranks that do something together, each its part, and that fail together. No torch."""
+"""Work that several ranks do together: they exchange values, and an error of one rank is raised on all. No torch."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ __all__ = ["Ranks", "SingleRank", "fail_together"]
 
 
 class Ranks(Protocol):
-    """The ranks that take part in something, as seen by one of them."""
+    """The ranks that work together, as one of them sees them."""
 
     @property
     def rank(self) -> int:
@@ -26,7 +26,7 @@ class Ranks(Protocol):
 
 
 class SingleRank:
-    """A rank that takes part alone."""
+    """The only rank of its job."""
 
     rank, world_size = 0, 1
 
@@ -39,15 +39,15 @@ class SingleRank:
 def fail_together(ranks: Ranks, what: str) -> Iterator[None]:
     """Runs the body, and fails on every rank if the body fails on one. Collective: every rank must enter.
 
-    So no rank goes on to a collective in which a rank that has failed would be missing.
+    Without this, the other ranks would go on to a collective that the failed rank never joins, and wait in it.
 
     Args:
-        ranks: the ranks that take part.
+        ranks: the ranks that work together.
         what: what the body does, for the message of an `OSError`.
 
     Raises:
-        GptperfError: the error of this rank, or else that of the first rank that has one; an `OSError` becomes a
-            `DiskError`. Other errors are bugs, and pass through.
+        GptperfError: the error of this rank, or else the error of the lowest rank that has one; an `OSError` becomes a
+            `DiskError`. Any other exception is a bug and is raised on its rank alone.
     """
     error: GptperfError | None = None
     try:

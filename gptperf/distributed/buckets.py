@@ -1,7 +1,7 @@
 """Flat buckets: parameters of one kind in one buffer, with one reduction and one optimizer update.
 
-A model has hundreds of parameters, most of them small. Laid out in a few flat buffers they need a few collectives and
-a few optimizer launches per step.
+A model has hundreds of parameters, most of them small. In a few flat buffers they need only a few collectives and a few
+optimizer launches per step.
 """
 
 import itertools
@@ -26,9 +26,9 @@ ALIGN = 64
 class BucketGroup(Enum):
     """The kind of parameters in a bucket. All parameters of a bucket are of one group.
 
-    The group decides how the parameters of a bucket are trained and stored. `make_optimizer` chooses the optimizer by
-    it. An optimizer that works on whole matrices needs shards that are cut between matrices: that would be a further
-    property here, which `Replicated._lay_out` reads.
+    The group decides how the parameters of a bucket are trained and stored, and `make_optimizer` chooses the optimizer
+    by it. An optimizer that works on whole matrices would need shards that are cut between matrices; that would be a
+    further property here, which `Replicated._lay_out` reads.
     """
 
     HIDDEN = "hidden matrix"
@@ -45,7 +45,7 @@ class BucketGroup(Enum):
 
     @property
     def uses_compute_dtype(self) -> bool:
-        """Whether the model reads a copy in the compute dtype, in which the gradients come too.
+        """Whether the model reads a copy in the compute dtype; its gradients then have that dtype too.
 
         Vectors stay float32: they are a thousandth of a model, and the fused kernels compute with them in float32.
         """
@@ -55,8 +55,8 @@ class BucketGroup(Enum):
     def fsdp_shards(self) -> bool:
         """Whether FSDP drops the weights between uses.
 
-        Vectors stay whole on every rank: all vectors of a model lie in one bucket, which saves a small gather per unit,
-        and dropping them would save next to no memory.
+        Vectors stay whole on every rank. All vectors of a model lie in one bucket, which saves a small gather per unit,
+        and dropping them would free very little memory.
         """
         return self is not BucketGroup.VECTOR
 
@@ -69,7 +69,7 @@ def group_of(name: str, parameter: Tensor) -> BucketGroup:
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of one parameter, as a view of a buffer of a bucket."""
+    """Consecutive elements of one parameter, as a view of one of the buffers of its bucket."""
 
     name: str
     shape: torch.Size
@@ -84,9 +84,9 @@ class Piece(NamedTuple):
 class Bucket:
     """Parameters of one group in one flat buffer.
 
-    "Held by this rank" means all elements if the optimizer runs on all of them (DDP), and the shard of this rank under
-    ZeRO-1 and FSDP. The gaps that alignment leaves between parameters are zero and stay zero: their gradient is zero,
-    so they change neither the gradient norm nor the weights.
+    "Held by this rank" means all elements under DDP, and the shard of this rank under ZeRO-1 and FSDP: the elements
+    that its optimizer updates. The gaps that alignment leaves between parameters are zero and stay zero: their gradient
+    is zero, so they change neither the gradient norm nor the weights.
     """
 
     names: list[str]
@@ -95,7 +95,8 @@ class Bucket:
     master: nn.Parameter
     """Master weights held by this rank, float32. Its `grad` is set once the gradient is reduced."""
     grad: Tensor
-    """Accumulated gradient, float32: of all elements, or of the shard where micro-batches are reduced at once."""
+    """Accumulated gradient, float32. It has all elements, or only those of this rank's shard where FSDP reduces every
+    micro-batch."""
     compute: Tensor
     """All elements as the model reads them. Under FSDP its storage is empty while the weights are dropped."""
     copy: Tensor | None
@@ -103,7 +104,7 @@ class Bucket:
     arrived: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Gradients of this micro-batch that are not yet added to `grad`, by parameter."""
     started: set[str] = field(default_factory=set, repr=False)
-    """Parameters that have had a gradient in this step: the first gradient overwrites `grad`, later ones add."""
+    """Parameters that have had a gradient in this step: the first gradient overwrites `grad`, later ones are added."""
     full: bool = False
     """Whether every parameter has had its gradient in this micro-batch."""
     reduction: Pending | None = field(default=None, repr=False)
@@ -111,14 +112,14 @@ class Bucket:
 
 
 class Layout(NamedTuple):
-    """The plan of a bucket, before its buffers exist."""
+    """Parameters and offsets of a bucket whose buffers do not exist yet."""
 
     parameters: dict[str, nn.Parameter]
     group: BucketGroup
     offsets: list[int]
     """First element of each parameter."""
     numel: int
-    """Elements of the bucket with all gaps."""
+    """Elements of the bucket, including all gaps."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Place:
     shape: torch.Size
 
     def view(self, flat: Tensor) -> Tensor:
-        """Returns the parameter's elements of a flat buffer of the whole bucket, in the parameter's shape."""
+        """Returns the parameter's part of a flat buffer of the whole bucket, as a view in the parameter's shape."""
         return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
 
@@ -154,8 +155,8 @@ def gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
 def by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
     """Splits parameters into buckets of about `numel` elements.
 
-    The order is that in which backward produces gradients: the last layer first. So the first bucket is full early in
-    backward, and its reduction overlaps with the rest. A bucket is closed where the group changes.
+    Buckets follow the order in which backward produces gradients, the last layer first. So the first bucket is full
+    early in backward, and its reduction overlaps with the rest. A bucket is closed where the group changes.
 
     Args:
         parameters: by name, in the order of the model.
@@ -169,7 +170,7 @@ def by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[st
 
 
 def join_units(units: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Joins consecutive units until together they have `numel` elements.
+    """Joins consecutive units into buckets of at least `numel` elements; the last bucket may have fewer.
 
     A unit that has `numel` elements by itself is not joined with others. So the embedding, whose gradient comes last,
     does not delay the reduction of other parameters until the end of backward.

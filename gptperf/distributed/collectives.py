@@ -2,9 +2,11 @@
 
 `Collectives` uses PyTorch's process group: NCCL or gloo. `gptperf.distributed.copy_engine` has the same interface.
 
-A shard of a buffer is one of `world_size` equal parts: rank r of n has the elements [r, r + 1) * numel / n. A
-collective only starts when it is called; its buffers must not be touched until the current stream has waited for the
-`Pending` that the call returns. Every rank must make the same calls in the same order.
+A shard of a buffer is one of `world_size` equal parts: rank r of n has the elements [r, r + 1) * numel / n.
+
+A call only starts a collective and returns a `Pending`. The collective runs on a stream of its own, after everything
+that the current stream has enqueued so far. No kernel may touch its buffers until the current stream has waited for
+the `Pending`. Every rank must make the same calls in the same order.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +30,7 @@ class Pending(Protocol):
 
 
 class _Sum(NamedTuple):
-    """A reduction in progress. It keeps its buffers alive until it is waited for."""
+    """A reduction in progress, which keeps its buffers alive until `wait`."""
 
     work: dist.Work
     source: Tensor
@@ -38,7 +40,8 @@ class _Sum(NamedTuple):
 
     def wait(self) -> None:
         self.work.wait()
-        # In the stream that waits, so after the reduction and before whatever reads the target.
+        # These run on the current stream, which now waits for the reduction: they come after it, and before any later
+        # kernel that reads the target.
         if self.add:
             self.target.add_(self.received)
         elif self.target is not self.received:
@@ -53,16 +56,16 @@ class Collectives:
         rank: this rank.
         device: device of the buffers.
         reduce_dtype: dtype in which gradients travel and are added up.
-        reason: why copy engines do not move the data, if the process group was not asked for.
+        reason: why copy engines do not move the data; empty if the configuration chose the process group.
     """
 
     name = "process_group"
     in_flight = 1
-    """Reductions of borrowed buffers that may be in progress while the next buffer is filled."""
+    """Number of reductions of borrowed buffers that may be in progress while the next buffer is filled."""
     widens = False
-    """Whether reductions add up 16-bit gradients in float32, so that they can travel in 16 bits."""
+    """Whether reductions add up 16-bit gradients in float32. Then gradients can travel in 16 bits."""
     buffer_bytes = 0
-    """Bytes of buffers that are used for communication alone."""
+    """Bytes of the buffers that only communication uses."""
     uncounted_bytes = 0
     """Bytes of GPU memory that PyTorch does not count as allocated."""
 
@@ -82,8 +85,8 @@ class Collectives:
         """Registers the buffers that later collectives use. Collective: every rank must call it, once.
 
         Args:
-            numel: elements of all buffers that `zeros` will return, by dtype.
-            borrowed: elements of the largest buffer that `borrow` will return; 0: none.
+            numel: total elements of all buffers that `zeros` will return, by dtype.
+            borrowed: elements of the largest buffer that `borrow` will return; 0 if it will not be called.
             borrowed_dtype: dtype of the buffers of `borrow`.
         """
 
@@ -92,7 +95,7 @@ class Collectives:
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Returns a flat buffer for the next reduction alone, with any contents."""
+        """Returns a flat buffer with arbitrary contents, which the caller fills and passes to its next reduction."""
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -100,7 +103,7 @@ class Collectives:
         return self.reduce_dtype
 
     def own(self, flat: Tensor, rank: int | None = None) -> Tensor:
-        """Returns the shard of a rank of a buffer, as a view. Default: this rank."""
+        """Returns the shard of a buffer that belongs to `rank` (default: this rank), as a view."""
         numel = flat.numel() // self.world_size
         rank = self.rank if rank is None else rank
         return flat[rank * numel : (rank + 1) * numel]
@@ -109,8 +112,9 @@ class Collectives:
         """Starts to sum a buffer over the ranks.
 
         Args:
-            flat: buffer of `zeros`, which gets the sum.
-            source: buffer of `borrow` that is summed instead of `flat`; `flat` is then float32. Only if `widens`.
+            flat: buffer of `zeros` into which the sum is written.
+            source: buffer of `borrow` that is summed instead of `flat`; `flat` is then float32. Allowed only if
+                `widens` is set.
         """
         assert source is None
         if flat.dtype == self.reduce_dtype:
@@ -122,9 +126,9 @@ class Collectives:
         """Starts to sum a buffer over the ranks; each rank gets its shard of the sum.
 
         Args:
-            own: `(numel / n,)` float32, gets the sum. It may be the shard of this rank in `whole`.
-            whole: `(numel,)`, buffer of `zeros` or `borrow`.
-            add: add the sum to `own`, instead of overwriting it.
+            own: `(numel / n,)` float32, into which the sum is written. It may be the shard of this rank in `whole`.
+            whole: `(numel,)`, buffer of `zeros` or `borrow` that is summed.
+            add: add the sum to `own` instead of overwriting it.
         """
         source = whole.to(self.reduce_dtype)
         straight = not add and source.dtype == own.dtype
@@ -135,14 +139,20 @@ class Collectives:
         """Starts to gather the shards of all ranks.
 
         Args:
-            whole: `(numel,)`, gets all shards.
-            own: `(numel / n,)`, the shard of this rank: a buffer of `zeros` or a part of one. It may be the shard in
-                `whole`. After it is written, `written` must be called before this.
+            whole: `(numel,)`, into which all shards are written.
+            own: `(numel / n,)`, the shard of this rank: a buffer of `zeros` or a part of one. It may be the shard of
+                this rank in `whole`. Between the write to `own` and this call, every rank must call `written`.
         """
         return _all_gather(whole, own, async_op=True)
 
     def written(self) -> None:
-        """Lets later gathers read what the current streams of all ranks have written to their shards so far."""
+        """Makes later gathers wait until every rank has written its shards. Collective: every rank must call it.
+
+        What counts as written is everything that the current stream of a rank has enqueued before this call.
+        """
 
     def finish(self) -> None:
-        """Makes the current stream wait until no rank reads a buffer of this one, which may then be overwritten."""
+        """Makes the current stream wait until no other rank reads the buffers of this rank.
+
+        After it, the current stream may overwrite them. Collective: every rank must call it.
+        """

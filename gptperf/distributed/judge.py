@@ -1,14 +1,14 @@
-"""Decides which rank of a job is at fault, from what all ranks have published and for how long.
+"""Decides which rank of a job is at fault, from what the ranks have published and for how long they have been silent.
 
-No threads, no clocks, no store: `gptperf.distributed.watchdog` feeds a `Judge` with views, tests do so by hand.
+A `Judge` uses no threads, clocks or store: `gptperf.distributed.watchdog` feeds it with views, and tests do so by hand.
 
-What is judged, most certain first:
+It looks for these faults, the most certain first:
 
-1. A rank has published a fault: it is believed.
-2. The process of a rank is gone, as the operating system of this host says.
+1. A rank has published a fault, which is taken as true.
+2. The process of a rank is gone, according to the operating system of this host.
 3. The process of a rank is stopped (SIGSTOP), and has been silent for some seconds.
-4. The store does not answer: its host is gone, and with it any news of the others.
-5. A rank on another host has been silent for some seconds: it is gone, or its host or network is.
+4. The store does not answer: its host is gone, and there is no news of the other ranks without it.
+5. A rank on another host has been silent for some seconds: the rank, its host or the network is gone.
 6. All ranks are alive but nothing moves (`Judge._hang`): the rank that is behind did not arrive.
 """
 
@@ -21,41 +21,43 @@ __all__ = ["BEAT_S", "GRACE_S", "LOST_S", "Beat", "Fault", "Judge", "State", "Vi
 BEAT_S = 0.5
 """Seconds between two beats of a rank."""
 LOST_S = 5.0
-"""Seconds of silence after which a rank or the store is gone."""
+"""Seconds of silence after which a rank or the store counts as gone."""
 GRACE_S = 1.0
-"""Seconds allowed for what may block while a process ends."""
-_ERROR_S = 2.5  # after an error is published: its rank should end first, and others may meet the same one by themselves
-_START_S = 30.0  # until the first beat of every rank
+"""Seconds that are allowed for an operation that may block while a process ends."""
+# Seconds from a published error to the end of the other ranks. The rank with the error should end first, and the others
+# may meet the same error by themselves.
+_ERROR_S = 2.5
+_START_S = 30.0  # seconds that every rank has until its first beat
 
 State = Literal["gone", "stopped", "alive"]
 """State of a process on this host."""
 
 
 class Beat(NamedTuple):
-    """What a rank publishes about itself, twice a second."""
+    """The state that a rank publishes about itself, twice a second."""
 
     beats: int
     """Number of this beat."""
     places: int
-    """Places that its main thread has passed (`Progress.count`)."""
+    """Places that the main thread has passed (`Progress.count`)."""
     where: str
-    """Where its main thread is, for a message."""
+    """Where the main thread is, as text for a message."""
     waiting: bool
-    """Whether its main thread is in a collective."""
+    """Whether the main thread is in a collective."""
     limited: bool
-    """Whether it is a fault if no rank moves for the timeout."""
+    """Whether it is a fault if no rank passes a place within the timeout."""
     done: bool
-    """Whether it has ended without an error."""
+    """Whether the rank has ended without an error."""
     pid: int
     started: str
-    """Start time of the process: a later process may have the same id."""
+    """Start time of the process, because a later process may have the same id."""
     host: str
     place: str
-    """Equal for ranks whose process ids mean the same."""
+    """Name of the space of process ids. Ranks with the same name can look up each other's processes."""
 
     @property
     def process(self) -> str:
-        """Process id and host, for a message."""
+        """Process id and host, as text for a message."""
         return f"process {self.pid} on {self.host}"
 
 
@@ -70,15 +72,15 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """All that one rank knows about the job at one time."""
+    """Everything that one rank knows about the job at one time."""
 
     number: int = 0
-    """Number of the exchange with the store that it comes from."""
+    """Number of the exchange with the store that made this view."""
     beats: Mapping[int, Beat] = field(default_factory=dict)
     """Last beat by rank."""
     states: Mapping[int, State] = field(default_factory=dict)
-    """States of processes on this host by rank, looked up before the beats were read: a process that has ended well
-    has published that it is done before it is gone."""
+    """States of processes on this host by rank. They are looked up before the beats are read: a process that has ended
+    well published that it is done before it was gone, so the beats then say so."""
     failed: Fault | None = None
     """The fault that a rank has published."""
     lost: bool = False
@@ -87,18 +89,18 @@ class View:
 
 @dataclass
 class _Seen:
-    """What was seen of one rank, and for how long."""
+    """The last news of one rank, and how old it is."""
 
     beat: Beat | None = None
     state: State | None = None
     silent_s: float = LOST_S - _START_S
-    """Seconds without a new beat. Below zero at first: until the first beat a rank has longer."""
+    """Seconds without a new beat. It begins below zero, so that a rank has more time until its first beat."""
     still_s: float = 0.0
-    """Seconds without a new place."""
+    """Seconds in which the main thread has passed no place."""
 
 
 class Judge:
-    """Decides from what was seen, and for how long. Time in which this process did not run does not count.
+    """Decides which rank is at fault from a sequence of views.
 
     Args:
         rank: this rank.
@@ -114,14 +116,14 @@ class Judge:
         self.store_silent_s = self.failed_s = 0.0
 
     def tick(self, view: View, seconds: float) -> None:
-        """Takes in a view that was current for these last seconds."""
+        """Takes in a view that was current during the last `seconds`."""
         self.store_silent_s = 0.0 if view.number != self.view.number else self.store_silent_s + seconds
         self.failed_s += seconds if view.failed is not None else 0.0
         self.view = view
         for rank, seen in self.seen.items():
             beat, before = view.beats.get(rank), seen.beat
             seen.beat, seen.state = beat, view.states.get(rank)
-            # While the store is silent there is no news of any rank: that is the silence of the store, not of the rank.
+            # While the store is silent there is no news of any rank, so the silence does not count for the rank.
             if beat is not None and (before is None or beat.beats != before.beats):
                 seen.silent_s = 0.0
             elif self.store_silent_s <= 2 * BEAT_S:
@@ -133,11 +135,11 @@ class Judge:
 
     @property
     def others(self) -> dict[int, _Seen]:
-        """The other ranks that have not ended well."""
+        """The other ranks, without those that have ended without an error."""
         return {r: s for r, s in self.seen.items() if r != self.rank and not (s.beat is not None and s.beat.done)}
 
     def fault(self) -> Fault | None:
-        """Returns what is wrong now, if anything is. The order of the checks is that of the list above."""
+        """Returns the fault that is seen now, if there is one. The checks follow the list at the top of this file."""
         failed = self.view.failed
         if failed is not None:
             return failed if failed.hang or self.failed_s >= _ERROR_S else None
@@ -152,8 +154,9 @@ class Judge:
             return self._named(stopped, "did not arrive: {process} is stopped, last in {where}", hang=True)
         if unheard >= (GRACE_S if self.view.lost else self.lost_s):
             return Fault((), "the host of the job's store is gone (the process of torchrun there, or of rank 0)")
-        # A process of this host that lives but is silent may be in a long call, which holds up its threads too: for it
-        # the timeout is the limit. All ranks that are about to be lost are named together, as those of one host are.
+        # A process of this host that is alive but silent may be in a long call that blocks its threads too; only the
+        # timeout applies to it. All ranks that are nearly lost are named together, because those of one host are lost
+        # together.
         silent = [r for r, s in self.others.items() if s.state != "alive" and s.silent_s >= self.lost_s - BEAT_S]
         if any(self.seen[rank].silent_s >= self.lost_s for rank in silent):
             return self._named(
@@ -186,12 +189,12 @@ class Judge:
             if late and set(late) <= set(still):
                 return self._named(late, f"did not arrive: {waits}, {{process}} is in {{where}}", hang=True)
             if late:
-                return None  # a rank that is behind but moves is at work
+                return None  # a rank that is behind but moves is working
             ended = [rank for rank in self.seen if rank not in active]
             if ended and len(waiting) == len(active):
                 return self._named(ended, f"has ended: {waits}", hang=True)
         if len(active) > 1 and len(still) == len(active) and all(b.waiting or b.limited for b in beats.values()):
-            # Also if no rank is seen waiting: a full queue of the GPU holds up its process in any call.
+            # No rank need be in a collective: if the GPU's queue is full, any call may block.
             nobody = f"no rank has moved for {self.timeout_s:g} s"
             behind = [rank for rank, beat in beats.items() if beat.places == lowest]
             if len(behind) < len(beats):

@@ -1,6 +1,6 @@
 """GPU memory that every rank of a host can read, and barriers between the streams of its GPUs.
 
-The memory is PyTorch's symmetric memory, the barriers are memory operations of the CUDA driver.
+The memory is PyTorch's symmetric memory, and the barriers are stream memory operations of the CUDA driver.
 `gptperf.distributed.copy_engine` moves data with both.
 """
 
@@ -21,7 +21,7 @@ from gptperf.distributed.process import Process
 __all__ = ["CHANNELS", "PeerMemory", "SymmetricMemory"]
 
 CHANNELS = 2
-"""Number of independent barriers: streams that wait in one channel do not wait for those of another."""
+"""Number of independent sequences of barriers: a stream that waits in one channel does not wait for other channels."""
 _DEVICEMAP = 2  # flag of cuMemHostRegister: the GPU can write and read the memory
 
 
@@ -35,13 +35,13 @@ class PeerMemory(Protocol):
         """Returns a new region of zeros. Collective: every rank must call it with the same arguments."""
 
     def holds(self, flat: Tensor) -> bool:
-        """Whether a buffer lies in a region of this rank."""
+        """Returns whether a buffer lies in a region of this rank."""
 
     def peer(self, flat: Tensor, rank: int) -> Tensor:
         """Returns the buffer at the same place in the memory of another rank."""
 
     def barrier(self, channel: int) -> None:
-        """Makes the current stream wait until that of every rank has come to the same barrier of the channel."""
+        """Makes the current stream wait until every rank has reached the same barrier of the channel."""
 
 
 class SymmetricMemory:
@@ -63,9 +63,9 @@ class SymmetricMemory:
         self._flags = _Flags(process)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Returns memory of zeros that `share` makes a region. Not a collective."""
+        """Returns memory of zeros, which `share` turns into a region. Not a collective."""
         symmetric = importlib.import_module("torch.distributed._symmetric_memory")
-        torch.cuda.empty_cache()  # the memory comes from the driver, which has none of what PyTorch caches
+        torch.cuda.empty_cache()  # the memory comes from the driver, which cannot use what PyTorch has cached
         before = torch.cuda.memory_allocated(self.process.device)
         region = symmetric.empty(numel, dtype=dtype, device=self.process.device)
         counted = torch.cuda.memory_allocated(self.process.device) - before
@@ -73,7 +73,7 @@ class SymmetricMemory:
         return region.zero_()
 
     def share(self, region: Tensor) -> None:
-        """Makes allocated memory a region: maps that of all ranks. Collective: every rank must call it."""
+        """Turns allocated memory into a region that all ranks map. Collective: every rank must call it."""
         symmetric = importlib.import_module("torch.distributed._symmetric_memory")
         torch.cuda.synchronize()  # the zeros are written before another rank can read the memory
         self._regions.append((region, symmetric.rendezvous(region, dist.group.WORLD)))
@@ -112,24 +112,26 @@ class SymmetricMemory:
 class _Flags:
     """Barriers between streams of several GPUs, by counters in host memory and without a kernel.
 
-    PyTorch's own barrier is a kernel that spins on a multiprocessor until the last rank comes. Here the stream itself
-    writes its counter, and waits until the counters of the other ranks have the same value (cuStreamWriteValue32,
-    cuStreamWaitValue32). The counters are in memory of the host, since the driver refuses that of another GPU.
+    PyTorch's own barrier is a kernel that spins on a multiprocessor until the last rank arrives. Here the stream itself
+    writes the rank's counter, then waits until the counters of the other ranks have reached the same value
+    (cuStreamWriteValue32, cuStreamWaitValue32). The counters are in host memory, because the driver refuses these
+    operations on the memory of another GPU.
 
     Args:
         process: this rank.
 
     Raises:
-        RuntimeError: the driver refuses.
-        OSError: there is no memory that processes share.
+        RuntimeError: the driver does not support the operations.
+        OSError: processes cannot share host memory here.
     """
 
-    _SPACING = 32  # int32 between two counters, so that each has a cache line of its own
+    _SPACING = 32  # distance of two counters in int32, so that each has a cache line of its own
 
     def __init__(self, process: Process):
         self.process, self._counts = process, [0] * CHANNELS
         nbytes = 4 * self._SPACING * CHANNELS * process.world_size
-        file, path = -1, ""  # a path that no rank can map, if the main process gets no memory
+        # If the main process gets no memory, the path stays empty and the mapping fails on every rank.
+        file, path = -1, ""
         with contextlib.suppress(OSError):
             if process.is_main:
                 file = os.memfd_create("gptperf")
@@ -137,7 +139,7 @@ class _Flags:
                 path = f"/proc/{os.getpid()}/fd/{file}"
         self._counters = torch.from_file(process.from_main(path), shared=True, size=nbytes, dtype=torch.uint8)
         self._at = self._counters.data_ptr()
-        # By the driver's functions: after an error of the runtime's, the next kernel launch would raise it again.
+        # Functions of the driver, not of the runtime: the next kernel launch would raise an error of the runtime again.
         driver = ctypes.CDLL("libcuda.so.1")
         self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
         for function in (self._write, self._wait):
@@ -146,7 +148,7 @@ class _Flags:
         register.argtypes, unregister.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint], [ctypes.c_void_p]
         _check_code("mapping of host memory", register(self._at, nbytes, _DEVICEMAP))
         weakref.finalize(self, _unmap, self._counters, unregister, file).atexit = False
-        # A write and a wait that is fulfilled already: a driver that lacks them refuses now.
+        # One write, and one wait that is fulfilled already, so that a driver without them fails here.
         self._enqueue(self._write, 0, process.rank, 0)
         self._enqueue(self._wait, 0, process.rank, 0)
         torch.cuda.synchronize()
@@ -154,13 +156,18 @@ class _Flags:
     def arrive(self, channel: int) -> None:
         """Enqueues a barrier on the current stream. Every rank counts its barriers, so all write the same value."""
         self._counts[channel] = count = (self._counts[channel] + 1) % (1 << 32)
-        self._enqueue(self._write, channel, self.process.rank, count)  # after all that is enqueued before
+        # The stream writes the counter when everything enqueued before it is done.
+        self._enqueue(self._write, channel, self.process.rank, count)
         for rank in range(self.process.world_size):
             if rank != self.process.rank:
-                self._enqueue(self._wait, channel, rank, count)  # for that or more, modulo 2^32
+                # Waits for this count or a later one, modulo 2^32: the other rank may be at its next barrier already.
+                self._enqueue(self._wait, channel, rank, count)
 
     def _enqueue(self, function: Any, channel: int, rank: int, count: int) -> None:
-        """Enqueues a write of a count to the counter of a rank, or a wait for it."""
+        """Enqueues a write of a count to the counter of a rank, or a wait for it.
+
+        Flags of 0 mean a memory fence before a write, and "greater or equal, cyclically" for a wait.
+        """
         at = self._at + 4 * self._SPACING * (channel * self.process.world_size + rank)
         code = function(torch.cuda.current_stream().cuda_stream, at, count, 0)
         _check_code("stream memory operations", code)
@@ -173,7 +180,7 @@ def _check_code(what: str, code: int) -> None:
 
 
 def _unmap(counters: Tensor, unregister: Callable[[int], int], file: int) -> None:
-    """Frees the counters. Takes the tensor, so that its memory is mapped until then."""
+    """Frees the counters. Takes the tensor itself, which keeps its memory mapped until this call."""
     torch.cuda.synchronize()  # no stream waits for a counter any more
     unregister(counters.data_ptr())
     if file >= 0:

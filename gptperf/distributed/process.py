@@ -15,24 +15,26 @@ from gptperf.errors import DeviceError, PeerError
 
 __all__ = ["Process", "start_process"]
 
-_MARGIN_S = 30.0  # by which the backend's own limit of a collective is later than the watchdog's, which names the rank
+# The backend's own limit of a collective is this much longer than that of the watchdog, which can name the rank.
+_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """One rank of a job, and what it decides with the others.
+    """One rank of a job, and the decisions that it makes with the other ranks.
 
-    All methods but `close` and `watchdog` are collectives: every rank must call them, in the same order. For a single
-    process they return at once.
+    All methods except `close` and `watchdog` are collectives: every rank must call them, in the same order. For a
+    single process they return at once.
     """
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None
-    """Group for decisions, on the CPU, so that they do not wait for the GPU; None for a single process."""
+    """Process group for decisions. It works on the CPU, so that they do not wait for the GPU; None for a single
+    process."""
     save_group: dist.ProcessGroup | None = None
-    """Group for the thread that saves: its collectives must not mix with those of the main thread."""
+    """Process group for the thread that saves: its collectives must not mix with those of the main thread."""
     progress: Progress = field(default_factory=Progress, compare=False)
     """Position of the main thread, for the watchdog."""
     timeout_s: float = 600.0
@@ -40,7 +42,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and the console."""
+        """Whether this process writes the files and the console output."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -50,19 +52,20 @@ class Process:
                 dist.barrier()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Returns the mean of a tensor over the ranks. Of several ranks, on the CPU: the wait is inside `progress`."""
+        """Returns the mean of a tensor over the ranks; with several ranks, the result is on the CPU."""
         if self.world_size == 1:
             return value
         with self.progress.collective("all_reduce"):
             dist.all_reduce(value)
+            # The copy to the CPU waits for the other ranks, so it must be inside `progress`.
             return (value / self.world_size).cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Returns whether the flag is set on any rank."""
         return bool(self.highest(int(flag)))
 
     def highest(self, value: int) -> int:
-        """Returns the largest value of all ranks."""
+        """Returns the largest value over all ranks."""
         if self.world_size == 1:
             return value
         found = torch.tensor(value)
@@ -89,7 +92,7 @@ class Process:
         return every
 
     def exchange(self, value: Any) -> list[Any]:
-        """Returns the value of every rank, in rank order. For the threads that save."""
+        """Returns the value of every rank, in rank order. Only the threads that save call it."""
         if self.world_size == 1:
             return [value]
         every: list[Any] = [None] * self.world_size
@@ -106,7 +109,7 @@ class Process:
         return box[0]
 
     def watchdog(self, out_dir: str, *, debug: bool = False) -> Watchdog:
-        """Returns the context that ends this process when another one of the job is gone."""
+        """Returns a context that ends this process when another rank of the job fails, dies or hangs."""
         return Watchdog(
             self.rank, self.world_size, self.progress, timeout_s=self.timeout_s, out_dir=out_dir, debug=debug
         )
@@ -118,7 +121,7 @@ class Process:
 
 
 def start_process(device: str, timeout_s: float = 600.0) -> Process:
-    """Joins the job that torchrun started, or makes a job of this process alone.
+    """Joins the job that torchrun started, or creates a job of this process alone.
 
     Args:
         device: "auto", "cuda" or "cpu".
@@ -129,8 +132,8 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         DeviceError: "cuda" was asked for on a machine without a usable GPU, this host has fewer GPUs than processes, or
             WORLD_SIZE is set without the other variables that torchrun sets.
     """
-    # Streams share hardware connections, 8 by default. A stream that waits for other GPUs holds up those that share its
-    # connection.
+    # Streams share hardware connections, of which there are 8 by default. A stream that waits for other GPUs blocks all
+    # streams on its connection.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device = 'cuda': PyTorch finds no usable GPU here. Use device = 'auto' or 'cpu'.")

@@ -1,4 +1,4 @@
-"""Where the main thread of a rank is, for the watchdog and its messages."""
+"""Tracks where the main thread of a rank is, for the watchdog and its messages."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """The position of the main thread, which writes it and which the watchdog's threads read.
+    """The position of the main thread. The main thread writes it, and the watchdog's threads read it.
 
-    Every rank goes through the same places in the same order and counts them. So the rank with the lowest count is the
-    one that the others wait for.
+    Every rank passes the same places in the same order and counts them. So the others wait for the rank with the lowest
+    count.
     """
 
     def __init__(self) -> None:
@@ -20,10 +20,10 @@ class Progress:
         self.count = 0
         """Places passed: begins and ends of iterations, collectives, evaluations and saves."""
         self.limited = False
-        """Whether it is a fault if no rank moves for the timeout."""
+        """Whether it is a fault if no rank passes a place within the timeout."""
 
     def start_iteration(self, number: int) -> None:
-        """Notes that an iteration begins. The first one of a process compiles, and has no time limit."""
+        """Notes that an iteration begins. The first iteration of a process compiles, and has no time limit."""
         self.phase, self.limited = f"iteration {number}", self.iterations > 0
         self.iterations += 1
         self.count += 1
@@ -42,7 +42,7 @@ class Progress:
     def collective(self, name: str) -> Iterator[None]:
         """Notes that the body waits for the other ranks.
 
-        If it raises, the name stays in place: it says where the error came from.
+        If the body raises, the name of the collective stays set: it says where the error came from.
         """
         outer, self.waiting = self.waiting, name
         self.count += 1
@@ -52,5 +52,5 @@ class Progress:
 
     @property
     def where(self) -> str:
-        """The collective, if any, and the phase, for a message."""
+        """The phase and, if there is one, the collective, as text for a message."""
         return f"{self.waiting} ({self.phase})" if self.waiting else self.phase

@@ -8,10 +8,10 @@ strategy.
 One step, as `train_step` drives it:
 
     start_step
-    start_micro_batch(last), forward, backward     for each micro-batch; backward calls `_arrive` for each parameter
-    finish_gradients                               the reduced gradients are in `bucket.master.grad`
+    start_micro_batch(last), forward, backward     once per micro-batch; backward calls `_arrive` for each parameter
+    finish_gradients                               puts the reduced gradients into `bucket.master.grad`
     gradient_norm, the optimizer's step            writes `bucket.master` and `bucket.copy`
-    finish_step                                    the other ranks get what the optimizer wrote
+    finish_step                                    gives the other ranks what the optimizer wrote
 """
 
 import weakref
@@ -46,16 +46,16 @@ class Replicated:
     The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm
     weights, biases) stay float32 and are read as they are. When backward produces a gradient, it is added to the
     float32 gradient of the bucket and dropped. In the last micro-batch each bucket is reduced as soon as it is full,
-    while backward goes on. (A model compiled as one graph returns all gradients at the end of backward, and nothing
+    while backward continues. (A model compiled as one graph returns all gradients at the end of backward, so nothing
     overlaps.) Frozen parameters stay as they are.
 
     Args:
-        model: with float32 parameters on their device, equal on every rank.
+        model: a model with float32 parameters on their device, equal on every rank.
         compute_dtype: dtype of the matrices that the model computes with.
-        collectives: the collectives between the ranks; default: a single rank.
+        collectives: the collectives between the ranks; default: those of a single rank.
         bucket_numel: elements at which a bucket is closed.
-        single: every step has one micro-batch. Its gradients then travel in their own dtype and are accumulated in
-            float32 by the reduction, provided that the collectives can widen them.
+        single: whether every step has one micro-batch. If so, and if the collectives can widen gradients, they travel
+            in their own dtype, and the reduction adds them up in float32.
     """
 
     is_sharded = False
@@ -78,10 +78,11 @@ class Replicated:
         self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
         self._last_micro_batch = False
-        self._reduced = 0  # buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight once
-        # Matrices in the order in which backward reaches them, so that reductions begin in the order in which buckets
-        # fill. All vectors come last: each layer has some, so their bucket is full only when backward ends.
+        # Number of buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`.
+        self._reduced = 0
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # has a tied weight once
+        # Matrices are in the order in which backward reaches them, so that reductions begin in the order in which
+        # buckets fill. Vectors come last: each layer has some, so their bucket is full only when backward ends.
         vectors = {name: p for name, p in parameters.items() if group_of(name, p) is BucketGroup.VECTOR}
         matrices = {name: p for name, p in parameters.items() if name not in vectors}
         named = [*self._split(matrices, bucket_numel), *by_size(vectors, bucket_numel)]
@@ -112,7 +113,7 @@ class Replicated:
         self.collectives.reserve(numel, self._borrowed(layouts), self.wire_dtype)
 
     def _borrowed(self, layouts: Sequence[Layout]) -> int:
-        """Returns the elements of the largest gradient that travels in a borrowed buffer."""
+        """Returns the number of elements of the largest gradient that travels in a borrowed buffer."""
         travelling = [layout.numel for layout in layouts if layout.group.uses_compute_dtype]
         return max(travelling, default=0) if self.single else 0
 
@@ -122,14 +123,14 @@ class Replicated:
         return self.collectives.wire_dtype(self.compute_dtype)
 
     def _travels(self, bucket: Bucket) -> bool:
-        """Whether the gradient of a micro-batch is reduced as it came, from a borrowed buffer.
+        """Returns whether the gradient of a micro-batch is reduced by itself, in its own dtype, from a borrowed buffer.
 
         Otherwise it is first accumulated in `bucket.grad`, which is then reduced.
         """
         return self.single and bucket.group.uses_compute_dtype
 
     def _copied(self, group: BucketGroup) -> bool:
-        """Whether the model reads a copy of the master weights, in the compute dtype."""
+        """Returns whether the model reads a copy of the master weights, in the compute dtype."""
         return group.uses_compute_dtype and self.compute_dtype != torch.float32
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class Replicated:
         self.buckets.append(bucket)
         for (name, parameter), offset in zip(layout.parameters.items(), layout.offsets, strict=True):
             place = self.places[name] = Place(bucket, offset, parameter.shape)
-            # From here on the model reads the bucket; the tensor that it was built with is freed.
+            # From here on the model reads the bucket; the parameter's own memory is freed.
             parameter.data = place.view(bucket.compute)
             parameter.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), name))
 
@@ -150,8 +151,8 @@ class Replicated:
         """Makes the buffers of a bucket.
 
         Args:
-            names: parameters of the bucket.
-            group: their group.
+            names: names of the parameters.
+            group: group of the parameters.
             whole: initial weights of the bucket, `(numel,)` float32; becomes part of the bucket.
         """
         copied = self._copied(group)
@@ -160,7 +161,7 @@ class Replicated:
         grad = self.collectives.zeros(whole.numel(), torch.float32)
         return Bucket(names, group, master, grad, compute, compute if copied else None)
 
-    # Gradients: accumulated as they come, reduced bucket by bucket.
+    # Gradients: accumulated as they arrive, reduced bucket by bucket.
 
     def start_step(self) -> None:
         """Forgets the gradients of the last step: the first gradient of each parameter overwrites them."""
@@ -172,21 +173,21 @@ class Replicated:
         """Prepares for one forward and backward.
 
         Args:
-            last: whether it is the last micro-batch of the step, in which gradients are reduced.
+            last: whether this is the last micro-batch of the step, in which gradients are reduced.
         """
         self._last_micro_batch = last
         self._reduced = 0
         for bucket in self.buckets:
             bucket.full = False
-            # A bucket is collected when it is full. One with a parameter that the last micro-batch did not use never
-            # was, and still has the other gradients.
+            # `_arrive` collects a bucket when it is full. A bucket with a parameter that the previous micro-batch did
+            # not use never got full, and its other gradients are collected here.
             self._collect(bucket)
 
     @torch.no_grad()
     def _arrive(self, name: str, parameter: Tensor) -> None:
-        """Takes the gradient of one parameter; the last one of a bucket moves them all.
+        """Takes the gradient of one parameter. With the last one of a bucket, all its gradients are accumulated.
 
-        Called by autograd when the gradient is complete: a tied weight calls it once, with the sum over its uses.
+        Autograd calls this when the gradient is complete: once for a tied weight, with the sum over its uses.
         """
         assert parameter.grad is not None
         bucket = self.places[name].bucket
@@ -195,23 +196,24 @@ class Replicated:
             return
         self._collect(bucket)
         bucket.full = True
-        # Collectives pair up by their order, so every rank must reduce the same bucket next. The order in which buckets
-        # fill may differ between ranks (a model may use its layers in another order), the order of `buckets` does not.
-        # So a full bucket waits for those before it, and `_reduced` is how far the reductions have come in that order.
+        # Collectives are matched between ranks by their order, so every rank must reduce the same bucket next. The
+        # order in which buckets fill may differ between ranks (a model may use its layers in another order); the order
+        # of `buckets` does not. So a full bucket waits for those before it, and the first `_reduced` buckets in this
+        # order have been reduced.
         while self._reduces_now and self._reduced < len(self.buckets) and self.buckets[self._reduced].full:
             self._reduce(self.buckets[self._reduced])
             self._reduced += 1
 
     @property
     def _reduces_now(self) -> bool:
-        """Whether the gradients of this micro-batch are reduced as they come."""
+        """Whether the gradients of this micro-batch are reduced as soon as a bucket is full."""
         return self._last_micro_batch
 
     def _collect(self, bucket: Bucket) -> None:
-        """Adds the gradients that have arrived to the float32 gradient; the first one of a step overwrites."""
+        """Adds the gradients that have arrived to the float32 gradient; the first one of a step overwrites it."""
         if self._travels(bucket):
             return  # `_fill` takes them
-        # Over lists: one launch per bucket, and 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
+        # Ops over lists need one launch per bucket and reach 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
         first = [name for name in bucket.arrived if name not in bucket.started]
         more = [name for name in bucket.arrived if name in bucket.started]
         if first:
@@ -225,7 +227,7 @@ class Replicated:
         """Collects what has arrived, and writes zeros for parameters without a gradient in this step."""
         self._collect(bucket)
         for name in () if self._travels(bucket) else set(bucket.names) - bucket.started:
-            self.gradient(name).zero_()  # which still has the gradient of the last step
+            self.gradient(name).zero_()  # it still has the gradient of the previous step
 
     def _reduce(self, bucket: Bucket) -> None:
         """Starts the all-reduce of a bucket."""
@@ -234,9 +236,9 @@ class Replicated:
             bucket.reduction = self.collectives.all_reduce(bucket.grad, source)
 
     def _fill(self, bucket: Bucket) -> Tensor:
-        """Copies the gradients that have arrived to a borrowed buffer, with zeros in the rest."""
+        """Copies the gradients that have arrived to a borrowed buffer, and fills the rest with zeros."""
         whole = self.collectives.borrow(bucket.compute.numel(), self.wire_dtype)
-        # The buffer may have another bucket's gradient, whose gaps lie elsewhere: those of this one must become zero.
+        # The buffer may hold the gradient of another bucket, whose gaps lie elsewhere, so the gaps are zeroed too.
         for begin, end in gaps([self.places[name] for name in bucket.names], whole.numel()):
             whole[begin:end].zero_()
         for name in bucket.names:
@@ -249,7 +251,7 @@ class Replicated:
         return whole
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
-        """Waits for the reduction of a bucket, and returns the gradient that the optimizer reads."""
+        """Makes the current stream wait for the reduction of a bucket, and returns the gradient for the optimizer."""
         if bucket.reduction is not None:
             bucket.reduction.wait()
             bucket.reduction = None
@@ -257,8 +259,9 @@ class Replicated:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """Waits until every gradient is the sum over micro-batches and ranks; it is 0 for an unused parameter."""
-        # A bucket with a parameter that the last micro-batch did not use is not full, and holds up those after it.
+        """Completes all reductions. Each gradient is then the sum over micro-batches and ranks, or 0 if unused."""
+        # A bucket with a parameter that the last micro-batch did not use is not full, so neither it nor those after it
+        # have been reduced.
         for bucket in self.buckets[self._reduced :]:
             self._complete(bucket)
             self._reduce(bucket)
@@ -266,13 +269,14 @@ class Replicated:
         for bucket in self.buckets:
             bucket.master.grad = self._reduced_gradient(bucket)
         if self.world_size > 1:
-            # Other ranks may still pull from gradients and copies of this one, which it writes next.
+            # Other ranks may still pull gradients and weight copies of this rank. The optimizer overwrites the copies
+            # next, and the next backward overwrites the gradients.
             self.collectives.finish()
 
     # Scalars over all shards.
 
     def summed(self, value: Tensor) -> Tensor:
-        """Returns the sum of a tensor over the shards: here a rank has everything, and it is the value itself."""
+        """Returns the sum of a tensor over the shards. Here a rank has everything, so this is the value itself."""
         return value
 
     def largest(self, value: Tensor) -> Tensor:
@@ -288,11 +292,11 @@ class Replicated:
     # Weights: from the master weights to the model, and between ranks.
 
     def finish_step(self) -> None:
-        """Gives the other ranks what the optimizer has updated: here nothing, since all make the same update."""
+        """Gives the other ranks what the optimizer has updated. Does nothing here: all ranks make the same update."""
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Gives the model the master weights, rounded to the compute dtype. The optimizer does so as it updates."""
+        """Copies the master weights to the model, rounded to the compute dtype, as the optimizer does in its update."""
         for bucket in self.buckets:
             if bucket.copy is not None:
                 bucket.copy.copy_(bucket.master)
@@ -300,7 +304,7 @@ class Replicated:
 
     @torch.no_grad()
     def share(self) -> None:
-        """Gives every rank the master weights of rank 0, so that replicas begin with the same bits."""
+        """Copies the master weights of rank 0 to every rank, so that replicas begin with the same bits."""
         if self.world_size > 1:
             for bucket in self.buckets:
                 dist.broadcast(bucket.master.data, 0)
@@ -314,7 +318,7 @@ class Replicated:
 
     @property
     def numel(self) -> int:
-        """Parameters of the model; a tied one counts once."""
+        """Number of parameters of the model; a tied parameter counts once."""
         return sum(place.shape.numel() for place in self.places.values())
 
     def gradients(self) -> Iterator[Tensor]:
@@ -331,7 +335,7 @@ class Replicated:
         return 0, bucket.compute.numel()
 
     def _share_of(self, bucket: Bucket) -> tuple[int, int]:
-        """Returns the range of a bucket's elements that this rank saves. Replicas save a part each too."""
+        """Returns the range of a bucket's elements that this rank saves: replicas too save one part each."""
         numel = bucket.compute.numel() // self.world_size
         return self.rank * numel, (self.rank + 1) * numel
 
@@ -340,7 +344,7 @@ class Replicated:
 
         Args:
             values: returns a bucket's master weights, or a buffer of that size such as an optimizer state.
-            to_save: yield only those that this rank saves; the pieces of all ranks then cover each element once.
+            to_save: yield only the elements that this rank saves; the pieces of all ranks then cover each element once.
         """
         for bucket in self.buckets:
             yield from self.pieces_of(bucket, values(bucket), to_save=to_save)
@@ -358,7 +362,10 @@ class Replicated:
 
 
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:
-    """Passes a gradient on. A hook must not keep the owner of the buckets alive: the collector does not see hooks."""
+    """Passes a gradient to the owner of the buckets.
+
+    The reference is weak because Python does not collect cycles through hooks: a strong one would keep the owner alive.
+    """
     owner = weights()
     assert owner is not None
     owner._arrive(name, parameter)

@@ -1,13 +1,14 @@
-"""Ends this rank when another one of the job failed, died or hangs, even while this one is blocked in a collective.
+"""Ends this rank when another rank of the job failed, died or hangs, even while this one is blocked in a collective.
 
-Each rank has a `Watchdog` with two threads. Twice a second the first one publishes where the rank is, in the store at
-which the job met, and reads where the others are. The second one judges what was read (`gptperf.distributed.judge`).
-When a rank is at fault, the second thread prints a line that names it and ends this process, whatever its main thread
-does. They are two threads because the first one may block in the store, when the store's host is gone.
+Each rank has a `Watchdog` with two threads. Twice a second the first thread publishes where the rank is, in the store
+of the process group, and reads where the others are. The second thread judges what was read
+(`gptperf.distributed.judge`). When a rank is at fault, the second thread prints a line that names it and ends this
+process, whatever the main thread does. There are two threads because the first one may block in the store when the
+store's host is gone.
 
-An error of the main thread takes another way: `Watchdog.__exit__` prints it, publishes it and exits with its code.
-`_ending` is a lock that is never released: whoever gets it, main thread or judging thread, is the one that ends the
-process, so that only one of them speaks.
+An error of the main thread is handled by `Watchdog.__exit__`, which prints it, publishes it and exits with its code.
+`_ending` is a lock that is never released. The thread that acquires it, main or judging, ends the process, so only one
+of them prints.
 """
 
 import contextlib
@@ -41,10 +42,10 @@ def process_state(pid: int, started: str | None = None) -> State:
 
     Args:
         pid: process id.
-        started: its start time, field 22 of /proc/PID/stat. A process with another one is a later one with this id.
+        started: its start time, field 22 of /proc/PID/stat. If it differs, the process is a later one with the same id.
 
     Returns:
-        "gone" also for a zombie, and for a process that is writing its core file.
+        The state; a zombie and a process that is writing its core file are "gone".
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -57,10 +58,10 @@ def process_state(pid: int, started: str | None = None) -> State:
 
 
 def _identity() -> tuple[int, str, str, str]:
-    """Returns process id, start time and host, and a name of the place in which the process id has a meaning.
+    """Returns process id, start time and host, and a name of the space in which the process id is unique.
 
-    Hosts may have the same name, and containers of one host have process ids of their own: the boot and the namespace
-    of process ids tell them apart.
+    Hosts may have the same name, and containers on one host have process ids of their own. The boot id and the
+    namespace of process ids distinguish them.
     """
     host, pid = socket.gethostname(), os.getpid()
     try:
@@ -72,9 +73,9 @@ def _identity() -> tuple[int, str, str, str]:
 
 
 class Watchdog:
-    """A context manager around all that a rank of a job does. For a single rank it does nothing.
+    """A context manager around everything that a rank of a job does. For a single rank it does nothing.
 
-    An error that leaves it is printed, published to the other ranks, and turned into the exit code of its kind.
+    An error that leaves the body is printed, published to the other ranks, and turned into the exit code of its kind.
 
     Args:
         rank: this rank.
@@ -83,8 +84,8 @@ class Watchdog:
         timeout_s: limit of one collective.
         out_dir: folder for the Python stacks of a process that hangs.
         debug: whether to print stacks on stderr.
-        store: where the ranks publish; default: a connection of its own to the process group's store.
-        end: ends this process with an exit code.
+        store: where the ranks publish; default: a new connection to the process group's store.
+        end: function that ends this process with an exit code.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class Watchdog:
         self.identity = _identity()
         self._store = store
         self.last_words: Callable[[str], object] = lambda text: None
-        """Called with the reason if the judge ends this process; the trainer writes it to the run's log."""
+        """Function that is called with the reason before the judging thread ends this process. The trainer sets it to
+        write the reason to the run's log."""
         self._closing, self._ending = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._keep_beating, self._keep_judging)]
 
@@ -115,8 +117,8 @@ class Watchdog:
             if self._store is None:
                 self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore("watchdog", self._store)
-            # The ranks have just met, so each answers soon. Their first beats say which processes they are, without
-            # which a death in the first second could not be told from a slow start.
+            # The ranks have just joined the job, so each answers soon. Their first beats say which processes they are.
+            # Without them, a death in the first second would look like a slow start.
             for _ in range(50):
                 self._exchange()
                 if len(self.view.beats) == self.world_size:
@@ -132,8 +134,8 @@ class Watchdog:
         if isinstance(error, Exception) and not isinstance(error, GptperfError):
             broken = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
             if broken or (self.progress.waiting and isinstance(error, RuntimeError)):
-                # A collective fails on all ranks when one is gone, which this error does not name. The judge does: it
-                # ends this process during this wait if another rank is the cause.
+                # A collective fails on all ranks when one rank is gone, and the error does not say which. The judge
+                # can say it: if another rank is the cause, the judging thread ends this process during this wait.
                 time.sleep(LOST_S + 2 * GRACE_S)
             if broken:
                 line = str(error).partition("\n")[0]
@@ -167,19 +169,19 @@ class Watchdog:
                 sys.stderr.flush()
             if answers:
                 self._publish(Fault((self.rank,), f"rank {self.rank} {_FAILED}{text}"))
-        time.sleep(2 * BEAT_S)  # so that the others read it while the store, which rank 0 may host, still exists
+        time.sleep(2 * BEAT_S)  # the others read it now: the store may end with this process, if rank 0 hosts it
         self._end_within(GRACE_S, code)  # destroying a broken process group may block
         if visible:
             sys.exit(code)
 
     def _end_within(self, seconds: float, code: int) -> None:
-        """Ends this process after some seconds, if it has not ended by then."""
+        """Makes sure that this process ends within some seconds."""
         late = threading.Timer(seconds, self.end, (code,))
         late.daemon = True
         late.start()
 
     def _said(self, text: str) -> bool:
-        """Whether the rank that failed first has published this very text."""
+        """Returns whether the rank that failed first has published the same text."""
         assert self._store is not None
         for _ in range(15):
             if self._store.check(["failed"]):
@@ -188,9 +190,9 @@ class Watchdog:
         return False
 
     def _publish(self, fault: Fault) -> None:
-        """Publishes a fault, unless there is one: what follows from the first fault is not another one."""
+        """Publishes a fault, unless one is published already: later faults are consequences of the first one."""
         assert self._store is not None
-        # An atomic operation of the store, which writes only where nothing was written.
+        # This operation of the store is atomic, and writes only if nothing was written before.
         self._store.compare_set("failed", "", json.dumps(fault))
 
     def _exchange(self, *, done: bool = False) -> None:
@@ -215,7 +217,7 @@ class Watchdog:
         return {rank: process_state(beat.pid, beat.started) for rank, beat in near.items()}
 
     def _keep_beating(self) -> None:
-        """The first thread: exchanges beats until the end, or until the store is lost."""
+        """Runs the first thread: exchanges beats until the end, or until the store is lost."""
         while not self._closing.wait(BEAT_S):
             try:
                 self._exchange()
@@ -224,31 +226,34 @@ class Watchdog:
                 return
 
     def _keep_judging(self) -> None:
-        """The second thread: judges until the end, and ends this process when a rank is at fault."""
+        """Runs the second thread: judges until the end, and ends this process when a rank is at fault."""
         before = time.monotonic()
         while not self._closing.wait(BEAT_S / 2):
             now, view = time.monotonic(), self.view
-            # A process that was stopped, or starved, has no right to call others silent: long pauses count as short.
+            # This process may itself have been stopped or starved meanwhile, so a long pause says nothing about the
+            # others and counts as a short one.
             seconds = min(now - before, 2 * BEAT_S)
             before = now
             if view.lost or self.judge.store_silent_s > 2 * BEAT_S:
-                # The first thread is blocked or has ended, so its states are old. This host answers without the store.
+                # The first thread is blocked or has ended, so its states are old. They can be looked up without the
+                # store.
                 view = replace(view, states=self._states())
-                if process_state(os.getppid()) == "stopped":  # torchrun, by Ctrl-Z: it may be the store's host
+                # The parent is torchrun, which may host the store; Ctrl-Z stops it.
+                if process_state(os.getppid()) == "stopped":
                     seconds = 0.0
             self.judge.tick(view, seconds)
             fault = self.judge.fault()
             if fault is not None and self._ending.acquire(blocking=False):
                 words = threading.Thread(target=self._say, args=(fault,), daemon=True)
                 words.start()
-                words.join(2 * GRACE_S)  # in a thread, since a full pipe or a dead disk may block it
+                words.join(2 * GRACE_S)  # it is a thread because a full pipe or a dead disk may block it
                 if fault.hang:
                     self._kill(fault.ranks)
                 self.end(PeerError.exit_code)
                 return
 
     def _say(self, fault: Fault) -> None:
-        """Prints, publishes and logs a fault: the last words of this process."""
+        """Prints, publishes and logs a fault before this process ends."""
         line = fault.text.partition("\n")[0]
         report(PeerError(f"{line}; rank {self.rank} was in {self.progress.where}"))
         with contextlib.suppress(RuntimeError, OSError):
@@ -257,19 +262,19 @@ class Watchdog:
             self.last_words(f"E{PeerError.exit_code}: {line}")
             if fault.hang:
                 self._dump_stacks()
-                # Other ranks write their stacks too. If this one left at once, their collectives would fail, and the
+                # Other ranks write their stacks too. If this one ended at once, their collectives would fail, and the
                 # stacks would no longer show where they waited.
                 time.sleep(1.5 * BEAT_S)
             sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # a progress bar hides the cursor
             sys.stdout.flush()
 
     def _kill(self, ranks: Sequence[int]) -> None:
-        """Kills ranks of this host that hang and do not end by themselves; torchrun would wait 30 s for each."""
+        """Kills ranks on this host that hang and do not end by themselves; torchrun would wait 30 s for each."""
         for rank in ranks:
             beat = self.view.beats.get(rank)
             if rank == self.rank or beat is None or beat.place != self.identity[-1]:
                 continue
-            for _ in range(30):  # one whose threads run reads of the fault, and writes its stacks before it ends
+            for _ in range(30):  # a rank whose threads still run reads of the fault, writes its stacks and ends
                 if process_state(beat.pid, beat.started) != "alive":
                     break
                 time.sleep(GRACE_S / 10)

@@ -4,10 +4,10 @@ Rank r of n holds the elements [r, r + 1) * numel / n of every bucket: their mas
 optimizer states. It updates its shard; before the model reads the weights, the updated shards of all ranks are
 gathered.
 
-The gathers overlap with the next forward. For that the model is divided into units: 0 is everything before the blocks,
-i + 1 is block i, and the last one is everything after the blocks. The model announces each unit before it reads its
-weights (`gptperf.model.gpt.Units`), and the current stream waits only for the buckets of that unit. A model that is
-compiled as one graph cannot announce units; then the stream waits for all gathers before forward.
+The gathers overlap with the next forward. To allow this, the model is divided into units: 0 is everything before the
+blocks, i + 1 is block i, and the last one is everything after the blocks. The model announces each unit before it reads
+its weights (`gptperf.model.gpt.Units`), and the current stream then waits only for the buckets of that unit. A model
+that is compiled as one graph cannot announce units, so the stream waits for all gathers before forward.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ __all__ = ["Sharded"]
 class Sharded(Replicated):
     """ZeRO-1: every rank has all weights and gradients, and updates its shard.
 
-    Gradients are reduce-scattered while backward goes on; the updated weights are gathered while the next forward does.
+    Gradients are reduce-scattered during backward, and the updated weights are gathered during the next forward.
 
     Args:
         model, compute_dtype, collectives, bucket_numel, single: see `Replicated`; the model has `units` and `blocks`.
@@ -50,7 +50,7 @@ class Sharded(Replicated):
     ):
         self.last_unit = len(getattr(model, "blocks", ())) + 1
         super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel, single=single)
-        self._gathers: dict[Bucket, Pending] = {}  # those that the current stream has not waited for
+        self._gathers: dict[Bucket, Pending] = {}  # gathers that the current stream has not waited for
         self.model, self.announces = model, announces
         self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]  # buckets by unit
         for name, place in self.places.items():
@@ -78,7 +78,7 @@ class Sharded(Replicated):
         self.collectives.reserve(self._shared_numel(layouts), self._borrowed(layouts), self.wire_dtype)
 
     def _shared_numel(self, layouts: Sequence[Layout]) -> Counter[torch.dtype]:
-        """Returns the elements of gradients and compute weights, which other ranks read, by dtype."""
+        """Returns the number of elements of gradients and compute weights, which other ranks read, by dtype."""
         numel: Counter[torch.dtype] = Counter()
         for layout in layouts:
             numel[torch.float32] += layout.numel
@@ -90,13 +90,13 @@ class Sharded(Replicated):
 
     def _make_bucket(self, names: list[str], group: BucketGroup, whole: Tensor) -> Bucket:
         if self.world_size > 1:
-            # All ranks must begin with the same bits. `share` cannot see to it: each rank has another shard.
+            # All ranks must begin with the same bits. `share` cannot do this later, when each rank has only its shard.
             dist.broadcast(whole, 0)
         copied = self._copied(group)
         grad = self.collectives.zeros(whole.numel(), torch.float32)
         compute = self.collectives.zeros(whole.numel(), self.compute_dtype if copied else torch.float32).copy_(whole)
         own = self._own(compute)
-        # Without a copy the master weights are the shard of what the model reads: no bytes are held twice.
+        # Without a copy, the master weights are a view of the weights that the model reads, so nothing is stored twice.
         master = nn.Parameter(self._own(whole).clone() if copied else own, requires_grad=False)
         return Bucket(names, group, master, grad, compute, own if copied else None)
 
@@ -121,19 +121,21 @@ class Sharded(Replicated):
     @torch.no_grad()
     def publish(self) -> None:
         if self.world_size > 1:
-            self.collectives.finish()  # after it no rank reads the old shards of this one, which are overwritten next
+            self.collectives.finish()  # after it no rank reads the old shard of this rank, which is overwritten next
         super().publish()
 
     def finish_step(self) -> None:
-        self.collectives.written()  # the gathers below may read what the optimizers of all ranks have written
-        for bucket in reversed(self.buckets):  # buckets are in the order of backward: reversed, in that of forward
+        self.collectives.written()  # the gathers below wait until the optimizers of all ranks have written their shards
+        # Buckets are in the order of backward. In reverse, the vectors come first, which nearly all units read, then
+        # the matrices in the order of forward.
+        for bucket in reversed(self.buckets):
             self._gather(bucket)
         if not self.announces:
             self._wait_for_all()
 
     def share(self) -> None:
-        # Rank 0 has only its own shard. `_make_bucket` has broadcast the weights, and a checkpoint is read by every
-        # rank.
+        # Rank 0 has only its own shard and cannot broadcast the others. It need not: `_make_bucket` has broadcast the
+        # initial weights, and every rank reads its shard of a checkpoint.
         self.publish()
 
     def _gather(self, bucket: Bucket) -> None:
@@ -143,7 +145,7 @@ class Sharded(Replicated):
             self._gathers[bucket] = self.collectives.all_gather(bucket.compute, source)
 
     def _wait(self, bucket: Bucket) -> None:
-        """Lets the current stream wait for the all-gather of a bucket, if one is in progress."""
+        """Makes the current stream wait for the all-gather of a bucket, if one is in progress."""
         work = self._gathers.pop(bucket, None)
         if work is not None:
             work.wait()
@@ -165,7 +167,7 @@ class Sharded(Replicated):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         self._wait_for_all()
-        # A rank that runs the model alone must not start collectives, so the model announces nothing.
+        # A rank that runs the model alone must not start collectives, so the model must not announce units here.
         model: Any = self.model
         units, model.units = getattr(model, "units", None), None
         try:

@@ -1,1 +1,1 @@
-"""What a run tells of itself: throughput, memory, gradients, stability, the console and the journal."""
+"""Measures a run and shows it: throughput, memory, gradients, stability, console, journal and trackers."""

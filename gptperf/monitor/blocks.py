@@ -1,4 +1,4 @@
-"""The text that a run prints: functions from a record of the log to plain lines."""
+"""Turns records of the log into the plain lines that a run prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = [
 ]
 
 WIDTH = 80
-"""Columns of a rule."""
-_KERNELS = 8  # kernels of a profile that are printed
+"""Width of a horizontal rule in columns."""
+_KERNELS = 8  # number of kernels of a profile that are printed
 
 
 def printable(text: str) -> str:
-    """Returns the text with control characters, which a sample may contain, as escapes that no terminal obeys."""
+    """Returns the text with control characters escaped: a sample may contain some, and a terminal would obey them."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text.expandtabs(4))
 
 
@@ -188,7 +188,11 @@ def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the line of an evaluation, from an `Eval`."""
+    """Returns the line of an evaluation.
+
+    Args:
+        record: an `Eval`.
+    """
     parts = [f"loss {number(record['val_loss'], '.4f', 'nan')}"]
     parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
     parts += [f"{record['time_ms'] / 1e3:.1f} s"] if record.get("time_ms") is not None else []
@@ -196,13 +200,21 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the line that says where a checkpoint is, from a `Checkpoint`."""
+    """Returns the line that says where a checkpoint is.
+
+    Args:
+        record: a `Checkpoint`.
+    """
     took = f"  {record['time_ms'] / 1e3:.1f} s" if record.get("time_ms") is not None else ""
     return [f" Checkpoint at {record['iter']:,}: {record['path']}{took}"]
 
 
 def profile_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the lines of a `Profile`: the trace, where a step's time went, the longest kernels."""
+    """Returns the lines of a profile: the trace, the parts of a step's time, the longest kernels.
+
+    Args:
+        record: a `Profile`.
+    """
     lines = [f" profile of {record['steps']} iterations: {record['trace']} (open it at ui.perfetto.dev)"]
     points_lost = record.get("waterfall")
     if "parts_ms" in record:
@@ -217,7 +229,12 @@ def profile_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """Returns the blocks at the end of a run, from a `Summary`."""
+    """Returns the blocks at the end of a run.
+
+    Args:
+        summary: a `Summary`.
+        width: columns of the rules.
+    """
     lines = ["", *_title("TRAINING STOPPED" if summary.get("stopped") else "TRAINING FINISHED", width)]
     lines += _rows(summary, {"stopped": "Reason"})
     lines += _rows(summary, {"iterations": "Iterations"}, "{:,}")

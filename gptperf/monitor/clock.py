@@ -1,4 +1,4 @@
-"""Wall time: of training steps, without what is not a step, and of this process."""
+"""Measures the wall time of training steps, without evaluations and saves between them, and the age of this process."""
 
 import contextlib
 import os
@@ -20,21 +20,21 @@ class Lap(NamedTuple):
     seconds: float
     """Time of the steps, without pauses."""
     steps: int
-    """Steps in that time; 0 where the only one was paused over, as is the first of a process."""
+    """Number of steps in that time. It is 0 after the first step of a process, which runs while the clock is paused."""
     paused_s: float
     """Length of the last pause."""
 
     @property
     def step_ms(self) -> float:
-        """Mean time of a step; without steps, the length of the last pause."""
+        """Mean time of a step; if there is no step, the length of the last pause."""
         return 1e3 * (self.seconds / self.steps if self.steps else self.paused_s)
 
 
 class StepClock:
-    """Measures the wall time of steps, without what happens in `paused`.
+    """Measures the wall time of steps, without the time spent inside `paused`.
 
     Args:
-        device: device that the steps run on.
+        device: device on which the steps run.
     """
 
     def __init__(self, device: torch.device):
@@ -43,7 +43,7 @@ class StepClock:
         self.since = time.perf_counter()
 
     def _synchronize(self) -> None:
-        """Waits for the device, so that enqueued steps count before a pause and not within it."""
+        """Waits for the device, so that the time of enqueued steps counts before a pause and not within it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -38,7 +38,7 @@ _QUEUED = 100  # warnings that a rank keeps for the main one
 class Console:
     """Prints a run on the main rank; the other ranks keep their warnings until the main rank asks for them.
 
-    A context manager: leaving it ends the live panel.
+    It is a context manager, and its end ends the live panel.
 
     Args:
         max_iters: number of iterations of the run.
@@ -85,7 +85,7 @@ class Console:
 
         Args:
             record: the iteration.
-            eta_s: seconds until the end of the run, where they are known.
+            eta_s: seconds until the end of the run, if they are known.
         """
         if not self.enabled:
             return
@@ -118,7 +118,7 @@ class Console:
         self._print([f" {text}"])
 
     def warning(self, text: str) -> None:
-        """Prints a warning; on ranks other than the main one it is kept for `pending`."""
+        """Prints a warning on the main rank; any other rank keeps it for `pending`."""
         if not self._main:
             self._waiting.append(text)
             return
@@ -132,7 +132,7 @@ class Console:
         return texts
 
     def gathered(self, rank: int, lines: Iterable[str]) -> None:
-        """Prints the warnings of another rank, except those that were printed before for any rank."""
+        """Prints the warnings of another rank, except those already printed for any rank."""
         for text in lines:
             if text not in self._warned:
                 self._warned.add(text)
@@ -145,7 +145,7 @@ class Console:
 
     @property
     def _width(self) -> int:
-        """Columns of a rule. Plain text for a file does not depend on a terminal."""
+        """Width of a rule in columns. For plain text in a file it does not depend on a terminal."""
         if self._rich is not None:
             return max(1, min(WIDTH, self._rich.width))
         if not self.enabled or not self.stream.isatty():
@@ -160,7 +160,7 @@ class Console:
         self._flagged = flags
 
     def _stop(self) -> None:
-        if os.getpid() != self._pid:  # in a forked child: the panel belongs to its parent
+        if os.getpid() != self._pid:  # this is a forked child, and the panel belongs to its parent
             return
         live, self._live = self._live, None
         if live is not None:

@@ -1,4 +1,4 @@
-"""The fields of a run's log, declared once: the events of the journal, and the JSON file assembled from them.
+"""Declares the fields of a run's log: the events of the journal, and the JSON file that is assembled from them.
 
 A new field is declared here and filled where its record is built (`gptperf.training.reporting` for most).
 """
@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 
 
 class StartupInfo(TypedDict, total=False):
-    """Facts about a run, printed at its start and stored in its log. What is unknown is absent or None."""
+    """Facts about a run, printed at its start and stored in its log. Unknown facts are absent or None."""
 
     total_parameters: int
     trainable_parameters: int
@@ -47,11 +47,11 @@ class StartupInfo(TypedDict, total=False):
     kernels: dict[str, str]
     """Op -> eager or triton."""
     kernel_reasons: dict[str, str]
-    """Op -> why it is not triton."""
+    """Op -> the reason why it does not use triton."""
     batch_size: int
     gradient_accumulation_steps: int
     effective_batch_size: int
-    """Sequences per iteration: batch_size * gradient_accumulation_steps."""
+    """Number of sequences per iteration: batch_size * gradient_accumulation_steps."""
     tokens_per_iter: int
     max_iters: int
     learning_rate: float
@@ -74,7 +74,7 @@ class StartupInfo(TypedDict, total=False):
     parallelism: str
     """single process, DDP, ..."""
     attention_backend: str
-    """Backend of the attention, with the reason."""
+    """Backend of the attention, with details of its choice."""
     compile: str
     """model, block, or off with the reason."""
     versions: dict[str, str]
@@ -84,7 +84,7 @@ class StartupInfo(TypedDict, total=False):
     peak_basis: str
     peak_source: str
     peak_hint: str
-    """Why there is no peak, from `gptperf.hardware.no_peak_hint`; present only without one."""
+    """The reason why there is no peak, from `gptperf.hardware.no_peak_hint`; present only without a peak."""
     flops_per_token: float
     convention: str
     attention_ffn_ratio: float
@@ -92,24 +92,24 @@ class StartupInfo(TypedDict, total=False):
     plan: dict[str, Any]
     """The plan of the run, from `gptperf.plan.plan_record`."""
     notes: list[str]
-    """What is allowed but may surprise, one line each."""
+    """Properties of the run that are allowed but may surprise, one line each."""
 
 
 class Start(TypedDict, total=False):
-    """Event `start`: what is about to run."""
+    """Event `start`: the configuration of a run, and the facts about it."""
 
     config: Required[Mapping[str, Any]]
-    """The value of every key, and under `origins` where each comes from (default, preset, file, command line)."""
+    """The value of every key, and under `origins` the source of each value (default, preset, file, command line)."""
     startup_info: Required[Mapping[str, Any]]
     """Parameters, FLOPs, hardware, versions, resolved implementations: a `StartupInfo`."""
 
 
 class Mfu(TypedDict, total=False):
-    """Speed of one iteration. What is not known (no peak for this device) is absent."""
+    """Speed of one iteration. Unknown figures are absent, such as the MFU on a device without a known peak."""
 
     mfu_percent: float
     achieved_tflops: float
-    """Achieved by one GPU, as the peak is that of one GPU."""
+    """TFLOP/s achieved by one GPU, comparable with the peak, which is that of one GPU too."""
     hardware_peak_tflops: float
     tokens_per_sec: float
     """Tokens per second of the whole job."""
@@ -120,12 +120,12 @@ class Mfu(TypedDict, total=False):
     """"dense" or "sparse"."""
     hfu_percent: float
     of_ceiling_percent: float
-    """Share of the speed that was measured for this card on the model's matmuls alone."""
+    """Achieved speed as a percentage of the speed measured for this card on the model's matmuls alone."""
 
 
 class Memory(TypedDict, total=False):
-    """Memory in GB of 1e9 bytes, now and its peak since the process began: the first three on a GPU, the others on a
-    CPU."""
+    """Memory of this process in GB (1e9 bytes), now and at its peak since the start. The first three fields are for a
+    GPU, the others for a CPU."""
 
     allocated_gb: float
     peak_gb: float
@@ -145,31 +145,31 @@ class Gradients(TypedDict, total=False):
     zero_share: float | None
     """Share of the elements that are zero, 0..1."""
     non_finite: int
-    """Elements that are infinite or NaN."""
+    """Number of elements that are infinite or NaN."""
     layer_norms: Mapping[str, float | None]
     """Norm by layer: "embedding", "0", "1", ... for the blocks, "head". Their 2-norm is the global norm."""
     component_norms: Mapping[str, float | None]
     """Norm by component: "attention", "ffn", "norm", "embedding", "lm_head". Their 2-norm is the global norm."""
     histogram: Mapping[str, list[float]]
-    """"log2_edges" of the magnitudes, and "shares" of the elements below the first edge, between edges, and above the
-    last one."""
+    """"log2_edges" are base-2 logarithms of magnitudes. "shares" are the shares of the elements below the first edge,
+    between each two edges, and above the last edge."""
     update_ratios: Mapping[str, float | None]
-    """Norm of the step's update divided by that of the weights, by component."""
+    """Norm of the step's update divided by the norm of the weights, by component."""
 
 
 class Stability(TypedDict, total=False):
-    """Statistics of the losses of the last logged iterations."""
+    """Statistics over a window: the losses of the last logged iterations."""
 
     window: Required[int]
-    """Number of these losses."""
+    """Number of losses in the window."""
     loss_mean: float | None
     loss_variance: float | None
     spike: bool
-    """This loss is far above those before it."""
+    """Whether this loss is far above those before it."""
     plateau: bool
-    """The mean of the window's second half is not below that of the first."""
+    """Whether the mean of the window's second half is not clearly below the mean of the first half."""
     non_finite: int
-    """Steps skipped so far because a gradient was not finite."""
+    """Number of steps skipped so far because a gradient was not finite."""
 
 
 class Iteration(TypedDict, total=False):
@@ -177,17 +177,17 @@ class Iteration(TypedDict, total=False):
 
     iter: Required[int]
     loss: Required[float | None]
-    """Mean over the tokens of the step, natural logarithm."""
+    """Mean loss over the tokens of the step, in nats."""
     time_ms: Required[float]
     """Mean time of the iterations since the last entry, without evaluation, saving and compilation. In the first entry
-    of a process: the time of that one iteration, with its compilation."""
+    of a process it is the time of that iteration, including compilation."""
     data_wait_ms: float
     """Part of `time_ms` that was spent waiting for the loader."""
     lr: float
     tokens: int
-    """Tokens trained on so far."""
+    """Number of tokens trained on so far."""
     mfu: Mfu | Mapping[str, Any]
-    """Empty in the first entry of a process."""
+    """Speed of the iteration; empty in the first entry of a process."""
     memory: Memory | Mapping[str, Any]
     gradients: Gradients
     stability: Stability
@@ -212,13 +212,13 @@ class Checkpoint(TypedDict, total=False):
     val_loss: float | None
     """Validation loss of this iteration, if it was evaluated."""
     time_ms: float
-    """From the start of the save to the last byte on disk."""
+    """Time from the start of the save to the last byte on disk."""
     stall_ms: float
-    """How long training waited for the save."""
+    """Time for which training waited for the save."""
 
 
 class Profile(TypedDict, total=False):
-    """Event `profile`: some iterations that were recorded."""
+    """Event `profile`: the profile of some iterations."""
 
     iter: Required[int]
     """The last of the recorded iterations."""
@@ -232,7 +232,7 @@ class Profile(TypedDict, total=False):
     """Points of MFU that each part costs; None without a peak."""
     mfu_percent: float | None
     kernels: Sequence[Mapping[str, Any]]
-    """The kernels that take most time: name, part, ms per step, calls per step."""
+    """The kernels that take the most time, each with name, part, ms per step and calls per step."""
 
 
 class Message(TypedDict, total=False):
@@ -243,7 +243,7 @@ class Message(TypedDict, total=False):
     text: Required[str]
     iter: int
     time: str
-    """When the line was logged; the journal adds it."""
+    """Time at which the line was logged, which the journal adds."""
 
 
 class Resume(TypedDict):
@@ -261,7 +261,7 @@ class Summary(TypedDict, total=False):
     best_val_loss: float | None
     best_iter: int | None
     trigram_loss: float
-    """Loss of a trigram model of the same data, which a language model has to beat."""
+    """Loss of a trigram model trained on the same data: a baseline for the language model."""
     tokens_per_sec: float | None
     mfu_percent: float | None
     wall_time_s: float
@@ -270,9 +270,9 @@ class Summary(TypedDict, total=False):
     log_path: str
     checkpoint_dir: str
     plan: dict[str, float]
-    """Planned memory and speed beside the measured ones."""
+    """Planned memory and speed, with the measured ones."""
     stopped: str
-    """Why the run ended before max_iters."""
+    """The reason why the run ended before max_iters."""
 
 
 EVENTS = {
@@ -303,6 +303,7 @@ class RunLog(TypedDict):
     resumes: list[dict[str, Any]]
     summary: dict[str, Any]
     damaged_lines: int
-    """Lines that could not be read: the torn last line of a killed run, or what a full disk cut off."""
+    """Number of lines that could not be read, such as the torn last line of a killed run, or a line that a full disk
+    cut off."""
     ignored_events: int
-    """Events of a type that this gptperf does not know."""
+    """Number of events of a type that this version of gptperf does not know."""

@@ -1,11 +1,11 @@
-"""Statistics of the gradients and of the update, computed on the device and read by the host when it likes.
+"""Statistics of the gradients and of the update. They are computed on the device, and the host reads them later.
 
 Every figure is a sum, a maximum or a count over elements. So ranks that hold shards compute partial figures, and one
-reduction makes them those of the whole model.
+reduction over the ranks gives the figures of the whole model.
 
-No op here waits for the device (except in the first step, which builds the masks) and none is nondeterministic. No op
-converts a whole parameter: PyTorch's sum of booleans first makes an int64 copy of them, its float64 sum of float32 a
-float64 copy. Hence sums of rows in float32, and 0-norms in place of sums of booleans.
+No op here waits for the device (except in the first step, which builds the masks), and all ops are deterministic. No op
+converts a whole parameter: PyTorch's sum of booleans first makes an int64 copy of them, and its float64 sum of float32
+values makes a float64 copy. Therefore rows are summed in float32, and 0-norms replace sums of booleans.
 """
 
 import itertools
@@ -26,8 +26,10 @@ _EDGES = range(-40, 8 + 1, 2)  # edges of the histogram, as powers of two
 _SMALLEST = 2.0**-149  # the smallest positive float32
 _BOUNDS = (_SMALLEST, *(2.0**edge for edge in _EDGES), math.inf)
 _LARGE = 1 << 20
-_EVERY = 16  # the histogram takes one of so many elements of a large parameter: counting all takes longer than the rest
-_ROW = 1 << 14  # elements of a row, whose sum is in float32: that counts exactly to 2^24
+# The histogram samples one element in this many of a large parameter: counting all elements would take longer than all
+# other figures.
+_EVERY = 16
+_ROW = 1 << 14  # elements of a row, which is summed in float32; float32 counts exactly to 2^24
 
 
 def layer_of(name: str) -> str:
@@ -54,15 +56,15 @@ def component_of(name: str) -> str:
 class GradientMonitor:
     """Measures norms by layer and component, the distribution of the gradients, and the size of the update.
 
-    `measure` takes the gradients before the update; then `start_update`, `observe` for each bucket and `update` take
-    the update. `record` gives the figures their names, once they are on the host.
+    `measure` measures the gradients before the update. Then `start_update`, `observe` for each bucket and `update`
+    measure the update. When the figures are on the host, `record` gives them their names.
 
     Args:
         names: all parameters, in the same order on every rank.
         numel: elements of all parameters.
         device: device of the gradients.
-        summed: returns the sum of a tensor over the ranks, if each holds a shard.
-        largest: returns the maximum of a tensor over the ranks, likewise.
+        summed: returns the sum of a tensor over the ranks; needed if each rank holds a shard.
+        largest: returns the maximum of a tensor over the ranks; needed if each rank holds a shard.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class GradientMonitor:
         self.numel, self.device, self.summed, self.largest = numel, device, summed, largest
         self.layers = list(dict.fromkeys(layer_of(name) for name in names))
         self.components = [c for c in COMPONENTS if c in {component_of(name) for name in names}]
-        self._masks: dict[tuple[str, ...], Tensor] = {}  # by names of pieces, which are the same in every step
+        self._masks: dict[tuple[str, ...], Tensor] = {}  # by the names of the pieces, which are the same in every step
         self.start_update()
 
     @torch.no_grad()
     def measure(self, pieces: Iterable[Piece]) -> Tensor:
-        """Returns figures of the gradients that the optimizer is about to read.
+        """Returns figures of the gradients that the optimizer reads next.
 
         Args:
             pieces: pieces of the float32 gradients that this rank has.
@@ -98,7 +100,7 @@ class GradientMonitor:
         if parts:
             totals = torch.cat([part.sum(1) for part in parts])
             filled = torch.cat([torch.linalg.vector_norm(part, 0, 1) for part in parts])
-            # x - x is 0 or, where x is not finite, NaN; the 0-norm counts elements that are not 0.
+            # x - x is 0, or NaN if x is not finite; the 0-norm counts the elements that are not 0.
             non_finite = torch.cat([torch.linalg.vector_norm(part - part, 0, 1) for part in parts])
             counts = torch.stack([totals, filled, non_finite]).double().sum(1)
             lows, highs = zip(*(part.aminmax() for part in parts), strict=True)
@@ -121,7 +123,7 @@ class GradientMonitor:
             rows = [[layer_of(name) == layer for name in names] for layer in self.layers]
             rows += [[component_of(name) == component for name in names] for component in self.components]
             self._masks[key] = torch.tensor(rows, device=self.device)
-        # Not a product with zeros and ones: 0 * inf is NaN, so one bad layer would spoil all of them.
+        # A product with zeros and ones would not do: 0 * inf is NaN, so one bad layer would spoil all layers.
         return torch.where(self._masks[key], torch.stack(list(norms)).double().square(), 0.0).sum(1)
 
     def _distribution(self, pieces: Iterable[Tensor]) -> Tensor:
@@ -129,7 +131,7 @@ class GradientMonitor:
         samples = [values[:: _EVERY if values.numel() >= _LARGE else 1] for values in pieces]
         number = sum(values.numel() for values in samples)
         counts = [torch.full((), number, dtype=torch.float64, device=self.device)]
-        # The last row is filled up with NaN, which is below no bound.
+        # The last row is padded with NaN, which is below no bound.
         samples.append(torch.full((-number % _ROW,), math.nan, device=self.device))
         magnitudes = torch.cat(samples).abs_().view(-1, _ROW)
         flags = torch.empty_like(magnitudes)  # 0 or 1
@@ -161,7 +163,7 @@ class GradientMonitor:
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """Returns the norm of the observed change relative to that of the weights, by component, for `record`."""
+        """Returns the norm of the observed change relative to the norm of the weights, by component, for `record`."""
         sums = [self._squares(self._observed, norms)[len(self.layers) :] for norms in (self._changed, self._weights)]
         changed, weights = self.summed(torch.stack(sums))
         return (changed / weights).sqrt()
@@ -202,7 +204,7 @@ class GradientMonitor:
 
 
 def _matrices(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yields all elements in matrices with rows of `_ROW` elements, and the last ones in a shorter row.
+    """Yields all elements as matrices with rows of `_ROW` elements; the last matrix may be one shorter row.
 
     Large pieces are views. Small ones and remainders are copied into one matrix, which saves launches.
     """

@@ -30,8 +30,8 @@ _WITH_ITER = ("iteration", "eval", "checkpoint", "profile", "resume")
 class Journal:
     """Appends events to `<out_dir>/<run_name>.jsonl`.
 
-    A disk that fails does not stop training: the event is lost and counted, the user gets one warning through `warn`,
-    and as soon as the journal can be written again it records how many events are missing.
+    A disk that fails does not stop training. The event is lost and counted, and the user gets one warning through
+    `warn`. As soon as the journal can be written again, it records how many events are missing.
 
     Args:
         out_dir: directory of the run; created if it does not exist.
@@ -70,8 +70,8 @@ class Journal:
             if isinstance(error, FileExistsError) and os.path.lexists(self.path):
                 raise ConfigError(f"{self.path} exists already; wanted a new run name") from None
             raise DiskError(f"{self.path} cannot be opened: {error}") from error
-        # A newline goes before the next event if the file ends with a torn line, so that the reader drops that line
-        # only.
+        # If the file ends with a torn line, a newline is written before the next event, so that the reader drops only
+        # the torn line.
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         if resume_from is not None:
@@ -112,7 +112,7 @@ class Journal:
             self._sync()
 
     def write_json(self) -> Path | None:
-        """Assembles `<run_name>.json` beside the journal; on failure warns and returns None."""
+        """Assembles `<run_name>.json` beside the journal, and returns its path; on failure warns and returns None."""
         try:
             return write_json(self.path)
         except (DiskError, DataError) as error:
@@ -127,7 +127,7 @@ class Journal:
             self._fd = None
 
     def reopen(self) -> None:
-        """Opens the file again after `close`, to record the error that ends the process."""
+        """Opens the file again if it was closed, to record the error that ends the process."""
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -186,7 +186,7 @@ def find_journal(out_dir: Path) -> Path | None:
 
 
 def assemble(jsonl_path: Path) -> RunLog:
-    """Builds the log of a run from what was written of its journal.
+    """Builds the log of a run from its journal, which need not be complete.
 
     Raises:
         DataError: the journal cannot be read.
@@ -262,7 +262,7 @@ def _list(log: RunLog, event: str) -> list[dict[str, Any]]:
 
 
 def _void(log: RunLog, last: int) -> None:
-    """Drops what was logged after iteration `last` by a run that was then resumed from there."""
+    """Drops the entries after iteration `last`, because the run was resumed from there."""
     for event in ("iteration", "eval", "checkpoint", "message"):
         entries = _list(log, event)
         entries[:] = [entry for entry in entries if entry.get("iter", last) <= last]
@@ -275,7 +275,7 @@ def _table(entry: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the event of a line, or None if the line is torn or `Journal` would not write it."""
+    """Returns the event of a line, or None if the line is torn or is not one that `Journal` writes."""
     try:
         entry = json.loads(line, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -296,7 +296,7 @@ def _line(event: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value in the types of strict JSON."""
+    """Converts a value to the types of strict JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

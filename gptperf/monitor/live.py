@@ -1,7 +1,7 @@
-"""The panel at the bottom of a terminal that shows the state of a run; a thread redraws it at most four times a second.
+"""The panel at the bottom of a terminal that shows the state of a run.
 
-The training thread only assigns new values; the other thread draws them. The cursor stays visible on the empty line
-below the panel, so that a process that is killed leaves the terminal usable.
+The training thread only assigns new values, and another thread draws them at most four times a second. The cursor stays
+visible on the empty line below the panel, so that a process that is killed leaves the terminal usable.
 """
 
 import logging
@@ -23,7 +23,7 @@ from gptperf.monitor.blocks import WIDTH, printable, stability_parts
 __all__ = ["DRAWING", "Live", "Panel", "RichConsole", "sparkline"]
 
 DRAWING = threading.RLock()
-"""Held while the terminal is written to. No fork happens meanwhile, so a child never inherits a lock that is held."""
+"""Held while the terminal is written to. A fork waits for it, so a child process never inherits a lock that is held."""
 os.register_at_fork(before=DRAWING.acquire, after_in_parent=DRAWING.release, after_in_child=DRAWING.release)
 
 _PAUSE_S = 0.25
@@ -66,7 +66,7 @@ def sparkline(values: tuple[float, ...], width: int) -> str:
 
 
 class Panel:
-    """The state of a run, and how it is drawn in a given width and height.
+    """Holds the state of a run, and draws it for a given width and height.
 
     Args:
         max_iters: number of iterations of the run.
@@ -85,23 +85,23 @@ class Panel:
         self.closed = False
         """Whether the next drawing is the last one, which has no empty line below it."""
         self.rows: list[int] = []
-        """Columns of each line of the last drawing."""
+        """Width in columns of each line of the last drawing."""
 
     def iteration(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """Takes in an `Iteration` and the seconds until the end of the run."""
+        """Stores an `Iteration` and the seconds until the end of the run."""
         loss = math.nan if record["loss"] is None else record["loss"]
         self.losses = (*self.losses[1 - _LOSSES :], loss)
         self.record, self.eta_s, self.changed = record, eta_s, True
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Takes in an `Eval`."""
+        """Stores an `Eval`."""
         loss, best = record["val_loss"], record.get("best_val_loss")
         if best is not None and (self.best is None or best != self.best[0]):
             self.best = (best, record["iter"] if best == loss else 0)
         self.evaluation, self.changed = record, True
 
     def checkpoint(self, record: Mapping[str, Any]) -> None:
-        """Takes in a `Checkpoint`."""
+        """Stores a `Checkpoint`."""
         self.saved, self.changed = record, True
 
     def __rich_console__(
@@ -150,7 +150,7 @@ class Panel:
         return Text.assemble((before, "bold"), (heavy * full, "green"), (light * (cells - full), "dim"), after)
 
     def _loss(self, width: int, blocks: bool) -> Text:
-        """Returns the line with the loss, its sparkline and what is unusual about it."""
+        """Returns the line with the loss, its sparkline, and flags such as a spike."""
         line = _cell("Loss", number(self.record.get("loss"), ".4f", "nan"), width)
         line.append("  ")
         flags = " ".join(part for part in stability_parts(self.record) if not part.startswith("loss variance"))
@@ -160,7 +160,7 @@ class Panel:
         return line.append(f"  {flags}" if flags else "", "bold yellow")
 
     def _cells(self) -> list[tuple[str, str]]:
-        """Returns labels and values; two consecutive ones stand side by side."""
+        """Returns pairs of label and value; two consecutive pairs are drawn side by side."""
         record = self.record
         mfu, memory = record.get("mfu") or {}, record.get("memory") or {}
         norm = (record.get("gradients") or {}).get("global_norm")
@@ -190,7 +190,7 @@ def _cell(label: str, value: str, width: int) -> Text:
 
 
 class Live(rich.live.Live):
-    """Draws the panel on a terminal. What other code prints through Python appears above it.
+    """Draws the panel on a terminal. Text that other code prints through Python appears above it.
 
     Args:
         console: console of the terminal.
@@ -206,7 +206,8 @@ class Live(rich.live.Live):
         here = console.file.isatty()
         super().__init__(
             console=console,
-            auto_refresh=False,  # rich's thread takes its own lock before `DRAWING`, other threads after it: a deadlock
+            # rich's own thread would deadlock: it takes rich's lock before `DRAWING`, other threads take it after.
+            auto_refresh=False,
             vertical_overflow="crop",
             redirect_stdout=here and sys.stdout is not None and sys.stdout.isatty(),
             redirect_stderr=here and sys.stderr is not None and sys.stderr.isatty(),
@@ -216,7 +217,7 @@ class Live(rich.live.Live):
         return self.panel
 
     def start(self, refresh: bool = False) -> None:
-        """Starts to draw; `logging` handlers that write to stderr now write above the panel."""
+        """Starts to draw. From now on `logging` handlers that write to stderr write above the panel."""
         stderr = sys.stderr
         super().start(refresh=False)
         self.refresh()
@@ -241,7 +242,7 @@ class Live(rich.live.Live):
             handler.setStream(stream)
 
     def refresh(self) -> None:
-        """Draws if something is new. When the terminal is gone, the drawing ends and the run continues."""
+        """Draws the panel if something has changed. If the terminal is gone, the drawing ends and the run continues."""
         with DRAWING:
             width = self.console.width
             if not self.panel.changed and (width == self._drawn_width or self.panel.closed):

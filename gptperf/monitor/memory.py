@@ -1,4 +1,4 @@
-"""The memory that this process uses, on its GPU or as resident set on a CPU, and snapshots of the GPU's allocations."""
+"""Records the memory that this process uses on its GPU or its CPU, and writes snapshots of the GPU's allocations."""
 
 import contextlib
 import resource
@@ -22,10 +22,10 @@ def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, f
 
     Args:
         device: device of this process.
-        uncounted_bytes: GPU memory that is held since the start and that PyTorch does not count.
+        uncounted_bytes: GPU memory that was allocated at the start and that PyTorch does not count.
 
     Returns:
-        On a GPU allocated_gb, its peak_gb, and reserved_gb; on a CPU rss_gb (on Linux) and peak_rss_gb.
+        On a GPU allocated_gb, the peak of it (peak_gb) and reserved_gb; on a CPU rss_gb (on Linux) and peak_rss_gb.
     """
     if device.type == "cuda":
         return {
@@ -50,7 +50,7 @@ class MemorySnapshots:
         folder: folder of the run.
         device: device whose memory is recorded.
         rank: rank of this process.
-        history: also record where each allocation comes from; costs a few per cent of the host's time.
+        history: whether to record where each allocation comes from, which costs a few per cent of the host's time.
     """
 
     _MOST_EVENTS = 200_000
@@ -58,7 +58,7 @@ class MemorySnapshots:
     def __init__(self, folder: Path, device: torch.device, rank: int, history: bool):
         self.folder, self.device, self.rank, self.history = folder, device, rank, history
         self.asked = False
-        """Whether SIGUSR2 has come since the flag was last cleared."""
+        """Whether SIGUSR2 has arrived since the flag was last cleared."""
 
     def _ask(self, *_: object) -> None:
         self.asked = True
@@ -75,7 +75,7 @@ class MemorySnapshots:
             signal.signal(signal.SIGUSR2, before)
 
     def write(self, why: str) -> str:
-        """Writes a snapshot now; returns its path, or why there is none."""
+        """Writes a snapshot now. Returns its path, or the reason why there is none."""
         if self.device.type != "cuda":
             return "no snapshot: PyTorch does not track the memory of a CPU"
         path = self.folder / f"memory_{why}_rank{self.rank}.pickle"

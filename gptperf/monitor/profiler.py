@@ -1,4 +1,4 @@
-"""Profiles a few iterations of a run: a trace for Perfetto, the waterfall of MFU points, the longest kernels."""
+"""Profiles a few iterations of a run: a trace for Perfetto, the waterfall of MFU points, and the longest kernels."""
 
 import contextlib
 import gzip
@@ -24,13 +24,13 @@ _LONGEST = 25  # kernels in the log
 
 
 class StepProfiler:
-    """Records the iterations START to STOP of the key `profile`, on the main rank.
+    """Records the iterations START to STOP of the key `profile` (START:STOP), on the main rank.
 
     Args:
         config: configuration of the run.
         num_gpus: GPUs of the job.
-        peak: peak of one GPU, for the waterfall; None where it is not known.
-        enabled: whether this rank records. Only the main rank does; the others only know which iterations are recorded.
+        peak: peak of one GPU, for the waterfall; None if it is not known.
+        enabled: whether this rank records. The main rank does; other ranks only know which iterations are recorded.
     """
 
     def __init__(self, config: Config, num_gpus: int, peak: Peak | None, enabled: bool):
@@ -41,11 +41,11 @@ class StepProfiler:
         self._pause = contextlib.ExitStack()
 
     def covers(self, iteration: int) -> bool:
-        """Returns whether an iteration is recorded. Its time is not comparable with that of others."""
+        """Returns whether an iteration is recorded. Its time is then not comparable with others."""
         return self.first <= iteration <= self.last
 
     def before(self, iteration: int, clock: StepClock) -> None:
-        """Called before each recorded iteration. The clock is paused from the first of them until the last one ends."""
+        """Starts to record before the first recorded iteration, and pauses the clock until the last one has ended."""
         if self.enabled and self._profile is None:
             kinds = torch.profiler.ProfilerActivity
             on_gpu = torch.cuda.is_available() and self.config.system.device != "cpu"
@@ -55,7 +55,7 @@ class StepProfiler:
             self._profile.__enter__()
 
     def after(self, iteration: int) -> Profile | None:
-        """Called after each iteration is enqueued; returns the profile after the last recorded one."""
+        """Returns the profile when the last recorded iteration has been enqueued; after other iterations, None."""
         if self._profile is None or iteration < self.last:
             return None
         if torch.cuda.is_available():
@@ -80,7 +80,7 @@ class StepProfiler:
 
 
 def _export(profile: Any, path: Path) -> dict[str, Any]:
-    """Writes the trace, compressed, to `path` by a temporary name and a rename; returns its content."""
+    """Writes the compressed trace to `path`, under a temporary name until it is complete, and returns its content."""
     with replacing(path) as temporary:
         profile.export_chrome_trace(str(temporary))
         text = temporary.read_bytes()

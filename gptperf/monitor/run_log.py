@@ -1,8 +1,8 @@
-"""The one reader of run logs: finds the journal or JSON file of a run, and loads what can be used of it.
+"""Reads run logs: finds the journal or JSON file of a run, and loads as much of it as is usable.
 
-A log may be torn, of another version or damaged. What is loaded has the types of `RunLog` down to its entries; values
-inside an entry may still be missing or of a wrong kind, which `finite`, `mapping`, `value_at` and `series` check.
-`gptperf.monitor.runs` has the same logs as curves over tokens. No torch here.
+A log may be torn, damaged or of another version. The loaded log has the types of `RunLog` down to its entries. Values
+inside an entry may still be missing or of a wrong type; `finite`, `mapping`, `value_at` and `series` check them.
+`gptperf.monitor.runs` turns the same logs into curves over tokens. This module does not import torch.
 """
 
 import json
@@ -30,7 +30,7 @@ def find_log(run: Path) -> Path:
     """Returns the journal of a run or, without one, its JSON file.
 
     Args:
-        run: Folder of the run, whose newest log is found, or a log itself.
+        run: Folder of a run, of which the newest log is returned, or a log itself.
 
     Raises:
         DataError: There is no log.
@@ -91,26 +91,29 @@ def _is_entry(entry: Any, name: str) -> bool:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value where it is a mapping, else an empty one."""
+    """Returns the value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, Mapping) else {}
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a number that can be drawn and added up, else None."""
+    """Returns the value if it is a number that can be drawn and added up, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < _MOST else None  # false for NaN too
 
 
 def value_at(entry: Any, *path: str) -> Any:
-    """The value under nested keys, or None."""
+    """Returns the value under nested keys, or None."""
     for key in path:
         entry = mapping(entry).get(key)
     return entry
 
 
 def series(entries: Iterable[Entry], *path: str, positive: bool = False) -> tuple[list[int], list[float]]:
-    """Returns iterations and numbers of the entries that have a number under the keys, above zero with `positive`."""
+    """Returns the iterations and numbers of all entries that have a number under the keys.
+
+    With `positive`, numbers that are not above zero are left out.
+    """
     pairs = [(entry["iter"], finite(value_at(entry, *path))) for entry in entries]
     kept = [(x, y) for x, y in pairs if y is not None and (y > 0 or not positive)]
     return [x for x, _ in kept], [y for _, y in kept]

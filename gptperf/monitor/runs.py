@@ -1,4 +1,4 @@
-"""Logged runs as curves over tokens, read as far as their logs go, whatever is damaged in them. No torch here."""
+"""Reads logged runs as curves over tokens, as far as their logs go, even if they are damaged. Does not import torch."""
 
 import bisect
 import itertools
@@ -18,7 +18,8 @@ from gptperf.monitor.run_log import find_log, finite, load, mapping
 __all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "read_run", "read_runs"]
 
 _QUIET_S = 600.0
-"""A run that is not finished counts as stopped after this many seconds without an entry, or three usual pauses."""
+"""A run that is not finished counts as stopped when its log was not written for this many seconds, or for three times
+the usual interval between entries if that is longer."""
 
 
 class LoggedStep(NamedTuple):
@@ -50,14 +51,14 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run as its log tells it, as far as that goes."""
+    """A run as its log describes it."""
 
     name: str
     path: Path
     config: Mapping[str, Any]
     """Configuration key -> value, without sections."""
     info: Mapping[str, Any]
-    """Startup info: facts that the run logged at its start."""
+    """Startup info: the facts that the run logged at its start."""
     summary: Mapping[str, Any]
     steps: tuple[LoggedStep, ...]
     evals: tuple[LoggedEval, ...]
@@ -66,11 +67,11 @@ class LoggedRun:
     tokens_per_sec: float | None
     mfu_percent: float | None
     mfu_convention: str | None
-    """How the FLOPs are counted, and the basis of the peak where it is not dense."""
+    """Name of the convention that counts the FLOPs, and the basis of the peak if it is not dense."""
     peak_gb: float | None
     """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None
-    """Time from the start of the process to its end; None for a resumed run, and for one without an end."""
+    """Time from the start of the process to its end; None for a resumed run and for a run that has not ended."""
     damaged_lines: int
     resumes: int
 
@@ -81,7 +82,7 @@ class LoggedRun:
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations that the configuration asks for."""
+        """Number of iterations that the configuration asks for."""
         value = self.config.get("max_iters")
         return value if type(value) is int else None
 
@@ -91,21 +92,21 @@ class LoggedRun:
         return self.steps[-1].seconds if self.steps else None
 
     def seconds_at(self, tokens: float) -> float | None:
-        """Seconds of training until `tokens` tokens."""
+        """Returns the seconds of training until `tokens` tokens."""
         return interpolated([(s.tokens, s.seconds) for s in self.steps], tokens, nearest=True)
 
     def val_loss_at(self, tokens: float) -> float | None:
-        """Validation loss at `tokens` tokens, linear between the neighbouring evaluations; None outside of them."""
+        """Returns the validation loss at `tokens` tokens, interpolated linearly; None outside the evaluations."""
         return interpolated([(e.tokens, e.loss) for e in self.evals], tokens)
 
     def train_loss_at(self, tokens: float) -> float | None:
-        """Mean of the training losses logged in the last tenth of the first `tokens` tokens, or else the last loss."""
+        """Returns the mean training loss over the last tenth of the first `tokens` tokens, or else the last loss."""
         before = [(s.tokens, s.loss) for s in self.steps if s.tokens <= tokens and s.loss is not None]
         late = [loss for at, loss in before if at > 0.9 * tokens] or [loss for _, loss in before[-1:]]
         return statistics.fmean(late) if late else None
 
     def remarks(self) -> list[str]:
-        """What a reader has to know about this log, a line for each fact."""
+        """Returns a line for each fact that a reader must know about this log."""
         lines = []
         if self.state != "finished":
             lines.append(f"{self.name}: {self.state}, read up to iteration {self.iterations}")
@@ -116,7 +117,7 @@ class LoggedRun:
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float, *, nearest: bool = False) -> float | None:
-    """Interpolates linearly between ascending points; outside of them None, or with `nearest` the nearest value."""
+    """Interpolates linearly between ascending points; outside them returns None, or the nearest value if `nearest`."""
     if not points:
         return None
     if not points[0][0] <= x <= points[-1][0]:
@@ -127,13 +128,13 @@ def interpolated(points: Sequence[tuple[float, float]], x: float, *, nearest: bo
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[LoggedRun], list[LeftOut]]:
-    """Reads every run that can be read; a run that is named twice, by its folder and its files, is read once.
+    """Reads every run that can be read. A run that is given several times, as folder and as files, is read once.
 
     Args:
         paths: Folders of runs (the newest log is read), run_*.jsonl, run_*.json.
 
     Returns:
-        The runs, with short unique names, and what was left out.
+        The runs, with short unique names, and the paths that were left out.
     """
     files: dict[Path, Path] = {}
     left_out = []
@@ -161,7 +162,7 @@ def _left_out(path: str | Path, error: DataError) -> LeftOut:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Names each run by its folder, or by folder and file where a folder has several, without the common path."""
+    """Names each run by its folder, or by folder and file if a folder has several, without the common path."""
     folders = [run.parent for run in runs]
     labels = [run.parent if folders.count(run.parent) == 1 else run for run in runs]
     if not labels:
@@ -182,7 +183,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
     """Reads one journal or JSON log.
 
     Raises:
-        DataError: The file cannot be read, or holds nothing about a run.
+        DataError: The file cannot be read, or has no entry of a run.
     """
     log = load(path)
     config, info, summary = _flat(log["config"]), log["startup_info"], log["summary"]
@@ -214,7 +215,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes keys out of their sections; a log may also hold keys without a section."""
+    """Returns all keys of all sections in one mapping; a log may also hold keys without a section."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if name != "origins":
@@ -237,7 +238,7 @@ def _tokens_per_iter(
 
 
 def _timed(entry: Mapping[str, Any]) -> float | None:
-    """Milliseconds of an iteration; None for the first entry of a process, which includes compilation."""
+    """Returns the milliseconds of an iteration; None for the first entry of a process, which includes compilation."""
     ms = finite(entry.get("time_ms"))
     return ms if ms is not None and ms > 0 and entry.get("mfu") != {} else None
 
@@ -278,7 +279,7 @@ def _evals(
 def _speed(
     entries: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
-    """Returns tokens a second, MFU in percent, and the convention of the MFU, over all timed iterations."""
+    """Returns tokens per second, MFU in percent, and the convention of the MFU, over all timed iterations."""
     records = [mapping(entry.get("mfu")) for entry in entries]
     rates = [rate for record in records if (rate := finite(record.get("tokens_per_sec"))) and rate > 0]
     speed = finite(summary.get("tokens_per_sec")) or (statistics.harmonic_mean(rates) if rates else None)
@@ -303,7 +304,7 @@ def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns "running" or "stopped" for a run without an end, by the time of the last write to its log."""
+    """Returns "running" or "stopped" for a run without a summary, by the time of the last write to its log."""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:

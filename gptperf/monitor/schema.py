@@ -1,4 +1,4 @@
-"""The JSON Schema of a run's log, made from the classes of `gptperf.monitor.events`, and a reader of the log.
+"""Makes the JSON Schema of a run's log from the classes of `gptperf.monitor.events`, and reads logs of this version.
 
 `python -m gptperf.monitor.schema > run_log.schema.json` prints the schema.
 """
@@ -117,7 +117,10 @@ def _union(arguments: tuple[Any, ...], defs: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _docstrings() -> dict[str, dict[str, str]]:
-    """Returns class -> field -> the string below it, with the class's own under ""; empty where there is no source."""
+    """Returns class -> field -> the string below the field; the docstring of the class is under "".
+
+    The result is empty if the source is not available.
+    """
     try:
         tree = ast.parse(inspect.getsource(sys.modules[RunLog.__module__]))
     except OSError:

@@ -8,7 +8,7 @@ from gptperf.monitor.events import Stability
 
 __all__ = ["LossWindow"]
 
-_LEAST = 10  # losses in the window before any of them counts as a spike
+_LEAST = 10  # the window must have this many losses before a loss can count as a spike
 _SPIKE_DEVIATIONS = 6.0
 _PLATEAU_ERRORS = 2.0
 
@@ -29,11 +29,11 @@ class LossWindow:
         self.losses: deque[float] = deque(maxlen=size)
 
     def add(self, loss: float, skipped: int = 0) -> Stability:
-        """Adds a loss and returns the statistics with it.
+        """Adds a loss, and returns the statistics of the window including it.
 
         Args:
-            loss: loss of a logged step. One that is not finite is a spike, and does not enter the window.
-            skipped: steps skipped so far because of gradients that were not finite.
+            loss: loss of a logged step. A loss that is not finite is a spike, and does not enter the window.
+            skipped: number of steps skipped so far because of gradients that were not finite.
         """
         before = sorted(self.losses)
         spike = not math.isfinite(loss) or (len(before) >= _LEAST and loss > self._limit(before))

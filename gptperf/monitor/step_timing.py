@@ -20,15 +20,16 @@ WINDOW = 4
 """Steps in a window of the warm-up."""
 MOST_WARM_UP = 46
 STABLE = 0.01
-STEP_PROTOCOL = f"""Fresh random tokens a step, one optimizer step a micro-batch. Warm-up: the first step, which
-compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that
-before it, at most {MOST_WARM_UP} steps. The timed steps stand between CUDA events, one a step, with one synchronisation
-at the end. Figures are the median, the 10th and the 90th percentile. Energy is the GPU's own counter (NVML) before and
-after the timed steps; clocks and power are read while the last ones run. Peak memory is what PyTorch had allocated,
-warm-up included."""
+STEP_PROTOCOL = f"""New random tokens in every step, one micro-batch per optimizer step. Warm-up: the first step, which
+compiles, {WARM_UP} more, then windows of {WINDOW} steps until the median of a window is within {STABLE:.0%} of that of
+the window before it, at most {MOST_WARM_UP} steps. A CUDA event is recorded after every timed step, and the device is
+synchronised once at the end. Figures are the median, the 10th and the 90th percentile. Energy is read from the GPU's
+own counter (NVML) before and after the timed steps; clocks and power are read while the last steps run. Peak memory is
+the largest that PyTorch had allocated, warm-up included."""
 
 Window = Callable[[int, int], list[float]]
-"""Runs steps: (number of the first step, number of steps) -> milliseconds of each, with one synchronisation."""
+"""A function that runs steps: (number of the first step, number of steps) -> milliseconds of each step. It synchronises
+with the device once."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class StepTimes:
     stable: bool
     """Whether the warm-up ended because the step times had settled."""
     joules: float | None
-    """Energy that the GPU used for the timed steps."""
+    """Energy that the GPU used for the timed steps; None if it is unknown."""
     no_joules: str | None
-    """Why `joules` is None."""
+    """The reason why `joules` is None."""
 
     @property
     def spread(self) -> Spread:
@@ -75,10 +76,10 @@ def time_steps(window: Window, steps: int, energy: Callable[[], float | None], n
     """Warms up until the step times settle, then times `steps` steps.
 
     Args:
-        window: runs steps; `cuda_window` makes one.
+        window: runs and times steps; `cuda_window` makes one.
         steps: number of timed steps.
-        energy: returns the joules used so far, or None where that is unknown.
-        no_joules: why `energy` returns None.
+        energy: returns the joules used so far, or None if they are unknown.
+        no_joules: the reason why `energy` returns None.
     """
     window(0, WARM_UP)
     done, before, stable = WARM_UP, window(WARM_UP, WINDOW), False
@@ -119,12 +120,12 @@ class EnergyMeter:
     """Reads the energy counter of one GPU.
 
     Args:
-        uuid: name of the card in the driver, "GPU-...".
+        uuid: UUID of the card in the driver, "GPU-...".
     """
 
     def __init__(self, uuid: str):
         self.reason: str | None = None
-        """Why the counter cannot be read; None where it can."""
+        """The reason why the counter cannot be read; None if it can be read."""
         self._handle: Any = None
         try:
             self._nvml: Any = importlib.import_module("pynvml")
@@ -139,7 +140,7 @@ class EnergyMeter:
             self.reason, self._handle = f"NVML: {error}", None
 
     def joules(self) -> float | None:
-        """Returns the energy used since the driver was loaded, or None where the card has no counter."""
+        """Returns the energy used since the driver was loaded, in joules, or None if the counter cannot be read."""
         if self._handle is None:
             return None
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3

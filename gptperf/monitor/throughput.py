@@ -1,4 +1,4 @@
-"""Speed of training: tokens a second, achieved FLOP/s and, where the peak is known, MFU."""
+"""Computes the speed of training: tokens per second, achieved FLOP/s and, if the peak is known, MFU."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _EXPECTED_MFU = 0.5
 
 
 class Throughput:
-    """Turns the time of an iteration into a record for console and log."""
+    """Turns the time of an iteration into a record of its speed for console and log."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class Throughput:
         Args:
             model: the model, whose FLOPs `gptperf.flops` counts.
             tokens_per_iter: tokens of an iteration of the whole job.
-            num_gpus: GPUs that share them.
-            peak: peak of one GPU; None where it is not known.
-            ceiling_flop_s: rate that one GPU was measured to reach on the model's matmuls alone; None where it was not.
-            recompute: what backward computes again; its FLOPs count in HFU alone.
+            num_gpus: number of GPUs that share these tokens.
+            peak: peak of one GPU; None if it is not known.
+            ceiling_flop_s: measured rate of one GPU on the model's matmuls alone; None if it was not measured.
+            recompute: what backward computes again; these FLOPs count in HFU alone.
         """
         self.tokens_per_iter = tokens_per_iter
         self.num_gpus = num_gpus
@@ -41,17 +41,20 @@ class Throughput:
         self.hardware_flops_per_token = None if recompute == "none" else _flops_per_token(model, recompute)
 
     def mfu(self, step_ms: float) -> float | None:
-        """Model FLOPs utilisation (0..1): FLOP/s of the model's matmuls over the peak of all GPUs, or None."""
+        """Returns the model FLOPs utilisation (0..1): FLOP/s of the model's matmuls divided by the peak of all GPUs.
+
+        Returns None if the FLOPs or the peak are not known.
+        """
         achieved = self._achieved_flop_s(step_ms)
         return None if achieved is None or self.peak is None else achieved / self.peak.flop_s
 
     def record(self, step_ms: float) -> dict[str, Any]:
-        """Figures of an iteration that took `step_ms`; unknown figures are left out.
+        """Returns the figures of an iteration that took `step_ms`, without those that are unknown.
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
-            flops_per_token, convention, peak_basis; of_ceiling_percent, the share of the measured ceiling; hfu_percent,
-            which includes recomputed FLOPs, where backward computes anything again.
+            flops_per_token, convention, peak_basis; of_ceiling_percent, the share of the measured ceiling; if backward
+            computes anything again, hfu_percent, which includes the recomputed FLOPs.
         """
         record: dict[str, Any] = {}
         mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
@@ -77,14 +80,14 @@ class Throughput:
         return self.tokens_per_iter / (step_ms / 1e3)
 
     def _achieved_flop_s(self, step_ms: float) -> float | None:
-        """FLOP/s of one GPU."""
+        """Returns the FLOP/s of one GPU, or None if the model's FLOPs are unknown."""
         if self.flops_per_token is None:
             return None
         return self.flops_per_token * self._tokens_s(step_ms) / self.num_gpus
 
 
 def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float | None:
-    """Training FLOPs of one token; None where a component has no card."""
+    """Returns the training FLOPs per token; None if a component has no card."""
     if flops.uncountable_flops(model) is not None:
         return None
     convention = _CONVENTION if recompute == "none" else "hfu"
@@ -93,7 +96,7 @@ def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float
 
 
 def theoretical(model: ModelConfig, peak: Peak | None, num_gpus: int) -> dict[str, Any]:
-    """Figures that follow from model and hardware alone, for the start of a run; unknown ones are left out.
+    """Returns the figures that follow from model and hardware alone, without those that are unknown.
 
     Returns:
         hardware_peak_tflops (of one GPU), peak_basis, peak_source, flops_per_token, convention,

@@ -1,4 +1,4 @@
-"""Traces of training steps by PyTorch's profiler: recorded, and read for the kernels and the waits for batches.
+"""Records traces of training steps with PyTorch's profiler, and reads the kernels and the waits for batches from them.
 
 Torch is imported only by the function that records.
 """
@@ -42,10 +42,10 @@ def trace_steps(
     Args:
         run: enqueues the step with the given number.
         first: number of the first step.
-        steps: how many steps are recorded.
-        warm_up: steps that run before the recorded ones. While the profiler starts, the device rests, and the steps
-            of the following second would be faster than usual.
-        host: record the host too, which `LOADER_MARK` needs; this slows the host down.
+        steps: number of recorded steps.
+        warm_up: number of steps that run before the recorded ones. The device is idle while the profiler starts, and
+            for about a second after that, steps are faster than usual.
+        host: whether to record the host too, which `LOADER_MARK` needs; this slows the host down.
 
     Returns:
         The trace as PyTorch exports it.
@@ -86,6 +86,6 @@ def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def waits_of(trace: Mapping[str, Any]) -> list[Interval]:
-    """Returns when the host was within `LOADER_MARK`."""
+    """Returns the intervals in which the host was within `LOADER_MARK`."""
     marks = [event for event in _events(trace) if event.get("name") == LOADER_MARK]
     return [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in marks if e.get("cat") == "user_annotation"]

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard, isolated so that they can neither slow down nor stop a run.
+"""Sends the numbers of a run to Weights & Biases and TensorBoard, which can neither slow down nor stop the run.
 
 Each tracker has its own bounded queue and daemon thread. The training thread only appends to the queues, and it alone
 prints messages for the user. A tracker that fails or does not respond is disabled with one warning.
@@ -28,7 +28,7 @@ _START_S = 10.0
 _CLOSE_S = 10.0
 _POLL_S = 0.1
 _SERVICE_S = 2.0
-_QUEUE = 1000  # records waiting for a tracker; when there are more, the oldest is dropped
+_QUEUE = 1000  # most records that wait for a tracker; if there are more, the oldest is dropped
 _PREFIX = {"iteration": "", "eval": "eval/"}
 
 
@@ -39,7 +39,7 @@ class Tracker(Protocol):
     name: str
 
     def start(self, run_name: str, config: Mapping[str, Any]) -> str:
-        """Starts or continues the run of this name; returns where it can be seen."""
+        """Starts or continues the run of this name. Returns where the user can see it."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records the numbers of an iteration."""
@@ -84,7 +84,7 @@ class _Lane:
             self._ending.set()
 
     def failure(self) -> str:
-        """Returns why the tracker cannot be used any more, or "" if it can."""
+        """Returns the reason why the tracker can no longer be used, or "" if it can."""
         late = not self.ready and self.thread.is_alive() and time.monotonic() - self.since > _START_S
         return self.error or (f"it did not start within {_START_S:g} s" if late else "")
 
@@ -106,9 +106,10 @@ class _Lane:
             self.error = f"{type(error).__name__}: {line}" if line else type(error).__name__
 
     def _queued(self) -> Iterator[tuple[int, Mapping[str, float]]]:
-        """Yields records as they come, until the run has finished or the tracker is abandoned."""
+        """Yields records as they arrive, until the run has finished or the tracker is abandoned."""
         while not self.abandoned:
-            # Read before the queue: the flag is set after the last record, so an empty queue then stays empty.
+            # The flag is read before the queue. It is set after the last record, so if it is set, an empty queue stays
+            # empty.
             ending = self._ending.is_set()
             try:
                 record = self._records.popleft()
@@ -182,7 +183,7 @@ class Trackers:
         self._lanes = []
 
     def _report(self) -> None:
-        """Tells the user what has happened in the threads, and removes the trackers that failed."""
+        """Reports to the user what has happened in the threads, and removes the trackers that failed."""
         for lane in list(self._lanes):
             failure = lane.failure()
             if failure:
@@ -209,10 +210,10 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose files are in `<out_dir>/wandb`.
+    """A run of Weights & Biases (W&B), whose files are in `<out_dir>/wandb`.
 
-    The id is the run's name with a random suffix, because runs of a sweep may start in the same second. It is stored in
-    `<out_dir>/<run_name>.wandb_id`, so that a resumed run continues the same run of W&B.
+    The id of the W&B run is the name of this run with a random suffix, because runs of a sweep may start in the same
+    second. It is stored in `<out_dir>/<run_name>.wandb_id`, so that a resumed run continues the same W&B run.
     """
 
     name = "Weights & Biases"
@@ -273,11 +274,11 @@ def _kept_id(path: Path, run_name: str) -> str:
 
 
 class TensorBoard:
-    """Event files in `<out_dir>/tensorboard/<run_name>`.
+    """A run of TensorBoard, whose event files are in `<out_dir>/tensorboard/<run_name>`.
 
     Args:
         out_dir: directory of the run.
-        last_step: iteration of the checkpoint that the run resumes from; what was logged for later ones is hidden.
+        last_step: iteration of the checkpoint that the run resumes from; entries of later iterations are hidden.
     """
 
     name = "TensorBoard"
@@ -319,7 +320,7 @@ def open_trackers(
     Args:
         config: configuration of the run.
         run_name: name of the run, as in its journal.
-        last_step: iterations done before.
+        last_step: iteration of the checkpoint that the run resumes from, or 0.
         say: see `Trackers`.
         warn: see `Trackers`.
     """

@@ -1,6 +1,6 @@
 """The MFU waterfall: how many points of MFU each kind of work in a training step costs.
 
-Arithmetic over the kernels of a trace (`gptperf.monitor.trace`), without torch. Every moment of a step belongs to
+It is computed from the kernels of a trace (`gptperf.monitor.trace`), without torch. Every moment of a step belongs to
 exactly one part, so the parts add up to the step.
 """
 
@@ -15,8 +15,8 @@ from gptperf.monitor.trace import Interval, Kernel
 __all__ = ["PARTS", "Breakdown", "Waterfall", "breakdown", "classify", "step_flops", "waterfall"]
 
 PARTS = ("gemm", "attention", "memory_bound", "optimizer", "other", "loader", "communication", "host_gaps")
-"""The parts of a step's time. A moment in which kernels of several parts run belongs to the first of them: transfers
-count only where nothing computes, and host_gaps are the moments in which nothing runs at all."""
+"""The parts of a step's time. A moment in which kernels of several parts run belongs to the first of these parts, so
+transfers count only while nothing computes. host_gaps are the moments in which nothing runs at all."""
 _MARKS = (
     ("communication", r"nccl|^_sum_shares|Memcpy PtoP"),
     ("optimizer", r"^_adamw|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
@@ -27,17 +27,17 @@ _MARKS = (
     ("loader", r"Memcpy HtoD|random_from_to"),
     ("memory_bound", r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale)\w*_kernel|at::native|^Memcpy|^Memset|cub::"),
 )
-"""Part and pattern of a kernel's name; the first match counts. An eager AdamW consists of kernels that other code uses
-too, so it counts as memory_bound."""
+"""Pairs of a part and a pattern for the names of its kernels; the first match counts. An eager AdamW consists of
+kernels that other code uses too, so it counts as memory_bound."""
 
 
 def classify(name: str) -> str:
-    """Returns the part that a kernel belongs to, by its name; "other" where no pattern matches."""
+    """Returns the part that a kernel belongs to, by its name, or "other" if no pattern matches."""
     return next((part for part, pattern in _MARKS if re.search(pattern, name)), "other")
 
 
 def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    """Returns the same moments as disjoint intervals in order."""
+    """Returns disjoint intervals, in order, that cover the same moments."""
     found: list[Interval] = []
     for begin, end in sorted(intervals):
         if found and begin <= found[-1][1]:
@@ -73,13 +73,14 @@ class Breakdown:
     """Where the time of the profiled steps went, in milliseconds per step."""
 
     step_ms: float
-    """Time of a profiled step: from the first kernel's start to the last one's end, divided by the number of steps."""
+    """Time of a profiled step: from the start of the first kernel to the end of the last one, divided by the number of
+    steps."""
     parts_ms: dict[str, float]
-    """Time of each of `PARTS`; they add up to the step."""
+    """Time of each of `PARTS`; the times add up to the step."""
     hidden_communication_ms: float
-    """Communication while something computes; it does not lengthen the step."""
+    """Time of communication while something computes, which does not lengthen the step."""
     unknown_ms: dict[str, float]
-    """Kernels that no pattern matches, longest first; time that overlaps with other kernels is included."""
+    """Time of the kernels that no pattern matches, longest first, including time that overlaps with other kernels."""
 
 
 def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] = ()) -> Breakdown:
@@ -124,7 +125,7 @@ def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] =
 
 
 def step_flops(config: Config, num_gpus: int = 1) -> tuple[float, float]:
-    """Returns the FLOPs of a step on one GPU by the strict convention: matrix products, and attention."""
+    """Returns the strict FLOPs of a step on one GPU, as a pair: those of matrix products, and those of attention."""
     count = flops.flops_per_token(config.model, "strict")
     sequences = config.tokens_per_iter / num_gpus / count.tokens
     attention = 3 * count.scores
@@ -133,7 +134,7 @@ def step_flops(config: Config, num_gpus: int = 1) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Waterfall:
-    """The way from 100% of the peak down to the MFU, in points of MFU."""
+    """The points of MFU that each part costs, from 100% of the peak down to the MFU."""
 
     lost_points: dict[str, float]
     """Cost of each of `PARTS`. For gemm and attention it is the time beyond what their FLOPs take at the peak."""

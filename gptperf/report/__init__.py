@@ -1,1 +1,1 @@
-"""Pages and tables: one run as HTML, and the page engine that every command shares."""
+"""Pages and tables: the HTML page of one run, and the page engine that all commands use."""

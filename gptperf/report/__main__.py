@@ -1,7 +1,7 @@
 """`python -m gptperf.report RUN`: one HTML page about a run, finished, running or damaged.
 
-RUN is the folder of a run, a run_*.jsonl or a run_*.json. The page needs nothing beside it: charts are in it, no
-address is asked for, and every text is escaped. No torch here.
+RUN is the folder of a run, a run_*.jsonl or a run_*.json. The page is self-contained: it includes its charts, loads
+nothing from other addresses, and every text in it is escaped. This module does not import torch.
 """
 
 import argparse

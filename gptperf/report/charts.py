@@ -1,4 +1,4 @@
-"""The charts of a run's page. matplotlib is loaded by `draw` only."""
+"""Draws the charts of a run's page. Only `draw` loads matplotlib."""
 
 import importlib
 import math
@@ -28,11 +28,11 @@ CAPTIONS = {
     "waterfall": "Points of MFU that each part of a step costs; dotted: the mean MFU of the run.",
 }
 _POINTS = 600
-"""Most points of a line; more entries are averaged."""
+"""Largest number of points of a line; if there are more entries, they are averaged."""
 _COLUMNS, _ROWS = 48, 64
-"""Most columns and rows of the heat map."""
+"""Largest numbers of columns and rows of the heat map."""
 _LINES = 8
-"""Most layers that are drawn as lines; more become a heat map."""
+"""Largest number of layers that are drawn as lines; more layers are drawn as a heat map."""
 _SIZE, _LOW = (7.2, 3.0), (7.2, 2.2)
 
 
@@ -66,7 +66,7 @@ def _binned(xs: Sequence[float], ys: Sequence[float], most: int) -> list[tuple[f
 
 
 def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, label: str = "", **style: Any) -> None:
-    """Draws a line; where entries are averaged, with a band from the smallest to the largest."""
+    """Draws a line, with a band from the smallest to the largest value if entries are averaged."""
     points = _binned(xs, ys, _POINTS)
     x, mean = [p[0] for p in points], [p[1] for p in points]
     if len(points) < len(xs):
@@ -160,7 +160,7 @@ def _gradient_norm(plots: Any, log: RunLog) -> Any:
 
 
 def layer_order(name: str) -> tuple[int, int, str]:
-    """Sort key that puts the embedding before the blocks, and the blocks before the head."""
+    """Returns a sort key that puts the embedding before the blocks, and the blocks before the head."""
     if name.isascii() and name.isdigit() and len(name) < 10:
         return 1, int(name), ""
     return (0, 0, "") if name == "embedding" else (2, 0, name)

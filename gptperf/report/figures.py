@@ -1,6 +1,6 @@
-"""Charts of a page: matplotlib without a screen, figures as SVG elements, and the colours that all charts share.
+"""Helpers for charts: matplotlib without a screen, figures as SVG elements, and the colours that all charts share.
 
-matplotlib is loaded by `pyplot` only: `pip install 'gptperf[report]'`.
+Only `pyplot` loads matplotlib, which `pip install 'gptperf[report]'` installs.
 """
 
 import importlib
@@ -19,11 +19,11 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = "#2a8fbd", "#d9822b", "#4c9f50", "#c250
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#9a7b4f", "#d16ba5", GRAY, "#a9a32a", "#2fa8a0")
 _DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 2), (8, 2, 2, 2))
 TEXT_COLOR = "#123456"
-"""Stands for the page's own text colour; `svg` replaces it, so that text is readable on a light and a dark page."""
+"""Placeholder for the page's text colour. `svg` replaces it, so that text is readable on light and on dark pages."""
 
 
 class Line(NamedTuple):
-    """Name of a curve, and how it is drawn."""
+    """The name, colour and dashes of a curve."""
 
     name: str
     color: str
@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 def lines_for(names: Sequence[str]) -> list[Line]:
-    """Returns a line for each name; they differ as far as there are colours and dashes."""
+    """Returns a line for each name. The lines differ as long as there are enough colours and dashes."""
     return [
         Line(name, COLORS[number % len(COLORS)], _DASHES[number // len(COLORS) % len(_DASHES)])
         for number, name in enumerate(names)
@@ -52,7 +52,7 @@ def required(module: str) -> Any:
 
 
 def pyplot() -> Any:
-    """Returns `matplotlib.pyplot` without a screen, in the style of the pages; text with dollar signs is no formula.
+    """Returns `matplotlib.pyplot` without a screen, in the style of the pages. Dollar signs do not begin a formula.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def pyplot() -> Any:
 
 
 def svg(figure: Any, name: str) -> str:
-    """Closes a figure and returns its SVG element, without metadata, addresses and a size of its own.
+    """Closes a figure and returns its SVG element, without metadata, addresses and a fixed size.
 
     Args:
         figure: A figure of `pyplot`.

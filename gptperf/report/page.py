@@ -1,6 +1,7 @@
-"""One HTML page that needs nothing beside it: sections with tables, and charts as SVG within.
+"""Renders a self-contained HTML page from sections with tables and SVG charts.
 
-It asks for no address, and every text is escaped. jinja2 is loaded by `render` only: `pip install 'gptperf[report]'`.
+The page loads nothing from other addresses, and every text in it is escaped. Only `render` loads jinja2, which
+`pip install 'gptperf[report]'` installs.
 """
 
 import re
@@ -21,43 +22,43 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure that a reader looks for first."""
+    """One of the figures that a reader looks for first."""
 
     label: str
     value: str
     note: str = ""
     good: bool | None = None
-    """Shows the value in green or red; None: in the text's own colour."""
+    """True shows the value in green, False in red, and None in the colour of the text."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading with what stands under it."""
+    """A part of a page: a heading and the content under it."""
 
     title: str = ""
     lines: Sequence[str] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[str] = ()
-    """Names of charts. They stand above the tables."""
+    """Names of charts, which are shown above the tables."""
     folded: bool = False
-    """The section is long: a page shows it closed at first, where the browser can do that."""
+    """Whether the page shows the section closed at first, because it is long."""
     code: Sequence[str] = ()
-    """Lines in a fixed font."""
+    """Lines that are shown in a fixed-width font."""
     tiles: Sequence[Tile] = ()
     below: Sequence[str] = ()
     """Notes under the tables."""
     legend: Sequence[Line] = ()
-    """Curves that all charts of the section share: the charts stand side by side under one legend."""
+    """Curves that all charts of the section share. The charts are then shown side by side under one legend."""
 
 
 def clean(text: str, most: int = _MOST) -> str:
-    """Text without control characters and marks that change its direction, cut where it is longer than `most`."""
+    """Replaces control characters and marks that change the direction of text, and cuts text longer than `most`."""
     text = _UNSEEN.sub("\ufffd", text)
     return text if len(text) <= most else f"{text[:most]}\u2026 ({len(text):,} characters)"
 
 
 def check_packages() -> None:
-    """Finds out before hours of work whether a page can be made.
+    """Checks that a page can be made, so that a long command can fail before its work and not after it.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
@@ -77,8 +78,8 @@ def render(
     Args:
         title: Title of the page.
         sections: The sections in their order.
-        charts: Name of a chart -> SVG of `figures.svg`, or None where there was nothing to draw.
-        captions: Name of a chart -> the line above it.
+        charts: Name of a chart -> SVG from `figures.svg`, or None if there was nothing to draw.
+        captions: Name of a chart -> the line above the chart.
 
     Raises:
         DeviceError: jinja2 is not installed.
@@ -92,5 +93,5 @@ def render(
 
 
 def _finalized(value: Any) -> Any:
-    """Cleans every text of the template; SVG, which is marked as safe, passes."""
+    """Cleans every text that the template inserts, except SVG, which is marked as safe."""
     return value if hasattr(value, "__html__") else clean(str(value))

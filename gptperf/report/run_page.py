@@ -1,4 +1,4 @@
-"""The page of one run: its sections and charts put together, and written to a file."""
+"""Makes the page of one run from its sections and charts, and writes it to a file."""
 
 from pathlib import Path
 
@@ -26,11 +26,11 @@ def html(log: RunLog) -> str:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run; a reader sees the old file or the new one, never a part.
+    """Writes the page of a run. A reader sees the old file or the new one, never an incomplete one.
 
     Args:
         run: Folder of the run, or one of its logs.
-        out: The file to write; None writes report.html beside the log.
+        out: The file to write; default: report.html beside the log.
 
     Raises:
         ConfigError: `out` does not end in .html.

@@ -1,4 +1,4 @@
-"""Turns a run's log into the sections of its page; what the log lacks has no section."""
+"""Turns a run's log into the sections of its page; data that the log does not have gets no section."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from gptperf.report.tables import Table, words
 __all__ = ["sections", "state"]
 
 _CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
-"""Most characters of a cell, and most rows of a table."""
+"""Largest number of characters in a cell, and largest numbers of rows in tables of texts and of keys."""
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
 
 
 def text(value: Any) -> str:
-    """A value of a log as a cell shows it."""
+    """Returns a value of a log as text for a cell."""
     return clean(formats.value_text(value), _CELL)
 
 
@@ -35,7 +35,7 @@ def state(log: RunLog) -> tuple[str, bool]:
 
 
 def sections(log: RunLog) -> list[Section]:
-    """Returns all sections; one may still have nothing but charts that cannot be drawn."""
+    """Returns all sections. A section may have only charts, and the log may lack the data to draw them."""
     found = [_verdict(log)]
     makers = (_loss, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
     for make in (*makers, _built, _configuration, _environment, _messages, _checkpoints, _sample):
@@ -49,19 +49,22 @@ def _last(entries: Iterable[Mapping[str, Any]], *path: str) -> float | None:
 
 
 def _typical(log: RunLog, *path: str) -> float | None:
-    """Median over the entries."""
+    """Returns the median over the logged iterations, or None."""
     ys = series(log["training_iterations"], *path)[1]
     return statistics.median(ys) if ys else None
 
 
 def _of_run(log: RunLog, key: str) -> tuple[float | None, str]:
-    """Returns a figure of the speed, and how it was taken."""
+    """Returns a figure of the speed, and whether it is the mean of the run or the median of the entries."""
     whole = finite(log["summary"].get(key))
     return (whole, "mean of the run") if whole is not None else (_typical(log, "mfu", key), "median")
 
 
 def _training_s(log: RunLog) -> float | None:
-    """Seconds without evaluation and saving: the time of an entry is the mean since the entry before."""
+    """Returns the seconds of training without evaluation and saving, or None.
+
+    The time of an entry is the mean over the iterations since the previous entry.
+    """
     xs, ys = series(log["training_iterations"], "time_ms")
     return sum(y * (x - before) for x, y, before in zip(xs, ys, [0, *xs[:-1]], strict=True)) / 1e3 if xs else None
 
@@ -253,7 +256,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
 
 
 def _flat(given: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Returns the rows of a mapping and of the mappings in it."""
+    """Returns a row for each value of a mapping and of the mappings inside it."""
     rows = []
     for key, value in given.items():
         name = clean(str(key), 80).replace("_", " ")

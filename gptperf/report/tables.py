@@ -1,4 +1,4 @@
-"""A table, and its forms as plain text and as Markdown. No torch here."""
+"""Tables, and their forms as plain text and as Markdown. This module does not import torch."""
 
 import re
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ class Table:
     texts: frozenset[int] = frozenset({0})
     """Numbers of the columns that are aligned to the left; the others are aligned to the right."""
     keys: Sequence[Line | None] = ()
-    """The curve of each row, which a page shows in the column `key_column`."""
+    """The line of each row's curve, which a page draws as a key in the column `key_column`."""
     key_column: int = 0
 
 
 def words(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of words rather than figures: all columns are aligned to the left, and a page wraps long cells."""
+    """Returns a table of words, not figures: all columns are aligned to the left, and a page wraps long cells."""
     return Table(columns, rows, frozenset(range(len(columns))))
 
 
 def aligned(table: Table) -> str:
-    """The table as text with straight columns."""
+    """Returns the table as text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
     lines = []
     for row in (table.columns, *table.rows):
@@ -41,13 +41,16 @@ def aligned(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown."""
+    """Returns the table in Markdown."""
     rule = [" --- " if place in table.texts else " ---: " for place in range(len(table.columns))]
     rows = ["| " + " | ".join(map(escaped, row)) + " |" for row in (table.columns, *table.rows)]
     return "\n".join([rows[0], f"|{'|'.join(rule)}|", *rows[1:]])
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one cell of a table; an underscore within a word means nothing there."""
+    """Escapes text so that Markdown shows it unchanged in one cell of a table.
+
+    An underscore inside a word has no meaning in Markdown and is not escaped.
+    """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*|\[\]]|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", text)

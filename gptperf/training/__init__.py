@@ -1,1 +1,1 @@
-"""The training run: engine, step, loop, evaluation, resume, reporting."""
+"""The training run: checks, engine, step, optimizers, loop, evaluation, resume and reporting."""

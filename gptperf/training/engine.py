@@ -1,4 +1,4 @@
-"""The objects that a training step works on: model, weights, optimizer, and what belongs to them."""
+"""Builds the objects that a training step works on: model, weights, optimizer, and their helpers."""
 
 from dataclasses import dataclass
 
@@ -35,24 +35,24 @@ class Engine:
     """Scales the loss of float16; otherwise it is disabled and passes everything through."""
     monitor: GradientMonitor
     skipped: Tensor
-    """Steps left out because the gradients were not finite, a float32 scalar on the device."""
+    """Number of steps skipped because the gradients were not finite, a float32 scalar on the device."""
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step on this rank. The configuration counts those of the whole job."""
+        """Micro-batches per step on this rank. The configuration counts those of the whole job."""
         return self.config.train.gradient_accumulation_steps // self.process.world_size
 
     def autocast(self) -> torch.autocast:
-        """Returns a context that computes in the run's dtype, which the matrices have already."""
+        """Returns a context that computes in the compute dtype, which the matrices already have."""
         dtype = build.DTYPES[self.config.system.compute_dtype]
         return torch.autocast(self.process.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def build_engine(config: Config, process: Process) -> Engine:
-    """Builds model, weights and optimizer with fresh weights, not compiled yet. Collective: every rank must call it.
+    """Builds model, weights and optimizer with initial weights, not compiled. Collective: every rank must call it.
 
-    The order matters. The self-test comes before the model, since it may replace ops. The weights take over the
-    parameters of the model, and the optimizer reads the buckets that they make.
+    The order matters. The self-test comes before the model, because it may replace ops. The weights move the parameters
+    of the model into buckets, which the optimizer then reads.
     """
     dtype = build.DTYPES[config.system.compute_dtype]
     ops = resolve_ops(config.system.kernels, process.device.type)
@@ -73,7 +73,7 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
     """Moves a model's parameters into buckets, by the strategy of the configuration.
 
     Args:
-        model: whose parameters become views of the buckets.
+        model: the model, whose parameters become views of the buckets.
         system: strategy, dtypes and communication.
         process: this rank.
         single: whether every step has one micro-batch.
@@ -88,14 +88,14 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
             gather_once=system.fsdp_gather_once,
         )
     if system.use_zero1:
-        # A model that is one graph runs as a whole: it cannot announce its units as it comes to them.
+        # A model that is compiled as one graph runs as a whole, so it cannot announce its units.
         announces = not (system.compile and system.compile_scope == "model")
         return Sharded(*where, single=single, announces=announces)
     return Replicated(*where, single=single)
 
 
 def compile_engine(engine: Engine) -> str:
-    """Compiles model and optimizer, if the configuration asks for it and this machine can.
+    """Compiles model and optimizer, if the configuration asks for it and a compiler is available.
 
     Returns:
         "model", "block", or "off" with the reason, for the log.

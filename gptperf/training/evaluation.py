@@ -1,4 +1,4 @@
-"""Evaluation of a model in training: the loss on the fixed validation batches, and a sample of its text."""
+"""Evaluates a model in training: the loss on the fixed validation batches, and a sample of generated text."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ __all__ = ["evaluate", "sample_text", "validation_keys"]
 
 
 def validation_keys(config: Config, process: Process) -> dict[str, int]:
-    """Returns the arguments of `validation_batches` except the tokens."""
+    """Returns the arguments of `validation_batches`, without the tokens."""
     return {
         "block_size": config.model.block_size,
         "batch_size": config.train.batch_size,
@@ -51,8 +51,8 @@ def evaluate(engine: Engine, val_tokens: TokenSource) -> float:
 def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:
     """Yields a rank's batches with their numbers of rows, then batches of zeros until no rank has another batch.
 
-    Every forward pass of FSDP gathers the weights from all ranks, so every rank must run equally many. A batch of zeros
-    has 0 rows: it does not count in the mean.
+    Every forward pass of FSDP gathers the weights from all ranks, so every rank must run the same number of them. A
+    batch of zeros counts as 0 rows, so it does not change the mean.
     """
     filler = torch.zeros(2, 1, block_size, dtype=torch.int64)
     while process.any((batch := next(batches, None)) is not None):

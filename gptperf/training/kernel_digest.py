@@ -1,9 +1,10 @@
-"""A digest of the code in `gptperf.kernels` that computes, which a checkpoint records.
+"""The digest of the code in `gptperf.kernels` that computes, which a checkpoint records.
 
-Two versions of a kernel may add up in another order, so a resumed run warns when this code has changed. The digest
-ignores what cannot change a bit: the name of a file, the order of its definitions, imports, `__all__`, docstrings,
-comments, blank lines, spacing within a line, and `checks.py`, which only refuses arguments. It reads the source as
-text instead of the syntax tree of one Python version, so every version of Python gives the same digest.
+Two versions of a kernel may add in different orders, so a resumed run warns when this code has changed. The digest
+ignores everything that cannot change a bit of a result: the name of a file, the order of its definitions, imports,
+`__all__`, docstrings, comments, blank lines, spacing within a line, and `checks.py`, which only refuses arguments. It
+hashes the text of the source instead of the syntax tree of one Python version, so every version of Python gives the
+same digest.
 """
 
 import ast
@@ -20,17 +21,17 @@ __all__ = ["digest_of", "kernel_digest"]
 
 
 class _Line(NamedTuple):
-    """A logical line: a simple statement, or the head of a compound one."""
+    """A logical line: a simple statement, or the head of a compound statement."""
 
     row: int
     """Number of its first physical line, from 1."""
     text: str
-    """One space for each level of indentation, then its source without white space and comments."""
+    """One space for each level of indentation, then the source without white space and comments."""
 
 
 @functools.cache
 def kernel_digest() -> str:
-    """Returns 12 hexadecimal digits for the code of `gptperf.kernels` that computes; read once in a process."""
+    """Returns 12 hexadecimal digits for the code of `gptperf.kernels` that computes, which is read once per process."""
     return digest_of(resources.files("gptperf.kernels"))
 
 
@@ -57,7 +58,7 @@ def _definitions(source: str) -> Iterator[str]:
 
 
 def _computes_nothing(node: ast.stmt) -> bool:
-    """Whether a statement is an import, a docstring (also that of a constant) or `__all__`."""
+    """Returns whether a statement is an import, a docstring (of a constant too) or `__all__`."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if isinstance(node, ast.Assign | ast.AugAssign):

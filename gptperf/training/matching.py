@@ -1,7 +1,8 @@
-"""What must be equal for a run to go on from a checkpoint, and what may differ with a warning.
+"""Decides what must be equal for a run to continue from a checkpoint, and what may differ with a warning.
 
-A key that fixes the weights, the numbers or the order of the data must be equal. Other keys, and the versions and
-layout that the bits depend on, may differ; the run then goes on, but is not bit for bit the run without the break.
+A key that determines the weights, the numbers or the order of the data must be equal. Other keys may differ, and so may
+the versions and the layout that the bits depend on; the run then continues, but it is not bit for bit the run without
+the break.
 """
 
 from collections.abc import Mapping
@@ -17,14 +18,14 @@ from gptperf.training.kernel_digest import kernel_digest
 __all__ = ["DERIVED", "changed_keys", "changed_versions", "versions"]
 
 DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
-"""Sizes that follow from several keys: they are compared in place of these."""
+"""Sizes that follow from several keys. They are compared in place of those keys."""
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
 
 
 def versions(engine: Engine) -> dict[str, str]:
-    """Returns what the bits of a run depend on beside its configuration, by name."""
+    """Returns the facts, by name, on which the bits of a run depend besides its configuration."""
     process = engine.process
     on_gpu = process.device.type == "cuda"
     return {
@@ -45,19 +46,19 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     Args:
         saved: the checkpoint's state.
         config: configuration of this run.
-        weights_only: only the weights are used: compare the model keys alone, and raise nothing.
+        weights_only: the run uses only the weights: compare the model keys alone, and raise nothing.
 
     Raises:
-        CheckpointError: a key differs that must be equal; the message names all of them.
+        CheckpointError: a key that must be equal differs; the message names all such keys.
     """
     # A key that the checkpoint lacks came after it: the run had what is the default now.
     before: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
     before |= {name: value for section in saved["config"].values() for name, value in section.items()} | saved["model"]
     now = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
-    for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by what follows from them
+    for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by the sizes in `DERIVED`
         before[name] = now[name] = None
     must = _MUST_MATCH | set(DERIVED)
-    # Samples per iteration fix the order of the data; how they are split into micro-batches does not.
+    # The number of samples per iteration determines the order of the data; their split into micro-batches does not.
     per_iter = ("batch_size", "gradient_accumulation_steps")
     if before[per_iter[0]] * before[per_iter[1]] != now[per_iter[0]] * now[per_iter[1]]:
         must |= set(per_iter)
@@ -71,9 +72,9 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
 
 
 def changed_versions(saved: Mapping[str, Any], engine: Engine) -> list[str]:
-    """Returns `what: saved -> now` for each thing that differs and that the bits depend on beside the configuration.
+    """Returns `what: saved -> now` for each fact of `versions` that differs from the checkpoint.
 
-    A thing that the checkpoint does not record is unknown and gives no line.
+    A fact that the checkpoint does not record gives no line.
     """
     before, now = dict(saved["versions"]), versions(engine)
     return [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]

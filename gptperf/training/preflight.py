@@ -1,4 +1,4 @@
-"""What is checked before a run spends GPU time: device, plan, data set, tokenizer, folder, checkpoint, disk, peak."""
+"""Checks before a run spends GPU time: device, plan, data set, tokenizer, folder, checkpoint, disk and peak."""
 
 import contextlib
 import os
@@ -35,10 +35,10 @@ BUILT_IN_DATASET = "python_stdlib"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from."""
+    """The checked inputs of a run."""
 
     plan: Plan | None
-    """None where there is nothing to plan with."""
+    """Plan of the run; None without a GPU that `gptperf.plan` can plan for."""
     manifest: DatasetManifest
     train_tokens: TokenSource
     val_tokens: TokenSource
@@ -53,7 +53,7 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
     Args:
         config: configuration of the run.
         process: this rank.
-        console: told about checkpoints that are skipped or moved.
+        console: gets the messages about checkpoints that are skipped or moved.
         stack: holds the lock of the run's folder, which the main rank takes.
 
     Raises:
@@ -94,10 +94,11 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
 
 
 def check_plan(config: Config, process: Process) -> Plan | None:
-    """Returns the plan of this run on this GPU, or None where there is nothing to plan with.
+    """Returns the plan of this run on this GPU, or None without a GPU that `gptperf.plan` can plan for.
 
     Raises:
-        OutOfMemoryError: the run does not fit by its plan, and `ignore_plan` is off. The message names remedies.
+        OutOfMemoryError: the run does not fit according to its plan, and `ignore_plan` is off. The message names
+            remedies.
     """
     if process.device.type != "cuda":
         return None
@@ -137,7 +138,7 @@ def open_dataset(
         try:
             prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
         except DataError:
-            if not os.path.exists(built_in):  # if it exists now, another run prepared it meanwhile
+            if not os.path.exists(built_in):  # if it exists now, another run has prepared it meanwhile
                 raise
     process.barrier()
     path = resolve_dataset(data.dataset, data.data_dir)
@@ -152,18 +153,18 @@ def open_dataset(
 
 
 def check_disk(out_dir: Path, parameters: int, keep_checkpoints: int, warn: Callable[[str], object]) -> None:
-    """Checks that the disk has room for two checkpoints, and warns if it has less than the run will use.
+    """Checks that the disk has room for two checkpoints, and warns if it has less room than the run will use.
 
     Raises:
         DiskError: there is no room for two checkpoints.
     """
-    fit = check_space(out_dir, 12 * parameters)  # float32 master weight and two moments of each parameter
-    if fit < keep_checkpoints + 2:  # those kept, the best one, and the one being written
+    fit = check_space(out_dir, 12 * parameters)  # a float32 master weight and two moments for each parameter
+    if fit < keep_checkpoints + 2:  # `keep_checkpoints`, the best one, and the one that is being written
         warn(f"{out_dir}: room for {fit} checkpoints, keep_checkpoints = {keep_checkpoints}")
 
 
 def find_peak(config: Config, device: torch.device) -> Peak | None:
-    """Returns the peak that the MFU refers to, or None where it is not known.
+    """Returns the peak that the MFU refers to, or None if it is not known.
 
     Raises:
         DeviceError: the GPU's tensor cores do not support the compute dtype.
@@ -182,7 +183,7 @@ def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], obj
     Args:
         config: configuration of the run.
         device: device of this rank.
-        say: called with a line about a power cap below the default, or about a measurement that does not count here.
+        say: called with a line about a power cap below the default, or about a measurement that is not valid here.
     """
     if device.type != "cuda" or flops.uncountable_flops(config.model) is not None:
         return None
@@ -206,7 +207,7 @@ def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], obj
 
 
 def throughput_of(config: Config, process: Process, peak: Peak | None, say: Callable[[str], object]) -> Throughput:
-    """Returns what computes the speed of this run, against the peak and, where it was measured, the card's ceiling.
+    """Returns the object that computes the speed of this run, relative to the peak and to the card's measured ceiling.
 
     Args:
         config: configuration of the run.

@@ -1,7 +1,7 @@
-"""What a run reports, and who hears it: the console, the journal and the trackers.
+"""Reports what happens in a run to the console, the journal and the trackers.
 
-The trainer tells a `Reporter` what happened. The records are built here: a new field of the log is declared in
-`gptperf.monitor.events` and filled in one of the functions below.
+The trainer tells a `Reporter` what happened, and the `Reporter` builds the records. A new field of the log is declared
+in `gptperf.monitor.events` and filled in one of the functions below.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class Reporter:
     Every rank has a reporter. Only the main rank has a journal and trackers, and only its console prints.
 
     Args:
-        engine: what is trained.
-        state: where the run is; the reporter only reads it, but for the name of a new run.
+        engine: model, weights and optimizer of the run.
+        state: position of the run. The reporter only reads it, except that it sets the name of a new run.
         plan: plan of the run, if there is one.
         throughput: computes the speed of the run.
         console: console of this rank.
@@ -71,7 +71,7 @@ class Reporter:
             self._journal.write(event, fields)
 
     def start(self, origins: Mapping[str, str], info: StartupInfo, stack: contextlib.ExitStack) -> None:
-        """Reports what was built, after opening the journal and the trackers.
+        """Opens the journal and the trackers, then reports what was built.
 
         Args:
             origins: where each value of the configuration comes from.
@@ -95,7 +95,7 @@ class Reporter:
         self._console.message(text)
 
     def warning(self, text: str) -> None:
-        """Prints a warning; one of another rank than the main one is printed with the next log line."""
+        """Prints a warning; the warning of a rank other than the main rank is printed with the next log line."""
         self._console.warning(text)
 
     def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> None:
@@ -104,7 +104,7 @@ class Reporter:
         Args:
             result: figures of the step, which the device has finished.
             loss: mean loss of the step over all ranks.
-            lap: time since the last log line; without steps it is that of the process's first iteration.
+            lap: time since the last log line; if it has no steps, it covers the first iteration of this process.
             waited_s: seconds that this process has waited for the loader so far.
         """
         if lap.steps == 0 and not self._losses.losses:
@@ -131,7 +131,7 @@ class Reporter:
             "data_wait_ms": 1e3 * (waited_s - self._waited_s) / max(lap.steps, 1),
             "lr": result.learning_rate,
             "tokens": state.tokens,
-            # The first iteration of a process includes compilation, so its time says nothing about the speed.
+            # The first iteration of a process includes compilation, so its time does not show the speed of the run.
             "mfu": self._throughput.record(lap.step_ms) if lap.steps else {},
             "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),
             "gradients": gradients,
@@ -143,7 +143,7 @@ class Reporter:
         return record
 
     def evaluation(self, val_loss: float, time_ms: float) -> None:
-        """Reports an evaluation of this iteration; the state has the best loss so far."""
+        """Reports an evaluation at this iteration, with the best loss so far from the state."""
         record: Eval = {
             "iter": self._state.step,
             "val_loss": val_loss,
@@ -178,7 +178,7 @@ class Reporter:
         self._record("message", record)
 
     def stopped(self) -> None:
-        """Reports that the run ends by request; a checkpoint of this iteration is on disk."""
+        """Reports that the run ends because it was asked to stop. A checkpoint of this iteration is on disk."""
         overwrite = " --overwrite=False" if self._config.train.overwrite else ""
         self.message(
             f"asked to stop: iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
@@ -188,22 +188,22 @@ class Reporter:
         self._console.finish(summary)
 
     def failed(self, error: GptperfError | RuntimeError) -> None:
-        """Writes the error that ends the run to its log. The user gets it from `gptperf.errors.main_guard`."""
+        """Writes the error that ends the run to its log. `gptperf.errors.main_guard` prints it for the user."""
         code = error.exit_code if isinstance(error, GptperfError) else 1
         self._end_log(self.summary() | {"stopped": f"E{code}: {error}"}, complete=self._process.world_size == 1)
 
     def aborted(self, reason: str) -> None:
-        """Writes to the log why the watchdog ends this process. Called by a thread of the watchdog."""
+        """Writes to the log why the watchdog ends this process. A thread of the watchdog calls this."""
         self._end_log({"iterations": self._state.step, "stopped": reason}, complete=False)
 
     def finished(self, summary: Summary) -> None:
-        """Reports that the run has reached its last iteration; called on the main rank."""
+        """Reports that the run has reached its last iteration. Only the main rank calls this."""
         self._trackers.finish(summary)
         self._end_log(summary)
         self._console.finish(summary)
 
     def summary(self) -> Summary:
-        """Returns the summary of what was done so far."""
+        """Returns the summary of the run so far."""
         state = self._state
         summary: Summary = {
             "iterations": state.step,
@@ -227,17 +227,18 @@ class Reporter:
     def _end_log(self, summary: Summary, *, complete: bool = True) -> None:
         """Writes the summary to the journal and, if `complete`, assembles the JSON file.
 
-        A rank that fails in a job leaves the JSON file out, because the other ranks are about to end this process.
+        After an error in a job of several ranks the JSON file is not written, because the other ranks are about to end
+        this process.
         """
         if self._journal is not None:
-            self._journal.reopen()  # an error may have closed it
+            self._journal.reopen()  # an error may have closed the journal
             self._record("summary", summary)
             if complete:
                 self._journal.write_json()
 
 
 def _against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -> dict[str, float]:
-    """Returns planned and measured memory and, where it was measured, speed."""
+    """Returns the planned and the measured memory, and both speeds if the speed was measured."""
     found = {"planned_memory_gb": planned.memory.total_gb, "peak_gb": peak_gb}
     if tokens_per_sec is not None:
         found |= {"planned_tokens_per_sec": planned.tokens_per_sec, "tokens_per_sec": tokens_per_sec}
@@ -247,7 +248,7 @@ def _against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -
 def startup_info(
     engine: Engine, manifest: DatasetManifest, peak: Peak | None, compiled: str, planned: Plan | None
 ) -> StartupInfo:
-    """Returns everything that was built, and what follows from it before anything is measured."""
+    """Returns the facts about everything that was built, and the figures that follow without a measurement."""
     config, process = engine.config, engine.process
     model, train, optimizer = config.model, config.train, config.optimizer
     total = engine.weights.numel
@@ -315,7 +316,7 @@ def _moved_by(collectives: Collectives) -> str:
 
 
 def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
-    """Returns the fields about the device."""
+    """Returns the fields of the startup info that describe the device."""
     if process.device.type != "cuda":
         name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run goes on from, and how it takes it up."""
+"""Finds the checkpoint that a run continues from, and restores it."""
 
 import dataclasses
 import os
@@ -20,18 +20,18 @@ __all__ = ["find_checkpoint", "take_up"]
 
 
 def find_checkpoint(config: Config, folder: Path, process: Process, console: Console) -> Checkpoint | None:
-    """Returns the checkpoint that the run goes on from, by `init_from`. Collective: every rank must call it.
+    """Returns the checkpoint that `init_from` selects, or None. Collective: every rank must call it.
 
-    Rank 0 chooses it for all ranks and verifies every file; the others read what they need.
+    Rank 0 chooses the checkpoint for all ranks and verifies every file; the other ranks read only what they need.
 
     Args:
         config: configuration of the run.
         folder: folder of the run's checkpoints.
         process: this rank.
-        console: hears what is skipped or moved.
+        console: gets the messages about checkpoints that are skipped or moved.
 
     Raises:
-        CheckpointError: there is none to resume, or a new run would start in a folder with checkpoints.
+        CheckpointError: there is no checkpoint to resume, or a new run would start in a folder with checkpoints.
     """
     chosen: Checkpoint | None = None
     path = ""
@@ -58,7 +58,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                 folder = folder.resolve()
                 aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
                 folder.rename(aside)
-                path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # it may be one of those that were moved
+                path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # the chosen one may have been moved too
                 chosen = chosen and dataclasses.replace(chosen, path=Path(path))
                 console.message(f"moved the checkpoints of an earlier run to {aside}")
     path = process.from_main(path)
@@ -68,21 +68,21 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
 
 
 def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
-    """Restores a checkpoint: the whole state if the run resumes, the weights alone if it starts from them.
+    """Restores a checkpoint: the whole state for a run that resumes, only the weights for a run that starts from them.
 
     Args:
         found: the checkpoint.
         engine: the objects to restore.
         fingerprint: fingerprint of the training data.
         tokenizer: tokenizer of this run.
-        console: hears what differs.
+        console: gets the warnings about differences.
 
     Returns:
-        The position of the run: that of the checkpoint, or a fresh one.
+        The position of the run: the one in the checkpoint, or a new one.
 
     Raises:
-        CheckpointError: it was made with another configuration, or by a version that saved another state.
-        DataError: it was made with another data set.
+        CheckpointError: the checkpoint was made with another configuration, or by a version that saved another state.
+        DataError: the checkpoint was made with another data set.
     """
     resuming = engine.config.train.init_from in ("resume", "auto")
     if resuming and "train_state" not in found.state:

@@ -1,14 +1,15 @@
-"""The whole resumable state of a run, to a checkpoint and back.
+"""Saves the whole resumable state of a run in a checkpoint, and restores it.
 
-Saved are master weights, optimizer states and their step count, the loss scale, the random states, buffers and frozen
-parameters of plugins, the position in the run, and what a later run is compared with (`gptperf.training.matching`).
+The state consists of master weights, optimizer states and their step count, the loss scale, the random states, buffers
+and frozen parameters of plugins, the position in the run, and everything that a later run is compared with
+(`gptperf.training.matching`).
 
-The position in the data is the iteration: what a batch holds and what dropout drops are functions of seed and
-iteration. The random states are saved for plugins that draw from them.
+The iteration is the position in the data, because the tokens of a batch and the elements that dropout drops are
+functions of seed and iteration. The random states are saved for plugins that draw from them.
 
-Tensors are saved by parameter, not by bucket. A rank saves the elements that it has (`Piece`); whoever resumes takes
-from the files of all ranks the elements that it needs. So any number of ranks, under any strategy, resumes from any
-other.
+Tensors are saved by parameter, not by bucket. A rank saves the elements that it holds (`Piece`). A rank that resumes
+takes the elements that it needs from the files of all ranks. So a job can resume from a checkpoint of any number of
+ranks under any strategy.
 """
 
 import dataclasses
@@ -33,17 +34,17 @@ from gptperf.training.matching import DERIVED, versions
 __all__ = ["LARGE", "TrainState", "restore", "restore_weights", "snapshot"]
 
 LARGE = ("model", "optimizer")
-"""File stems with most of the bytes: they are read part by part, by each rank what it needs."""
+"""Stems of the files with most of the bytes. They are read part by part, and each rank reads the parts it needs."""
 
 
 @dataclass
 class TrainState:
-    """The position of a run, beside its tensors."""
+    """The position of a run: everything that is not a tensor and changes while it trains."""
 
     step: int = 0
-    """Iterations done; also the position in the data."""
+    """Number of iterations done, which is also the position in the data."""
     tokens: int = 0
-    """Tokens trained on."""
+    """Number of tokens trained on."""
     train_s: float = 0.0
     """Seconds spent in iterations, without evaluation, saving and compilation."""
     timed_tokens: int = 0
@@ -53,7 +54,7 @@ class TrainState:
     run_name: str = ""
     """Stem of the file name of the run's journal."""
     validation: str = ""
-    """Fingerprint of the data that `best_val_loss` was computed on."""
+    """Fingerprint of the validation data on which `best_val_loss` was computed."""
 
 
 def snapshot(
@@ -62,13 +63,13 @@ def snapshot(
     """Returns this rank's part of the state.
 
     Args:
-        engine: whose weights, optimizer and scaler are saved.
+        engine: the objects whose state is saved.
         state: position of the run.
         fingerprint: fingerprint of the training data.
         tokenizer: name and fingerprint of the tokenizer.
 
     Returns:
-        Named tensors by file stem, which are views and not copies, and the JSON state.
+        Named tensors by file stem (views, not copies), and the JSON state.
     """
     config, optimizer, weights = engine.config, engine.optimizer, engine.weights
     tensors: dict[str, dict[str, Tensor]] = {
@@ -106,7 +107,7 @@ def _master(bucket: Bucket) -> Tensor:
 
 
 def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
-    """Returns the values of pieces by their name in a file: a part of a parameter has its position in the name."""
+    """Returns the values of pieces by their names in a file. The name of a part contains its position."""
     found = {}
     for name, shape, start, values in pieces:
         whole = values.numel() == shape.numel()
@@ -115,15 +116,15 @@ def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
 
 
 def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]:
-    """Copies a checkpoint's elements to where this rank has them.
+    """Copies elements from the files of a checkpoint into the tensors of this rank.
 
     Args:
         found: the checkpoint.
         stem: stem of the files.
-        wanted: where the elements go, by name of the whole tensor.
+        wanted: pieces that are overwritten with the elements, by the name of the whole tensor.
 
     Returns:
-        All names in the files.
+        The names of all tensors in the files.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -140,7 +141,7 @@ def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]
             continue
         if shape != tuple(piece.shape):
             raise CheckpointError(f"{found.path}: {stem}: found {shape} for {name}, wanted {tuple(piece.shape)}")
-        # The overlap of what one rank saved with what this one has.
+        # The overlap of the elements that one rank saved with those that this rank holds.
         first = max(start, piece.start)
         last = min(start + values.numel(), piece.start + piece.values.numel())
         if first < last:
@@ -155,16 +156,16 @@ def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields what a model holds beside its trained weights: persistent buffers and frozen parameters of plugins."""
+    """Yields the tensors of a model that are not trained: persistent buffers, and frozen parameters of plugins."""
     kept = model.state_dict(keep_vars=True)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     return ((name, tensor.data) for name, tensor in kept.items() if id(tensor) not in trained)
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainState:
-    """Copies a checkpoint's state into the objects of a run, after all of them are built.
+    """Copies a checkpoint's state into the objects of a run.
 
-    Building them draws random numbers, so the random states must be restored last.
+    All objects must be built before, because building them draws random numbers and this restores the random states.
 
     Raises:
         DataError: the checkpoint was trained on another data set.

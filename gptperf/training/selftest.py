@@ -1,7 +1,8 @@
-"""A small run of every Triton op that a model calls, against eager PyTorch on the same device, before training starts.
+"""The self-test before training: runs every Triton op that a model calls, and compares it with eager PyTorch.
 
-The widths are the model's, for which kernels are compiled. The self-test finds a kernel that does not compile, does not
-fit the GPU or computes something else. The tests measure exact errors.
+Both run on the device of the training run, on a few rows with the model's widths, for which the kernels are compiled.
+The self-test finds a kernel that does not compile, does not fit the GPU or computes wrong results. It does not measure
+small errors; the tests of the kernels do.
 """
 
 import subprocess
@@ -24,26 +25,28 @@ _Op = Callable[..., Any]
 _Run = Callable[[_Op], list[Tensor]]
 ROWS = 32
 TOLERANCE = 0.05
-"""Largest difference, relative to the norm of the result: bfloat16 is off by 0.005, a wrong kernel by about 1."""
+"""Largest allowed difference, relative to the norm of the result. The error is 0.005 for bfloat16, and about 1 for a
+wrong kernel."""
 
 
 def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Run each op for which Triton was chosen.
+    """Runs each op for which Triton was chosen, and returns the ops that fail.
 
     Args:
         ops: the chosen implementations.
         model: sizes and components.
-        device: where to run.
+        device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
 
     Returns:
-        Op name -> what went wrong; empty where nothing did.
+        Op name -> what went wrong; empty if every op works.
     """
     if "triton" not in ops.chosen.values():
         return {}
     from triton.errors import TritonError
 
-    # Triton's cache and its C compiler raise OSError and CalledProcessError; no kernel is at fault for lack of memory.
+    # Triton's cache raises OSError, and its C compiler CalledProcessError. If the GPU has no memory left, no kernel is
+    # at fault, so that error is raised.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
     for op, run in _runs(model, device, dtype):
@@ -128,7 +131,7 @@ _OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "swig
 
 
 def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
-    """Every op that the model calls, as the cards of its components name them, with a run of an implementation."""
+    """Yields every op that the model calls, as named by the cards of its components, with a function that runs it."""
     inputs = _Inputs(model, device, dtype)
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
@@ -146,7 +149,7 @@ def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Itera
 
 
 def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs of a function, and the gradients of its arguments."""
+    """Returns the outputs of a function, then the gradients of its arguments."""
     outputs = function(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
@@ -155,7 +158,7 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The weights, moments and copy after one update of AdamW."""
+    """Returns the weights, moments and copy after one update of AdamW."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
@@ -164,6 +167,6 @@ def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Te
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference, relative to the norm of `wanted`."""
+    """Returns the norm of the difference, relative to the norm of `wanted`."""
     norm = torch.linalg.vector_norm(wanted.float())
     return (torch.linalg.vector_norm(found.float() - wanted.float()) / norm.clamp(min=1e-30)).item()

@@ -11,10 +11,11 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """A request to the loop: SIGTERM or Ctrl-C to save and stop, SIGUSR1 to save and continue.
+    """A request to the training loop: SIGTERM and Ctrl-C ask it to save and stop, SIGUSR1 to save and continue.
 
     A second SIGTERM or Ctrl-C ends the process at once. A scheduler may signal both torchrun and this process, and
-    torchrun passes its signal on; so under torchrun every signal within `SAME_S` of the first is the same request.
+    torchrun passes its signal on. So under torchrun every signal within `SAME_S` seconds of the first one is the same
+    request.
     """
 
     SAME_S = 5.0
@@ -45,7 +46,7 @@ class StopRequest:
     def listening(self) -> Iterator["StopRequest"]:
         """Handles the signals in the body, and restores the previous handlers after it."""
         handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGUSR1: self._ask_to_save}
-        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # the parent process uses it otherwise
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # the parent process uses this signal for other purposes
             del handlers[signal.SIGUSR1]
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:

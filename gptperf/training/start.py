@@ -26,7 +26,7 @@ __all__ = ["TrainingRun", "start_run"]
 
 @dataclass
 class TrainingRun:
-    """What the loop works with."""
+    """The objects that the training loop works with."""
 
     inputs: Inputs
     engine: Engine
@@ -36,7 +36,7 @@ class TrainingRun:
     profiler: StepProfiler
     snapshots: MemorySnapshots
     failed_saves: int = 0
-    """Failed saves since the last one that succeeded."""
+    """Number of failed saves since the last one that succeeded."""
 
     @property
     def config(self) -> Config:
@@ -49,8 +49,9 @@ def start_run(
 ) -> TrainingRun:
     """Checks the inputs, builds the engine, restores a checkpoint, and reports what was built.
 
-    Collective: every rank must call it. What must end with the run is entered into `stack`, so the order here is the
-    reverse of the order at the end: the saver finishes first, then trackers and journal close, then the lock is free.
+    Collective: every rank must call it. Objects that must be closed at the end of the run are entered into `stack`,
+    which closes them in reverse order: the saver finishes first, then trackers and journal close, then the lock is
+    released.
     """
     out_dir = Path(config.train.out_dir)
     inputs = check_inputs(config, process, console, stack)
@@ -70,7 +71,7 @@ def start_run(
     for note in notes:
         reporter.warning(note)
     saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
-    stack.callback(saver.wait)  # also after an error: a save that has begun is completed
+    stack.callback(saver.wait)  # after an error too, a save that has begun is completed
     profiler = StepProfiler(config, process.world_size, peak, process.is_main)
     snapshots = MemorySnapshots(out_dir, process.device, process.rank, config.log.memory_history)
     return TrainingRun(inputs, engine, state, reporter, saver, profiler, stack.enter_context(snapshots.listening()))
@@ -80,7 +81,7 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
     """Restores the checkpoint that the run starts from, if there is one.
 
     Raises:
-        DataError: its best validation loss is that of other data.
+        DataError: the best validation loss in the checkpoint was computed on other data.
     """
     state = TrainState()
     if inputs.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""The training step: the one place with autocast, backward, clipping and update."""
+"""The training step: forward, backward, clipping and update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,21 +21,22 @@ class StepResult:
     """The results of one step. Tensors are float32 on the device, and reading one waits for the step."""
 
     loss: Tensor
-    """Mean over the step's micro-batches of this rank, a scalar."""
+    """Mean loss over this rank's micro-batches, a scalar."""
     gradient_norm: Tensor
-    """Global 2-norm before clipping, a scalar."""
+    """Global 2-norm of the gradients before clipping, a scalar."""
     learning_rate: float
     gradients: Tensor | None = None
-    """If asked for, the figures of `GradientMonitor.measure` and then of `update`, a float64 vector."""
+    """The figures of `GradientMonitor.measure` followed by those of `update`, a float64 vector; None if the step is not
+    watched."""
 
 
 def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched: bool = False) -> StepResult:
     """Runs one iteration: forward and backward over the micro-batches, reduction, clipping, update.
 
-    Nothing here waits for the device.
+    The host never waits for the device here.
 
     Args:
-        engine: what is trained.
+        engine: model, weights and optimizer.
         batches: yields int64 `(2, B, T)` per micro-batch, inputs and targets.
         step: iterations done before this one.
         watched: whether to measure gradients and update.
@@ -44,7 +45,7 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
     loss = _forward_and_backward(engine, batches, step)
     with process.progress.collective("all_reduce of the gradients"):
         weights.finish_gradients()
-    # The loss scale goes first, so that norm, monitor and optimizer see the gradients as they are.
+    # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
     engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
     norm = weights.gradient_norm()
     measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
@@ -58,7 +59,7 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
 
 
 def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) -> Tensor:
-    """Runs all micro-batches of a step. Returns their mean loss, a float32 scalar on the device."""
+    """Runs all micro-batches of a step, and returns their mean loss, a float32 scalar on the device."""
     config, weights, process = engine.config, engine.weights, engine.process
     total = torch.zeros((), device=process.device)
     process.progress.start_iteration(step + 1)
@@ -69,7 +70,8 @@ def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) 
         weights.start_micro_batch(last=micro == engine.micro_batches - 1)
         with engine.autocast():
             loss = engine.model(tokens, targets)
-        # Divided by the micro-batches of the whole job: gradients are then summed over micro-batches and ranks.
+        # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
+        # ranks.
         engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
         total += loss.detach()
         process.progress.count += 1
@@ -77,11 +79,11 @@ def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) 
 
 
 def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, rate: float, *, watched: bool) -> None:
-    """Writes what varies from step to step into the optimizer's scalars, and updates the weights.
+    """Writes the numbers that vary from step to step into the optimizer's scalars, and updates the weights.
 
     Args:
-        engine: whose gradients are reduced.
-        divisor, found_inf: of `clip_scale`.
+        engine: model, weights with reduced gradients, and optimizer.
+        divisor, found_inf: the results of `clip_scale`.
         rate: learning rate.
         watched: whether to measure the update.
     """
@@ -93,29 +95,29 @@ def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, rate: float, *, 
     if watched:
         engine.monitor.start_update()
     optimizer.observe = partial(_observe, engine) if watched else None
-    # With float16 the scaler first replaces `found_inf` by the one that `unscale_` found.
+    # With float16, the scaler first replaces `found_inf` with the value from `unscale_`.
     engine.scaler.step(optimizer)  # type: ignore[arg-type]
     engine.scaler.update()
 
 
 def _observe(engine: Engine, bucket: Bucket, before: Tensor) -> None:
-    """Tells the monitor what the update has done to a bucket."""
+    """Passes the weights of a bucket before and after the update to the monitor."""
     pieces = engine.weights.pieces_of
     engine.monitor.observe(pieces(bucket, before), pieces(bucket, bucket.master.data))
 
 
 def _agree_on_overflow(engine: Engine) -> None:
-    """Makes an overflow in one rank's shard one for all ranks: all leave the step out and lower the loss scale."""
+    """Spreads an overflow in one rank's shard to all ranks, so that all skip the step and lower the loss scale."""
     state: Any = engine.scaler._per_optimizer_states[id(engine.optimizer)]
     for found in state["found_inf_per_device"].values():
-        engine.weights.summed(found)  # in place: `scaler.step` and `scaler.update` read it
+        engine.weights.summed(found)  # changes it in place; `scaler.step` and `scaler.update` read it
 
 
 def _seed_micro_batch(seed: int, step: int, micro: int) -> None:
-    """Makes dropout a function of the position in the run, whatever ran before and on however many ranks.
+    """Seeds dropout from the position in the run, so that it depends on neither earlier work nor the number of ranks.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: iterations done before this one.
         micro: index of the micro-batch among those of the whole job.
     """

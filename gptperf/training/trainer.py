@@ -1,6 +1,6 @@
 """The training loop: steps, log lines, evaluations and saves.
 
-The host waits for the GPU at log lines, evaluations and saves only.
+The host waits for the GPU only at log lines, evaluations and saves.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from gptperf.training.step import StepResult, train_step
 
 __all__ = ["train"]
 
-_SAVE_TRIES = 3  # failed saves in a row that end the run
+_SAVE_TRIES = 3  # this many failed saves in a row end the run
 
 
 def train(config: Config, origins: Mapping[str, str]) -> int:
@@ -38,7 +38,7 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         origins: where each of its values comes from.
 
     Returns:
-        0, or `PREEMPTED` after a request to stop; then a checkpoint is on disk.
+        0, or `PREEMPTED` after a request to stop. In both cases a checkpoint is on disk.
     """
     with contextlib.ExitStack() as stack:
         process = start_process(config.system.device, config.system.collective_timeout_s)
@@ -67,7 +67,7 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         with _errors_logged(run):
             finished = _loop(run, stack.enter_context(loader), stop)
         if finished:
-            with run.engine.weights.gathered():  # for the sample, which the main rank generates alone
+            with run.engine.weights.gathered():  # the main rank alone runs the model for the sample
                 _finish(run)
                 process.barrier()
         return 0 if finished else PREEMPTED
@@ -75,7 +75,7 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
 
 @contextlib.contextmanager
 def _errors_logged(run: TrainingRun) -> Iterator[None]:
-    """Writes an error of the body to the run's log too; adds remedies to PyTorch's out-of-memory error."""
+    """Writes an error of the body to the run's log before it passes on; adds remedies to an out-of-memory error."""
     try:
         try:
             yield
@@ -87,7 +87,7 @@ def _errors_logged(run: TrainingRun) -> Iterator[None]:
                 f"Memory by allocation: {snapshot_path}"
             ) from error
     except (GptperfError, RuntimeError) as error:
-        with contextlib.suppress(GptperfError, RuntimeError, OSError):  # the first error is the one to report
+        with contextlib.suppress(GptperfError, RuntimeError, OSError):  # a further error must not hide the first one
             run.reporter.failed(error)
         raise
 
@@ -115,7 +115,9 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
         state.tokens += run.config.tokens_per_iter
         if log_due:
             _log(run, result, clock, loader.wait_s)
-        if process.world_size == 1:  # in a job, every rank reports a save at the same place: the next save, or the end
+        # In a job of several ranks a save may end at different times. So that every rank takes the same branches, each
+        # one learns the result at the next save or at the end.
+        if process.world_size == 1:
             _report_save(run, run.saver.poll(), must=False)
         request, val_loss = process.highest(stop.take()), None
         if last or iteration % train.eval_interval == 0:
@@ -142,10 +144,10 @@ def _step(
     Args:
         run: the run.
         loader: source of the batches.
-        clock: counts the step, unless it is the first one or recorded.
-        first: whether it is the first iteration of this process, which compiles and fills caches.
-        recorded: whether the profiler records it.
-        watched: whether the figures of gradients and update are wanted.
+        clock: counts the step, unless it is the first one or the profiler records it.
+        first: whether this is the first iteration of the process, which compiles and fills caches.
+        recorded: whether the profiler records the iteration.
+        watched: whether to measure gradients and update.
     """
     if first:
         with clock.paused():
@@ -202,7 +204,7 @@ def _check_finite(run: TrainingRun) -> None:
 
 
 def _evaluate(run: TrainingRun) -> float:
-    """Evaluates, keeps the best loss, and reports. Collective: every rank must call it."""
+    """Evaluates the model, keeps the best loss, and reports it. Collective: every rank must call it."""
     state, start = run.state, time.perf_counter()
     val_loss = evaluate(run.engine, run.inputs.val_tokens)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
@@ -212,7 +214,7 @@ def _evaluate(run: TrainingRun) -> float:
 
 
 def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
-    """Starts a save; with `must`, where the run ends, waits until the checkpoint is on disk.
+    """Starts a save. With `must`, at the end of the run, waits until the checkpoint is on disk.
 
     Raises:
         DiskError: see `_report_save`.
@@ -226,7 +228,7 @@ def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
 
 
 def _report_save(run: TrainingRun, ended: Saved | None, *, must: bool) -> None:
-    """Reports how a save ended. A full disk ends the run with `must`, or at the third failed save in a row.
+    """Reports how a save ended. A disk that fails ends the run if `must` is set, or at the third failed save in a row.
 
     Raises:
         DiskError: the disk failed and the run must end.
@@ -245,7 +247,7 @@ def _report_save(run: TrainingRun, ended: Saved | None, *, must: bool) -> None:
 
 
 def _finish(run: TrainingRun) -> None:
-    """Reports the end of the run with the last validation loss, a baseline and a sample; does so on the main rank."""
+    """Reports the end of the run with the last validation loss, a baseline and a sample. Only the main rank does so."""
     if not run.engine.process.is_main:
         return
     log, inputs, last = run.config.log, run.inputs, checkpoint.latest(run.saver.directory)

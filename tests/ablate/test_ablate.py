@@ -1,4 +1,4 @@
-"""What a change is worth: equal tokens and FLOPs, paired differences, and a small ablation that is taken up again."""
+"""Ablations: equal tokens and FLOPs, paired differences, and a small ablation that is interrupted and continued."""
 
 import json
 import math
@@ -91,7 +91,7 @@ def test_every_mistake_is_found_before_the_first_run(tmp_path: Path) -> None:
         "seed=3": "seed is set by the ablation",
         "max_iters=3": "max_iters is set by the ablation",
         "n_layer=12": "the same configuration as baseline",
-        "n_layer=6,n_layer=3": "n_layer stands twice",
+        "n_layer=6,n_layer=3": "n_layer appears twice",
         "n_head=7": "not a multiple",
     }
     for vary, message in cases.items():
@@ -256,7 +256,7 @@ def test_a_request_to_stop_reaches_the_run_and_is_kept(corpus: Path, tmp_path: P
     assert process.returncode == PREEMPTED
     assert len(list((tmp_path / "baseline" / "seed1337" / "checkpoints").glob("step-*"))) == 1
     assert not (tmp_path / "n_layer=1").exists()
-    assert "asked to stop; the same command goes on" in rest
+    assert "asked to stop; run the same command again to continue" in rest
 
 
 def test_a_signal_before_the_command_starts_still_reaches_it() -> None:

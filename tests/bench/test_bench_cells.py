@@ -1,4 +1,4 @@
-"""The list of cells, their files, and the process that measures them; no figure is taken here."""
+"""The list of cells, their files, and the process that measures them. Nothing is measured here."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What bench.measure.ops counts and prints; its times need a GPU."""
+"""The bytes that bench.measure.ops counts and the tables that it prints; to time ops it needs a GPU."""
 
 import math
 from typing import Any

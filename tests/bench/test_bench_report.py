@@ -1,4 +1,4 @@
-"""The bench's report, cross-check and comparison, on results that were made up."""
+"""The bench's report, cross-check and comparison, on invented results."""
 
 import dataclasses
 import html.parser

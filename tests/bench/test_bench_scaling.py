@@ -1,4 +1,4 @@
-"""What the scaling bench measures, and what it makes of it; the measuring needs GPUs."""
+"""The cases of the scaling bench, and the table that it computes from results; the measurement needs GPUs."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,4 +1,4 @@
-"""The step's cell on a CPU, with a clock and a profile in place of the GPU's."""
+"""The cell of a step on a CPU, with a simulated clock and profile in place of the GPU's."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def small(model: str, variant: str) -> Config:
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps run on the CPU; each of them takes 2 ms by the clock. Returns their numbers."""
+    """Runs steps on the CPU, each of which takes 2 ms by the clock. Returns their numbers."""
     ran: list[int] = []
 
     def window(run: Any, watch: Any) -> step_timing.Window:

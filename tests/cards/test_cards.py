@@ -33,7 +33,7 @@ def numel(module: nn.Module) -> int:
 
 
 def linear_shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of all weights, then of all biases."""
+    """Returns the shapes of all weights, then of all biases."""
     parameters = list(module.parameters())
     return [tuple(p.shape) for p in parameters if p.dim() == 2] + [tuple(p.shape) for p in parameters if p.dim() == 1]
 
@@ -109,7 +109,7 @@ def test_norms_of_a_block(name: str) -> None:
 
 
 def kept_by(module: Any, *arguments: torch.Tensor) -> int:
-    """Elements of the tensors that autograd keeps, without parameters."""
+    """Returns the number of elements that autograd keeps, without parameters."""
     own = {x.untyped_storage().data_ptr() for x in module.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""A plugin's FFN: with a card it is counted and planned as a built-in one, without a card one sentence says why not."""
+"""The FFN of a plugin is counted and planned like a built-in one if it has a card; if not, a sentence says why not."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back; kills, full disks, pruning."""
+"""Checkpoints: a load returns what was saved; kills, full disks and pruning."""
 
 import errno
 import json

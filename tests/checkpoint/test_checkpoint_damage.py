@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, incomplete, newer or hostile are refused before a tensor is used."""
+"""Checkpoints that are corrupt, incomplete, newer or hostile are refused before a tensor is used."""
 
 import json
 import os
@@ -175,7 +175,7 @@ def test_fallback_to_the_previous_good_one(tmp_path: Path) -> None:
 
 
 def hostile(tmp_path: Path) -> dict[str, Path]:
-    """Checkpoints whose manifests are in order and whose content is not."""
+    """Checkpoints whose manifests are valid and whose content is not."""
     paths = {}
 
     def forge(name: str, change: Callable[[Path], None], **changes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Saves in the background and by several processes: what is saved, what is told, what fails for all."""
+"""Saves in the background and by several ranks: what is saved and reported, and which errors all ranks raise."""
 
 import errno
 import threading
@@ -20,7 +20,7 @@ from gptperf.files import FileRecord
 
 
 class Threads:
-    """Peers that are threads of this process."""
+    """Ranks that are threads of this process."""
 
     def __init__(self, world_size: int):
         self.world_size = world_size
@@ -44,7 +44,7 @@ class Peer:
 
 
 def in_all(world_size: int, work: Callable[[Peer], Any]) -> list[Any]:
-    """What every rank returns or raises."""
+    """Returns what every rank returns or raises."""
     job, found = Threads(world_size), [None] * world_size
 
     def target(rank: int) -> None:
@@ -62,7 +62,7 @@ def in_all(world_size: int, work: Callable[[Peer], Any]) -> list[Any]:
 
 
 def tensors_of(rank: int) -> dict[str, dict[str, Tensor]]:
-    """Half of a matrix, and a vector of this rank's own."""
+    """Returns half of a matrix, and a vector that only this rank has."""
     whole = torch.arange(24.0)
     part = {part_name("matrix", (4, 6), 12 * rank): whole[12 * rank : 12 * rank + 12], f"vector{rank}": torch.ones(3)}
     return {"model": part, **({"rng": {"x": torch.zeros(2)}} if rank == 0 else {})}

@@ -1,4 +1,4 @@
-"""Architectures and runs side by side."""
+"""Comparisons of architectures and of runs."""
 
 import json
 import os

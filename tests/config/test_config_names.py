@@ -1,4 +1,4 @@
-"""A configuration by its name, from any folder: the user's file first, then the shipped one."""
+"""Configurations by name, from any folder: a file of the user comes before one that ships with the package."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One key, `dtype`, and the three things that follow from it."""
+"""The key `dtype`, and the three dtypes that follow from it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The pair of torch and triton that GPU figures were measured with: pinned, and named where another one runs."""
+"""The versions of torch and triton with which GPU figures were measured are pinned, and a run with others says so."""
 
 import importlib.metadata
 import re
@@ -19,7 +19,7 @@ def _pins(name: str) -> dict[str, str]:
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
-    """As if exactly these packages were installed."""
+    """Pretends that exactly these packages are installed."""
 
     def version(package: str) -> str:
         if package not in versions:

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel from the source tree and from the sdist, used from another folder."""
+"""The wheel that a user installs, built from the source tree and from the sdist, and used in another folder."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def _run(folder: Path, *arguments: str, path: Path | None = None) -> str:
-    """What a command of this Python prints in `folder`, with `path` as the only addition to the import path."""
+    """Returns the output of a Python command that runs in `folder`, with only `path` added to the import path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {} if path is None else {"PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
@@ -35,7 +35,7 @@ def _wheel(source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built, so that no build folder is left in the checkout or read from it."""
+    """A copy of the source tree, so that the build neither leaves a folder in the checkout nor reads one there."""
     folder = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():

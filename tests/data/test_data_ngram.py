@@ -26,7 +26,7 @@ def write(path: Path, train: list[int], val: list[int]) -> tuple[TokenSource, To
 
 
 class Reference:
-    """Witten and Bell's interpolation as the formula stands, one token at a time."""
+    """Witten and Bell's interpolation, computed literally by the formula, one token at a time."""
 
     def __init__(self, train: list[int], vocab_size: int) -> None:
         self.vocab_size = vocab_size

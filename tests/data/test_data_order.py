@@ -1,4 +1,4 @@
-"""The order of the samples: a permutation of disjoint blocks in each epoch, and a function of seed and sample alone."""
+"""The order of the samples is a permutation of disjoint blocks in each epoch, and depends on seed and sample alone."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Preparation from files: what each source becomes, how validation is chosen, names, the command, its errors."""
+"""Preparation from files: the documents of each source, the choice of validation documents, names, the command."""
 
 import json
 import os

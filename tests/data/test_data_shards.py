@@ -1,4 +1,4 @@
-"""The shard format: what is written is read back, and every kind of damage is found and named."""
+"""The shard format: shards are read back as written, and every kind of corruption is found and named."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens as plain text, fingerprints, the errors of names and networks."""
+"""Tokenizers: round trips, special tokens as plain text, fingerprints, and errors of names and networks."""
 
 import numpy as np
 import pytest

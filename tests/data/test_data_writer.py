@@ -1,4 +1,4 @@
-"""Writing a data set is all or nothing, and finding one by its name or path."""
+"""A data set is written completely or not at all, and is found by its name or path."""
 
 import os
 from pathlib import Path

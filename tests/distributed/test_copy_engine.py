@@ -1,4 +1,4 @@
-"""When copy engines move what processes exchange, and what is said where they cannot."""
+"""When copy engines move data between ranks, and the message where they cannot."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 class Agreeing(Process):
-    """One of two processes, of which the other finds the same."""
+    """One of two ranks; the other rank finds the same."""
 
     def merged(self, found: dict[str, str]) -> dict[str, str]:
         return found
@@ -38,7 +38,7 @@ def test_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Unshared:
-    """Memory in which nothing lies."""
+    """Peer memory that holds no buffer."""
 
     uncounted_bytes = 0
 

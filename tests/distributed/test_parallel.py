@@ -1,4 +1,4 @@
-"""The same run in any layout: one process or several, DDP, ZeRO-1 or FSDP; saved by one and resumed by another."""
+"""The same run in any layout (one rank or several, DDP, ZeRO-1 or FSDP), saved by one layout and resumed by another."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def spawn(processes: int, cases: dict[str, dict[str, Any]], folder: Path, device: str = "cpu") -> Results:
-    """Figures of every case and rank."""
+    """Runs the cases on several ranks, and returns the figures of every case and rank."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -61,7 +61,7 @@ def spawn(processes: int, cases: dict[str, dict[str, Any]], folder: Path, device
 
 
 def matrix(device: str, compiled: bool = False) -> dict[str, dict[str, Any]]:
-    """Every model, strategy and number of micro-batches."""
+    """Returns a case for every model, strategy and number of micro-batches."""
     flags = [f"--device={device}", *(["--compile=True"] if compiled else [])]
     return {
         f"{model}-{strategy}-{micro}": {
@@ -75,7 +75,7 @@ def matrix(device: str, compiled: bool = False) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
-    """Figures of the matrix by the number of processes."""
+    """The figures of the matrix, by the number of ranks."""
     found: dict[int, Results] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,13 +90,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results
 
 
 def base_of(name: str) -> str:
-    """One process and plain replication."""
+    """Returns the name of the same case under plain replication."""
     model, _, micro = name.split("-")
     return f"{model}-ddp-{micro}"
 
 
 def gpus_reach_each_other() -> bool:
-    """Whether there are GPUs, each of which can read the memory of every other one."""
+    """Returns whether there are several GPUs, each of which can read the memory of every other one."""
     pairs = list(itertools.permutations(range(torch.cuda.device_count()), 2))
     return bool(pairs) and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
 
@@ -127,7 +127,7 @@ def test_any_layout_is_the_same_run(results: Callable[[int], Results], name: str
 
 
 def pulled(folder: Path, processes: int) -> dict[str, dict[str, Any]]:
-    """Cases twice: by the process group, and with processes that pull from each other's memory, as copy engines do."""
+    """Runs cases twice: by the process group, and with ranks that pull from each other's memory, as copy engines do."""
     cases = {}
     for model in ("llama", "gpt2", "biases"):
         for strategy, flags in STRATEGIES.items():
@@ -196,7 +196,7 @@ def test_how_often_weights_are_gathered(results: Callable[[int], Results], model
 
 
 def test_an_overflow_in_one_share_is_one_for_all(tmp_path: Path) -> None:
-    """Of float16: no process updates, and the scale falls in all of them."""
+    """In float16, an overflow in one shard makes every rank skip the update and lower the scale."""
     flags = [*SMALL, "--device=cpu", "--dtype=float16", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
     cases = {name: {"flags": [*flags, *STRATEGIES[name]], "overflow": 2} for name in ("ddp", "zero1", "fsdp")}
     for name, ranks in spawn(2, cases, tmp_path).items():

@@ -64,7 +64,7 @@ class Hosts:
         self.processes: list[subprocess.Popen[str]] = []
 
     def open(self) -> None:
-        """Make them.
+        """Makes the two hosts.
 
         Raises:
             OSError: this machine does not allow it.
@@ -89,19 +89,19 @@ class Hosts:
             process.wait(10)
 
     def plug(self, name: str, state: str) -> None:
-        """Put a host's end of the cable up or down."""
+        """Sets a host's end of the cable up or down."""
         ip("-n", name, "link", "set", "eth0", state)
 
     def pids(self, name: str) -> list[int]:
         return [int(pid) for pid in ip("netns", "pids", name, check=False).split()]
 
     def kill(self, name: str) -> None:
-        """Kill all processes of a host."""
+        """Kills all processes of a host."""
         for pid in self.pids(name):
             os.kill(pid, signal.SIGKILL)
 
     def start(self, name: str, command: list[str], **env: str) -> subprocess.Popen[str]:
-        """Start a command on a host; its output goes to a file."""
+        """Starts a command on a host; its output goes to a file."""
         enter = ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh", name]
         env |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.folder}:{ROOT}"}
         with (self.folder / f"{name}.{len(self.processes)}.txt").open("w") as file:
@@ -117,7 +117,7 @@ class Hosts:
         return process
 
     def torchrun(self, command: list[str], **env: str) -> list[subprocess.Popen[str]]:
-        """Start one process on each host; the rendezvous is on the first one."""
+        """Starts one process on each host; the rendezvous is on the first host."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint={NAMES[0]}:29400", f"--rdzv_id={len(self.processes)}"]
         return [self.start(name, [*launcher, "--max_restarts=0", "-m", *command], **env) for name in NAMES]
@@ -143,7 +143,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def wait_until(condition: Callable[[], object], seconds: float, output: Callable[[], str]) -> None:
-    """Wait, and fail with the processes' output after so many seconds."""
+    """Waits until the condition holds; fails with the processes' output after some seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, output()

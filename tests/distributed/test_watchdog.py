@@ -1,4 +1,4 @@
-"""A rank that fails, dies or hangs: the others say which one and end, in whole runs and by the rules alone."""
+"""A rank fails, dies or hangs: the other ranks name it and end. Tested in whole runs, and by the rules of the judge."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ register("normalization", "faulty", Faulty)
 
 
 class Job:
-    """Two ranks with one stderr, of which one meets a fault."""
+    """Two ranks that share stderr; one of them meets a fault."""
 
     def __init__(self, corpus: Path, tmp_path: Path, fault: str, rank: int, *flags: str):
         (tmp_path / "faulty.py").write_text(PLUGIN)
@@ -91,7 +91,7 @@ class Job:
             process.wait()
 
     def end_of(self, rank: int) -> tuple[int, float]:
-        """Exit code of a rank, and seconds from the fault to it."""
+        """Returns the exit code of a rank, and the seconds from the fault to its end."""
         code = self.ranks[rank].wait(timeout=60)
         return code, time.time() - float(self.when.read_text())
 
@@ -107,7 +107,7 @@ def test_nobody_is_accused_where_nothing_is_wrong(corpus: Path, tmp_path: Path) 
 
 
 def stopped(out: Path) -> str:
-    """Why a run ended, by its log."""
+    """Returns the reason why a run ended, from its log."""
     (journal,) = out.glob("run_*.jsonl")
     return str(assemble(journal)["summary"]["stopped"])
 
@@ -186,14 +186,14 @@ def beat(beats: int, places: int, waiting: str = "", **other: Any) -> Beat:
 
 
 class Clock:
-    """Feeds a judge half-second by half-second."""
+    """Feeds a judge with views, one for each half second."""
 
     def __init__(self, timeout_s: float = 20.0, world_size: int = 2):
         self.judge = Judge(0, world_size, timeout_s)
         self.number, self.seconds = 0, 0.0
 
     def until_fault(self, *beats: Beat, moving: tuple[int, ...] = (), limit_s: float = 60, **view: Any) -> Fault | None:
-        """The first fault when ranks beat but stand still, except the silent ones, whose beat is number 0."""
+        """Returns the first fault when ranks beat but, except `moving`, pass no place; a rank with beat 0 is silent."""
         self.seconds = 0.0
         while self.seconds < limit_s:
             self.number += 1

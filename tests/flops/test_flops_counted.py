@@ -1,7 +1,7 @@
 """FLOPs and bytes against what PyTorch counts while the model runs, for every combination of components.
 
-`FlopCounterMode` sees each matmul that is dispatched, and counts the full square of the scores: the convention palm.
-The attention is the one written out, since PyTorch's fused ones for CPUs have no formula.
+`FlopCounterMode` sees each matmul that is dispatched, and counts the full square of the scores, as the convention palm
+does. Attention is written out in plain ops, because it has no formula for PyTorch's fused attention on CPUs.
 """
 
 import itertools
@@ -47,7 +47,7 @@ LEAST_COMBINATIONS = 1000
 
 
 class Size(NamedTuple):
-    """Sizes of a model, and sequences of a batch."""
+    """Sizes of a model, and the number of sequences in a batch."""
 
     n_layer: int
     n_head: int
@@ -63,7 +63,7 @@ SIZE = Size(n_layer=1, n_head=6, head_dim=6, d_ff=33, block_size=7, vocab_size=1
 
 
 def drawn(random: Random, even_head_dim: bool) -> Size:
-    """Odd and even sizes, 1 among them; two layers now and then, since they take twice the time."""
+    """Draws odd and even sizes, including 1; rarely two layers, because they take twice the time."""
     return Size(
         n_layer=random.choice((*[1] * 9, 2)),
         n_head=random.randint(2, 6),
@@ -90,7 +90,7 @@ def sized(size: Size, **components: Any) -> ModelConfig:
 
 
 def combinations() -> list[tuple[ModelConfig, int]]:
-    """Every combination of components, each with sizes of its own, the same in every run; and the batch."""
+    """Returns every combination of components with sizes of its own, the same in every run, and the batch size."""
     random, found = Random(0), []
     for values in itertools.product(*AXES.values()):
         chosen = dict(zip(AXES, values, strict=True))
@@ -104,7 +104,7 @@ def combinations() -> list[tuple[ModelConfig, int]]:
 
 
 def counted(model: ModelConfig, batch: int, ops: Ops | None = None, device: str = "cpu") -> FlopCounterMode:
-    """Forward and backward of a batch."""
+    """Returns the FLOP counter after forward and backward of a batch."""
     with torch.device(device):
         gpt = GPT(model, ops)
         tokens = torch.zeros(batch, model.block_size, dtype=torch.int64)
@@ -114,7 +114,7 @@ def counted(model: ModelConfig, batch: int, ops: Ops | None = None, device: str 
 
 
 def by_part(counter: FlopCounterMode) -> dict[str, int]:
-    """Counted FLOPs by the module that they were counted in; what is in no block is the head."""
+    """Returns the counted FLOPs by the module in which they were counted; the rest belongs to the head."""
     modules = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def of(suffix: str) -> int:
@@ -162,7 +162,7 @@ def test_every_combination_counts_what_pytorch_counts(capsys: pytest.CaptureFixt
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matmuls as small as these are faster in one."""
+    """Uses one thread, in which such small matmuls are faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -241,7 +241,7 @@ def test_what_the_model_computes_again(recompute: str, ffn_type: str) -> None:
 
 
 class Operands(TorchDispatchMode):
-    """Elements of a token that the operands and results of the memory-bound ops have, by part."""
+    """Counts the elements per token of the operands and results of the memory-bound ops, by part."""
 
     def __init__(self, model: ModelConfig, batch: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The cache of measured ceilings: what is kept comes back, and nothing else does."""
+"""The cache of measured ceilings returns what was stored under the same conditions, and nothing else."""
 
 import dataclasses
 import json

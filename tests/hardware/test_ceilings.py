@@ -1,4 +1,4 @@
-"""Measured ceilings: the list of works, the arithmetic, the protocol and the command, without a GPU."""
+"""Measured ceilings: the list of measurements, the arithmetic, the protocol and the command, without a GPU."""
 
 import dataclasses
 import json

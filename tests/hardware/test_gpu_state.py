@@ -1,4 +1,4 @@
-"""The state of the GPUs as their driver reports it, and the command that prints it beside the table."""
+"""The state of the GPUs as the driver reports it, and the command that prints it beside the GPU table."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The GPU table: which cards it knows, which it must not take for another, and the figures that make an MFU."""
+"""The GPU table: the cards that it knows, names that it must not confuse, and the figures behind an MFU."""
 
 import subprocess
 import sys

@@ -1,13 +1,13 @@
-"""Compiles every launch of the kernels for GPUs that are not there, and prints one JSON object a line on each.
+"""Compiles every launch of the kernels for GPUs that need not be there, and prints one JSON object per line on each.
 
     PYTHONPATH=.:tests/helpers python tests/helpers/aot.py sm_80 sm_90
 
 The registered ops run on CPU tensors whose memory is never read. A replacement of Triton's driver names the GPU asked
-for, and a launch only compiles; so launch configurations and specialisations of the arguments are those of real
-launches. It needs neither a GPU nor a CUDA driver; TRITON_INTERPRET must not be set.
+for, and a launch only compiles. So launch configurations and specialisations of the arguments are those of real
+launches. This needs neither a GPU nor a CUDA driver; TRITON_INTERPRET must not be set.
 
-To save time only sm_90 gets every dtype, variant and shape. The others get the variants that take most registers and
-shared memory, in bfloat16 (in float16 on sm_70, which has no bfloat16), and layer_norm in float32 too.
+To save time, only sm_90 gets every dtype, variant and shape. The others get the variants that use the most registers
+and shared memory, in bfloat16 (in float16 on sm_70, which has no bfloat16), and layer_norm in float32 too.
 """
 
 import contextlib

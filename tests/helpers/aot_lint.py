@@ -1,4 +1,4 @@
-"""Reads what Triton compiled a kernel to: faults in the addresses of its TTIR, and the width of accesses in its PTX."""
+"""Checks the code that Triton has compiled: the addresses in the TTIR of a kernel, and the access widths in its PTX."""
 
 import re
 from collections.abc import Iterable

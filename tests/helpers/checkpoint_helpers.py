@@ -1,6 +1,6 @@
 """Helpers for the tests of checkpoints: small checkpoints, comparisons, and kills in a forked child.
 
-A fork already has torch imported; a new process takes longer to start than a test takes.
+A fork has torch imported already; a new process would take longer to start than a test takes.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What the tests of data sets share: small data sets, and their documents read back."""
+"""Helpers for the tests of data sets: small data sets, and functions that read their documents back."""
 
 import hashlib
 import itertools
@@ -47,7 +47,7 @@ def take(source: TokenSource, count: int, **kwargs: Any) -> list[torch.Tensor]:
 
 
 def exhaust(loader: Loader) -> None:
-    """Take batches until an error; the loader itself never ends."""
+    """Takes batches until an error; the loader itself never ends."""
     for _ in loader:
         pass
 

@@ -1,4 +1,4 @@
-"""Parameter counts that every way of counting has to give."""
+"""The parameter counts that every way of counting must give."""
 
 PARAMETERS = {
     "gpt2_124m": 124_373_760,

@@ -1,4 +1,4 @@
-"""The layouts in memory in which the tests of kernels hand over tensors."""
+"""The memory layouts in which the tests of kernels pass tensors."""
 
 import math
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""Trains small models as one of several processes: `python tests/helpers/parallel_worker.py CASES.json OUT [cuda]`.
+"""Trains small models as one of several ranks: `python tests/helpers/parallel_worker.py CASES.json OUT [cuda]`.
 
-CASES holds, by name, flags and optionally where to load the state from, where to save it, between which steps to
-train and from which one on gradients overflow; the figures of a process go to OUT/NAME-RANK.json. All cases of a batch
-size see the same tokens in the same order, whatever the number of processes.
+CASES has, by name, the flags of a case, and optionally the place to load the state from, the place to save it to, the
+steps to train, and the step from which gradients overflow. The figures of a rank go to OUT/NAME-RANK.json. All cases
+with the same batch size see the same tokens in the same order, whatever the number of ranks.
 """
 
 import json
@@ -30,7 +30,7 @@ from gptperf.training.step import train_step
 
 
 def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
-    """This process's micro-batches of the job's, from a step on."""
+    """Yields this rank's micro-batches of the job, from a step on."""
     generator = torch.Generator().manual_seed(3)
     shape = (2, config.train.batch_size, config.model.block_size)
     count = config.train.gradient_accumulation_steps
@@ -43,7 +43,7 @@ def batches(config: Config, process: Process, first: int) -> Iterator[Tensor]:
 
 
 def evaluate(engine: Engine) -> float:
-    """Loss of fixed tokens: reads the weights as they are, and leaves no trace."""
+    """Returns the loss on fixed tokens with the weights as they are; changes nothing."""
     size, vocabulary = engine.config.model.block_size, engine.config.model.vocab_size
     tokens = (torch.arange(2 * size, device=engine.process.device) % vocabulary).view(2, size)
     engine.model.eval()
@@ -54,7 +54,7 @@ def evaluate(engine: Engine) -> float:
 
 
 def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
-    """Filled with how many buckets of matrices are whole here, before each micro-batch and before the update."""
+    """Returns a list that gets the number of whole matrix buckets before each micro-batch and before the update."""
     held: list[tuple[str, int]] = []
 
     def looking(moment: str, then: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +83,7 @@ def _save(engine: Engine, process: Process, folder: Path, step: int) -> None:
 
 
 def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
-    """Losses, gradient norms, moments and weights."""
+    """Trains one case, and returns losses, gradient norms, moments and weights."""
     torch._dynamo.reset()
     config = command_line.resolve(case["flags"], world_size=process.world_size).config
     first, last = case.get("steps", (0, 4))
@@ -103,7 +103,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     scales: list[float] = []
 
     def overflowing(gradient: Tensor) -> Tensor:
-        """In one row, which under sharding belongs to one process."""
+        """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
         return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
 
     for step in range(first, last):
@@ -140,7 +140,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all cases."""
+    """Runs all cases."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
     process = start_process(sys.argv[3] if len(sys.argv) > 3 else "cpu")

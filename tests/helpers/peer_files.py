@@ -1,4 +1,4 @@
-"""Memory that ranks on a CPU share: files that all of them map. It tests the protocol of copy engines without a GPU."""
+"""Memory that ranks on CPUs share, in files that all of them map, to test the protocol of copy engines without GPUs."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class FileMemory:
 
 
 def collectives_of(process: Process, folder: str | Path, reduce_dtype: torch.dtype = torch.float32) -> Collectives:
-    """Returns collectives of the process group, or with a folder those that pull."""
+    """Returns collectives of the process group or, if a folder is given, those that pull from the files in it."""
     where = process.world_size, process.rank, process.device, reduce_dtype
     if not folder or process.world_size == 1:
         return Collectives(*where)

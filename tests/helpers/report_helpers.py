@@ -1,4 +1,4 @@
-"""A made-up log of a whole run, and a browser to read its report with."""
+"""An invented log of a whole run, and a browser that reads its report."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def iteration(step: int, most: int, noise: random.Random) -> dict[str, Any]:
 
 
 def events(most: int = 6000, entries: int = 120) -> list[dict[str, Any]]:
-    """The lines of the journal."""
+    """Returns the events of the journal."""
     noise, every = random.Random(0), most // entries
     found: list[dict[str, Any]] = [{"event": "start", "start_time": "2026-01-02T03:04:05", "config": CONFIG}]
     found[0]["startup_info"] = INFO
@@ -208,7 +208,7 @@ class Browser:
         return {params["url"] for params in found if params.get("initiator") != "not an origin"}
 
     def complaints(self) -> list[str]:
-        """Errors of scripts, lines of the console, what the policy forbade, what did not load."""
+        """Script errors, console lines, violations of the policy, and resources that did not load."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
 

@@ -1,9 +1,10 @@
 """Every kernel under NVIDIA's compute-sanitizer: `python tests/kernels/sanitize.py memcheck racecheck initcheck`.
 
-Each runs forward and backward at an odd and at an even shape; without a tool's name, by itself. Without PyTorch's cache
-each tensor is an allocation of its own, so that a step beyond its end is seen. memcheck and racecheck look at our
-kernels alone; initcheck has to follow what other kernels write too. Matrix products are sums here: what cuBLAS writes
-through the tensor memory accelerator counts as never written for initcheck, and racecheck breaks off in its kernels.
+Each kernel runs forward and backward at an odd and at an even shape; without the name of a tool, the kernels run
+without a sanitizer. PyTorch's cache is off, so that each tensor is an allocation of its own and an access beyond its
+end is seen. memcheck and racecheck look at our kernels alone; initcheck must follow the writes of other kernels too.
+Matrix products are replaced with sums: initcheck does not see what cuBLAS writes through the tensor memory accelerator,
+and racecheck aborts in the kernels of cuBLAS.
 """
 
 import importlib
@@ -50,7 +51,7 @@ def leave_out_cublas() -> None:
 
 
 def run_all() -> None:
-    """Run them."""
+    """Runs all kernels, forward and backward."""
     for variant, op in VARIANTS.items():
         for shape in SHAPES:
             for dtype in (torch.bfloat16, torch.float32):

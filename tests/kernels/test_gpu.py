@@ -1,4 +1,4 @@
-"""What only a GPU shows: no waiting between log lines, cuDNN's attention, compiled runs, bitwise resume there."""
+"""Tests that need a GPU: no synchronization between log lines, cuDNN's attention, compiled runs, bitwise resume."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""The Triton update against the formula in float64 and against eager PyTorch; what it leaves alone."""
+"""The Triton update against the formula in float64 and against eager PyTorch; it changes nothing else."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What the kernels compile to on GPUs that are not there: `tests/helpers/aot.py` in one process a GPU, two at a time.
+"""The code of the kernels for GPUs that need not be there: `tests/helpers/aot.py`, one process per GPU, two at a time.
 
-Run as a program this file compiles the faulty kernels at its end, which show that each check can fail.
+Run as a program, this file compiles the faulty kernels at its end, which show that each check can fail.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the kernels and the reference refuse, in which words, and what they leave to eager PyTorch."""
+"""The arguments that kernels and reference refuse, the messages, and the cases that eager PyTorch handles."""
 
 import re
 import warnings

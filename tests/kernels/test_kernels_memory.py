@@ -1,4 +1,4 @@
-"""What the kernels read and write: nothing of the caller's, nothing twice, nothing beside their tensors."""
+"""Memory of the kernels: they write no tensor of the caller, nothing outside their tensors, and the same bits twice."""
 
 import importlib
 import math

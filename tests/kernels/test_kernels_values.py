@@ -1,4 +1,4 @@
-"""Every kernel against eager PyTorch and float64: layouts in memory, and values at the edges of what numbers can be."""
+"""Every kernel against eager PyTorch and float64: memory layouts, and values at the limits of the dtypes."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The one GEMM: PyTorch's bits and aten ops, forward and backward, and that nothing multiplies matrices past it."""
+"""The one GEMM has the bits and aten ops of PyTorch, forward and backward, and no other code multiplies matrices."""
 
 import ast
 from pathlib import Path

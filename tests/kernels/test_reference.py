@@ -1,4 +1,4 @@
-"""The ops by their mathematics: derivatives of the eager reference, and properties of it and of the kernels."""
+"""The mathematics of the ops: derivatives of the eager reference, and properties of reference and kernels."""
 
 import math
 from collections.abc import Callable

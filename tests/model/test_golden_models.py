@@ -1,4 +1,4 @@
-"""What every preset builds, name by name: a refactoring that keeps this file keeps checkpoints, draws and layouts.
+"""The model of every preset, name by name: if `golden_models.json` still holds, so do checkpoints, draws and layouts.
 
 `python tests/model/test_golden_models.py` wrote `golden_models.json` beside it, with `.` on PYTHONPATH. The other
 tests here, and other files, state why these names and layouts are right; the recorded file says that they stay.

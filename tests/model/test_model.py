@@ -1,4 +1,4 @@
-"""The model: what is built, its parameters, and the same numbers as fp64 and as Hugging Face."""
+"""The model: its modules, its parameters, and the same numbers as float64 and as Hugging Face."""
 
 import itertools
 import math

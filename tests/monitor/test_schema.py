@@ -132,7 +132,7 @@ def _type(kind: dict[str, Any]) -> str:
 
 
 def broken(now: dict[str, dict[str, str]], then: dict[str, dict[str, str]]) -> list[str]:
-    """Returns what a reader of `then` would not find in `now`."""
+    """Returns the fields that a reader of `then` would not find in `now`."""
     lines = []
     for name, frozen in then.items():
         found = now.get(name, {})
@@ -281,5 +281,5 @@ def test_the_command_prints_the_schema_with_descriptions() -> None:
     iteration = printed["$defs"]["Iteration"]
     assert iteration["description"].startswith("Event `iteration`")
     assert iteration["properties"]["loss"]["type"] == ["number", "null"]
-    assert iteration["properties"]["loss"]["description"] == "Mean over the tokens of the step, natural logarithm."
+    assert iteration["properties"]["loss"]["description"] == "Mean loss over the tokens of the step, in nats."
     assert iteration["required"] == ["iter", "loss", "time_ms"]

@@ -1,4 +1,4 @@
-"""Traces of PyTorch's profiler: what they hold and what is read from them."""
+"""Traces of PyTorch's profiler, and what is read from them."""
 
 from typing import Any
 

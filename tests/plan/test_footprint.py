@@ -1,4 +1,4 @@
-"""The predicted memory against what autograd keeps and what the optimizer holds, byte by byte, and against a peak."""
+"""The predicted memory against the tensors that autograd and the optimizer keep, byte by byte, and against a peak."""
 
 import importlib
 import os
@@ -36,7 +36,7 @@ def config_of(*flags: str) -> Config:
 
 
 def kept_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
-    """Of the storages that autograd keeps for backward, without parameters, tables and the loss's own gradients."""
+    """Returns the bytes that autograd keeps for backward, without parameters, tables and the loss's own gradients."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -57,7 +57,7 @@ def kept_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
 
 
 def peak_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
-    """What forward and backward allocate at their peak, by PyTorch's account of the CPU's memory."""
+    """Returns the peak of the bytes that forward and backward allocate on the CPU, as PyTorch counts them."""
     torch.autograd.backward(model(tokens, targets))
     model.zero_grad()
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -68,7 +68,7 @@ def peak_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
 
 
 def built(combination: tuple[Any, ...], *flags: str) -> tuple[Config, GPT, Tensor, Tensor]:
-    """In float32, with Triton's ops, and a batch."""
+    """Returns a float32 model with Triton's ops, and a batch."""
     config = config_of(*flags, "--dtype=float32", *(f"--{k}={v}" for k, v in zip(KEYS, combination, strict=True)))
     model = GPT(config.model, resolve_ops("triton", "cuda"))
     V, shape = config.model.vocab_size, (config.train.batch_size, config.model.block_size)
@@ -76,7 +76,7 @@ def built(combination: tuple[Any, ...], *flags: str) -> tuple[Config, GPT, Tenso
 
 
 def check_kept(combination: tuple[Any, ...], recompute: Any) -> str | None:
-    """What is off, or None."""
+    """Returns what is wrong, or None."""
     config, model, tokens, targets = built(combination, "--n_layer=2")
     model.recompute = recompute
     found = kept_bytes(model, tokens, targets)
@@ -85,7 +85,7 @@ def check_kept(combination: tuple[Any, ...], recompute: Any) -> str | None:
 
 
 def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
-    """What is off by more than two activations of n_embd, or None."""
+    """Returns what is wrong by more than two activations of n_embd, or None."""
     sizes = ["--n_layer=3", "--batch_size=64", "--block_size=32", "--n_embd=64", "--vocab_size=8"]
     config, model, tokens, targets = built(combination, *sizes)
     model.recompute = recompute

@@ -1,4 +1,4 @@
-"""The plan of a run: against itself, against what was measured, and in the trainer."""
+"""The plan of a run: consistent with itself, close to measured runs, and used by the trainer."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The page engine: what a section can hold, and that no text becomes markup."""
+"""The page engine: every kind of content of a section, and no text becomes markup."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The report of a run: everything that its log has, nothing from elsewhere, nothing that a text could do to it."""
+"""The report of a run shows everything in its log, loads nothing from elsewhere, and no text becomes markup."""
 
 import html.parser
 import json
@@ -58,7 +58,7 @@ def page_of(folder: Path, lines: list[dict[str, Any]]) -> Page:
 
 
 def check_alone(page: Page) -> None:
-    """No script, no address but places on the page, no name space's either."""
+    """Checks that the page has no script, and no address except places on the page, not even of a name space."""
     assert not {"script", "link", "iframe", "img", "object", "embed", "image", "foreignobject"} & set(page.tags)
     for name, value in page.attributes:
         assert not name.startswith("on"), name
@@ -144,7 +144,7 @@ def test_a_resumed_run_says_where(tmp_path: Path) -> None:
 
 
 def poisoned(value: Any, poison: Any) -> Any:
-    """The value with every text, and every key that is not a field's, replaced."""
+    """Returns the value with every text replaced, and every key that is not the name of a field."""
     if isinstance(value, dict):
         return {key: poisoned(item, poison) for key, item in value.items()}
     if isinstance(value, list):
@@ -153,7 +153,7 @@ def poisoned(value: Any, poison: Any) -> Any:
 
 
 def hostile() -> list[dict[str, Any]]:
-    """A whole run that says the worst wherever it can."""
+    """A whole run with hostile text in every place that takes text."""
     lines = []
     for line in events():
         event = line["event"]

@@ -15,7 +15,7 @@ from gptperf.training.evaluation import _as_many_as_any_rank, evaluate
 
 @dataclass(frozen=True)
 class BesideALonger(Process):
-    """A rank of two, the other of which has `longer` batches."""
+    """One of two ranks; the other one has `longer` batches."""
 
     longer: int = 0
     asked: list[bool] = field(default_factory=list)

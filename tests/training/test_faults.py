@@ -1,4 +1,4 @@
-"""Protection of whole runs against faults: each test fails if its line of code is removed."""
+"""Whole runs under faults. Each test fails if the line of code that protects against its fault is removed."""
 
 import contextlib
 import json

@@ -1,7 +1,7 @@
-"""A checkpoint of schema 1 that stays as it is: what was trained before can be gone on with, to the same losses.
+"""A committed checkpoint of schema 1: newer versions can continue its training, to the same losses.
 
-`python tests/training/test_frozen.py FOLDER` wrote `tests/frozen`, by the version that its state names, with `.` and
-`tests` on PYTHONPATH; a new schema gets another one.
+`python tests/training/test_frozen.py FOLDER` wrote `tests/frozen`, with `.` and `tests` on PYTHONPATH, by the version
+that its state names. A new schema gets another such checkpoint.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ TRAIN += ["--sample_tokens=0", "--dataset=frozen"]
 
 
 def text() -> bytes:
-    """The same on every machine."""
+    """Returns a text that is the same on every machine."""
     return b" ".join(hashlib.sha256(str(i).encode()).hexdigest()[:5].encode() for i in range(4000))
 
 
 def run(folder: Path, *flags: str) -> dict[str, list[float]]:
-    """Train in a folder; the losses that were logged."""
+    """Trains in a folder, and returns the logged losses."""
     if not (folder / "data").exists():
         (folder / "frozen.txt").write_bytes(text())
         prepare(str(folder / "frozen.txt"), data_dir=folder / "data", quiet=True)
@@ -62,7 +62,7 @@ def test_what_is_trained_now_is_what_was(tmp_path: Path) -> None:
 
 
 def write() -> None:
-    """Write `FROZEN` anew, by way of this folder."""
+    """Writes `FROZEN` again, from a run in the working directory."""
     shutil.rmtree(FROZEN, ignore_errors=True)
     FROZEN.mkdir()
     losses = run(Path(), "--max_iters=8", "--save_interval=4")

@@ -1,4 +1,4 @@
-"""The digest of the kernels' code: what changes a bit changes it, and nothing else does."""
+"""The digest of the kernels' code changes with code that could change a bit, and with nothing else."""
 
 import re
 from pathlib import Path

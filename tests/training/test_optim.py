@@ -1,4 +1,4 @@
-"""AdamW over flat buckets is PyTorch's; schedules; gradients of every layout are float32 sums."""
+"""AdamW over flat buckets equals PyTorch's; schedules; gradients are float32 sums in every layout."""
 
 import copy
 import itertools

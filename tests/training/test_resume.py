@@ -1,4 +1,4 @@
-"""Checkpoints of whole runs: the bits of an unbroken run after a kill, what may differ, disks that fail."""
+"""Resume of whole runs: the same bits as without a kill, values that may differ, disks that fail."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The self-test before training: it passes what works, and a broken kernel is left out or refused, with the cause."""
+"""The self-test before training: working kernels pass, and a broken one is replaced or refused, with the reason."""
 
 import importlib
 import itertools
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the i
 
 
 def _ops(**broken: Any) -> Ops:
-    """Triton's, in the interpreter."""
+    """Returns Triton's ops, which run in the interpreter."""
     ours = {op: getattr(importlib.import_module(module), op) for op, module in OPS.items()}
     return Ops(**ours | broken, chosen=dict.fromkeys(ours, "triton"), reasons={})
 

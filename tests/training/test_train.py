@@ -1,4 +1,4 @@
-"""Whole runs: what is built and logged, when a run stops, and which faults are found before the first step."""
+"""Whole runs: components and log, requests to stop, and mistakes that are found before the first step."""
 
 import re
 import signal

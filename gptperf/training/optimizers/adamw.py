@@ -41,7 +41,7 @@ class AdamW(Optimizer):
     def step(self) -> None:
         config = self.config
         self.steps += self.found_inf == 0
-        t = self.steps.clamp(min=1)  # if the very first step is left out, the corrections below must not be 0
+        t = self.steps.clamp(min=1)  # if the very first step is skipped, the corrections below must not be 0
         corrections = 1 - config.beta1**t, 1 - config.beta2**t
         scalars = torch.stack([self.learning_rate, t, *corrections, self.grad_scale, self.found_inf])
         for bucket in self.buckets:

@@ -1,4 +1,4 @@
-"""The optimizer protocol: all that training step, checkpoint and plan know of an optimizer."""
+"""The optimizer protocol: everything that training step, checkpoint and plan know about an optimizer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,22 +18,23 @@ class Optimizer(ABC):
     Every number that varies from step to step is a float32 scalar on the device, in the same memory for the whole run.
     `step` reads them there and decides nothing on the host, so that a CUDA graph can replay it.
 
-    `grad_scale` and `found_inf` have the names that `torch.amp.GradScaler` knows. It assigns both before it calls
-    `step`, and deletes them afterwards. Assignment writes the value into the static scalar, deletion a neutral one.
+    `grad_scale` and `found_inf` have the names that `torch.amp.GradScaler` expects. It assigns both before it calls
+    `step`, and deletes them afterwards. An assignment writes the value into the static scalar, and a deletion writes
+    the neutral value.
 
     Args:
         buckets: all buckets of the weights. The group of a bucket says how it is updated.
         learning_rate: initial value of the scalar.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then always calls `step`, which leaves the update out by itself
+    _step_supports_amp_scaling = True  # GradScaler then always calls `step`, which skips the update by itself
 
     learning_rate: Tensor
     """Learning rate of the next step; written with `fill_`."""
     steps: Tensor
-    """Updates made, without those left out; saved in checkpoints."""
+    """Number of updates made, without the skipped ones; saved in checkpoints."""
     observe: Callable[[Bucket, Tensor], None] | None = None
-    """If set, is called in `step` with each bucket and a copy of its master weights from before the update."""
+    """If set, `step` calls it with each bucket and a copy of its master weights from before the update."""
 
     def __init__(self, buckets: Sequence[Bucket], learning_rate: float):
         self.buckets = list(buckets)
@@ -68,7 +69,7 @@ class Optimizer(ABC):
 
     @property
     def found_inf(self) -> Tensor:
-        """Not 0 if the gradients are not finite; the update is then left out."""
+        """Not 0 if the gradients are not finite; the update is then skipped."""
         return self._found_inf
 
     @found_inf.setter

@@ -10,8 +10,9 @@ __all__ = ["learning_rate"]
 def learning_rate(iteration: int, config: OptimizerConfig, max_iters: int) -> float:
     """Returns the learning rate of one iteration.
 
-    Linear warm-up over `warmup_iters`, then by `lr_schedule` to `min_lr` at `lr_decay_iters` (default: max_iters):
-    cosine, linear, wsd (constant, then linear over the last `wsd_decay_fraction`), or constant.
+    The rate rises linearly over `warmup_iters`. Then it stays (`lr_schedule` constant), or falls to `min_lr` at
+    `lr_decay_iters` (default: max_iters): cosine, linear, or wsd (constant, then linear over the last
+    `wsd_decay_fraction`).
 
     Args:
         iteration: 0, 1, ..., max_iters - 1.
