@@ -87,7 +87,7 @@ class LoadedModel:
     tokenizer: "Tokenizer"
     device: "torch.device"
     dtype: "torch.dtype"
-    """Compute dtype: that of the training on a GPU, float32 on a CPU. Call the model under torch.autocast with it."""
+    """Compute dtype: the training's dtype on a GPU, float32 on a CPU. Call the model under torch.autocast with it."""
     path: Path
     """Directory of the checkpoint."""
     step: int

@@ -24,8 +24,8 @@ INTERVAL, STEPS, WINDOWS = 10, 20, 6
 PROTOCOL = f"""One engine, new random tokens in every step, one micro-batch per optimizer step. Warm-up: one watched
 window. Then {WINDOWS} windows of {STEPS} steps between CUDA events, unwatched (a) and watched (b) in the order a b b a
 a b, with one synchronisation at the end of each. In a watched window every {INTERVAL}th step is watched. Figures are
-the median, the 10th and the 90th percentile of the windows. The additional time of a watched step is the median of its
-time and that of the step after it, which waits for the host, minus the time of two other steps of the same window."""
+the median, the 10th and the 90th percentile of the windows. The additional time of a watched step is the median of a
+difference: the watched step and the next one, which waits for the host, minus two other steps of the same window."""
 
 
 def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Case:
         return f"{self.model}-{self.gpus}gpus-{self.strategy}-{self.micro_batches}x"
 
     def config(self) -> Config:
-        """Returns the configuration of the job. For a card alone it is that of a job on one card."""
+        """Returns the configuration of the job. A card alone runs the configuration of a job on one card."""
         world_size = 1 if self.strategy in ALONE else self.gpus
         flags = [f"--gradient_accumulation_steps={self.micro_batches * world_size}", *STRATEGIES.get(self.strategy, [])]
         return command_line.resolve([*MODELS[self.model], *flags], world_size=world_size).config

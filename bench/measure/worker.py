@@ -181,7 +181,7 @@ def _traced(measure: Callable[[], Found]) -> Found:
     """Calls `measure`, and prints the traceback of an error before it passes on."""
     try:
         return measure()
-    except BaseException:
+    except BaseException:  # raised again: only the traceback is printed here
         traceback.print_exc()
         raise
 

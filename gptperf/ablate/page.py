@@ -80,7 +80,7 @@ def _title(found: Sequence[Result], equal: str) -> str:
 def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
     """Returns lines that explain the table, and list the runs that are missing from it."""
     lines = [
-        "Difference: final validation loss minus that of the baseline, paired by seed: mean +- standard error, the 95% "
+        "Difference: final validation loss minus the baseline's, paired by seed: mean +- standard error, the 95% "
         "interval of the mean (Student's t), smallest and largest. Within the spread: the interval contains 0.",
     ]
     for result in found:

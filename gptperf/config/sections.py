@@ -347,7 +347,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
-"""Name of a section, which is also that of its TOML table -> its class."""
+"""Name of a section, which is also the name of its TOML table -> its class."""
 
 
 def _keys() -> dict[str, Key]:

@@ -79,7 +79,7 @@ class TokenSource:
         Args:
             path: Folder with `manifest.json`.
             split: "train" or "val".
-            vocab_size: Vocabulary size of the model; None means that of the tokenizer.
+            vocab_size: Vocabulary size of the model; None means the tokenizer's vocabulary size.
 
         Raises:
             DataError: A shard is missing, has the wrong size, magic, version or dtype, or differs from the manifest;

@@ -184,9 +184,9 @@ class FullySharded(Sharded):
 
     def _before_backward(self, unit: int, _: Tensor) -> None:
         self._need(unit)
-        # Unit 0 is gathered only for the forward of the next micro-batch: its backward is that of the embeddings, which
-        # reads no weights. In the last micro-batch it is not gathered, because the optimizer changes the weights before
-        # the next forward; `finish_step` gathers them then.
+        # Unit 0 is gathered only for the forward of the next micro-batch: its backward is the backward of the
+        # embeddings, which reads no weights. In the last micro-batch it is not gathered, because the optimizer changes
+        # the weights before the next forward; `finish_step` gathers them then.
         if unit > 1 or not self._last_micro_batch:
             self._prefetch(unit - 1)
 
@@ -229,8 +229,8 @@ class FullySharded(Sharded):
         super()._arrive(name, parameter)
         bucket = self.places[name].bucket
         # A full bucket has the gradients of all its parameters. Autograd computes the gradients of a layer's input and
-        # weight before it accumulates that of the weight, so the last kernel of this backward that reads the weights is
-        # enqueued, and they may be dropped.
+        # weight before it accumulates the weight's gradient, so the last kernel of this backward that reads the weights
+        # is enqueued, and they may be dropped.
         if bucket.full and (self._last_micro_batch or not self._waits_for_next(bucket)):
             self._drop(bucket)
 

@@ -15,7 +15,7 @@ from gptperf.errors import DeviceError, PeerError
 
 __all__ = ["Process", "start_process"]
 
-# The backend's own limit of a collective is this much longer than that of the watchdog, which can name the rank.
+# The backend's own limit of a collective is this much longer than the watchdog's limit; the watchdog can name the rank.
 _MARGIN_S = 30.0
 
 

@@ -41,7 +41,7 @@ def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
 
     Args:
         device_name: name from `torch.cuda.get_device_name()` or nvidia-smi, such as "NVIDIA H100 80GB HBM3".
-        memory_gb: memory that CUDA reports, in 1e9 bytes. If it differs from that of the row, the device is a slice of
+        memory_gb: memory that CUDA reports, in 1e9 bytes. If it differs from the row's memory, the device is a slice of
             that GPU, or another GPU.
     """
     gpu = _ROWS.get(_words(device_name))

@@ -18,7 +18,7 @@ class LossWindow:
 
     A spike is a loss that lies more than `_SPIKE_DEVIATIONS` median absolute deviations (scaled to a standard
     deviation) above the median of the losses before it. A plateau is a full window in which the mean of the second half
-    is not below that of the first half by more than `_PLATEAU_ERRORS` standard errors.
+    is not below the mean of the first half by more than `_PLATEAU_ERRORS` standard errors.
 
     Args:
         size: number of losses in the window.
