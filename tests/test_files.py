@@ -238,12 +238,13 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, folder: bool
     ready, leave = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.close(leave[1])  # so that a test that fails ends this process too
         make_temporary(tmp_path / "set", folder=folder)
         os.write(ready[1], b"x")
         os.read(leave[0], 1)
         os._exit(0)
     os.read(ready[0], 1)
-    own, lock = make_temporary(tmp_path / "set", folder=folder)  # of this process, which is alive too
+    _, lock = make_temporary(tmp_path / "set", folder=folder)  # of this process, which is alive too
     replace_text(tmp_path / "page.html", "whole")
     assert len(temporaries(tmp_path)) == 2
     os.close(lock)
