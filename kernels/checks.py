@@ -162,7 +162,7 @@ def _interpreter_is_on() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-# What torch.compiler.assume_constant_result sets. That function imports the compiler, which a run without it never needs.
+# What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
 _interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

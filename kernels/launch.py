@@ -83,7 +83,7 @@ def _introduce_to_inductor() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result sets. That function imports the compiler, which a run without it never needs.
+# What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
 _introduce_to_inductor._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

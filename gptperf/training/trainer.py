@@ -18,6 +18,7 @@ from gptperf.distributed.process import start_process
 from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.clock import StepClock
 from gptperf.monitor.console import Console
+from gptperf.training.build import compiler_errors
 from gptperf.training.evaluation import evaluate, sample_text
 from gptperf.training.preflight import check_device
 from gptperf.training.saved_state import snapshot
@@ -78,7 +79,8 @@ def _errors_logged(run: TrainingRun) -> Iterator[None]:
     """Writes an error of the body to the run's log before it passes on; adds remedies to an out-of-memory error."""
     try:
         try:
-            yield
+            with compiler_errors():
+                yield
         except torch.OutOfMemoryError as error:
             snapshot_path, batch_size = run.snapshots.write("oom"), run.config.train.batch_size
             raise OutOfMemoryError(
