@@ -12,6 +12,7 @@ import tyro
 
 from gptperf import api, registry
 from gptperf.errors import main_guard
+from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
 
@@ -50,6 +51,7 @@ def main() -> int:
         config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
         numbers = {name: getattr(config, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
         api.check_sampling(**numbers)
+        set_up_threads()
         registry.load_plugins(config.plugins)
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         loaded = api.load_model(config.run, checkpoint=config.checkpoint, device=config.device)
