@@ -149,6 +149,6 @@ def waterfall(title: str, points: Mapping[str, float], timed: float | None = Non
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlabel(f"% of the {basis} peak")
-    axes.set_xlim(min(0, left), 108)
-    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xlim(min(0, left), 114)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure
