@@ -33,6 +33,8 @@ _TEXT = "#8b949e"
 _SMOOTHED = 15
 _PANEL_AT = 0.6
 """Share of the run at which the panel is drawn."""
+_PANEL = 68
+"""Columns of the panel's terminal: few, so that a phone shows letters that can be read."""
 _PAGE = 1280, 940
 """Size in pixels of the part of a page that its picture shows."""
 _MEASURED = {
@@ -112,11 +114,12 @@ def live_panel(run: Path) -> str:
     for entry in log["training_iterations"]:
         if entry["iter"] <= _PANEL_AT * most:
             panel.iteration(entry, (most - entry["iter"]) * entry["time_ms"] / 1e3)
-    console = Console(record=True, width=82, file=io.StringIO(), force_terminal=True, highlight=False)
+    console = Console(record=True, width=_PANEL, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(panel)
     title = f"{info['total_parameters']:,} parameters, {info['device']}, {log['start_time'][:10]}"
     text = console.export_svg(title=title, unique_id="panel")
-    return re.sub(r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", text, flags=re.DOTALL) + "\n"  # no font from a server
+    text = re.sub(r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", text, flags=re.DOTALL)  # no font from a server
+    return text.replace("<svg", '<svg width="680"', 1) + "\n"
 
 
 def report_page(run: Path) -> bytes:
