@@ -194,15 +194,17 @@ def _forest(found: Sequence[Result], keys: Sequence[Line]) -> str | None:
     if not shown:
         return None
     plots = pyplot()
-    figure, axes = plots.subplots(figsize=(WIDTH, 0.9 + 0.42 * len(shown)), layout="constrained")
+    figure, axes = plots.subplots(figsize=(WIDTH, 0.8 + 0.45 * len(shown)), layout="constrained")
     for place, (paired, key) in enumerate(shown):
         if paired.interval is not None:
             ends = [paired.mean - paired.interval, paired.mean + paired.interval]
             axes.plot(ends, [place, place], color=key.color, linewidth=2, alpha=0.6, solid_capstyle="butt")
         axes.scatter(list(paired.by_seed.values()), [place] * len(paired.by_seed), s=9, color=key.color, zorder=3)
         axes.scatter([paired.mean], [place], s=46, color=key.color, marker="D", zorder=4)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(key.name, (0, place), (3, 9), fontsize=8, **at)  # above its row: a long name takes no width
     axes.axvline(0, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(shown)), [key.name for _, key in shown])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.set_ylim(len(shown) - 0.5, -0.8)
     axes.set_xlabel("difference of the final validation loss; left is better")
     return svg(figure, "differences")
