@@ -351,6 +351,7 @@ def test_of_a_run(corpus: Path, tmp_path: Path) -> None:
     for words in ("finished", "no MFU without a GPU", "small.toml", "command line", "torch", "step-00000006"):
         assert words in page.words, words
     assert page.tags.count("svg") >= 5
+    assert re.search(r"CPU \(\w+\), (1 thread|\d+ threads)</small>", page.text)
 
 
 @pytest.mark.slow
