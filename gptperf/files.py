@@ -24,6 +24,7 @@ from gptperf.errors import CheckpointError, DiskError
 __all__ = [
     "FileRecord",
     "RunLock",
+    "is_locked",
     "append_line",
     "check_space",
     "delete",
@@ -364,6 +365,29 @@ class RunLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def is_locked(directory: Path) -> bool | None:
+    """Returns whether a process holds the `RunLock` of a directory; None if that cannot be told from here.
+
+    The file of a lock that was released is empty. Only one with content is locked for a moment, to see whether its
+    holder still lives, so that this does not disturb a run that begins.
+    """
+    try:
+        fd = os.open(Path(directory) / "run.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if os.fstat(fd).st_size == 0:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return False
 
 
 def _boot_id() -> str:
