@@ -7,11 +7,13 @@ The second one writes `loss_curve.svg` beside this file. The picture has no back
 readable on a light and on a dark page.
 """
 
-import argparse
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gptperf.errors import main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import run_main
 from gptperf.files import replace_text
 from gptperf.monitor.run_log import find_log, finite
 from gptperf.monitor.runs import read_run
@@ -55,15 +57,22 @@ def draw(run: Path) -> str:
     return element.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="300"', 1) + "\n"
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class _PictureFlags(Flags):
+    """Which run."""
+
+    run: Path
+    """Folder of the run, out/tiny after make train."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture."""
-    parser = argparse.ArgumentParser(prog="python -m bench.pictures.loss_curve", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of the run, out/tiny after make train")
-    with main_guard():
-        path = Path(__file__).with_name("loss_curve.svg")
-        replace_text(path, draw(parser.parse_args().run))
-        print(path)
+    flags = parse(_PictureFlags, argv, "bench.pictures.loss_curve", __doc__)
+    path = Path(__file__).with_name("loss_curve.svg")
+    replace_text(path, draw(flags.run))
+    print(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
