@@ -43,8 +43,8 @@ READER_GONE = 128 + signal.SIGPIPE
 """Exit code after the reader of stdout has closed the pipe, the one that a shell shows for any such program."""
 
 _OUTPUT_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-_NEAR = 0.75
-"""Smallest similarity of two names, by `difflib`, at which one is taken for a typo of the other."""
+_NEAR, _NEAR_SYNONYM = 0.8, 0.85
+"""Smallest similarity, by `difflib`, at which a name is taken for a typo of a valid name, and of a synonym of one."""
 
 
 class GptperfError(Exception):
@@ -122,7 +122,7 @@ def nearest(name: str, names: Iterable[str], synonyms: Mapping[str, Sequence[str
         name: what was found.
         names: the valid names.
         synonyms: other words -> valid names, or `name=value`, that mean the same; the first that is in `names` counts.
-            A long word counts where it is misspelt, too.
+            One that is misspelt counts, too.
     """
     known = {valid.lower(): valid for valid in names}
     meant = {
@@ -130,9 +130,9 @@ def nearest(name: str, names: Iterable[str], synonyms: Mapping[str, Sequence[str
         for word, texts in (synonyms or {}).items()
     }
     words = {**{word: text for word, text in meant.items() if text is not None}, **known}
-    long = [word for word in words if word in known or len(word) > 4]
     for found in dict.fromkeys((name.lower(), name.lower().replace("-", "_"))):
-        close = [found] if found in words else difflib.get_close_matches(found, long, 1, _NEAR)
+        close = [found] if found in words else difflib.get_close_matches(found, known, 1, _NEAR)
+        close = close or difflib.get_close_matches(found, words, 1, _NEAR_SYNONYM)
         if close:
             return f"; nearest: {words[close[0]]}"
     return ""

@@ -55,6 +55,7 @@ class Key(NamedTuple):
 
     name: str
     section: str
+    """Its TOML table; "" for a flag of a command, which is no key of a file and may hold any characters."""
     type: type
     optional: bool
     default: Any
@@ -110,7 +111,7 @@ def value_problem(key: Key, value: Any) -> str | None:
         return f"found {value!r}, wanted {key.wanted}"
     if key.type is float and type(value) is int and abs(value) > _LARGEST_FLOAT:
         return f"found a whole number of {len(hex(value)) * 4} bits, wanted {key.wanted}"
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str) and not value.isprintable() and key.section:
         return f"found {value!r}, wanted a string without control characters"
     if key.choices is not None and value not in key.choices:
         return f"found {value!r}, wanted {key.wanted}"

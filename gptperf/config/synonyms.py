@@ -17,7 +17,7 @@ _KEYS = {
     "n_embd": "hidden hidden_size d_model dim model_dim embed_dim embedding_dim n_embed emb_dim width hidden_dim",
     "d_ff": "ffn_hidden_size ffn_dim ffn_size ff_dim mlp_dim mlp_hidden_size intermediate_size inner_dim n_inner d_mlp",
     "d_ff_multiple": "multiple_of",
-    "block_size": "seq_len seq_length seqlen sequence_length max_seq_len max_seq_length max_length ctx ctx_len n_ctx "
+    "block_size": "seq_len seq_length seqlen sequence_length max_seq_len max_seq_length max_length block ctx ctx_len n_ctx "
     "context context_length context_size context_window n_positions max_position_embeddings",
     "vocab_size": "vocab n_vocab",
     "vocab_multiple": "pad_vocab_size_multiple padding_multiple make_vocab_size_divisible_by",
@@ -208,8 +208,21 @@ COMMAND_SYNONYMS = {
 """Word -> the command that does it."""
 
 
+_ADVICE = {
+    word: advice
+    for words, advice in {
+        "config config_file config_path conf cfg": "a configuration is written without a flag: CONFIG.toml",
+        "gpus num_gpus n_gpu n_gpus ngpus nproc nproc_per_node devices num_devices world_size ddp num_processes": (
+            "torchrun --standalone --nproc_per_node=N -m gptperf.train ... trains on N GPUs"
+        ),
+        "nnodes num_nodes nodes node_rank master_addr master_port": "torchrun --nnodes=N ... starts a job on N hosts",
+    }.items()
+    for word in words.split()
+}
+
+
 def near_key(name: str, keys: Iterable[str]) -> str:
-    """Returns "; nearest: KEY" for the key that a word resembles or means, or "" if there is none.
+    """Returns "; nearest: KEY" for the key that a word resembles or means, "; ADVICE", or "" if there is neither.
 
     `model.n_layer` and `training.steps` are read as their last word. `no_KEY` means `KEY=false`.
     """
@@ -218,4 +231,7 @@ def near_key(name: str, keys: Iterable[str]) -> str:
     for prefix in ("no_", "disable_"):
         if word.removeprefix(prefix) in keys and word != word.removeprefix(prefix):
             return f"; nearest: {word.removeprefix(prefix)}=false"
-    return nearest(word, keys, KEY_SYNONYMS) or ("." in word and near_key(word.rpartition(".")[2], keys)) or ""
+    near = nearest(word, keys, KEY_SYNONYMS)
+    if not near and "." in word:
+        near = near_key(word.rpartition(".")[2], keys)
+    return near or (f"; {_ADVICE[word]}" if word in _ADVICE else "")
