@@ -43,7 +43,7 @@ READER_GONE = 128 + signal.SIGPIPE
 """Exit code after the reader of stdout has closed the pipe, the one that a shell shows for any such program."""
 
 _OUTPUT_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-_NEAR, _NEAR_SYNONYM = 0.8, 0.85
+_NEAR, _NEAR_SYNONYM = 0.81, 0.85
 """Smallest similarity, by `difflib`, at which a name is taken for a typo of a valid name, and of a synonym of one."""
 
 
@@ -131,11 +131,17 @@ def nearest(name: str, names: Iterable[str], synonyms: Mapping[str, Sequence[str
     }
     words = {**{word: text for word, text in meant.items() if text is not None}, **known}
     for found in dict.fromkeys((name.lower(), name.lower().replace("-", "_"))):
-        close = [found] if found in words else difflib.get_close_matches(found, known, 1, _NEAR)
-        close = close or difflib.get_close_matches(found, words, 1, _NEAR_SYNONYM)
+        close = [found] if found in words else [word for word in known if sorted(word) == sorted(found)]
+        close = close or difflib.get_close_matches(found, known, 1, _NEAR)
+        same = [word for word in words if _digits(word) == _digits(found)]  # float8 is no typo of float
+        close = close or difflib.get_close_matches(found, same, 1, _NEAR_SYNONYM)
         if close:
             return f"; nearest: {words[close[0]]}"
     return ""
+
+
+def _digits(word: str) -> str:
+    return "".join(filter(str.isdigit, word))
 
 
 def report(error: GptperfError) -> None:

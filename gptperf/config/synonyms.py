@@ -17,8 +17,8 @@ _KEYS = {
     "n_embd": "hidden hidden_size d_model dim model_dim embed_dim embedding_dim n_embed emb_dim width hidden_dim",
     "d_ff": "ffn_hidden_size ffn_dim ffn_size ff_dim mlp_dim mlp_hidden_size intermediate_size inner_dim n_inner d_mlp",
     "d_ff_multiple": "multiple_of",
-    "block_size": "seq_len seq_length seqlen sequence_length max_seq_len max_seq_length max_length block ctx ctx_len n_ctx "
-    "context context_length context_size context_window n_positions max_position_embeddings",
+    "block_size": "seq_len seq_length seqlen sequence_length max_seq_len max_seq_length max_length block ctx ctx_len "
+    "n_ctx context context_length context_size context_window n_positions max_position_embeddings",
     "vocab_size": "vocab n_vocab",
     "vocab_multiple": "pad_vocab_size_multiple padding_multiple make_vocab_size_divisible_by",
     "normalization": "norm norm_type norm_layer normalisation layernorm_type",
@@ -47,15 +47,15 @@ _KEYS = {
     "learning_rate": "lr max_lr peak_lr base_lr init_lr step_size",
     "min_lr": "lr_min end_lr final_lr eta_min min_learning_rate",
     "lr_schedule": "scheduler schedule lr_scheduler lr_scheduler_type lr_decay_style decay_lr decay_type",
-    "warmup_iters": "warmup warmup_steps warmup_ratio lr_warmup_iters lr_warmup_steps num_warmup_steps",
+    "warmup_iters": "warmup lr_warmup warmup_steps warmup_ratio lr_warmup_iters lr_warmup_steps num_warmup_steps",
     "lr_decay_iters": "lr_decay_steps decay_steps decay_iters",
     "wsd_decay_fraction": "decay_ratio decay_fraction cooldown cooldown_fraction",
     "weight_decay": "wd decay l2",
     "beta1": "adam_beta1 b1 momentum betas",
     "beta2": "adam_beta2 b2",
     "adam_eps": "eps epsilon adam_epsilon",
-    "grad_clip": "clip clip_grad max_norm max_grad_norm gradient_clipping gradient_clip grad_norm_clip clip_grad_norm "
-    "gradient_clip_val",
+    "grad_clip": "clip clip_grad max_norm max_grad_norm gradient_clipping gradient_clip grad_norm_clip "
+    "grad_clip_norm clip_grad_norm gradient_clip_val",
     "batch_size": "bs mbs batch micro_batch micro_batch_size local_batch_size device_batch_size train_batch_size "
     "per_device_train_batch_size",
     "gradient_accumulation_steps": "grad_accum grad_acc ga accum accumulation accumulation_steps grad_accum_steps "
@@ -147,8 +147,8 @@ _VALUES = {
     "manual": "eager math naive",
     "pre": "pre_norm prenorm pre_ln preln",
     "post": "post_norm postnorm post_ln",
-    "standard": "mlp gelu default vanilla",
-    "swiglu": "glu gated llama silu",
+    "standard": "mlp default vanilla",
+    "swiglu": "glu gated geglu llama silu",
     "cuda": "gpu nvidia cuda:0",
     "eager": "torch pytorch off none",
     "cosine": "cos cosine_annealing",
@@ -216,6 +216,7 @@ _ADVICE = {
             "torchrun --standalone --nproc_per_node=N -m gptperf.train ... trains on N GPUs"
         ),
         "nnodes num_nodes nodes node_rank master_addr master_port": "torchrun --nnodes=N ... starts a job on N hosts",
+        "threads num_threads n_threads omp_num_threads": "the environment variable OMP_NUM_THREADS sets the threads",
     }.items()
     for word in words.split()
 }
@@ -232,6 +233,6 @@ def near_key(name: str, keys: Iterable[str]) -> str:
         if word.removeprefix(prefix) in keys and word != word.removeprefix(prefix):
             return f"; nearest: {word.removeprefix(prefix)}=false"
     near = nearest(word, keys, KEY_SYNONYMS)
-    if not near and "." in word:
-        near = near_key(word.rpartition(".")[2], keys)
-    return near or (f"; {_ADVICE[word]}" if word in _ADVICE else "")
+    if word in _ADVICE and not any(key in keys for key in KEY_SYNONYMS.get(word, ())):
+        return f"; {_ADVICE[word]}"
+    return near or (near_key(word.rpartition(".")[2], keys) if "." in word else "")
