@@ -59,7 +59,10 @@ class Flags:
     """Name of the field that takes the words without a flag, if it has a default."""
 
     def problems(self) -> Sequence[str]:
-        """Returns what is wrong between the flags, each with its value or, if that is wrong, with its default."""
+        """Returns what is wrong between the flags.
+
+        A flag that is wrong itself has its default; one that is required and missing is None.
+        """
         return []
 
 
@@ -127,9 +130,8 @@ def parse(kind: type[F], argv: Sequence[str] | None, command: str, about: str, a
     bad -= values.keys()
     missing = [name for name, key in keys.items() if _required(key) and name not in values]
     problems += [f"{COMMAND_LINE}: found no {name.upper()}, wanted {usage}" for name in missing if name not in bad]
-    if not missing:
-        flags = kind(**{name: value for name, value in values.items() if name in keys})
-        problems += flags.problems()
+    flags = kind(**dict.fromkeys(missing), **{name: value for name, value in values.items() if name in keys})
+    problems += flags.problems()
     if problems:
         raise mistakes(problems)
     return flags

@@ -41,10 +41,11 @@ def run_cases(cases: list[Case], cwd: Path) -> list[Ended]:
 
 
 def _connect(fd: int, kind: str, path: Path) -> None:
-    """Connects a stream of this process."""
+    """Connects a stream of this process, as the interpreter does when it starts."""
+    name = {1: "stdout", 2: "stderr"}[fd]
     if kind == "closed":
         os.close(fd)
-        setattr(sys, {1: "stdout", 2: "stderr"}[fd], None)
+        setattr(sys, name, None)
         return
     if kind == "pipe":
         reads, writes = os.pipe()
@@ -53,6 +54,7 @@ def _connect(fd: int, kind: str, path: Path) -> None:
         writes = os.open("/dev/full" if kind == "full" else path, os.O_WRONLY | os.O_CREAT)
     os.dup2(writes, fd)
     os.close(writes)
+    setattr(sys, name, open(fd, "w", closefd=False, buffering=-1 if fd == 1 else 1))  # noqa: SIM115
 
 
 def _main() -> None:
