@@ -43,6 +43,7 @@ READER_GONE = 128 + signal.SIGPIPE
 """Exit code after the reader of stdout has closed the pipe, the one that a shell shows for any such program."""
 
 _OUTPUT_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_DEBUG = ("--debug", *(f"--debug={value}" for value in ("true", "1", "yes", "on")))
 _NEAR, _NEAR_SYNONYM = 0.81, 0.85
 """Smallest similarity, by `difflib`, at which a name is taken for a typo of a valid name, and of a synonym of one."""
 
@@ -196,7 +197,7 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     code: object = 0
     try:
-        with main_guard(debug=any(text.lower() in ("--debug", "--debug=true", "--debug=1") for text in argv)):
+        with main_guard(debug=any(text.lower() in _DEBUG for text in argv)):
             code = main(argv)
     except SystemExit as ended:
         code = ended.code

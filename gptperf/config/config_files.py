@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptperf.config.flags import COMMAND_LINE, Given
 from gptperf.config.sections import KEYS, SECTIONS
-from gptperf.config.synonyms import PROGRAMS
+from gptperf.config.synonyms import PROGRAMS, near_key
 from gptperf.errors import nearest, note
 
 __all__ = ["is_config", "read_file", "shipped", "wrong_word"]
@@ -59,6 +59,8 @@ def wrong_word(text: str) -> str:
     program = Path(text).name.removesuffix(".py")
     if program in PROGRAMS:
         return f"{found}, wanted CONFIG; nearest: {PROGRAMS[program]}"
+    if "=" in text:
+        return f"{found}, wanted --key=value{near_key(text.partition('=')[0], KEYS)}"
     wanted = f"{found}, wanted CONFIG.toml, the name of a shipped configuration or --key=value"
     if text.endswith(".py"):
         near = _nearest_file(text)

@@ -238,7 +238,7 @@ def check(
     """
     key = keys.get(given.name)
     if key is None:
-        near = near_key(given.name, [*also, *keys]) or f"; python -m {command} --help lists the keys"
+        near = near_key(given.name, [*also, *keys, "help", "version"]) or f"; python -m {command} --help lists the keys"
         problems.append(f"{given.where}: unknown key {given.name!r}{near}")
         return None
     read = given.where == COMMAND_LINE

@@ -31,7 +31,7 @@ lr_scheduler_type lr_schedule | decay_lr lr_schedule | adam_epsilon adam_eps | a
 dataset_name dataset | datset dataset | num_workers prefetch | report_to wandb_log | run_name wandb_run_name
 vocab vocab_size | dropout_p dropout | swiglu ffn_type=swiglu | rope position_encoding=rope | dtyp dtype | sede seed
 """
-NOTHING = """optimizer optim muon version verbose help head_dim tp pp ep cp moe use_moe num_experts lora quantization
+NOTHING = """optimizer optim muon verbose head_dim tp pp ep cp moe use_moe num_experts lora quantization
 fp8 tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
 pin_memory patience early_stopping theta alibi sliding_window softcap foo x cosine eval_only tf32 dry_run interval"""
 
@@ -107,6 +107,9 @@ def test_a_number_of_gpus_belongs_to_torchrun_unless_the_command_has_it() -> Non
         ("max_iters=5", "wanted --max_iters=5"),
         ("-n_layer=3", "wanted --n_layer=3"),
         ("compile", "wanted --compile"),
+        ("lr=3e-4", "wanted --key=value; nearest: learning_rate"),
+        ("--versoin", "unknown key 'versoin'; nearest: version"),
+        ("--hlep", "unknown key 'hlep'; nearest: help"),
         ("nope.toml", "nope.toml: No such file or directory; shipped: custom, "),
         ("nope", "; shipped: custom, "),
         ("config/train_shakespeare_char.py", "no code is executed; nearest: shakespeare_char"),
