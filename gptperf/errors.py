@@ -58,8 +58,11 @@ class ConfigError(GptperfError, ValueError):
     """A configuration file or a flag is wrong."""
 
     exit_code = 2
-    problems: tuple[str, ...] = ()
-    """The mistakes of a command line, one line each; `mistakes` sets them."""
+
+    def __init__(self, *args: object, problems: Sequence[str] = ()):
+        super().__init__(*args)
+        self.problems = tuple(problems) or (str(self),)
+        """The mistakes of a command line, one line each."""
 
 
 class DataError(GptperfError, ValueError):
@@ -111,9 +114,7 @@ class PeerError(GptperfError, RuntimeError):
 def mistakes(problems: Sequence[str]) -> ConfigError:
     """Returns the error that reports every mistake of a command line, one line each."""
     count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
-    error = ConfigError(count + "\n  ".join(problems))
-    error.problems = tuple(problems)
-    return error
+    return ConfigError(count + "\n  ".join(problems), problems=problems)
 
 
 def nearest(name: str, names: Iterable[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> str:

@@ -18,7 +18,7 @@ from gptperf.ablate.variants import changed_runs, variants
 from gptperf.config import command_line
 from gptperf.config.flags import COMMAND_LINE, Flags, take
 from gptperf.config.keys import Range
-from gptperf.errors import PREEMPTED, ConfigError, run_main
+from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
 from gptperf.files import replace_text
 from gptperf.report.page import check_packages
 
@@ -62,8 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     taken = take(_AblateFlags, argv, "gptperf.ablate", __doc__.partition("\n\n")[2], _AFTER)
     args = taken.flags
-    command_line.resolve(taken.rest, taken=taken)
-    found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out)
+    problems: Sequence[str] = ()
+    try:
+        command_line.resolve(taken.rest, taken=taken)
+    except ConfigError as error:
+        problems = error.problems
+    try:
+        found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out)
+    except ConfigError as error:
+        raise mistakes([*problems, *(text for text in error.problems if text not in problems)]) from error
+    if problems:
+        raise mistakes(problems)
     gpus = gpus_for(min(args.parallel, sum(len(variant.jobs) for variant in found)))
     changed = changed_runs(found)
     if changed:
