@@ -3,7 +3,6 @@
 The exit code is 0, or 6 when something that a default run needs is missing or broken.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,12 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gptperf
 from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig
-from gptperf.errors import DeviceError, main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import DeviceError, run_main
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import resolve_ops, unmeasured_versions
@@ -34,17 +35,23 @@ _EXTRAS = ("flash-attn", "transformers", "datasets", "wandb", "tensorboard", "py
 _PEAK_DTYPES = ("bfloat16", "float16", "float32")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DoctorFlags(Flags):
+    """How to print the report."""
+
+    json: bool = False
+    """Print the report as JSON."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report and returns the exit code."""
-    description = "Print what this machine has, what a default run would use of it and why, and what is broken."
-    parser = argparse.ArgumentParser(prog="python -m gptperf.doctor", description=description)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    arguments = parser.parse_args(argv)
+    about = "Print what this machine has, what a default run would use of it and why, and what is broken."
+    flags = parse(_DoctorFlags, argv, "gptperf.doctor", about)
     set_up_threads()
     report = examine()
     report["problems"] = problems(report)
     report["exit_code"] = DeviceError.exit_code if report["problems"] else 0
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(report_lines(report)), flush=True)
+    print(json.dumps(report, indent=2) if flags.json else "\n".join(report_lines(report)), flush=True)
     return int(report["exit_code"])
 
 
@@ -281,5 +288,4 @@ def _line(name: str, value: object) -> str:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

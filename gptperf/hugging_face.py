@@ -11,21 +11,20 @@ The model is a folder with config.json and *.safetensors, or hf:REPO, which is d
 
 import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptperf import checkpoint
 from gptperf.config import Config, ModelConfig
+from gptperf.config.flags import Flags, parse
 from gptperf.data.tokenizers import load_tokenizer
-from gptperf.errors import CheckpointError, DeviceError, GptperfError, main_guard
+from gptperf.errors import CheckpointError, DeviceError, GptperfError, run_main
 from gptperf.files import RunLock, replace_text
 from gptperf.model import GPT
 
@@ -46,17 +45,15 @@ Find = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."""
+class _ConvertFlags(Flags):
+    """Which model, and where the checkpoint goes."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: str
     """Folder with config.json and *.safetensors, or hf:REPO."""
     out_dir: Path
     """Folder for the checkpoint."""
     tokenizer: str = ""
     """Tokenizer of the model; default: gpt2 for a vocabulary of 50257, else unknown."""
-    debug: bool = False
-    """Show the stack of an error."""
 
 
 def model_config(described: Described) -> ModelConfig:
@@ -296,17 +293,21 @@ def _downloaded(name: str) -> Path:
         raise CheckpointError(f"{name}: cannot be downloaded ({type(error).__name__}: {line})") from error
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
-    with main_guard(debug="--debug" in sys.argv):
-        config = tyro.cli(ConvertConfig, prog="python -m gptperf.hugging_face", use_underscores=True)
-        folder = _downloaded(config.model) if config.model.startswith("hf:") else Path(config.model)
-        path, model = convert(folder, config.out_dir, config.tokenizer)
-        print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
-        out = config.out_dir
-        print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or the model cannot be converted.
+    """
+    about = "Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."
+    flags = parse(_ConvertFlags, argv, "gptperf.hugging_face", about)
+    folder = _downloaded(flags.model) if flags.model.startswith("hf:") else Path(flags.model)
+    path, model = convert(folder, flags.out_dir, flags.tokenizer)
+    print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
+    out = flags.out_dir
+    print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -5,26 +5,24 @@ piped. Several samples have a line such as "---- sample 2 of 3 ----" before each
 program that needs the texts apart calls `gptperf.api.generate`, which returns a list.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Any, Literal
 
 from gptperf import api, registry
-from gptperf.errors import main_guard
+from gptperf.config.flags import COMMAND_LINE, Flags, parse
+from gptperf.errors import run_main
 from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Generate text with a trained model."""
+class _SampleFlags(Flags):
+    """What to generate, and from which model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Path
     """Folder of a run or of a checkpoint."""
     prompt: str = "\n"
     """Text to continue."""
@@ -44,21 +42,27 @@ class SampleConfig:
     """Device; auto is the GPU if there is one."""
     plugins: str = ""
     """Comma-separated Python modules that register components."""
-    debug: bool = False
-    """Show the stack of an error."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns the numbers that `api.generate` takes."""
+        return {name: getattr(self, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
+
+    def problems(self) -> Sequence[str]:
+        """Returns what `api.generate` would refuse."""
+        return [f"{COMMAND_LINE}: {problem}" for problem in api.sampling_problems(**self.numbers())]
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
-    with main_guard(debug="--debug" in sys.argv):
-        config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
-        numbers = {name: getattr(config, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
-        api.check_sampling(**numbers)
-        set_up_threads()
-        registry.load_plugins(config.plugins)
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        loaded = api.load_model(config.run, checkpoint=config.checkpoint, device=config.device)
-        print(_separated(api.generate(loaded, config.prompt, seed=config.seed, **numbers)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or there is no such model.
+    """
+    flags = parse(_SampleFlags, argv, "gptperf.sample", "Generate text with a trained model.")
+    set_up_threads()
+    registry.load_plugins(flags.plugins)
+    loaded = api.load_model(flags.run, checkpoint=flags.checkpoint, device=flags.device)
+    print(_separated(api.generate(loaded, flags.prompt, seed=flags.seed, **flags.numbers())))
     return 0
 
 
@@ -71,4 +75,4 @@ def _separated(texts: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -9,7 +9,7 @@ from run_helpers import SMALL, run_argv, run_log
 
 from gptperf import api, sample
 from gptperf.config import KEYS, Config, DataConfig, LogConfig, ModelConfig, SystemConfig, TrainConfig
-from gptperf.errors import CheckpointError, ConfigError
+from gptperf.errors import CheckpointError, ConfigError, run_main
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,13 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def sample_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sample.sys, "argv", ["sample", *map(str, arguments)])
-    return sample.main()
+def sample_command(*arguments: object) -> object:
+    with pytest.raises(SystemExit) as ended:
+        run_main(sample.main, [*map(str, arguments)])
+    return ended.value.code
 
 
-def test_generate_gives_the_text_of_the_command(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_gives_the_text_of_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = api.generate(
         api.load_model(run, device="cpu"), "abc", tokens=40, num_samples=2, temperature=0.9, top_k=9, seed=3
     )
@@ -37,18 +36,16 @@ def test_generate_gives_the_text_of_the_command(
     assert len(set(texts)) == 2
     flags = ["--prompt=abc", "--tokens=40", "--num_samples=2", "--temperature=0.9", "--top_k=9", "--seed=3"]
     capsys.readouterr()
-    assert sample_command(monkeypatch, run, "--device=cpu", *flags) == 0
+    assert sample_command(run, "--device=cpu", *flags) == 0
     rule = "-" * 32
     parts = re.split(rf"{rule} sample \d of 2 {rule}\n", capsys.readouterr().out)
     assert parts == ["", *(text.encode(errors="backslashreplace").decode() + "\n" for text in texts)]
 
 
-def test_defaults_are_those_of_the_command(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_defaults_are_those_of_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (text,) = api.generate(api.load_model(run, device="cpu"), "\n")
     capsys.readouterr()
-    assert sample_command(monkeypatch, run, "--device=cpu") == 0
+    assert sample_command(run, "--device=cpu") == 0
     assert capsys.readouterr().out == text + "\n"  # a single sample has no line around it, so that it can be piped
 
 
@@ -107,14 +104,10 @@ def test_load_config_is_the_command_line(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokens", "num_samples", "temperature", "top_k"])
-def test_numbers_that_are_too_small(
-    name: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_that_are_too_small(name: str, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=f"{name}: found -1, wanted . or more; nearest: ."):
         api.generate(api.load_model(run, device="cpu"), "a", **{name: -1})  # type: ignore[arg-type]
-    with pytest.raises(SystemExit) as caught:  # before it looks for a checkpoint
-        sample_command(monkeypatch, tmp_path / "absent", f"--{name}=-1")
-    assert caught.value.code == 2
+    assert sample_command(tmp_path / "absent", f"--{name}=-1") == 2  # before it looks for a checkpoint
     assert f"{name}: found -1" in capsys.readouterr().err
 
 

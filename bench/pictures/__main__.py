@@ -8,12 +8,15 @@ PATH is what the picture is drawn from, a run or an ablation. These commands mak
     for name in loss_curve live_panel report_page ablation step_waterfall; do python -m bench.pictures $name; done
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from bench.pictures import draw
-from gptperf.errors import main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.config.keys import Choice
+from gptperf.errors import run_main
 from gptperf.files import replacing
 
 __all__ = ["PICTURES", "main"]
@@ -28,20 +31,29 @@ PICTURES: dict[str, tuple[Callable[[Path], str | bytes], str, str]] = {
 """Name -> what draws it, the ending of its file, and the path that it is drawn from."""
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class _PictureFlags(Flags):
+    """Which picture."""
+
+    WORDS = "path"
+
+    name: Annotated[str, Choice(tuple(PICTURES))]
+    """Name of the picture."""
+    path: Path | None = None
+    """Run or ablation that it is drawn from; default: out/tiny or out/ablation."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture."""
-    parser = argparse.ArgumentParser(prog="python -m bench.pictures", description=__doc__.partition("\n")[0])
-    parser.add_argument("name", choices=PICTURES)
-    parser.add_argument("path", type=Path, nargs="?", help="run or ablation; default: out/tiny or out/ablation")
-    args = parser.parse_args()
-    with main_guard():
-        make, ending, source = PICTURES[args.name]
-        drawn = make(args.path or Path(source))
-        path = Path(__file__).with_name(f"{args.name}.{ending}")
-        with replacing(path) as temporary:
-            temporary.write_bytes(drawn if isinstance(drawn, bytes) else drawn.encode())
-        print(path)
+    flags = parse(_PictureFlags, argv, "bench.pictures", __doc__.partition("\n")[0])
+    make, ending, source = PICTURES[flags.name]
+    drawn = make(flags.path or Path(source))
+    path = Path(__file__).with_name(f"{flags.name}.{ending}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(drawn if isinstance(drawn, bytes) else drawn.encode())
+    print(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

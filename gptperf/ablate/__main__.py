@@ -6,52 +6,52 @@ runs, runs share them. The same command continues an interrupted ablation: it sk
 others.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from gptperf.ablate import page
 from gptperf.ablate.results import results
 from gptperf.ablate.runner import Runner, gpus_for, run_all
 from gptperf.ablate.variants import changed_runs, variants
-from gptperf.errors import PREEMPTED, ConfigError, main_guard
+from gptperf.config import command_line
+from gptperf.config.flags import COMMAND_LINE, Flags, take
+from gptperf.config.keys import Range
+from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
 from gptperf.files import replace_text
 from gptperf.report.page import check_packages
 
 __all__ = ["main"]
 
-_EPILOG = """All other flags are those of gptperf.train. A result is DIR/<variant>/seed<k>; DIR/ablation.md and
-DIR/ablation.json have the table. Exit codes: 0 all runs finished, 1 some failed, 75 asked to stop."""
+_AFTER = """A result is DIR/<variant>/seed<k>; DIR/ablation.md and DIR/ablation.json have the table.
+Exit codes: 0 all runs finished, 1 some failed, 75 asked to stop.
+"""
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments of this command, and those for `gptperf.train`.
+@dataclass(frozen=True, kw_only=True)
+class _AblateFlags(Flags):
+    """What to compare. All other flags are keys of the baseline."""
 
-    Raises:
-        ConfigError: An argument is missing or wrong.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m gptperf.ablate",
-        usage="%(prog)s [CONFIG.toml ...] --vary key=value[,key2=value2 ...] [--vary ...] [options] [--key=value ...]",
-        description=__doc__.split("\n\n")[1],
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
-    parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
-    parser.add_argument("--html", type=Path, metavar="PATH", help="write a page with the curves")
-    parser.add_argument("--list", action="store_true", help="print the runs with their tokens, and end")
-    args, rest = parser.parse_known_args(argv)
-    if not args.vary:
-        raise ConfigError("command line: found no --vary, wanted one or more, such as --vary position_encoding=rope")
-    for key in ("seeds", "parallel"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"command line: {key}: found {getattr(args, key)}, wanted 1 or more")
-    return args, rest
+    vary: tuple[str, ...] = ()
+    """A change, key=value, or several that belong together, key=value,key2=value2. Repeat the flag for each change."""
+    seeds: Annotated[int, Range(1)] = 3
+    """Runs of each variant."""
+    parallel: Annotated[int, Range(1)] = 1
+    """Runs at a time."""
+    equal: Literal["tokens", "flops"] = "tokens"
+    """What every run gets as much of."""
+    out: Path = Path("out/ablation")
+    """Folder of the runs and the table."""
+    html: Path | None = None
+    """Write a page with the curves."""
+    list: bool = False
+    """Print the runs with their tokens, and end."""
+
+    def problems(self) -> Sequence[str]:
+        """Returns whether a change is missing."""
+        wanted = "wanted one or more, such as --vary position_encoding=rope"
+        return [] if self.vary else [f"{COMMAND_LINE}: found no --vary, {wanted}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 if a run failed, or `PREEMPTED` after a request to stop.
     """
-    args, rest = _parse(argv)
-    found = variants(rest, args.vary, args.seeds, args.equal, args.out)
+    taken = take(_AblateFlags, argv, "gptperf.ablate", __doc__.partition("\n\n")[2], _AFTER)
+    args = taken.flags
+    problems: Sequence[str] = ()
+    try:
+        command_line.resolve(taken.rest, taken=taken)
+    except ConfigError as error:
+        problems = error.problems
+    try:
+        found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out)
+    except ConfigError as error:
+        raise mistakes([*problems, *(text for text in error.problems if text not in problems)]) from error
+    if problems:
+        raise mistakes(problems)
     gpus = gpus_for(min(args.parallel, sum(len(variant.jobs) for variant in found)))
     changed = changed_runs(found)
     if changed:
@@ -91,5 +102,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gptperf import flops
 from gptperf.config import KEYS, Config, command_line
-from gptperf.errors import ConfigError, DataError
+from gptperf.errors import ConfigError, DataError, mistakes
 from gptperf.monitor.journal import find_journal
 from gptperf.monitor.runs import LoggedRun, read_run
 
@@ -109,7 +109,7 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
     changes, problems = _parse(vary)
     if wrong or problems:
-        raise ConfigError("; ".join([*wrong, *problems]))
+        raise mistakes([*wrong, *problems])
     baseline = _resolve(argv, {}, out / BASELINE)
     found, problems = [Variant(BASELINE, {}, baseline)], []
     for change in changes:
@@ -117,7 +117,7 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
         try:
             config = _resolve(argv, change, out / name)
         except ConfigError as error:
-            problems.append(f"--vary {_text(change)}: {error}")
+            problems += [f"--vary {_text(change)}: {line.removeprefix('command line: ')}" for line in error.problems]
             continue
         same = next((v for v in found if _same(v.config, config)), None)
         if same is not None:
@@ -125,7 +125,7 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
         else:
             found.append(Variant(name, change, config))
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise mistakes(problems)
     return [_with_jobs(_scaled(v, found[0], equal), argv, seeds, out) for v in found]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptperf import flops
 from gptperf.config import Config, command_line
-from gptperf.errors import ConfigError
+from gptperf.errors import ConfigError, mistakes
 from gptperf.formats import value_text
 from gptperf.hardware import Gpu
 from gptperf.plan import plan, unplannable
@@ -32,11 +32,17 @@ def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
         ConfigError: A file has an error, or two files have the same name.
     """
     found: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     for path in paths:
         name = Path(path).name.removesuffix(".toml")
         if name in found:
-            raise ConfigError(f"command line: configs: found two files named {name}, wanted different names")
-        found[name] = _facts(command_line.resolve([path]).config, gpu)
+            problems.append(f"command line: configs: found two files named {name}, wanted different names")
+        try:
+            found[name] = _facts(command_line.resolve([path]).config, gpu)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise mistakes(problems)
     return found
 
 

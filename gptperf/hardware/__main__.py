@@ -3,20 +3,41 @@
 With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this GPU reaches (`gptperf.hardware.measure`).
 """
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptperf.errors import ConfigError, main_guard
+from gptperf.config import command_line
+from gptperf.config.flags import COMMAND_LINE, Flags, take
+from gptperf.errors import mistakes, run_main
 from gptperf.hardware import measure_command
 from gptperf.hardware.gpu_table import DOCUMENTS, GPUS
 from gptperf.hardware.peaks import match_gpu, no_peak_hint
 from gptperf.hardware.state import GpuState, gpu_states
 
 __all__ = ["main"]
+
+_ABOUT = """Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.
+
+With --measure, CONFIG and keys name the model, batch_size and dtype."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _HardwareFlags(Flags):
+    """What to print."""
+
+    json: bool = False
+    """Print JSON."""
+    measure: bool = False
+    """Print the ceilings of copies, GEMMs and attention on this GPU; they are measured once and kept in a cache."""
+    again: bool = False
+    """With --measure: measure even where the cache has them."""
+
+    def problems(self) -> Sequence[str]:
+        """Returns which flags do not go together."""
+        wrong = self.again and not self.measure
+        return [f"{COMMAND_LINE}: --again goes with --measure; nearest: --measure --again"] if wrong else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,21 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         GptperfError: the command line is wrong, or the measurement failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m gptperf.hardware",
-        description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",
-        epilog="With --measure: [CONFIG.toml ...] [--key=value ...] name the model, batch_size and dtype.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--measure", action="store_true", help="copy, GEMM and attention ceilings, kept in a cache")
-    parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
-    arguments, rest = parser.parse_known_args(argv)
+    taken = take(_HardwareFlags, argv, "gptperf.hardware", _ABOUT)
+    arguments = taken.flags
+    config = command_line.resolve(taken.rest, taken=taken).config
     if arguments.measure:
-        return measure_command.command(rest, as_json=arguments.json, again=arguments.again)
-    if rest or arguments.again:
-        found = " ".join(rest) or "--again"
-        raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")
+        return measure_command.command(config, as_json=arguments.json, again=arguments.again)
+    unused = [text for text in taken.rest if not text.startswith("--debug")]
+    if unused:
+        found = " ".join(unused)
+        raise mistakes([f"{COMMAND_LINE}: found {found!r} without --measure; nearest: --measure {found}"])
     states, reason = gpu_states()
     report = _report(states, reason)
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report, states)), flush=True)
@@ -79,5 +94,4 @@ def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

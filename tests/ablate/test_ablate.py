@@ -309,7 +309,7 @@ def test_no_more_at_a_time_than_there_are_runs(
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")) == 1
     assert sorted(seen) == ["5", "7"]
     assert "share" not in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="parallel: found 0, wanted 1 or more"):
+    with pytest.raises(ConfigError, match="parallel: found 0, wanted a whole number >= 1; nearest: 1"):
         ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=0"))
 
 

@@ -17,7 +17,7 @@ from gptperf.data import sources
 from gptperf.data.format import read_manifest
 from gptperf.data.prepare import KNOWN, prepare, summary
 from gptperf.data.shards import TokenSource, verify
-from gptperf.errors import DataError
+from gptperf.errors import ConfigError, DataError, run_main
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def test_bad_names(name: str) -> None:
 
 
 def run(*args: str) -> None:
-    command.main(args)
+    assert command.main(args) == 0
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,15 +235,14 @@ def test_command_errors(capsys: pytest.CaptureFixture[str]) -> None:
         (("missing", "--verify"), "no data set 'missing'"),
     ):
         with pytest.raises(SystemExit) as caught:
-            run(*args)
+            run_main(command.main, args)
         assert caught.value.code == 3
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("gptperf: E3: ")
         assert message in lines[0]
-    with pytest.raises(SystemExit) as caught:
-        run("text.txt", "--overwrite=yes")
-    assert caught.value.code == 2
+    with pytest.raises(ConfigError, match="overwrite: found 'maybe', wanted true or false"):
+        run("text.txt", "--overwrite=maybe")
     with pytest.raises(DataError):
         run("text.txt", "--debug")
 

@@ -16,7 +16,7 @@ from gptperf import registry
 from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
-from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError
+from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError, run_main
 from gptperf.monitor.runs import read_runs
 from gptperf.ops import OPS, resolve_ops
 from gptperf.train import main
@@ -208,13 +208,13 @@ def test_exit_codes_and_one_line_errors(corpus: Path, tmp_path: Path, capsys: py
     for flags, code in cases.items():
         argv = [f for f in run_argv(corpus, tmp_path) if not f.startswith("--device")]
         with pytest.raises(SystemExit) as ended:
-            main([*argv, *flags.split()])
+            run_main(main, [*argv, *flags.split()])
         assert ended.value.code == code
         error = capsys.readouterr().err
         assert error.startswith(f"gptperf: E{code}: ")
         assert "Traceback" not in error
     with pytest.raises(ConfigError):
-        main(["--n_layer=0", "--debug"])
+        run_main(main, ["--n_layer=0", "--debug"])
 
 
 def test_asking_for_triton_names_the_cause() -> None:
