@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from gptperf.training.trainer import train
 
-        return train(resolved.config, resolved.origins)
+        return train(resolved.config, resolved.origins, resolved.changes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from gptperf import registry
 from gptperf.config.keys import Key, value_problem
+from gptperf.config.precedence import Layered
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.config.sections import KEYS, SECTIONS, Config
@@ -49,7 +50,10 @@ class Resolved:
 
     config: Config
     origins: dict[str, str]
-    """Key -> "default", the preset with its file, the file, or "command line"."""
+    """Key -> "default", the preset with its file, the file, or "command line"; then what changed the value, if a value
+    of a higher layer did."""
+    changes: dict[str, str]
+    """Key -> a line about such a change."""
     show_config: bool
     """Whether the command line has `--show_config`."""
 
@@ -76,8 +80,10 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     sources = [list(_read_file(path, problems)) for path in files]
     sources.append([given for given in flags if given.name != "show_config"])
     typed = [[checked for given in source if (checked := _check(given, problems))] for source in sources]
-    values, origins = _overlay(typed)
+    layered = _overlay(typed)
     bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
+    layered.adjust(frozenset(bad))
+    values, origins = layered.values, layered.origins
     for keys, text in combination_problems(values, frozenset(bad)):
         problems.append(f"{_places(keys, origins)}: {text}")
     if "gradient_accumulation_steps" not in bad:
@@ -86,7 +92,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
         raise ConfigError(count + "\n  ".join(problems))
     shows = bool(show) and show[-1].value.lower() not in ("false", "0")
-    return Resolved(Config.from_flat(values), origins, shows)
+    return Resolved(Config.from_flat(values), origins, layered.changes, shows)
 
 
 def _print_help() -> None:
@@ -233,22 +239,21 @@ def _from_text(key: Key, text: str) -> Any:
     return text
 
 
-def _overlay(sources: Sequence[Sequence[_Given]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns values and origins: the defaults, overridden by each source in turn.
+def _overlay(sources: Sequence[Sequence[_Given]]) -> Layered:
+    """Returns the defaults, overridden by each source in turn.
 
     The preset of a source comes before the other keys of that source, whatever their order in it.
     """
-    values = {name: key.default for name, key in KEYS.items()}
-    origins = dict.fromkeys(KEYS, "default")
-    for source in sources:
+    layered = Layered({name: key.default for name, key in KEYS.items()})
+    for layer, source in enumerate(sources, 1):
         presets = [given for given in source if given.name == "arch_preset"]
         if presets:
             preset = presets[-1]
             for name, value in PRESETS[preset.value].items():
-                values[name], origins[name] = value, f"preset {preset.value} ({preset.where})"
+                layered.put(name, value, f"preset {preset.value} ({preset.where})", layer)
         for given in source:
-            values[given.name], origins[given.name] = given.value, given.where
-    return values, origins
+            layered.put(given.name, given.value, given.where, layer)
+    return layered
 
 
 def _indivisible(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:
