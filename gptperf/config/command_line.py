@@ -23,7 +23,9 @@ from gptperf.errors import ConfigError, DeviceError, nearest
 __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
 _COMMAND_LINE = "command line"
-_MAX_FILE_BYTES = 1_000_000
+_MAX_FILE_BYTES = 64_000
+_MAX_LINE_BYTES = 1_000  # the TOML reader takes quadratic time for a key with many dots
+_MOST_MISTAKES = 20
 _SHIPPED = Path(__file__).parents[1] / "configs"
 _DESCRIPTION = """Train a GPT.
 
@@ -79,7 +81,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     show = [given for given in flags if given.name == "show_config"]
     sources = [list(_read_file(path, problems)) for path in files]
     sources.append([given for given in flags if given.name != "show_config"])
-    typed = [[checked for given in source if (checked := _check(given, problems))] for source in sources]
+    typed = [[checked for given in source if (checked := _checked(given, problems))] for source in sources]
     layered = _overlay(typed)
     bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
     layered.adjust(frozenset(bad))
@@ -89,7 +91,8 @@ def resolve(argv: Sequence[str], *, world_size: int = 1) -> Resolved:
     if "gradient_accumulation_steps" not in bad:
         problems += _indivisible(values["gradient_accumulation_steps"], world_size, origins)
     if problems:
-        count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
+        more = " or more; the first ones are" if len(problems) >= _MOST_MISTAKES else ""
+        count = "" if len(problems) == 1 else f"{len(problems)} mistakes{more}\n  "
         raise ConfigError(count + "\n  ".join(problems))
     shows = bool(show) and show[-1].value.lower() not in ("false", "0")
     return Resolved(Config.from_flat(values), origins, layered.changes, shows)
@@ -161,12 +164,17 @@ def _read_file(path: str, problems: list[str]) -> Iterator[_Given]:
     if len(raw) > _MAX_FILE_BYTES:
         problems.append(f"{path}: found {len(raw):,} bytes, wanted a configuration of at most {_MAX_FILE_BYTES:,}")
         return
+    if any(len(line) > _MAX_LINE_BYTES for line in raw.splitlines()):
+        problems.append(f"{path}: found a line of more than {_MAX_LINE_BYTES:,} bytes, wanted shorter ones")
+        return
     try:
         page = tomllib.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits
         problems.append(f"{path}: not a TOML file: {error}")
         return
     for name, value in page.items():
+        if len(problems) >= _MOST_MISTAKES:
+            return
         if not isinstance(value, dict):
             yield _Given(name, value, path)
         elif name not in SECTIONS:
@@ -205,6 +213,11 @@ def _nearest_file(path: str) -> str:
     if folder in (Path(), Path("configs")):
         names |= {str(folder / p.name) for p in _shipped()}
     return nearest(path, sorted(names))
+
+
+def _checked(given: _Given, problems: list[str]) -> _Given | None:
+    """Returns what `_check` returns, or None if many mistakes are known already: more would only take time."""
+    return _check(given, problems) if len(problems) < _MOST_MISTAKES else None
 
 
 def _check(given: _Given, problems: list[str]) -> _Given | None:

@@ -29,8 +29,8 @@ class Rule(NamedTuple):
     check: Callable[[_Values], str | None]
     """Returns what is wrong, or None."""
     yields: Mapping[str, Callable[[_Values], Any]] = {}
-    """Keys that may yield to a key of a higher layer, each with its nearest valid value. A key is here only if losing its
-    value changes neither the model nor the data, and removes no file."""
+    """Keys that may yield to a key of a higher layer, each with its nearest valid value. A key is here only if losing
+    its value changes neither the model nor the data, and removes no file."""
 
 
 def _divisors(number: int) -> set[int]:
