@@ -89,6 +89,10 @@ class StartupInfo(TypedDict, total=False):
     convention: str
     attention_ffn_ratio: float
     expected_tokens_per_sec: float
+    expected_iteration_s: float
+    """Estimated seconds of an iteration: on a CPU from a short measurement before the run, on a GPU from the plan."""
+    expected_total_s: float
+    """Estimated seconds of the remaining iterations with their evaluations and the sample, without compilation."""
     plan: dict[str, Any]
     """The plan of the run, from `gptperf.plan.plan_record`."""
     notes: list[str]

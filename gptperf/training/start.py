@@ -15,6 +15,7 @@ from gptperf.monitor.console import Console
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
 from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.estimate import estimate, slow_warning
 from gptperf.training.matching import Told, keep_schedule
 from gptperf.training.preflight import Inputs, check_disk, check_inputs, find_peak, throughput_of
 from gptperf.training.reporting import Reporter, startup_info
@@ -54,6 +55,10 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     inputs = check_inputs(told.config, process, console, stack)
     told = _resumed(told, inputs)
     config, out_dir = told.config, Path(told.config.train.out_dir)
+    expected = estimate(config, process.world_size, process.device, inputs.plan, len(inputs.val_tokens))
+    slow = None if expected is None else slow_warning(expected, config, process.device)
+    if slow is not None and process.is_main:  # before anything large is built
+        console.warning(slow)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
@@ -63,6 +68,10 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     peak = find_peak(config, process.device)
     info = startup_info(engine, inputs.manifest, peak, compiled, inputs.plan)
     info["notes"] = [*told.changes.values(), *info["notes"]]
+    if expected is not None:
+        info["expected_iteration_s"] = expected.iteration_s
+        info["expected_total_s"] = expected.total_s(config, state.step)
+        info["notes"].append(expected.line(config, state.step))
     if process.is_main:
         check_disk(out_dir, engine.weights.numel, config.train.keep_checkpoints, console.warning)
     notes: list[str] = []  # printed below the blocks of `reporter.start`

@@ -18,6 +18,7 @@ from gptperf.distributed.process import start_process
 from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.clock import StepClock
 from gptperf.monitor.console import Console
+from gptperf.training.estimate import check_sizes_given
 from gptperf.training.evaluation import evaluate, sample_text
 from gptperf.training.matching import Told
 from gptperf.training.preflight import check_device
@@ -47,6 +48,7 @@ def train(config: Config, origins: Mapping[str, str], changes: Mapping[str, str]
         stack.callback(process.close)
         stop = stack.enter_context(StopRequest().listening())
         watchdog = stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
+        check_sizes_given(origins, process.device)
         check_device(config.system, process.device)
         console = stack.enter_context(
             Console(max_iters=config.train.max_iters, mode=config.log.console, enabled=process.is_main)
