@@ -16,6 +16,7 @@ import torch
 from gptperf import flops
 from gptperf.config import Config, ModelConfig, SystemConfig
 from gptperf.errors import ConfigError
+from gptperf.formats import rough_duration
 from gptperf.model import GPT
 from gptperf.plan import Plan
 from gptperf.training.build import DTYPES
@@ -61,8 +62,8 @@ class Estimate:
         """Returns the estimate as one line."""
         left, count = max(0, config.train.max_iters - done), evaluations(config, done)
         return (
-            f"estimate, within a factor of 2: {_time(self.iteration_s)} an iteration, {_time(self.evaluation_s)} an "
-            f"evaluation, and {_time(self.total_s(config, done))} in all (iterations: {left:,}, evaluations: {count:,})"
+            f"estimate, within a factor of 2: {rough_duration(self.iteration_s)} an iteration, {rough_duration(self.evaluation_s)} an "
+            f"evaluation, and {rough_duration(self.total_s(config, done))} in all (iterations: {left:,}, evaluations: {count:,})"
         )
 
 
@@ -127,7 +128,7 @@ def slow_warning(found: Estimate, config: Config, device: torch.device) -> str |
     if found.iteration_s > SLOW_S:
         reasons.append(
             f"an iteration of {config.tokens_per_iter:,} tokens with {parameters / 1e6:,.1f}M parameters takes about "
-            f"{_time(found.iteration_s)} here, and the run {_time(found.total_s(config))}"
+            f"{rough_duration(found.iteration_s)} here, and the run {rough_duration(found.total_s(config))}"
         )
     free_gb, needed_gb = available_gb(), _STATE_BYTES * parameters / 1e9
     if device.type == "cpu" and free_gb is not None and needed_gb > free_gb:
@@ -148,14 +149,6 @@ def available_gb() -> float | None:
         return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
-
-
-def _time(seconds: float) -> str:
-    """Returns a time with two significant digits."""
-    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{float(f'{seconds / size:.2g}'):,g} {unit}"
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def _smaller(model: ModelConfig) -> ModelConfig:
