@@ -3,11 +3,13 @@
 This module reads and checks the command line before torch is loaded; `gptperf.training.trainer` runs the training.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
 from gptperf.config import command_line
+from gptperf.distributed.agreement import told_once
 from gptperf.errors import main_guard
 
 __all__ = ["main"]
@@ -17,14 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = any(text.lower() in ("--debug", "--debug=true") for text in argv)
-    with main_guard(debug):
+    with main_guard(debug), contextlib.nullcontext() if debug else told_once():
         world_size = command_line.world_size()
         if world_size > 1 and not debug:
             # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         resolved = command_line.resolve(argv, world_size=world_size)
         if resolved.show_config:
-            print(command_line.show_config(resolved))
+            if os.environ.get("RANK", "0") == "0":
+                print(command_line.show_config(resolved))
             return 0
         from gptperf.training.trainer import train
 

@@ -61,9 +61,11 @@ class Estimate:
     def line(self, config: Config, done: int = 0) -> str:
         """Returns the estimate as one line."""
         left, count = max(0, config.train.max_iters - done), evaluations(config, done)
+        times = (self.iteration_s, self.evaluation_s, self.total_s(config, done))
+        iteration, evaluation, total = map(rough_duration, times)
         return (
-            f"estimate, within a factor of 2: {rough_duration(self.iteration_s)} an iteration, {rough_duration(self.evaluation_s)} an "
-            f"evaluation, and {rough_duration(self.total_s(config, done))} in all (iterations: {left:,}, evaluations: {count:,})"
+            f"estimate, within a factor of 2: {iteration} an iteration, {evaluation} an evaluation, and {total} in all "
+            f"(iterations: {left:,}, evaluations: {count:,})"
         )
 
 
