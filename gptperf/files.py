@@ -272,7 +272,7 @@ class RunLock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": _boot_id()}
-            holder["start_time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+            holder["start_time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             os.ftruncate(fd, 0)
             write_all(fd, json.dumps(holder).encode() + b"\n")
         except BlockingIOError:

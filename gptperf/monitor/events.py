@@ -247,7 +247,9 @@ class Message(TypedDict, total=False):
     text: Required[str]
     iter: int
     time: str
-    """Time at which the line was logged, which the journal adds."""
+    """Time at which the line was logged, in UTC. The journal adds this field and the next one."""
+    elapsed_s: float
+    """Seconds since this process opened the journal, by a clock that is never set."""
 
 
 class Resume(TypedDict):
@@ -255,6 +257,7 @@ class Resume(TypedDict):
 
     iter: int
     time: str
+    """In UTC."""
 
 
 class Summary(TypedDict, total=False):
@@ -297,6 +300,7 @@ class RunLog(TypedDict):
     schema_version: int
     run_name: str
     start_time: str
+    """Time of the first start, in UTC: YYYY-mm-ddTHH:MM:SSZ."""
     config: dict[str, Any]
     startup_info: dict[str, Any]
     training_iterations: list[dict[str, Any]]

@@ -72,7 +72,7 @@ def _training_s(log: RunLog) -> float | None:
 def _verdict(log: RunLog) -> Section:
     info, summary, entries = log["startup_info"], log["summary"], log["training_iterations"]
     ended, good = state(log)
-    started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
+    started = log["start_time"][:40].replace("T", " ").replace("Z", " UTC") or "at an unknown time"
     tiles = [Tile("State", ended, f"started {started}", good)]
     last, most = (entries[-1]["iter"] if entries else 0), finite(info.get("max_iters"))
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
