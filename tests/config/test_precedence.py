@@ -164,3 +164,10 @@ def test_a_check_is_quick_whatever_the_values(tmp_path: Path) -> None:
             command_line.resolve([*argv, "--position_encoding=rope"], world_size=7)
         worst[time.process_time() - begin] = argv
     assert max(worst) < 1.0, worst[max(worst)]  # 0.1 s with room for a busy machine
+
+
+def test_a_file_with_many_mistakes_names_the_first_ones(tmp_path: Path) -> None:
+    file = _file(tmp_path, "[model]\n" + "".join(f"n_laye{i} = 1\n" for i in range(3000)))
+    with pytest.raises(ConfigError, match="20 mistakes or more") as caught:
+        command_line.resolve([file])
+    assert len(str(caught.value).splitlines()) == 21
