@@ -24,7 +24,6 @@ __all__ = [
     "FileRecord",
     "RunLock",
     "append_line",
-    "boot_id",
     "check_space",
     "delete",
     "free_bytes",
@@ -272,7 +271,7 @@ class RunLock:
             raise DiskError(f"{self.path} cannot be opened: {error}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot_id()}
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": _boot_id()}
             holder["start_time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             os.ftruncate(fd, 0)
             write_all(fd, json.dumps(holder).encode() + b"\n")
@@ -299,8 +298,7 @@ class RunLock:
             self._fd = None
 
 
-def boot_id() -> str:
-    """Returns the id that the kernel of this machine has until it starts again."""
+def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import json
 import math
 import os
 import statistics
@@ -13,9 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.files import boot_id
 from gptperf.formats import one_line
-from gptperf.monitor.journal import newest_log
 from gptperf.monitor.run_log import find_log, finite, load, mapping
 
 __all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "read_run", "read_runs"]
@@ -307,14 +304,7 @@ def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns "running" or "stopped" for a run without a summary.
-
-    The lock of its folder tells it, or else the time of the last write to its log: the lock of a killed run, or of one
-    on another host, says nothing.
-    """
-    live = _is_live(path.parent) if path == newest_log(path.parent, "jsonl") else None
-    if live is not None:
-        return "running" if live else "stopped"
+    """Returns "running" or "stopped" for a run without a summary, by the time of the last write to its log."""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
@@ -325,23 +315,3 @@ def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
         if (ms := _timed(late)) is not None
     ]
     return "running" if age < max(_QUIET_S, 3 * statistics.median(pauses or [0.0])) else "stopped"
-
-
-def _is_live(directory: Path) -> bool | None:
-    """Returns whether a process holds the `RunLock` of a directory, or None if that cannot be told from here."""
-    try:
-        text = (directory / "run.lock").read_bytes()
-        holder = json.loads(text) if text.strip() else None
-    except (OSError, ValueError):
-        return None
-    if holder is None:
-        return False  # the last holder has released the lock
-    if not isinstance(holder, dict) or holder.get("boot_id") != boot_id() or type(holder.get("pid")) is not int:
-        return None
-    try:
-        os.kill(holder["pid"], 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return None  # it was killed, or it is in another container
-    return True

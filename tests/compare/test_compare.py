@@ -17,10 +17,9 @@ from gptperf.compare import __main__ as compare
 from gptperf.compare import architectures, curves, page, ranking
 from gptperf.config import command_line
 from gptperf.errors import ConfigError, DataError, DeviceError
-from gptperf.files import RunLock
 from gptperf.formats import one_line
 from gptperf.monitor.journal import Journal, assemble, write_json
-from gptperf.monitor.runs import read_run, read_runs
+from gptperf.monitor.runs import read_runs
 from gptperf.report import figures, tables
 
 FILES = [f"configs/{name}.toml" for name in ("gpt2_124m", "llama_124m", "llama_1.36b")]
@@ -117,15 +116,6 @@ def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:
     }
     write_run(tmp_path / "late", {500: 2.0})
     assert "do not overlap" in ranked(tmp_path / "b", tmp_path / "late").how
-
-
-def test_the_lock_says_whether_a_run_is_live_whatever_the_clock_says(tmp_path: Path) -> None:
-    log = write_run(tmp_path, {1: 4.0, 100: 3.0}, end=False)
-    for when in (0, 10**10):  # as if the clock had been set forward, or back
-        with RunLock(tmp_path):
-            os.utime(log, (when, when))
-            assert read_run(log, "x").state == "running"
-        assert read_run(log, "x").state == "stopped"  # it has released the lock
 
 
 def test_damaged_and_running_logs_are_read_as_far_as_they_go(
