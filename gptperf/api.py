@@ -14,6 +14,7 @@ module loads no torch.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +40,8 @@ def load_config(*arguments: str) -> Config:
             flags; the last value of a key wins.
 
     Returns:
-        The configuration. `config.sections()` has every value.
+        The configuration. `config.sections()` has every value. A value that was changed because of a value of a higher
+        layer, such as a warm-up that is longer than the run, gives a Python warning.
 
     Raises:
         ConfigError: The files or flags are wrong; the message has one line for each mistake.
@@ -48,7 +50,10 @@ def load_config(*arguments: str) -> Config:
         >>> load_config("configs/tiny.toml", "--n_layer=6").model.n_layer
         6
     """
-    return command_line.resolve(arguments, world_size=command_line.world_size()).config
+    resolved = command_line.resolve(arguments, world_size=command_line.world_size())
+    for line in resolved.changes.values():
+        warnings.warn(line, stacklevel=2)
+    return resolved.config
 
 
 def train(config: Config) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 
 import gptperf
 from gptperf import hardware
-from gptperf.config import ModelConfig, SystemConfig
+from gptperf.config import ModelConfig, SystemConfig, command_line
 from gptperf.config.flags import Flags, parse
 from gptperf.errors import DeviceError, run_main
+from gptperf.formats import rough_duration
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import resolve_ops, unmeasured_versions
@@ -62,8 +63,8 @@ def examine() -> dict[str, Any]:
         A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch cannot be
         imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
         `usable_cpus`, `disk_free_gb`, `compiler` (for torch.compile on a CPU), `compiler_problem` (why torch.compile
-        cannot work, or None), `triton` (whether it works, and the reason), and `choices` (what a default run would
-        use, each with its reason, and the kernels by op).
+        cannot work, or None), `triton` (whether it works, and the reason), `choices` (what a default run would use,
+        each with its reason, and the kernels by op), and `training` (see `_training`).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -76,6 +77,7 @@ def examine() -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
         "compiler_problem": None,
         "choices": {},
+        "training": {},
     }
     report["torch_error"] = _examine_torch(report)
     device_type = "cuda" if report["gpus"] else "cpu"
@@ -84,6 +86,8 @@ def examine() -> dict[str, Any]:
     report["compiler_problem"] = compiler_problem(device_type)
     if report["torch_error"] is None:
         report["choices"] = _choices(report, device_type)
+        if report["choices"]["kernels_error"] is None:
+            report["training"] = _training(report["gpus"])
     return report
 
 
@@ -213,6 +217,44 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
     return choices
 
 
+def _training(gpus: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Estimates how long two configurations train here.
+
+    Args:
+        gpus: the GPUs of this machine, of which one is used.
+
+    Returns:
+        `iteration_s` and `total_s` (both configuration -> seconds, for those that can be estimated), `available_gb` (of
+        memory without a GPU), and `too_much`: why GPT-2 124M is too much for this machine, or None.
+    """
+    import torch
+
+    from gptperf.plan import plan, refusal, unplannable
+    from gptperf.training.estimate import available_gb, estimate, slow_warning
+
+    device = torch.device("cuda" if gpus else "cpu")
+    found: dict[str, Any] = {"iteration_s": {}, "total_s": {}, "available_gb": None, "too_much": None}
+    if not gpus:
+        found["available_gb"] = available_gb()
+    for name in ("tiny", "gpt2_124m"):
+        config = command_line.resolve([name]).config
+        planned = gpu = None
+        if gpus:
+            gpu = hardware.match_gpu(gpus[0]["name"], gpus[0]["memory_gb"])
+            if gpu is None or unplannable(config, gpu) is not None:
+                continue
+            planned = plan(config, gpu, reported_gb=gpus[0]["memory_gb"])
+        expected = estimate(config, 1, device, planned, val_tokens=2**62)
+        assert expected is not None  # every component of a shipped configuration has a card
+        found["iteration_s"][name] = expected.iteration_s
+        found["total_s"][name] = expected.total_s(config)
+        if name == "gpt2_124m":
+            found["too_much"] = slow_warning(expected, config, device)
+            if planned is not None and gpu is not None and not planned.fits:
+                found["too_much"] = refusal(config, gpu, planned, gpus[0]["memory_gb"])
+    return found
+
+
 def _choice(condition: object, yes: str, no: str) -> str:
     return yes if condition else no
 
@@ -266,12 +308,31 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += [_line(op, choice) for op, choice in report["choices"].get("kernels", {}).items()]
     if not report["choices"]:
         lines.append(_line("nothing", "torch cannot be imported"))
+    lines += _training_lines(report["training"])
     lines += ["", *(f"PROBLEM: {problem}" for problem in report["problems"])]
-    count = len(report["problems"])
-    return [
-        *lines,
-        f"VERDICT: {count} problem{'s' if count > 1 else ''}" if count else "VERDICT: ready to train",
-    ]
+    return [*lines, _verdict(report)]
+
+
+def _training_lines(training: dict[str, Any]) -> list[str]:
+    """Returns the lines about the time that training takes here."""
+    lines = ["", "EXPECTED TIME (ESTIMATED, WITHIN A FACTOR OF 2)"] if training.get("iteration_s") else []
+    for name, iteration_s in training.get("iteration_s", {}).items():
+        total = rough_duration(training["total_s"][name])
+        lines.append(_line(name, f"{rough_duration(iteration_s)} an iteration, {total} in all"))
+    if training.get("available_gb") is not None:
+        lines.append(_line("memory available", f"{training['available_gb']:.1f} GB"))
+    return lines
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    count, training = len(report["problems"]), report["training"]
+    if count:
+        return f"VERDICT: {count} problem{'s' if count > 1 else ''}"
+    if training.get("too_much") is not None:
+        return f"VERDICT: ready to train tiny models (make train), but not GPT-2 124M: {training['too_much']}"
+    if "gpt2_124m" in training.get("iteration_s", {}):
+        return "VERDICT: ready to train GPT-2 124M"
+    return "VERDICT: ready to train"
 
 
 def _gpu_lines(index: int, gpu: dict[str, Any]) -> list[str]:

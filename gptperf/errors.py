@@ -24,6 +24,7 @@ __all__ = [
     "DeviceError",
     "DiskError",
     "GptperfError",
+    "MOST_MISTAKES",
     "NonFiniteError",
     "OutOfMemoryError",
     "PREEMPTED",
@@ -36,6 +37,9 @@ __all__ = [
     "report",
     "run_main",
 ]
+
+MOST_MISTAKES = 20
+"""Number of mistakes in a command line and its files after which no more are looked for."""
 
 PREEMPTED = 75
 """Exit code of a run that a signal stopped after it had saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
@@ -114,7 +118,8 @@ class PeerError(GptperfError, RuntimeError):
 
 def mistakes(problems: Sequence[str]) -> ConfigError:
     """Returns the error that reports every mistake of a command line, one line each."""
-    count = "" if len(problems) == 1 else f"{len(problems)} mistakes\n  "
+    more = " or more; the first ones are" if len(problems) >= MOST_MISTAKES else ""
+    count = "" if len(problems) == 1 else f"{len(problems)} mistakes{more}\n  "
     return ConfigError(count + "\n  ".join(problems), problems=problems)
 
 

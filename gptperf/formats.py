@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["duration", "number", "one_line", "percentiles", "short_count", "value_text", "with_unit"]
+__all__ = ["duration", "number", "one_line", "percentiles", "rough_duration", "short_count", "value_text", "with_unit"]
 
 _MOST_ITEMS = 50
 """Largest number of items of a list or mapping that `value_text` shows."""
@@ -29,6 +29,13 @@ def duration(seconds: float | None) -> str:
     if not hours:
         return f"{minute}:{second:02d}"
     return (f"{days}d {hour:02d}" if days else f"{hour}") + f":{minute:02d}:{second:02d}"
+
+
+def rough_duration(seconds: float) -> str:
+    """Returns an estimated duration with two digits, in hours from 2 hours on, in minutes from 2 minutes on."""
+    unit, size = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("s", 1)
+    value = float(f"{seconds / size:.2g}")
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:g} {unit}"
 
 
 def with_unit(value: float, unit: str, digits: int = 4) -> str:

@@ -25,8 +25,9 @@ from gptperf.config import Config, ModelConfig
 from gptperf.config.flags import Flags, parse
 from gptperf.data.tokenizers import load_tokenizer
 from gptperf.errors import CheckpointError, DeviceError, GptperfError, run_main
-from gptperf.files import RunLock, replace_text
+from gptperf.files import replace_text
 from gptperf.model import GPT
+from gptperf.run_lock import RunLock
 
 __all__ = ["convert", "main", "model_config", "weights"]
 

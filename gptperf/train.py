@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from gptperf.config import command_line
 from gptperf.config.flags import Flags, take
+from gptperf.distributed.agreement import told_once
 from gptperf.errors import run_main
 from gptperf.hardware.cpu import set_up_threads
 
@@ -35,18 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         GptperfError: the run failed; the class says what was wrong.
     """
     taken = take(_TrainFlags, argv, "gptperf.train", _ABOUT)
-    world_size = command_line.world_size()
-    resolved = command_line.resolve(taken.rest, world_size=world_size, taken=taken)
-    if taken.flags.show_config:
-        print(command_line.show_config(resolved))
-        return 0
-    if world_size > 1 and not resolved.config.system.debug:
-        # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    set_up_threads()
-    from gptperf.training.trainer import train
+    with told_once():
+        world_size = command_line.world_size()
+        resolved = command_line.resolve(taken.rest, world_size=world_size, taken=taken)
+        if taken.flags.show_config:
+            if os.environ.get("RANK", "0") == "0":
+                print(command_line.show_config(resolved))
+            return 0
+        if world_size > 1 and not resolved.config.system.debug:
+            # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        set_up_threads()
+        from gptperf.training.trainer import train
 
-    return train(resolved.config, resolved.origins)
+        return train(resolved.config, resolved.origins, resolved.changes)
 
 
 if __name__ == "__main__":

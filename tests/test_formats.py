@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptperf.formats import duration, number, one_line, percentiles, short_count, value_text, with_unit
+from gptperf.formats import duration, number, one_line, percentiles, rough_duration, short_count, value_text, with_unit
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,14 @@ from gptperf.formats import duration, number, one_line, percentiles, short_count
 )
 def test_a_duration_below_a_day(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0678, "0.068 s"), (119, "120 s"), (148, "2.5 minutes"), (7200, "2 hours"), (9e9, "2,500,000 hours")],
+)
+def test_an_estimated_duration_has_two_digits(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
 
 
 def test_a_duration_of_days() -> None:

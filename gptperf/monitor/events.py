@@ -89,6 +89,10 @@ class StartupInfo(TypedDict, total=False):
     convention: str
     attention_ffn_ratio: float
     expected_tokens_per_sec: float
+    expected_iteration_s: float
+    """Estimated seconds of an iteration: on a CPU from a short measurement before the run, on a GPU from the plan."""
+    expected_total_s: float
+    """Estimated seconds of the remaining iterations with their evaluations and the sample, without compilation."""
     plan: dict[str, Any]
     """The plan of the run, from `gptperf.plan.plan_record`."""
     notes: list[str]
@@ -243,7 +247,9 @@ class Message(TypedDict, total=False):
     text: Required[str]
     iter: int
     time: str
-    """Time at which the line was logged, which the journal adds."""
+    """Time at which the line was logged, in UTC. The journal adds this field and the next one."""
+    elapsed_s: float
+    """Seconds since this process opened the journal, by a clock that is never set."""
 
 
 class Resume(TypedDict):
@@ -251,6 +257,7 @@ class Resume(TypedDict):
 
     iter: int
     time: str
+    """In UTC."""
 
 
 class Summary(TypedDict, total=False):
@@ -293,6 +300,7 @@ class RunLog(TypedDict):
     schema_version: int
     run_name: str
     start_time: str
+    """Time of the first start, in UTC: YYYY-mm-ddTHH:MM:SSZ."""
     config: dict[str, Any]
     startup_info: dict[str, Any]
     training_iterations: list[dict[str, Any]]

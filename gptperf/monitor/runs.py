@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.files import is_locked
 from gptperf.formats import one_line
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, finite, load, mapping
+from gptperf.run_lock import is_locked
 
 __all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "is_running", "read_run", "read_runs"]
 

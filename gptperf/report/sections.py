@@ -34,7 +34,7 @@ def state(log: RunLog, running: bool = False) -> Tile:
         log: Log of the run.
         running: Whether the process of the run is still there; a log with a summary has ended.
     """
-    stopped, started = log["summary"].get("stopped"), log["start_time"][:40].replace("T", " ")
+    stopped, started = log["summary"].get("stopped"), log["start_time"][:40].replace("T", " ").replace("Z", " UTC")
     started = f"started {started}" if started else ""
     if log["summary"] and not stopped:
         return Tile("State", "finished", started, good=True)

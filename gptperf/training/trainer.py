@@ -20,7 +20,9 @@ from gptperf.monitor.clock import StepClock
 from gptperf.monitor.console import Console
 from gptperf.monitor.slow_step import SlowSteps
 from gptperf.training.build import compiler_errors
+from gptperf.training.estimate import check_sizes_given
 from gptperf.training.evaluation import evaluate, sample_text
+from gptperf.training.matching import Told
 from gptperf.training.preflight import check_device
 from gptperf.training.saved_state import snapshot
 from gptperf.training.signals import StopRequest
@@ -32,12 +34,13 @@ __all__ = ["train"]
 _SAVE_TRIES = 3  # this many failed saves in a row end the run
 
 
-def train(config: Config, origins: Mapping[str, str]) -> int:
+def train(config: Config, origins: Mapping[str, str], changes: Mapping[str, str] | None = None) -> int:
     """Runs a training from its configuration to its last checkpoint.
 
     Args:
         config: configuration of the run.
         origins: where each of its values comes from.
+        changes: lines about values that `gptperf.config` changed because of a value of a higher layer, by key.
 
     Returns:
         0, or `PREEMPTED` after a request to stop. In both cases a checkpoint is on disk.
@@ -47,11 +50,12 @@ def train(config: Config, origins: Mapping[str, str]) -> int:
         stack.callback(process.close)
         stop = stack.enter_context(StopRequest().listening())
         watchdog = stack.enter_context(process.watchdog(config.train.out_dir, debug=config.system.debug))
+        check_sizes_given(origins, process.device)
         check_device(config.system, process.device)
         console = stack.enter_context(
             Console(max_iters=config.train.max_iters, mode=config.log.console, enabled=process.is_main)
         )
-        run = start_run(config, origins, process, console, stack)
+        run = start_run(Told(config, origins, changes or {}), process, console, stack)
         watchdog.last_words = run.reporter.aborted
         loader = Loader(
             run.inputs.train_tokens,

@@ -31,7 +31,7 @@ from gptperf.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from gptperf.files import RunLock
+from gptperf.run_lock import RunLock
 from gptperf.training import evaluation, preflight, trainer
 from gptperf.training.signals import StopRequest
 
