@@ -63,6 +63,7 @@ class Reporter:
         self._out_dir = Path(engine.config.train.out_dir)
         self._journal: Journal | None = None
         self._trackers = Trackers()
+        self._first_step, self._first_tokens = state.step, state.tokens
         self._losses = LossWindow()
         self._waited_s = 0.0
 
@@ -114,8 +115,7 @@ class Reporter:
         for rank, warnings in enumerate(self._process.gather(self._console.pending())):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
-        left = self._config.train.max_iters - self._state.step
-        self._console.iteration(record, left * lap.step_ms / 1e3 if lap.steps else None)
+        self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
 
     def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> Iteration:
         engine, state = self._engine, self._state
@@ -177,12 +177,19 @@ class Reporter:
         record: Message = {"level": "warning", "text": str(error), "iter": step}
         self._record("message", record)
 
-    def stopped(self) -> None:
-        """Reports that the run ends because it was asked to stop. A checkpoint of this iteration is on disk."""
+    def stopped(self, dropped: str) -> None:
+        """Reports that the run ends because it was asked to stop. A checkpoint of the last iteration is on disk.
+
+        Args:
+            dropped: name of the work that was dropped, or "".
+        """
         overwrite = " --overwrite=False" if self._config.train.overwrite else ""
-        self.message(
-            f"asked to stop: iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
-        )
+        text = f"asked to stop: {dropped} is dropped, " if dropped else "asked to stop: "
+        if self._state.step:
+            text += f"iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
+        else:
+            text += "no iteration is finished, so there is nothing to save; start the run again"
+        self.message(text)
         summary = self.summary() | {"stopped": "asked to"}
         self._end_log(summary)
         self._console.finish(summary)
@@ -203,15 +210,24 @@ class Reporter:
         self._console.finish(summary)
 
     def summary(self) -> Summary:
-        """Returns the summary of the run so far."""
-        state = self._state
+        """Returns the summary of the run so far, over all its starts."""
+        state, age_s = self._state, process_age_s()
         summary: Summary = {
             "iterations": state.step,
+            "tokens": state.tokens,
+            "starts": state.starts,
             "best_val_loss": state.best_val_loss,
             "best_iter": state.best_step,
-            "wall_time_s": process_age_s(),
+            "wall_time_s": state.wall_s + age_s,
             "checkpoint_dir": str(self._out_dir / "checkpoints"),
         }
+        if self._first_step:
+            summary["this_start"] = {
+                "first_iter": self._first_step + 1,
+                "iterations": state.step - self._first_step,
+                "tokens": state.tokens - self._first_tokens,
+                "wall_time_s": age_s,
+            }
         if self._journal is not None:
             summary["log_path"] = str(self._journal.path.with_suffix(".json"))
         if state.timed_tokens > 0:

@@ -2,17 +2,20 @@
 
 import contextlib
 import random
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config
 from gptperf.distributed.process import Process
 from gptperf.errors import DataError
 from gptperf.monitor.console import Console
+from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
 from gptperf.training.engine import Engine, build_engine, compile_engine
@@ -21,7 +24,10 @@ from gptperf.training.reporting import Reporter, startup_info
 from gptperf.training.resume import take_up
 from gptperf.training.saved_state import TrainState
 
-__all__ = ["TrainingRun", "start_run"]
+__all__ = ["LOSSES", "TrainingRun", "start_run"]
+
+LOSSES = 50
+"""Largest number of iterations whose mean is the training loss of the summary."""
 
 
 @dataclass
@@ -35,8 +41,12 @@ class TrainingRun:
     saver: Saver
     profiler: StepProfiler
     snapshots: MemorySnapshots
+    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES))
+    """Losses of the last iterations on this rank, scalars on the device."""
     failed_saves: int = 0
     """Number of failed saves since the last one that succeeded."""
+    saved_step: int = 0
+    """Iteration of the last checkpoint on disk, or 0 before the first one."""
 
     @property
     def config(self) -> Config:
@@ -46,8 +56,10 @@ class TrainingRun:
 
 def start_run(
     config: Config, origins: Mapping[str, str], process: Process, console: Console, stack: contextlib.ExitStack
-) -> TrainingRun:
+) -> TrainingRun | None:
     """Checks the inputs, builds the engine, restores a checkpoint, and reports what was built.
+
+    Returns None if the run has finished already: its checkpoint is of the last iteration or a later one.
 
     Collective: every rank must call it. Objects that must be closed at the end of the run are entered into `stack`,
     which closes them in reverse order: the saver finishes first, then trackers and journal close, then the lock is
@@ -55,6 +67,13 @@ def start_run(
     """
     out_dir = Path(config.train.out_dir)
     inputs = check_inputs(config, process, console, stack)
+    if _has_finished(config, inputs):
+        assert inputs.checkpoint is not None
+        console.message(
+            f"nothing was left to do: {inputs.checkpoint.path} is at iteration {inputs.checkpoint.step:,} of max_iters "
+            f"= {config.train.max_iters:,}; to train on, give a larger --max_iters"
+        )
+        return None
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
@@ -74,7 +93,23 @@ def start_run(
     stack.callback(saver.wait)  # after an error too, a save that has begun is completed
     profiler = StepProfiler(config, process.world_size, peak, process.is_main)
     snapshots = MemorySnapshots(out_dir, process.device, process.rank, config.log.memory_history)
-    return TrainingRun(inputs, engine, state, reporter, saver, profiler, stack.enter_context(snapshots.listening()))
+    snapshots = stack.enter_context(snapshots.listening())
+    return TrainingRun(inputs, engine, state, reporter, saver, profiler, snapshots, saved_step=state.step)
+
+
+def _has_finished(config: Config, inputs: Inputs) -> bool:
+    """Returns whether a run that resumes has nothing left to do, not even an evaluation or its summary."""
+    found = inputs.checkpoint
+    if found is None or config.train.init_from not in ("resume", "auto") or found.step < config.train.max_iters:
+        return False
+    state = found.state.get("train_state")
+    if not isinstance(state, dict):
+        return False  # `take_up` refuses it
+    if found.step > config.train.max_iters:
+        return True
+    # A process that was killed after its last save may have left these out.
+    journal = Path(config.train.out_dir) / f"{state.get('run_name')}.jsonl"
+    return not state.get("unevaluated") and (not journal.exists() or bool(assemble(journal)["summary"]))
 
 
 def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
@@ -91,4 +126,5 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
             f"{engine.config.train.out_dir}: found validation losses of other validation data; wanted the same shards"
         )
     state.validation = inputs.val_tokens.fingerprint
+    state.starts += 1
     return state
