@@ -30,6 +30,8 @@ class Progress:
         """Number of parts of an iteration (micro-batches) or an evaluation (batches), and how many of them are done."""
         self.number = self.finished = self.max_iters = 0
         """The iteration that began last, the last one that is done, and the last one of the run."""
+        self.may_drop = False
+        """Whether the iteration is dropped at the next micro-batch if a request to stop comes."""
         self.eval_interval = 0
         """Iterations between two evaluations; 0 if there are none."""
         self.iteration_s: float | None = None

@@ -50,7 +50,7 @@ class StopPoints:
         ms = math.ceil(1e3 * self._process.progress.end_iteration())
         request, ms = self._process.highest_of(self._stop.take(), ms)
         self._iteration_s = ms / 1e3
-        self._every = math.ceil(_AGREE_S / max(self._iteration_s / micro_batches, 1e-6))
+        self._every = max(1, math.ceil(_AGREE_S * micro_batches / max(self._iteration_s, 1e-3)))
         return request
 
     def request(self) -> int:
@@ -91,7 +91,7 @@ def _when(progress: Progress) -> str:
     ahead = progress.part + 1 < progress.parts  # there is a point before the end
     long = first or left is None or left - (part_left or 0.0) > PATIENCE_S
     match progress.kind:
-        case "iteration" if ahead and long:
+        case "iteration" if ahead and long and progress.may_drop:
             return f"stopping at the next micro-batch{about(part_left)}, iteration {progress.number} is dropped"
         case "iteration" if first:
             return "stopping after this iteration, the first one, whose time is not known"

@@ -159,17 +159,18 @@ def _iterate(run: TrainingRun, loader: Loader, clock: StepClock, points: StopPoi
     Raises:
         Dropped: the iteration was dropped, and the state is as before it.
     """
-    state, config, iteration = run.state, run.config, run.state.step + 1
+    state, config, progress = run.state, run.config, run.engine.process.progress
+    iteration = state.step + 1
     recorded = not first and run.profiler.covers(iteration)
     log_due = iteration == config.train.max_iters or first
     log_due = log_due or (iteration % config.log.log_interval == 0 and not recorded)
     if recorded:
         run.profiler.before(iteration, clock)
-    may_drop = points.may_drop and not recorded and run.engine.micro_batches > 1
-    restore = changed_by_forward(run.engine) if may_drop else None
+    progress.may_drop = points.may_drop and not recorded and run.engine.micro_batches > 1
+    restore = changed_by_forward(run.engine) if progress.may_drop else None
     try:
         with clock.paused() if first else contextlib.nullcontext():
-            drops = points.drops if may_drop else None
+            drops = points.drops if progress.may_drop else None
             result = train_step(run.engine, loader, state.step, watched=log_due, drops=drops)
     except Dropped:
         assert restore is not None
@@ -177,7 +178,7 @@ def _iterate(run: TrainingRun, loader: Loader, clock: StepClock, points: StopPoi
         raise
     clock.steps += not (first or recorded)
     _report_diagnostics(run, iteration)
-    state.step = run.engine.process.progress.finished = iteration
+    state.step = progress.finished = iteration
     state.tokens += config.tokens_per_iter
     run.losses.append(result.loss)
     if log_due:
