@@ -197,7 +197,9 @@ class Panel:
             found.append(("Memory", f"{byte_text(1e9 * memory['peak_gb'])} peak{plan}"))
         else:
             found.append(("Memory", f"{byte_text(1e9 * memory['rss_gb'])} resident" if "rss_gb" in memory else "-"))
-        found.append(("Time", f"{count_text(record.get('time_ms', 0.0))} ms/iteration"))
+        iteration_s = None if self.progress is None else self.progress.iteration_s
+        time_ms = record.get("time_ms", 0.0) if iteration_s is None else 1e3 * iteration_s
+        found.append(("Time", f"{count_text(time_ms)} ms/iteration"))
         if self.evaluation:
             found.append(
                 ("Validation", f"{number(self.evaluation['val_loss'], '.4f', 'nan')} at {self.evaluation['iter']:,}")
