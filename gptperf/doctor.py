@@ -20,6 +20,7 @@ import gptperf
 from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig
 from gptperf.errors import DeviceError, main_guard
+from gptperf.formats import byte_text
 from gptperf.ops import resolve_ops, unmeasured_versions
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
@@ -222,7 +223,7 @@ def problems(report: dict[str, Any]) -> list[str]:
         if not gpu["bfloat16"]:
             found.append(f"{gpu['name']} has no bfloat16 units, and dtype = 'bfloat16' is the default; --dtype=float16")
     if report["disk_free_gb"] < _LEAST_DISK_GB:
-        free = f"found {report['disk_free_gb']:.2f} GB free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
+        free = f"found {byte_text(1e9 * report['disk_free_gb'])} free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
         found.append(f"disk: {free}; free some, or put --out_dir and --data_dir elsewhere")
     if report["choices"].get("kernels_error"):
         found.append(f"the ops cannot be loaded: {report['choices']['kernels_error']}")
@@ -241,7 +242,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines += _gpu_lines(index, gpu)
     if not report["gpus"]:
         lines.append(_line("GPU", "none"))
-    lines.append(_line("disk free", f"{report['disk_free_gb']:.1f} GB in {os.getcwd()}"))
+    lines.append(_line("disk free", f"{byte_text(1e9 * report['disk_free_gb'])} in {os.getcwd()}"))
     lines.append(_line("C++ compiler", report["compiler"] or "not found (torch.compile on a CPU needs one)"))
     lines.append(_line("Triton", report["triton"]["reason"]))
     lines += ["", "A DEFAULT RUN USES"]
@@ -261,7 +262,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def _gpu_lines(index: int, gpu: dict[str, Any]) -> list[str]:
     major, minor = gpu["capability"]
-    lines = [_line(f"GPU {index}", f"{gpu['name']}, {gpu['memory_gb']:.1f} GB, compute capability {major}.{minor}")]
+    lines = [
+        _line(f"GPU {index}", f"{gpu['name']}, {byte_text(1e9 * gpu['memory_gb'])}, compute capability {major}.{minor}")
+    ]
     if gpu["row"] is None:
         return [*lines, _line("", gpu["hint"])]
     peaks = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu["dense_peak_tflops"].items())

@@ -79,8 +79,10 @@ def _verdict(log: RunLog) -> Section:
     tokens = _last(entries, "tokens")
     if tokens is not None:
         tiles.append(Tile("Tokens", formats.short_count(tokens), f"{tokens:,.0f}"))
-    loss = _last(entries, "loss")
-    if loss is not None:
+    loss, over = finite(summary.get("train_loss")), finite(summary.get("train_loss_iterations"))
+    if loss is not None and over is not None:
+        tiles.append(Tile("Training loss", f"{loss:.4f}", f"mean of the last {over:,.0f} iterations"))
+    elif (loss := _last(entries, "loss")) is not None:
         tiles.append(Tile("Training loss", f"{loss:.4f}", "last entry"))
     val, best = _last(log["eval_steps"], "val_loss"), _best(log)
     if val is not None:
@@ -97,12 +99,14 @@ def _verdict(log: RunLog) -> Section:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
     wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
-        tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
+        starts = finite(summary.get("starts"))
+        of = "of the last process" if starts is None else f"in {starts:,.0f} starts"
+        tiles.append(Tile("Wall time", formats.duration(wall), of if log["resumes"] else ""))
     elif training is not None:
         tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
     peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
     if peaks:
-        tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
+        tiles.append(Tile("Peak memory", formats.byte_text(1e9 * max(peaks)), clean(text(info.get("device")), 60)))
     return Section("Verdict", _remarks(log), tiles=tiles)
 
 

@@ -166,6 +166,7 @@ def test_a_run_that_was_killed_after_its_last_save_gets_its_summary(corpus: Path
     (journal,) = tmp_path.glob("run_*.jsonl")
     lines = [line for line in journal.read_text().splitlines(True) if '"event":"summary"' not in line]
     journal.write_text("".join(lines))
+    journal.with_suffix(".json").unlink()
     assert run(corpus, tmp_path, "--max_iters=2", "--init_from=resume") == 0
     assert run_log(tmp_path)["summary"]["iterations"] == 2
 

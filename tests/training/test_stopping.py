@@ -226,13 +226,14 @@ def test_ranks_agree_inside_long_iterations_only() -> None:
 
     iterate(100)
     assert len(process.asked) == 8  # after each micro-batch of the first iteration, and after the iteration
-    iterate(100)
+    iterate(2900)
     assert len(process.asked) == 1  # the last iteration was short on both ranks
     iterate(4000)
     assert len(process.asked) == 1
     iterate(4000)
     assert len(process.asked) == 2  # the other rank took 4 s: once in the middle, after 2 s
     assert iterate(4000, (1, 5000))[3]  # the other rank is asked to stop, and 5 s are left
+    assert not any(iterate(4000, (1, 100)))  # 0.1 s are left
 
 
 JOB = """
