@@ -219,8 +219,10 @@ class Reporter:
             "best_val_loss": state.best_val_loss,
             "best_iter": state.best_step,
             "wall_time_s": state.wall_s + age_s,
-            "checkpoint_dir": str(self._out_dir / "checkpoints"),
         }
+        checkpoints = self._out_dir / "checkpoints"
+        if checkpoints.exists():
+            summary["checkpoint_dir"] = str(checkpoints)
         if self._first_step:
             summary["this_start"] = {
                 "first_iter": self._first_step + 1,
