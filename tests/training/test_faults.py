@@ -196,7 +196,9 @@ def test_room_for_two_checkpoints_is_asked_for_first(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda directory: 1000)
-    with pytest.raises(DiskError, match="two checkpoints of"):
+    with pytest.raises(
+        DiskError, match=r": 1\.000 kB free, two checkpoints of \d{3}\.\d kB need 1\.\d{3} MB; free space"
+    ):
         run(corpus, tmp_path, "--max_iters=2")
 
 
