@@ -177,11 +177,12 @@ class Reporter:
         record: Message = {"level": "warning", "text": str(error), "iter": step}
         self._record("message", record)
 
-    def stopped(self, dropped: str) -> None:
+    def stopped(self, dropped: str, loss: tuple[float, int] | None) -> None:
         """Reports that the run ends because it was asked to stop. A checkpoint of the last iteration is on disk.
 
         Args:
             dropped: name of the work that was dropped, or "".
+            loss: see `summary`.
         """
         overwrite = " --overwrite=False" if self._config.train.overwrite else ""
         text = f"asked to stop: {dropped} is dropped, " if dropped else "asked to stop: "
@@ -190,7 +191,7 @@ class Reporter:
         else:
             text += "no iteration is finished, so there is nothing to save; start the run again"
         self.message(text)
-        summary = self.summary() | {"stopped": "asked to"}
+        summary = self.summary(loss) | {"stopped": "asked to"}
         self._end_log(summary)
         self._console.finish(summary)
 
@@ -209,8 +210,12 @@ class Reporter:
         self._end_log(summary)
         self._console.finish(summary)
 
-    def summary(self) -> Summary:
-        """Returns the summary of the run so far, over all its starts."""
+    def summary(self, loss: tuple[float, int] | None = None) -> Summary:
+        """Returns the summary of the run so far, over all its starts.
+
+        Args:
+            loss: mean training loss of the last iterations, and their number.
+        """
         state, age_s = self._state, process_age_s()
         summary: Summary = {
             "iterations": state.step,
@@ -220,6 +225,8 @@ class Reporter:
             "best_iter": state.best_step,
             "wall_time_s": state.wall_s + age_s,
         }
+        if loss is not None:
+            summary["train_loss"], summary["train_loss_iterations"] = loss
         checkpoints = self._out_dir / "checkpoints"
         if checkpoints.exists():
             summary["checkpoint_dir"] = str(checkpoints)

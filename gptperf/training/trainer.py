@@ -220,7 +220,7 @@ def _stop(run: TrainingRun, clock: StepClock, dropped: str) -> None:
         _report_save(run, run.saver.wait(), must=False)
         if run.saved_step != run.state.step:
             _save(run, None, must=True)
-    run.reporter.stopped(dropped)
+    run.reporter.stopped(dropped, _mean_loss(run))
     process.barrier()  # torchrun ends all processes of a host when the first one exits
 
 
@@ -337,10 +337,8 @@ def _finish(run: TrainingRun, loss: tuple[float, int] | None, stop: StopRequest)
     if not run.engine.process.is_main:
         return
     log, inputs, last = run.config.log, run.inputs, checkpoint.latest(run.saver.directory)
-    summary = run.reporter.summary()
+    summary = run.reporter.summary(loss)
     summary["val_loss"] = last.metric if last is not None else None
-    if loss is not None:
-        summary["train_loss"], summary["train_loss_iterations"] = loss
     if log.trigram_baseline and not stop.requested:
         summary["trigram_loss"] = trigram_loss(inputs.train_tokens, inputs.val_tokens)
     if log.sample_tokens:
