@@ -21,7 +21,7 @@ from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig, command_line
 from gptperf.config.flags import Flags, parse
 from gptperf.errors import DeviceError, run_main
-from gptperf.formats import rough_duration
+from gptperf.formats import byte_text, rough_duration
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import resolve_ops, unmeasured_versions
@@ -278,7 +278,7 @@ def problems(report: dict[str, Any]) -> list[str]:
         if not gpu["bfloat16"]:
             found.append(f"{gpu['name']} has no bfloat16 units, and dtype = 'bfloat16' is the default; --dtype=float16")
     if report["disk_free_gb"] < _LEAST_DISK_GB:
-        free = f"found {report['disk_free_gb']:.2f} GB free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
+        free = f"found {byte_text(1e9 * report['disk_free_gb'])} free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
         found.append(f"disk: {free}; free some, or put --out_dir and --data_dir elsewhere")
     if report["choices"].get("kernels_error"):
         found.append(f"the ops cannot be loaded: {report['choices']['kernels_error']}")
@@ -298,7 +298,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if not report["gpus"]:
         lines.append(_line("GPU", "none"))
     lines.append(_line("CPUs", f"{report['usable_cpus']} usable of {os.cpu_count()}"))
-    lines.append(_line("disk free", f"{report['disk_free_gb']:.1f} GB in {os.getcwd()}"))
+    lines.append(_line("disk free", f"{byte_text(1e9 * report['disk_free_gb'])} in {os.getcwd()}"))
     lines.append(_line("C++ compiler", report["compiler"] or "not found (torch.compile on a CPU needs one)"))
     lines.append(_line("Triton", report["triton"]["reason"]))
     lines += ["", "A DEFAULT RUN USES"]
@@ -337,7 +337,9 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _gpu_lines(index: int, gpu: dict[str, Any]) -> list[str]:
     major, minor = gpu["capability"]
-    lines = [_line(f"GPU {index}", f"{gpu['name']}, {gpu['memory_gb']:.1f} GB, compute capability {major}.{minor}")]
+    lines = [
+        _line(f"GPU {index}", f"{gpu['name']}, {byte_text(1e9 * gpu['memory_gb'])}, compute capability {major}.{minor}")
+    ]
     if gpu["row"] is None:
         return [*lines, _line("", gpu["hint"])]
     peaks = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu["dense_peak_tflops"].items())

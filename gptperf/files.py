@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptperf.errors import DiskError
+from gptperf.formats import byte_text
 
 __all__ = [
     "FileRecord",
@@ -300,7 +301,7 @@ def check_space(directory: Path, bytes_needed: int) -> int:
     free = free_bytes(directory)
     if free < 2 * bytes_needed:
         raise DiskError(
-            f"{directory}: {free / 1e9:.2f} GB free, two checkpoints of {bytes_needed / 1e9:.2f} GB "
-            f"need {2 * bytes_needed / 1e9:.2f} GB; free space or choose another out_dir"
+            f"{directory}: {byte_text(free)} free, two checkpoints of {byte_text(bytes_needed)} need "
+            f"{byte_text(2 * bytes_needed)}; free space or choose another out_dir"
         )
     return free // max(bytes_needed, 1)

@@ -4,11 +4,25 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["duration", "number", "one_line", "percentiles", "rough_duration", "short_count", "value_text", "with_unit"]
+__all__ = [
+    "about",
+    "byte_text",
+    "count_text",
+    "duration",
+    "number",
+    "one_line",
+    "percent",
+    "percentiles",
+    "rough_duration",
+    "short_count",
+    "value_text",
+    "with_unit",
+]
 
 _MOST_ITEMS = 50
 """Largest number of items of a list or mapping that `value_text` shows."""
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -18,9 +32,11 @@ def number(value: float | None, form: str, missing: str = "-") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns a duration as "12.3 s" below 100 seconds, then as "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
+    """Returns a duration as "40 ms", "12.3 s", from 100 seconds on "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
     if seconds is None:
         return "-"
+    if 0 < seconds < 0.1:
+        return f"{1e3 * seconds:.0f} ms" if seconds >= 0.001 else "under 1 ms"
     if seconds < 100:
         return f"{max(seconds, 0):.1f} s"
     minutes, second = divmod(round(seconds), 60)
@@ -36,6 +52,33 @@ def rough_duration(seconds: float) -> str:
     unit, size = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("s", 1)
     value = float(f"{seconds / size:.2g}")
     return f"{value:,.0f} {unit}" if value >= 10 else f"{value:g} {unit}"
+
+
+def about(seconds: float | None) -> str:
+    """Returns an estimated duration to append to a sentence, such as " (about 12 s)"; "" for None."""
+    if seconds is None:
+        return ""
+    if seconds < 1:
+        return " (less than 1 s)"
+    return f" (about {f'{seconds:.0f} s' if seconds < 100 else duration(seconds)})"
+
+
+def byte_text(count: float) -> str:
+    """Returns a number of bytes with four digits and the unit B, kB, MB, GB or TB, powers of 1000: "12.34 GB"."""
+    for unit, scale in _BYTES:
+        if count >= 0.99995 * scale:  # 999,960 B are 1 MB, not 1000 kB
+            return f"{count / scale:#.4g} {unit}".replace(". ", " ")
+    return f"{count:.0f} B"
+
+
+def count_text(value: float) -> str:
+    """Returns a rate with commas and without decimals, or with two digits if it is below 10: "3,557", "0.42"."""
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+def percent(value: float) -> str:
+    """Returns a percentage with two decimals, or with two digits where those would be zeros: "32.45%", "0.0012%"."""
+    return f"{value:.2f}%" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}%"
 
 
 def with_unit(value: float, unit: str, digits: int = 4) -> str:

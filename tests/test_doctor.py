@@ -127,7 +127,7 @@ def test_disk_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 990_000_000))
     code, text = run(capsys)
     assert code == 6
-    assert "PROBLEM: disk: found 0.99 GB free" in text
+    assert "PROBLEM: disk: found 990.0 MB free" in text
 
 
 def test_ops_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

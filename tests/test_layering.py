@@ -15,8 +15,8 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 
 LAYERS = """
-errors cards
-files formats registry kernels
+errors cards formats
+files registry kernels
 config ops run_lock
 flops data model distributed
 hardware checkpoint

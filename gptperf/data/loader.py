@@ -18,7 +18,7 @@ from gptperf.data.order import BatchOrder, Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
-__all__ = ["Loader", "validation_batches"]
+__all__ = ["Loader", "validation_batches", "validation_count"]
 
 _ORDER_CHUNK = 4096
 """Number of samples whose order is computed at once: the overhead of ~150 us per call is then 0.04 us per sample."""
@@ -169,6 +169,12 @@ class Loader:
             first += chunk
 
 
+def validation_count(source: TokenSource, *, block_size: int, batch_size: int, max_batches: int) -> int:
+    """Returns the number of batches that `validation_batches` gives to all ranks together."""
+    available = (len(source) - 1) // block_size
+    return min(max_batches, available // min(batch_size, available)) if available else 0
+
+
 def validation_batches(
     source: TokenSource,
     *,
@@ -196,8 +202,9 @@ def validation_batches(
             f"{source.path}: found {len(source)} tokens in the split {source.split!r}, wanted at least "
             f"block_size + 1 = {block_size + 1}; use more text, a larger --val_fraction or a smaller block_size"
         )
+    count = validation_count(source, block_size=block_size, batch_size=batch_size, max_batches=max_batches)
     batch_size = min(batch_size, available)
-    count = min(max_batches, available // batch_size) * batch_size
+    count *= batch_size
     blocks = np.arange(count, dtype=np.int64) * available // count
     offsets = (blocks * block_size).reshape(-1, batch_size)[rank::world_size]
     rows = np.empty((batch_size, block_size + 1), source.dtype)

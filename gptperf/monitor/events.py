@@ -261,9 +261,19 @@ class Resume(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """Event `summary`: how a run ended."""
+    """Event `summary`: how a run ended. The figures are those of the whole run, over all its starts."""
 
     iterations: int
+    tokens: int
+    """Number of tokens trained on."""
+    starts: int
+    """Number of processes that have trained the run."""
+    this_start: Mapping[str, float]
+    """What the last process added, if the run was resumed: first_iter, iterations, tokens, wall_time_s."""
+    train_loss: float
+    """Mean training loss of the last iterations."""
+    train_loss_iterations: int
+    """Number of iterations in that mean."""
     val_loss: float | None
     best_val_loss: float | None
     best_iter: int | None
@@ -272,6 +282,7 @@ class Summary(TypedDict, total=False):
     tokens_per_sec: float | None
     mfu_percent: float | None
     wall_time_s: float
+    """Time of all processes. One that was killed counts up to the checkpoint from which the next one resumed."""
     sample: str
     """Text that the model generated."""
     log_path: str

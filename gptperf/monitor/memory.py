@@ -34,11 +34,12 @@ def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, f
             "reserved_gb": (torch.cuda.memory_reserved(device) + uncounted_bytes) / 1e9,
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record = {"peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9}  # bytes on macOS, KiB elsewhere
-    if _STATM.exists():
-        resident_pages = int(_STATM.read_text().split()[1])
-        record["rss_gb"] = resident_pages * resource.getpagesize() / 1e9
-    return record
+    peak_gb = (peak if sys.platform == "darwin" else peak * 1024) / 1e9  # bytes on macOS, KiB elsewhere
+    if not _STATM.exists():
+        return {"peak_rss_gb": peak_gb}
+    rss_gb = int(_STATM.read_text().split()[1]) * resource.getpagesize() / 1e9
+    # The kernel updates the peak at intervals only, so the present value may be above it.
+    return {"peak_rss_gb": max(peak_gb, rss_gb), "rss_gb": rss_gb}
 
 
 class MemorySnapshots:

@@ -73,7 +73,7 @@ class LoggedRun:
     peak_gb: float | None
     """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None
-    """Time from the start of the process to its end; None for a resumed run and for a run that has not ended."""
+    """Time of all processes of the run; None for a run that has not ended, or whose log has only the last process."""
     damaged_lines: int
     resumes: int
 
@@ -210,7 +210,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
         mfu_percent=mfu,
         mfu_convention=convention,
         peak_gb=_peak_gb(entries),
-        wall_s=None if resumes else finite(summary.get("wall_time_s")),
+        wall_s=None if resumes and "starts" not in summary else finite(summary.get("wall_time_s")),
         damaged_lines=log["damaged_lines"],
         resumes=resumes,
     )

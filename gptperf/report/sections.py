@@ -96,9 +96,12 @@ def _verdict(log: RunLog, running: bool) -> Section:
     if tokens is not None:
         tiles.append(Tile("Tokens", formats.short_count(tokens), f"{tokens:,.0f}"))
     best = _best(log)
+    loss, over = finite(summary.get("train_loss")), finite(summary.get("train_loss_iterations"))
+    if loss is not None and over is not None:
+        tiles.append(Tile("Training loss", f"{loss:.4f}", f"mean of the last {over:,.0f} iterations"))
     for label, of, key in (("Training loss", entries, "loss"), ("Validation loss", log["eval_steps"], "val_loss")):
         xs, ys = series(of, key)
-        if ys:
+        if ys and not (key == "loss" and loss is not None and over is not None):
             tiles.append(Tile(label, f"{ys[-1]:.4f}", f"iteration {xs[-1]:,}"))
     if best is not None:
         tiles.append(Tile("Best validation loss", f"{best[1]:.4f}", f"iteration {best[0]:,}"))
@@ -112,12 +115,14 @@ def _verdict(log: RunLog, running: bool) -> Section:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
     wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
-        tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
+        starts = finite(summary.get("starts"))
+        which = "of the last process" if starts is None else f"in {starts:,.0f} starts"
+        tiles.append(Tile("Wall time", formats.duration(wall), which if log["resumes"] else ""))
     elif training is not None:
         tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
     peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
     if peaks:
-        tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
+        tiles.append(Tile("Peak memory", formats.byte_text(1e9 * max(peaks)), clean(text(info.get("device")), 60)))
     return Section("Verdict", _remarks(log, running), tiles=tiles)
 
 

@@ -1,14 +1,23 @@
-"""Snapshots of the GPU's memory."""
+"""Memory records, and snapshots of the GPU's memory."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gptperf.monitor.memory import MemorySnapshots
+from gptperf.monitor.memory import MemorySnapshots, memory_record
+
+
+def test_the_peak_is_never_below_the_present_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel updates the peak late."""
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=1))
+    record = memory_record(torch.device("cpu"))
+    assert record["peak_rss_gb"] >= record.get("rss_gb", 0.0)
 
 
 def test_a_snapshot_is_asked_for_by_a_signal(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from gptperf.checkpoint import write
 from gptperf.config import KEYS, command_line
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import matching
+from gptperf.training import matching, reporting, trainer
 from gptperf.training.kernel_digest import kernel_digest
 from gptperf.training.optimizers.adamw import AdamW
 
@@ -120,6 +120,55 @@ def test_init_from(corpus: Path, tmp_path: Path) -> None:
     assert run(corpus, tmp_path / "a", *again) == 0  # from the checkpoints that it moves aside
     assert b["training_iterations"][0]["iter"] == 1
     assert b["eval_steps"][-1]["val_loss"] == pytest.approx(a["eval_steps"][-1]["val_loss"], rel=1e-5)
+
+
+def test_a_summary_covers_all_starts_of_a_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ages = iter(10.0 * (i + 1) for i in range(100))
+    for module in (trainer, reporting):
+        monkeypatch.setattr(module, "process_age_s", lambda: age)
+    age = next(ages)
+    assert run(corpus, tmp_path, "--max_iters=10") == 0
+    first = run_log(tmp_path)["summary"]
+    assert (first["starts"], first["iterations"], first["tokens"], first["wall_time_s"]) == (1, 10, 2560, 10.0)
+    assert "this_start" not in first
+    age = next(ages)
+    assert run(corpus, tmp_path, "--max_iters=16", "--init_from=resume") == 0
+    both = run_log(tmp_path)["summary"]
+    assert (both["starts"], both["iterations"], both["tokens"], both["wall_time_s"]) == (2, 16, 4096, 30.0)
+    assert both["this_start"] == {"first_iter": 11, "iterations": 6, "tokens": 1536, "wall_time_s": 20.0}
+    assert both["tokens_per_sec"] > 0
+    losses = [entry["loss"] for entry in run_log(tmp_path)["training_iterations"]]
+    assert (both["train_loss"], both["train_loss_iterations"]) == (pytest.approx(np.mean(losses[-5:]), rel=1e-6), 5)
+    assert "Added by this start:   6 iterations from 11 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["resume", "auto"])
+def test_a_run_that_is_done_says_so_and_stays_as_it_is(
+    how: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus, tmp_path, "--max_iters=4")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    for max_iters in (2, 4):
+        capsys.readouterr()
+        assert run(corpus, tmp_path, f"--max_iters={max_iters}", f"--init_from={how}") == 0
+        text = capsys.readouterr().out
+        assert f"nothing was left to do: {tmp_path}/checkpoints/step-00000004 is at iteration 4 of" in text
+        assert f"max_iters = {max_iters};" in text
+        assert "TRAINING" not in text
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert after == before
+
+
+def test_a_run_that_was_killed_after_its_last_save_gets_its_summary(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path, "--max_iters=2")
+    (journal,) = tmp_path.glob("run_*.jsonl")
+    lines = [line for line in journal.read_text().splitlines(True) if '"event":"summary"' not in line]
+    journal.write_text("".join(lines))
+    journal.with_suffix(".json").unlink()
+    assert run(corpus, tmp_path, "--max_iters=2", "--init_from=resume") == 0
+    assert run_log(tmp_path)["summary"]["iterations"] == 2
 
 
 def test_another_model_or_data_set_is_not_resumed(corpus: Path, tmp_path: Path) -> None:
