@@ -63,7 +63,7 @@ def table(found: Sequence[Result]) -> Table:
                 "-" if result.mfu_percent is None else f"{result.mfu_percent:.1f}%",
             )
         )
-    conventions = dict.fromkeys(result.mfu_convention for result in found if result.mfu_convention)
+    conventions = dict.fromkeys(result.mfu_scale for result in found if result.mfu_scale)
     more = ("iterations", "parameters", "GFLOP a token", "tokens/s", f"MFU {' / '.join(conventions)}".rstrip())
     keys = lines_for([result.variant.name for result in found])
     return Table((*columns, *more), rows, frozenset({0, 8}), keys)
@@ -134,7 +134,7 @@ def record(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> d
                 "difference": None if paired is None else paired._asdict() | {"verdict": paired.verdict},
                 "tokens_per_sec": result.tokens_per_sec,
                 "mfu_percent": result.mfu_percent,
-                "mfu_convention": result.mfu_convention,
+                "mfu_scale": result.mfu_scale,
             }
         )
     return {"equal": equal, "flops_convention": "strict", "variants": rows}

@@ -48,7 +48,7 @@ class Result:
     """Difference to the baseline; None for the baseline itself."""
     tokens_per_sec: float | None
     mfu_percent: float | None
-    mfu_convention: str | None
+    mfu_scale: str | None
 
     @property
     def mean(self) -> float | None:
@@ -94,7 +94,7 @@ def results(found: Sequence[Variant]) -> list[Result]:
                 difference(losses, made[0].losses) if made else None,
                 statistics.fmean(speeds) if speeds else None,
                 statistics.fmean(mfus) if mfus else None,
-                next((log.mfu_convention for log in logs if log.mfu_convention), None),
+                next((log.mfu_scale for log in logs if log.mfu_scale), None),
             )
         )
     return made

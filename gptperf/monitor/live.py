@@ -166,7 +166,10 @@ class Panel:
         norm = (record.get("gradients") or {}).get("global_norm")
         found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f", "nan"))]
         if "mfu_percent" in mfu or not mfu:
-            speed = ("MFU", f"{mfu['mfu_percent']:.2f}%" if mfu else "-")
+            peak = f" of {mfu['hardware_peak_tflops']:,.0f} TF" if "hardware_peak_tflops" in mfu else ""
+            peak += f" {mfu.get('peak_basis', '')}"
+            label = f"MFU, {mfu['convention']}" if "convention" in mfu else "MFU"
+            speed = (label, f"{mfu['mfu_percent']:.2f}%{peak}".rstrip() if mfu else "-")
         else:
             speed = ("Achieved", with_unit(mfu["achieved_tflops"] * 1e12, "FLOP/s"))
         found += [speed, ("Tokens/s", f"{mfu['tokens_per_sec']:,.0f}" if mfu else "-")]

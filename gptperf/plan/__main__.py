@@ -1,4 +1,4 @@
-"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: predicts memory and speed of a run on any known GPU."""
+"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: predicts memory and speed of a run on any GPU."""
 
 import argparse
 import json
@@ -8,15 +8,21 @@ from collections.abc import Sequence
 from gptperf import flops
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, main_guard
-from gptperf.formats import number
+from gptperf.formats import mfu_scale, number
 from gptperf.hardware import Gpu
 from gptperf.plan.fit import largest_batch, refusal
-from gptperf.plan.gpu_lookup import find_gpu
+from gptperf.plan.gpu_lookup import FIGURES, described_gpu, find_gpu
 from gptperf.plan.memory import RECOMPUTE, STRATEGIES, strategy_of
 from gptperf.plan.predict import Plan, plan, unplannable
 from gptperf.plan.text import STRATEGY_NAMES, plan_lines, plan_record
 
 __all__ = ["main"]
+
+_FIGURES_HELP = {
+    "gpu_tflops": "dense peak, in the run's dtype, of a GPU that is not in the table; --gpu is then its name",
+    "gpu_memory_gb": "memory of that GPU, as its data sheet prints it",
+    "gpu_bandwidth_gb_s": "memory bandwidth of that GPU",
+}
 
 
 def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
@@ -35,7 +41,7 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
                 f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
                 f"{number(row.mfu, '.1%'):>8}"
             )
-    return lines
+    return [*lines, f"MFU: {mfu_scale(chosen.peak)}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,13 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--gpu", help="row of the GPU table (python -m gptperf.hardware); default: this machine's GPU")
+    for flag, figure in FIGURES.items():
+        parser.add_argument(f"--{flag}", metavar=figure.unit, help=_FIGURES_HELP[flag])
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=float, default=None, help="tokens to predict the days for; default: the run's")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     if args.num_gpus < 1:
         raise ConfigError(f"command line: num_gpus: found {args.num_gpus}, wanted a whole number >= 1; nearest: 1")
-    config, gpu = command_line.resolve(rest, world_size=args.num_gpus).config, find_gpu(args.gpu)
+    config = command_line.resolve(rest, world_size=args.num_gpus).config
+    figures = {flag: getattr(args, flag) for flag in FIGURES}
+    gpu = described_gpu(args.gpu, figures, config.system.peak_dtype) or find_gpu(args.gpu)
     reason = unplannable(config, gpu)
     if reason is not None:
         raise ConfigError(f"no plan: {reason}")

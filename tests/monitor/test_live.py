@@ -30,7 +30,7 @@ PANEL = [
     " 5/600 \u2500 0%  42:39 left",
     " Loss           10.6456  \u2581",
     " Learning rate  1.50e-06                 Gradient norm  2.3456",
-    " MFU            9.22%                    Tokens/s       114,350",
+    " MFU, strict    9.22% of 989 TF dense    Tokens/s       114,350",
     " Memory         15.7 GB peak             Time           4,298 ms/iteration",
 ]
 
@@ -256,7 +256,7 @@ with Console(max_iters=600) as console:
             " Loss 10.6456" + ("  \u2581\u2581\u2581" if encoding == "utf-8" else ""),
             " Learning rate 1.50",
             " Gradient norm 2.34",
-            " MFU 9.22%",
+            " MFU, strict 9.22%",
             " Tokens/s 114,350",
             " Memory 15.7 GB pea",
             " Time 4,298 ms/iter",

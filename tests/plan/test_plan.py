@@ -142,6 +142,52 @@ def test_no_gpu_or_several(name: str) -> None:
         plan.find_gpu(name)
 
 
+FIGURES = ["--gpu_tflops=989.4", "--gpu_memory_gb=141", "--gpu_bandwidth_gb_s=4800"]
+
+
+def test_a_gpu_that_is_not_in_the_table_is_described_by_three_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs/gpt2_124m.toml", "--gpu=A card", *FIGURES, "--num_gpus=2", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert main(["configs/gpt2_124m.toml", "--gpu=H200", "--num_gpus=2", "--json"]) == 0
+    h200 = json.loads(capsys.readouterr().out)
+    for key in ("memory_gb", "memory_parts_gb", "limit_gb", "hardware_peak_tflops", "peak_dtype", "convention"):
+        assert card[key] == h200[key], key
+    assert (card["gpu"], card["peak_basis"], h200["peak_basis"]) == ("A card", "given", "dense")
+    assert card["step_ms"] == pytest.approx(h200["step_ms"], rel=card["band"])
+    assert main(["configs/gpt2_124m.toml", *FIGURES, "--gpu_tflops=98.94", "--json"]) == 0
+    slow = json.loads(capsys.readouterr().out)
+    assert slow["parts_ms"]["gemm"] == pytest.approx(20 * card["parts_ms"]["gemm"])
+    assert slow["parts_ms"]["memory_bound"] == pytest.approx(2 * card["parts_ms"]["memory_bound"])
+
+
+WRONG = {
+    "gpu_tflops": {"120e12": 120, "120000": 120, "0.05": 50, "1e30": 100_000, "-3": 0.1, "0": 0.1, "inf": 100_000},
+    "gpu_memory_gb": {"24576": 24, "24e9": 24, "0": 1, "-24": 1},
+    "gpu_bandwidth_gb_s": {"3.35": 3350, "900e9": 900, "9e5": 900, "-1": 10},
+}
+
+
+@pytest.mark.parametrize(("flag", "text"), [(flag, text) for flag, texts in WRONG.items() for text in texts])
+def test_a_wrong_figure_has_a_nearest_one_that_is_right(flag: str, text: str) -> None:
+    others = [given for given in FIGURES if not given.startswith(f"--{flag}=")]
+    with pytest.raises(
+        ConfigError, match=rf"{flag}: found .*wanted a number of .* from .* to .*; nearest: --{flag}="
+    ) as e:
+        main([*others, f"--{flag}={text}"])
+    advice = str(e.value).rpartition("nearest: ")[2]
+    assert float(advice.partition("=")[2]) == pytest.approx(WRONG[flag][text])
+    assert main([*others, advice, "--batch_size=1", "--json"]) in (0, OutOfMemoryError.exit_code)
+
+
+def test_all_wrong_figures_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as e:
+        main(["--gpu=RTX 3090", "--gpu_tflops=fast", "--gpu_memory_gb=nan"])
+    lines = str(e.value).splitlines()
+    assert lines[0] == "3 mistakes"
+    assert "gpu_bandwidth_gb_s: found none" in lines[3]
+    assert lines[3].endswith("nearest: --gpu_bandwidth_gb_s=936")  # that of the row
+
+
 @pytest.mark.parametrize(
     ("flag", "basis", "factor"), [("--peak_basis=sparse", "sparse", 2), ("--peak_tflops=500", "given", 500 / 989.4)]
 )
@@ -150,8 +196,8 @@ def test_the_peak_is_that_of_the_run(flag: str, basis: str, factor: float) -> No
     dense, other = (plan.plan(config_of(*LLAMA, *flags), gpu) for flags in ([], [flag]))
     assert dense.mfu is not None
     assert other.mfu == pytest.approx(dense.mfu / factor, rel=1e-3)
-    assert (dense.peak_basis, other.peak_basis) == ("dense", basis)
-    assert f"% of the {basis} peak: gemm" in plan.plan_lines(other)[1]
+    assert (dense.peak["peak_basis"], other.peak["peak_basis"]) == ("dense", basis)
+    assert f"TFLOP/s bf16 {basis}): gemm" in plan.plan_lines(other)[1]
     assert other.step_ms == dense.step_ms
 
 
@@ -171,8 +217,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(record["memory_parts_gb"].values()) == pytest.approx(record["memory_gb"])
     assert main(["configs/llama_1.36b.toml", "--gpu=RTX 4090"]) == OutOfMemoryError.exit_code
     assert "does NOT fit" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="bfloat16 peak of V100 SXM2 16 GB; nearest: --dtype=float16"):
-        main(["--gpu=V100 SXM2 16"])
+    for gpu in ("V100 SXM2 16", "T4"):
+        with pytest.raises(ConfigError, match="has no bfloat16 units; nearest: --dtype=float16"):
+            main([f"--gpu={gpu}"])
+        for dtype in ("float16", "float32"):
+            assert main([f"--gpu={gpu}", f"--dtype={dtype}"]) == 0
+        assert "MFU: strict, of " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_gpus"):
         main(["--num_gpus=0"])
 
@@ -198,7 +248,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.M
     small = preflight.check_plan(config_of("configs/llama_1.36b.toml", "--batch_size=1"), process)
     assert small is not None
     assert small.fits
-    card.name = "NVIDIA H20"
+    card.name = "NVIDIA GB10"
     assert preflight.check_plan(config_of("configs/llama_1.36b.toml"), process) is None
 
 
