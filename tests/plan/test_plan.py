@@ -81,6 +81,15 @@ def test_the_largest_batch_fits_and_one_more_does_not(strategy: Any, recompute: 
         assert plan.plan(dataclasses.replace(config, train=train), gpu, **how).fits == fits
 
 
+@pytest.mark.parametrize("gpu", ["RTX 4090", "RTX 3090", "A10", "A10G", "A30", "L4"])
+def test_the_configuration_for_24_gb_fits_one_card_of_24_gb(gpu: str) -> None:
+    config, card = config_of("llama_0.41b_24gb"), plan.find_gpu(gpu)
+    planned = plan.plan(config, card)
+    assert card.memory_gb == 24
+    assert planned.memory.total_gb < 0.9 * planned.limit_gb  # with room for a desktop
+    assert 0.5 < planned.memory.total_gb / planned.limit_gb
+
+
 def test_remedies_fit_and_their_flags_make_them() -> None:
     config, gpu = config_of("configs/llama_1.36b.toml"), plan.find_gpu("A100 SXM 40")
     given = plan.plan(config, gpu)
