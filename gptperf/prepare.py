@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
     )
-    parser.add_argument("--val_fraction", type=float, help="validation fraction, 0 to below 1 (default: see below)")
+    parser.add_argument(
+        "--val_fraction", type=float, help="validation fraction, above 0 and below 1 (default: see below)"
+    )
     parser.add_argument("--split", help="split of a Hugging Face data set (default: train)")
     parser.add_argument("--text_field", help="text field of a Hugging Face data set or .jsonl file (default: text)")
     parser.add_argument("--shard_tokens", type=int, help="tokens per shard (default: 100000000)")

@@ -31,7 +31,11 @@ def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
     if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
     even = [n for n in range(1, c["n_embd"] + 1) if c["n_embd"] % (2 * n) == 0]
-    near = f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}" if even else "; n_embd must be even"
+    near = (
+        f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}"
+        if even
+        else f"; nearest n_embd: {c['n_embd'] + 1}"
+    )
     head_dim = c["n_embd"] // c["n_head"]
     return f"RoPE rotates pairs of elements, but head_dim = n_embd / n_head = {head_dim} is odd{near}"
 

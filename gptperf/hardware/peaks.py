@@ -98,4 +98,4 @@ def peak_flop_s(
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
     """Returns one line for a device whose peak is not known, which says how to set it."""
     known = f"no {basis} {SHORT_DTYPES[dtype]} peak is known for {device_name}, so no MFU"
-    return f"{known}; set it in TFLOP/s with --peak_tflops=X"
+    return f"{known}; give it to a run, in TFLOP/s: --peak_tflops=X"
