@@ -14,7 +14,8 @@ from pathlib import Path
 from gptperf.ablate import page
 from gptperf.ablate.results import results
 from gptperf.ablate.runner import Runner, gpus_for, run_all
-from gptperf.ablate.variants import changed_runs, variants
+from gptperf.ablate.tuning import FACTORS, factors_of, tuned, tuning_runs, without_rate
+from gptperf.ablate.variants import Variant, changed_runs, variants
 from gptperf.errors import PREEMPTED, ConfigError, main_guard
 from gptperf.files import replace_text
 from gptperf.report.page import check_packages
@@ -22,7 +23,8 @@ from gptperf.report.page import check_packages
 __all__ = ["main"]
 
 _EPILOG = """All other flags are those of gptperf.train. A result is DIR/<variant>/seed<k>; DIR/ablation.md and
-DIR/ablation.json have the table. Exit codes: 0 all runs finished, 1 some failed, 75 asked to stop."""
+DIR/ablation.json have the table. With --tune_lr the learning rate of every variant is found first, with another seed,
+in DIR/<variant>/tuning. Exit codes: 0 all compared runs finished, 1 some failed, 75 asked to stop."""
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -40,6 +42,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
+    parser.add_argument("--tune_lr", action="store_true", help="first find the learning rate of every variant")
+    parser.add_argument(
+        "--lr_factors", metavar="F,F", help=f"learning rates to try, as multiples of its own (default {FACTORS})"
+    )
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
@@ -51,6 +57,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for key in ("seeds", "parallel"):
         if getattr(args, key) < 1:
             raise ConfigError(f"command line: {key}: found {getattr(args, key)}, wanted 1 or more")
+    if args.lr_factors is not None and not args.tune_lr:
+        raise ConfigError(f"command line: lr_factors: found {args.lr_factors!r} without --tune_lr; nearest: --tune_lr")
+    text = FACTORS if args.lr_factors is None else args.lr_factors
+    args.factors = factors_of(text) if args.tune_lr else ()
     return args, rest
 
 
@@ -61,11 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 if a run failed, or `PREEMPTED` after a request to stop.
     """
     args, rest = _parse(argv)
-    found = variants(rest, args.vary, args.seeds, args.equal, args.out)
-    gpus = gpus_for(min(args.parallel, sum(len(variant.jobs) for variant in found)))
-    changed = changed_runs(found)
-    if changed:
-        raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
+    found = variants(rest, args.vary, args.seeds, args.equal, args.out, args.factors)
+    gpus = gpus_for(min(args.parallel, len(found) * max(args.seeds, len(args.factors))))
+    _check_folders(found, rates_are_known=not args.factors)
     if args.list:
         print(page.listing(found))
         return 0
@@ -77,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html is not None:
         check_packages()
     with Runner().listening() as runner:
-        failed = run_all(found, runner, lambda so_far: page.write(results(found), args.equal, so_far, args.out), gpus)
+        found, failed = _train(found, args, rest, runner, gpus)
     reached = results(found)
     paths = page.write(reached, args.equal, failed, args.out)
     print(f"\n{page.text(reached, args.equal, failed)}\nreport: {paths[0]}, {paths[1]}")
@@ -87,7 +95,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runner.asked() and not all(job.finished() for variant in found for job in variant.jobs):
         print("ablate: asked to stop; run the same command again to continue", flush=True)
         return PREEMPTED
-    return 1 if failed else 0
+    compared = [job.out_dir for variant in found for job in variant.jobs]
+    return 1 if without_rate(found) or any(folder in failed for folder in compared) else 0
+
+
+def _check_folders(found: Sequence[Variant], *, rates_are_known: bool) -> None:
+    changed = changed_runs(found, rates_are_known=rates_are_known)
+    if changed:
+        raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
+
+
+def _train(
+    found: list[Variant], args: argparse.Namespace, rest: Sequence[str], runner: Runner, gpus: Sequence[str]
+) -> tuple[list[Variant], dict[Path, str]]:
+    """Trains all runs, first those that find the learning rates.
+
+    Returns:
+        The variants with the learning rates that were found, and folder -> how the run in it failed.
+    """
+    tried: dict[Path, str] = {}
+    if args.factors:
+
+        def after_try(so_far: dict[Path, str]) -> None:
+            page.write(results(found), args.equal, so_far, args.out)
+
+        tried = run_all(tuning_runs(found), runner, after_try, gpus)
+        lacking = without_rate(found)
+        if lacking and not runner.asked():
+            print(f"ablate: no learning rate works for {', '.join(lacking)}; nothing is compared", file=sys.stderr)
+        if lacking or runner.asked():
+            return found, tried
+        found = tuned(found, rest, args.seeds, args.out)
+        _check_folders(found, rates_are_known=True)
+    compared = found
+
+    def after(so_far: dict[Path, str]) -> None:
+        page.write(results(compared), args.equal, tried | so_far, args.out)
+
+    return found, tried | run_all(found, runner, after, gpus)
 
 
 if __name__ == "__main__":
