@@ -33,6 +33,7 @@ DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
 fractions for Shakespeare and OpenWebText."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TAIL, _HASH = "the tail of the text", "documents whose SHA-256 falls below val_fraction"
+_OTHER_TOKENIZER = ", or use --tokenizer=byte, which needs no vocabulary"
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 8 << 20
 
@@ -97,8 +98,7 @@ def prepare(
     name = found.name if name is None else name
     fraction = DEFAULT_VAL_FRACTION[found.kind] if val_fraction is None else val_fraction
     _check_options(what, found, split, text_field, name, fraction)
-    path = Path(data_dir) / name
-    encoder = load_tokenizer(tokenizer, instead=", or use --tokenizer=byte, which needs no vocabulary")
+    path, encoder = Path(data_dir) / name, load_tokenizer(tokenizer, instead=_OTHER_TOKENIZER)
     skipped: sources.Skipped = {}
     writer = ShardWriter(
         path,

@@ -11,40 +11,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from ablate_helpers import GPT2, finish, made
 from run_helpers import ROOT
 
 from gptperf import flops, train
 from gptperf.ablate import __main__ as ablate
-from gptperf.ablate import page, results, runner, significance, variants
+from gptperf.ablate import page, results, runner, variants
 from gptperf.config import command_line
 from gptperf.errors import PREEMPTED, ConfigError
-from gptperf.monitor.journal import Journal, find_journal
-
-GPT2 = ["configs/gpt2_124m.toml", "--max_iters=5000", "--warmup_iters=100", "--lr_decay_iters=4000"]
-
-
-def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out") -> list[variants.Variant]:
-    return variants.variants(GPT2, vary, seeds, equal, Path(out))
-
-
-def finish(job: variants.Job, loss: float, *, end: bool = True) -> None:
-    """The log of a run that has come to its end."""
-    last = job.config.train.max_iters
-    with Journal(job.out_dir, "run_20260102_030405") as journal:
-        info = {"tokens_per_iter": job.config.tokens_per_iter}
-        journal.write("start", {"config": job.config.sections() | {"origins": {}}, "startup_info": info})
-        mfu = {"mfu_percent": 40.0, "tokens_per_sec": 5e5, "convention": "strict"}
-        for step in (1, last):
-            journal.write("iteration", {"iter": step, "loss": loss, "time_ms": 1.0, "mfu": {} if step == 1 else mfu})
-        journal.write("eval", {"iter": last, "val_loss": loss})
-        if end:
-            journal.write("summary", {"iterations": last, "val_loss": loss})
+from gptperf.monitor.journal import find_journal
 
 
 def test_variants_and_their_commands() -> None:
@@ -116,80 +94,6 @@ def test_folders_have_plain_names_that_differ() -> None:
     assert all("/" not in name for name in names)
 
 
-def test_differences_are_paired_by_seed() -> None:
-    baseline = {1: 3.0, 2: 3.2, 3: 3.4}
-    found = results.difference({1: 2.9, 2: 3.09, 3: 3.31}, baseline)  # -0.10, -0.11, -0.09
-    assert found is not None
-    assert found.mean == pytest.approx(-0.10)
-    assert found.standard_error == pytest.approx(0.01 / math.sqrt(3))
-    assert found.interval == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-3)
-    assert (found.low, found.high) == pytest.approx((-0.11, -0.09))
-    assert found.verdict == "better"  # though the seeds lie further apart than the variants
-    noisy = results.difference({1: 2.9, 2: 3.3, 3: 3.2}, baseline)
-    assert noisy is not None
-    assert noisy.verdict == "within the spread"
-    worse = results.difference({2: 3.3, 3: 3.501}, baseline)
-    assert worse is not None
-    assert (worse.verdict, list(worse.by_seed)) == ("worse", [2, 3])
-    single = results.difference({1: 2.0}, baseline)
-    assert single is not None
-    assert (single.standard_error, single.verdict) == (None, "one seed, no spread")
-    assert results.difference({9: 1.0}, baseline) is None
-
-
-@given(st.floats(0, 20), st.integers(1, 12))
-def test_p_is_the_area_of_both_tails(t: float, freedom: int) -> None:
-    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
-    heights = [scale * (1 + (t * i / 4000) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(4001)]
-    area = t / 4000 / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]))
-    assert significance.t_p_value(t, freedom) == pytest.approx(1 - 2 * area, abs=1e-6)
-    assert significance.t_p_value(-t, freedom) == significance.t_p_value(t, freedom)
-
-
-def test_holm_by_hand() -> None:
-    # 0.005 x 4 = 0.02; 0.01 x 3 = 0.03; 0.03 x 2 = 0.06; 0.04 x 1 = 0.04, but not below the 0.06 before it.
-    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert significance.holm([0.03]) == [0.03]
-    assert significance.holm([0.6, 0.7]) == [1.0, 1.0]
-    assert significance.holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_is_between_the_raw_p_and_bonferroni(raw: list[float]) -> None:
-    adjusted = significance.holm(raw)
-    assert all(p <= q <= min(1, len(raw) * p) or q == pytest.approx(p) for p, q in zip(raw, adjusted, strict=True))
-    ranked = sorted(zip(raw, adjusted, strict=True))
-    assert [q for _, q in ranked] == sorted(adjusted)
-    assert min(adjusted) == pytest.approx(min(1, len(raw) * min(raw)))
-    # step down by step down: it rejects the smallest ones for which each p is at most level / (number that is left)
-    for level in (0.05, 0.2):
-        steps = [p * (len(raw) - i) <= level for i, p in enumerate(sorted(raw))]
-        rejected = steps.index(False) if False in steps else len(steps)
-        assert sum(q <= level for q in adjusted) == rejected
-
-
-def test_holm_keeps_the_errors_of_many_arms_at_the_level() -> None:
-    """Arms without a true difference: among eight, one is called different in at most 5% of the ablations."""
-    random, wrong, wrong_alone = Random(7), 0, 0
-    for _ in range(400):
-        raw = []
-        for _ in range(8):
-            values = {seed: random.gauss(0, 1) for seed in range(4)}
-            found = results.difference(values, dict.fromkeys(values, 0.0))
-            assert found is not None
-            raw.append(found.p or 0.0)
-        wrong += min(significance.holm(raw)) < significance.LEVEL
-        wrong_alone += min(raw) < significance.LEVEL
-    assert wrong / 400 < 0.08  # 0.05 and three standard errors
-    assert wrong_alone / 400 > 0.2
-
-
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)])
-def test_quantiles_of_t(freedom: int, t: float) -> None:
-    assert significance.t_half_width(freedom) == pytest.approx(t, abs=6e-4)
-    assert significance.t_p_value(t, freedom) == pytest.approx(0.05, abs=2e-4)
-
-
 def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
     found = made(["position_encoding=rope", "n_layer=6"], seeds=3, out=str(tmp_path))
     for number, variant in enumerate(found):
@@ -240,94 +144,6 @@ def test_a_folder_with_runs_of_another_configuration_is_refused(tmp_path: Path) 
     assert ablate.main([*argv, "--log_interval=3"]) == 0
     with pytest.raises(ConfigError, match=r"another configuration \(learning_rate: 0.0006 there, 0.001 here\)"):
         ablate.main([*argv, "--learning_rate=1e-3"])
-
-
-class Trained:
-    """Stands in for the runs of an ablation: writes the log of a run whose loss depends on its learning rate."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.argv: list[list[str]] = []
-        self.diverges_above = 1.0
-        monkeypatch.setattr(runner.Runner, "run", lambda _, line: self.run(line[line.index("gptperf.train") + 1 :]))
-
-    def run(self, argv: list[str]) -> int:
-        self.argv.append(argv)
-        config = command_line.resolve(argv).config
-        rate = config.optimizer.learning_rate
-        if rate > self.diverges_above:
-            return 5
-        best = 6e-4 if config.model.n_layer == 12 else 1.2e-3
-        loss = 3.0 + abs(math.log(rate / best)) + 1e-3 * (config.train.seed % 10) * (1 + config.model.n_layer / 100)
-        finish(variants.Job(config.train.seed, Path(config.train.out_dir), (), config, ""), loss)
-        return 0
-
-    def rates(self) -> list[tuple[float, float, int]]:
-        configs = [command_line.resolve(argv).config for argv in self.argv]
-        return [(c.optimizer.learning_rate, c.optimizer.min_lr, c.train.seed) for c in configs]
-
-
-def test_learning_rates_are_found_for_every_arm_with_another_seed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = Trained(monkeypatch)
-    argv = [*GPT2, "--vary=n_layer=6", "--seeds=2", f"--out={tmp_path}", "--tune_lr"]
-    assert ablate.main(argv) == 0
-    rates = trained.rates()
-    assert sorted(rates[:6]) == sorted(
-        2 * [(3e-4, 3e-5, 1_001_337), (6e-4, 6e-5, 1_001_337), (1.2e-3, 1.2e-4, 1_001_337)]
-    )
-    assert rates[6:] == [(6e-4, 6e-5, 1337), (1.2e-3, 1.2e-4, 1337), (6e-4, 6e-5, 1338), (1.2e-3, 1.2e-4, 1338)]
-    text = capsys.readouterr().out
-    assert "Learning rate tuned per arm" in text
-    assert "not tuned" not in text
-    assert "n_layer=6: learning rate: validation loss: 0.0003: 4.3" in text
-    assert "0.0012 is compared" in text
-    assert "n_layer=6: the best learning rate is at the end of those tried" in text
-    record = json.loads((tmp_path / "ablation.json").read_text())
-    assert [len(row["tuning"]) for row in record["variants"]] == [3, 3]
-    assert [row["learning_rate"] for row in record["variants"]] == [6e-4, 1.2e-3]
-    losses = [run["val_loss"] for row in record["variants"] for run in row["runs"]]
-    assert all(loss < 3.1 for loss in losses)
-
-    assert ablate.main(argv) == 0  # takes up where it is: nothing is trained again
-    assert len(trained.argv) == 10
-    shutil.rmtree(tmp_path / "baseline" / "tuning" / "lr0.0006")
-    assert ablate.main(argv) == 0
-    assert [rate[0] for rate in trained.rates()[10:]] == [6e-4]
-    assert ablate.main([*argv, "--list"]) == 0
-    assert len(trained.argv) == 11
-    with pytest.raises(
-        ConfigError, match=r"n_layer=6/seed1337: holds a run of another .*learning_rate: 0.0012 there, 0.0009"
-    ):
-        ablate.main([*argv, "--lr_factors=0.5,1.5"])
-    with pytest.raises(ConfigError, match=r"--vary learning_rate=1: learning_rate is set by the ablation"):
-        ablate.main([*argv, "--vary=learning_rate=1"])
-
-
-def test_a_learning_rate_that_diverges_is_not_chosen(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = Trained(monkeypatch)
-    trained.diverges_above = 7e-4
-    argv = [*GPT2, "--vary=n_layer=6", "--seeds=1", f"--out={tmp_path}", "--tune_lr"]
-    assert ablate.main(argv) == 0
-    assert [rate[0] for rate in trained.rates()[6:]] == [6e-4, 6e-4]
-    assert "0.0012: exit code 5" in capsys.readouterr().out
-    shutil.rmtree(tmp_path)
-    trained.diverges_above = 0.0
-    trained.argv.clear()
-    assert ablate.main(argv) == 1
-    assert len(trained.argv) == 6
-    assert "no learning rate works for baseline, n_layer=6; nothing is compared" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("factors", ["", "1", "1,1", "0,1", "-1,2", "fast,1", "nan,1", "1,2,3,4,5,6,7,8,9,10", "1,1e9"])
-def test_wrong_factors_of_the_learning_rate(factors: str) -> None:
-    argv = [*GPT2, "--vary=n_layer=6", f"--lr_factors={factors}"]
-    with pytest.raises(ConfigError, match=r"lr_factors: found .*; nearest: --lr_factors=0\.5,1,2"):
-        ablate.main([*argv, "--tune_lr"])
-    with pytest.raises(ConfigError, match="without --tune_lr; nearest: --tune_lr"):
-        ablate.main(argv)
 
 
 def command(corpus: Path, out: Path, *flags: str) -> list[str]:
