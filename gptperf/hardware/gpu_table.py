@@ -117,8 +117,8 @@ _GH100 = _Chip((9, 0), (989.4, 989.4, 494.7, 1978.9, 66.9), (1979, 1979, 989.4, 
 _GH100_PCIE = _Chip((9, 0), (756, 756, 378, 1513, 51.2), (1513, 1513, 756, 3026), _HOPPER)
 # The first H100 NVL data sheet printed the sum of two GPUs at full clocks.
 _GH100_NVL = _Chip((9, 0), (835, 835, 417.5, 1671, 60), (1671, 1671, 835, 3341), _HALF)
-# The data sheets of H20 and L20 have no public address. NVIDIA's own table has their rates without the fraction: 147
-# and 293 TFLOP/s for the H20, 119 and 238 for the L20.
+# The data sheets of H20 and L20 have no public address; the rates here are those that are reported from them. NVIDIA's
+# own table confirms them rounded down: 147, 74 and 293 TFLOP/s for the H20, 119, 60 and 238 for the L20.
 _GH100_H20 = _Chip((9, 0), (148, 148, 74, 296, 44))
 _AD102_L20 = _Chip((8, 9), (119.5, 119.5, 59.8, 239, 59.8))
 # The data sheets of B200 and B300 cut TF32 to 2.2 PFLOPS; the HGX table has 18 PFLOPS for eight GPUs, 2.25 each.

@@ -11,7 +11,7 @@ import torch
 from bench.measure import models
 from gptperf import flops, hardware, plan
 from gptperf.config import Config, command_line
-from gptperf.errors import ConfigError, OutOfMemoryError
+from gptperf.errors import ConfigError, DeviceError, OutOfMemoryError
 from gptperf.hardware import GPUS
 from gptperf.plan.__main__ import main
 from gptperf.training import preflight
@@ -259,6 +259,25 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.M
     assert small.fits
     card.name = "NVIDIA GB10"
     assert preflight.check_plan(config_of("configs/llama_1.36b.toml"), process) is None
+
+
+@pytest.mark.parametrize(("name", "capability"), [("Tesla T4", (7, 5)), ("Tesla V100S-PCIE-32GB", (7, 0))])
+def test_a_run_on_a_card_without_bfloat16_is_told_the_dtype_that_works(
+    name: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    card = SimpleNamespace(name=name, total_memory=1e9 * hardware.match_gpu(name).memory_gb)  # type: ignore[union-attr]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    process: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    with pytest.raises(DeviceError, match=f"{name} .*does not support bfloat16; nearest: --dtype=float16$") as e:
+        preflight.check_device(config_of().system, process.device)
+    config = config_of(str(e.value).rpartition("nearest: ")[2])
+    preflight.check_device(config.system, process.device)
+    planned, peak = preflight.check_plan(config, process), preflight.find_peak(config, process.device)
+    assert planned is not None
+    assert peak is not None
+    assert (peak.dtype, planned.peak["peak_dtype"]) == ("float16", "float16")
 
 
 NCCL, GATHER_ONCE = "--communication=process_group", "--fsdp_gather_once=True"
