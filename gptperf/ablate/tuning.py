@@ -65,10 +65,10 @@ def notes(variant: Variant, failed: Mapping[Path, str]) -> list[str]:
     """Returns lines about the learning rates that were tried, and which one is best."""
     best = _best(variant)
     tried = [
-        f"{job.config.optimizer.learning_rate:g}: {failed.get(job.out_dir, number(job.val_loss(), '.4f'))}"
+        f"{job.config.optimizer.learning_rate:g} -> {failed.get(job.out_dir, number(job.val_loss(), '.4f'))}"
         for job in variant.tuning
     ]
-    line = f"{variant.name}: learning rate: validation loss: {', '.join(tried)}"
+    line = f"{variant.name}: validation loss by learning rate: {', '.join(tried)}"
     if best is None:
         return [f"{line}; none has finished."]
     lines = [f"{line}; {best.config.optimizer.learning_rate:g} is compared."]

@@ -52,7 +52,7 @@ def test_learning_rates_are_found_for_every_arm_with_another_seed(
     text = capsys.readouterr().out
     assert "Learning rate tuned per arm" in text
     assert "not tuned" not in text
-    assert "n_layer=6: learning rate: validation loss: 0.0003: 4.3" in text
+    assert "n_layer=6: validation loss by learning rate: 0.0003 -> 4.3" in text
     assert "0.0012 is compared" in text
     assert "n_layer=6: the best learning rate is at the end of those tried" in text
     record = json.loads((tmp_path / "ablation.json").read_text())
@@ -84,7 +84,7 @@ def test_a_learning_rate_that_diverges_is_not_chosen(
     argv = [*GPT2, "--vary=n_layer=6", "--seeds=1", f"--out={tmp_path}", "--tune_lr"]
     assert ablate.main(argv) == 0
     assert [rate[0] for rate in trained.rates()[6:]] == [6e-4, 6e-4]
-    assert "0.0012: exit code 5" in capsys.readouterr().out
+    assert "0.0012 -> exit code 5" in capsys.readouterr().out
     shutil.rmtree(tmp_path)
     trained.diverges_above = 0.0
     trained.argv.clear()
