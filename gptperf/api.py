@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptperf.config import KEYS, Config, ModelConfig, command_line
-from gptperf.errors import CheckpointError, mistakes
+from gptperf.errors import CheckpointError, mistakes, nearest
 from gptperf.ops import resolve_ops, without_triton
 
 if TYPE_CHECKING:
@@ -157,8 +157,12 @@ def _checkpoint_path(run: Path, which: str) -> Path:
     if os.path.isfile(directory / "MANIFEST.json"):
         return directory
     found = (latest if which == "latest" else best)(directory)
+    if found is None and which == "best" and latest(directory) is not None:
+        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
     if found is None:
-        raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint")
+        runs = [str(folder.parent) for folder in run.parent.glob("*/checkpoints")]
+        near = nearest(str(run), runs)
+        raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint{near}")
     return found.path
 
 

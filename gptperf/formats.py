@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "SHORT_DTYPES",
     "about",
     "byte_text",
     "count_text",
     "duration",
+    "mfu_scale",
     "number",
     "one_line",
     "percent",
@@ -18,6 +20,9 @@ __all__ = [
     "value_text",
     "with_unit",
 ]
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "fp8": "fp8"}
+"""Dtype -> its short name."""
 
 _MOST_ITEMS = 50
 """Largest number of items of a list or mapping that `value_text` shows."""
@@ -98,6 +103,24 @@ def short_count(value: float) -> str:
         if abs(value) >= 0.9995 * scale:  # 999,600 is 1M, not 1e+03k
             return f"{value / scale:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def mfu_scale(record: Mapping[str, Any]) -> str:
+    """Returns what an MFU is relative to, such as "strict, of 989.4 TFLOP/s bf16 dense".
+
+    Whatever prints an MFU prints this with it.
+
+    Args:
+        record: `convention` of the FLOP count, and `hardware_peak_tflops`, `peak_dtype` and `peak_basis` of the peak;
+            what the record lacks is not named.
+    """
+    words = [str(record[key]) for key in ("peak_dtype", "peak_basis") if record.get(key) is not None]
+    words = [SHORT_DTYPES.get(word, word) for word in words]
+    peak = record.get("hardware_peak_tflops")
+    if isinstance(peak, int | float) and abs(peak) < 1e9:
+        words.insert(0, f"{peak:,.1f} TFLOP/s")
+    parts = [str(record["convention"])] if record.get("convention") is not None else []
+    return one_line(", ".join([*parts, *([f"of {' '.join(words)}"] if words else [])]))
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

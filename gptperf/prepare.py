@@ -45,7 +45,7 @@ class _PrepareFlags(Flags):
     tokenizer: str = "byte"
     """byte, or tiktoken's gpt2, cl100k_base, ..."""
     val_fraction: float | None = None
-    """Validation fraction, 0 to below 1; default: see below."""
+    """Validation fraction, above 0 and below 1; default: see below."""
     split: str | None = None
     """Split of a Hugging Face data set; default: train."""
     text_field: str | None = None

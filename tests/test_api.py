@@ -7,7 +7,7 @@ import pytest
 import torch
 from run_helpers import SMALL, run_argv, run_log
 
-from gptperf import api, sample
+from gptperf import api, checkpoint, sample
 from gptperf.config import KEYS, Config, DataConfig, LogConfig, ModelConfig, SystemConfig, TrainConfig
 from gptperf.errors import CheckpointError, ConfigError, run_main
 
@@ -114,3 +114,12 @@ def test_numbers_that_are_too_small(name: str, tmp_path: Path, run: Path, capsys
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found no checkpoint, wanted the folder of a run or of a checkpoint"):
         api.load_model(tmp_path)
+    for name in ("tiny", "other"):
+        checkpoint.save(tmp_path / name / "checkpoints", step=0, tensors={"model": {"a": torch.ones(1)}}, state={})
+    with pytest.raises(CheckpointError, match=r"found no checkpoint, .*; nearest: ") as e:
+        api.load_model(tmp_path / "tinny")
+    found = Path(str(e.value).rpartition("nearest: ")[2])
+    assert found == tmp_path / "tiny"
+    with pytest.raises(CheckpointError, match="no checkpoint with a validation loss; nearest: --checkpoint=latest"):
+        api.load_model(found, checkpoint="best")
+    assert api._checkpoint_path(found, "latest").name == "step-00000000"

@@ -80,7 +80,7 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    give_gpu(monkeypatch, "NVIDIA H20", 102.0, (9, 0))
+    give_gpu(monkeypatch, "NVIDIA GB10", 128.5, (12, 1))
     code, text = run(capsys)
     assert code == 0
     assert "--peak_tflops=X" in text

@@ -12,6 +12,7 @@ from gptperf.formats import (
     byte_text,
     count_text,
     duration,
+    mfu_scale,
     number,
     one_line,
     percent,
@@ -21,6 +22,17 @@ from gptperf.formats import (
     value_text,
     with_unit,
 )
+
+
+def test_an_mfu_names_convention_peak_dtype_and_basis() -> None:
+    whole = {"convention": "strict", "hardware_peak_tflops": 2250.0, "peak_dtype": "bfloat16", "peak_basis": "dense"}
+    assert mfu_scale(whole) == "strict, of 2,250.0 TFLOP/s bf16 dense"
+    assert mfu_scale({}) == ""
+    for key, gone in {"convention": "strict, ", "peak_dtype": "bf16 ", "peak_basis": " dense"}.items():
+        assert mfu_scale(whole | {key: None}) == mfu_scale(whole).replace(gone, "")
+    damaged = mfu_scale({"convention": ["x\n" * 99], "hardware_peak_tflops": 10**400, "peak_basis": {"a": 1}})
+    assert damaged.isprintable()
+    assert len(damaged) <= 60
 
 
 @pytest.mark.parametrize(

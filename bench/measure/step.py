@@ -28,6 +28,7 @@ from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import Process, start_process
 from gptperf.errors import run_main
+from gptperf.formats import mfu_scale
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
@@ -126,7 +127,8 @@ def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: 
         "timed_mfu_percent": fall.timed_mfu_percent,
         "off_points": fall.off_points,
         "closes": fall.closes,
-        "peak": peak.source,
+        "convention": "strict",
+        **peak.record(),
     }
 
 
@@ -264,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for row in profile["longest"]:
                     print(f"  {row['ms']:>9.3f} ms {row['calls']:>6.1f} x {row['name'][:100]}")
             torch._dynamo.reset()
+    print(f"MFU: {mfu_scale({'convention': 'strict'} | cells[0]['results'])}")
     if args.json:
         record = {"protocol": step_timing.STEP_PROTOCOL, "environment": made_by, "cells": cells}
         args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -86,7 +86,7 @@ class Runner:
 def run_all(
     found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object], gpus: Sequence[str]
 ) -> dict[Path, str]:
-    """Trains every run that is not finished: the first seed of every variant, then the second, and so on.
+    """Trains every run that is not finished: the first of every variant, then the second, and so on.
 
     Args:
         found: Variants with their runs.
@@ -105,7 +105,7 @@ def run_all(
     ending = threading.Lock()
 
     def run(number: int, variant: Variant, job: Job) -> None:
-        what = f"run {number} of {len(jobs)}: {variant.name}, seed {job.seed}"
+        what = f"run {number} of {len(jobs)}: {variant.name}, {job.label}"
         if job.finished():
             print(f"ablate: {what}: finished already", flush=True)
             return

@@ -7,7 +7,7 @@ from typing import Any
 from gptperf import flops
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, mistakes
-from gptperf.formats import value_text
+from gptperf.formats import mfu_scale, value_text
 from gptperf.hardware import Gpu
 from gptperf.plan import plan, unplannable
 from gptperf.registry import KINDS
@@ -65,12 +65,13 @@ def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
-    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %")
+    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %", "MFU is")
     if unplannable(config, gpu) is not None:
         return {f"{gpu.name}: {name}": None for name in names}
     planned = plan(config, gpu, recompute=config.system.recompute)
     mfu = None if planned.mfu is None else 100 * planned.mfu
-    values = (planned.memory.total_gb, planned.fits, planned.step_ms, planned.tokens_per_sec, mfu)
+    speed = (planned.step_ms, planned.tokens_per_sec, mfu, mfu_scale(planned.peak))
+    values = (planned.memory.total_gb, planned.fits, *speed)
     return {f"{gpu.name}: {name}": value for name, value in zip(names, values, strict=True)}
 
 

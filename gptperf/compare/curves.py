@@ -31,12 +31,14 @@ def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = 
         at: Tokens at which the runs are ranked, drawn as a dotted line.
     """
     unit = _time_unit(runs)
+    scales = dict.fromkeys(run.mfu_scale for run in runs if run.mfu_scale)
+    scale = f" ({' / '.join(scales)})" if scales else ""
     drawn = (
         _Chart("training loss", _loss, at=at),
         _Chart("validation loss", _evals, at=at, dots=True),
         _Chart("training loss against time", lambda run: _over_time(run, unit), unit),
         _Chart("validation loss against time", lambda run: _evals_over_time(run, unit), unit, dots=True),
-        _Chart("MFU, %", _mfu, from_zero=True),
+        _Chart(f"MFU, %{scale}", _mfu, from_zero=True),
         _Chart("gradient norm before clipping", _norm, wide_range=True),
     )
     return {chart.title: _drawn(chart, runs, lines) for chart in drawn}

@@ -49,7 +49,7 @@ def _divisible(c: _Values, what: str, by: str) -> str | None:
 def _odd_head_dim(c: _Values) -> str | None:
     if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
-    near = "; n_embd must be even"
+    near = f"; nearest n_embd: {c['n_embd'] + 1}"
     if c["n_embd"] % 2 == 0:
         near = f"; nearest n_head: {min(_divisors(c['n_embd'] // 2), key=lambda n: (abs(n - c['n_head']), n))}"
     head_dim = c["n_embd"] // c["n_head"]

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
+from gptperf.data.sources import KNOWN
 from gptperf.errors import DataError
 
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
@@ -96,7 +97,7 @@ class TokenSource:
         if len(source) == 0:
             raise DataError(
                 f"{Path(path) / MANIFEST}: the split {split!r} is empty, wanted at least one document; "
-                "prepare the data set with another --val_fraction"
+                "prepare the data set again, with --overwrite=True and another --val_fraction"
             )
         wanted = source.vocab_size if vocab_size is None else vocab_size
         for shard in source._shards:
@@ -104,7 +105,7 @@ class TokenSource:
                 raise DataError(
                     f"{Path(path) / shard.file}: found token id {shard.max_id}, wanted ids below "
                     f"vocab_size = {wanted}; the tokenizer {source.manifest.tokenizer.name!r} needs "
-                    f"vocab_size >= {max(source.vocab_size, shard.max_id + 1)}"
+                    f"--vocab_size={max(source.vocab_size, shard.max_id + 1)}"
                 )
         return source
 
@@ -320,7 +321,8 @@ def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
         hint = f"prepared: {', '.join(prepared[:10])}"
     else:
         hint = f"nothing is prepared in {data_dir}"
+    what = dataset if dataset in KNOWN else f"PATH --name={where.name}"
     raise DataError(
         f"dataset: found no data set {dataset!r} at {where}; {hint}; to prepare it: "
-        f"python -m gptperf.prepare {dataset} --data_dir={data_dir}"
+        f"python -m gptperf.prepare {what} --data_dir={where.parent}"
     )

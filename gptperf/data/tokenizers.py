@@ -84,9 +84,9 @@ class TiktokenTokenizer:
         DataError: The vocabulary is not in tiktoken's cache and cannot be downloaded, or it has no end-of-text token.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, instead: str = "") -> None:
         self.name = name
-        self.encoding = _get_encoding(name)
+        self.encoding = _get_encoding(name, instead)
         self.vocab_size = self.encoding.n_vocab
         try:
             self.eot = self.encoding.eot_token
@@ -136,8 +136,12 @@ class TiktokenTokenizer:
             return None
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, instead: str = "") -> Tokenizer:
     """Returns the tokenizer called `name`: "byte" or an encoding of tiktoken.
+
+    Args:
+        name: The name.
+        instead: What else the caller's user can do if the vocabulary is not available, for the end of the message.
 
     Raises:
         DataError: The name is unknown, or the vocabulary is not available offline.
@@ -151,10 +155,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise DataError(f"tokenizer: found {name!r}, wanted one of {', '.join(known)}{hint}")
-    return TiktokenTokenizer(name)
+    return TiktokenTokenizer(name, instead)
 
 
-def _get_encoding(name: str) -> "tiktoken.Encoding":
+def _get_encoding(name: str, instead: str) -> "tiktoken.Encoding":
     import tiktoken
 
     try:
@@ -164,7 +168,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
         raise DataError(
             f"tokenizer {name!r}: its vocabulary is not in the cache and cannot be downloaded "
             f"({type(error).__name__}{where}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that "
-            "holds it, or use --tokenizer=byte, which needs no vocabulary"
+            f"holds it{instead}"
         ) from error
     except ValueError as error:  # an unknown name, or a download whose checksum is not the one that tiktoken expects
         raise DataError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error

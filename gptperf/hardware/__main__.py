@@ -72,15 +72,15 @@ def _report(states: Sequence[GpuState], reason: str | None) -> dict[str, Any]:
 
 
 def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
-    yield f"{'':<19}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
+    yield f"{'':<24}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
     dtypes = "".join(f"{dtype:>8}" for dtype in ("bf16", "fp16", "tf32", "fp32", "fp8", "bf16"))
-    yield f"  {'GPU':<17}{dtypes}{'GB':>8}{'TB/s':>11}  source"
+    yield f"  {'GPU':<22}{dtypes}{'GB':>8}{'TB/s':>11}  source"
     for gpu, row in zip(GPUS, report["table"], strict=True):
         rates = [gpu.dense_tflops.get(dtype) for dtype in ("bfloat16", "float16", "tf32", "float32", "fp8")]
         rates.append(gpu.sparse_tflops.get("bfloat16"))
         figures = "".join(f"{'-' if rate is None else f'{rate:g}':>8}" for rate in rates)
         mark = "*" if row["here"] else " "
-        yield f"{mark} {gpu.name:<17}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
+        yield f"{mark} {gpu.name:<22}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
     yield ""
     for index, (state, here) in enumerate(zip(states, report["this_machine"], strict=True)):
         yield f"{'*' if here['row'] else ' '} GPU {index}: {state.name}; {state}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gptperf.formats import byte_text, count_text, duration, number, percent, with_unit
+from gptperf.formats import byte_text, count_text, duration, mfu_scale, number, percent, with_unit
 
 __all__ = [
     "WIDTH",
@@ -105,7 +105,8 @@ def _theory(info: Mapping[str, Any]) -> list[str]:
         _row("Hardware peak", info.get("peak_source") or f"unknown ({info.get('peak_hint', 'no peak given')})")
     )
     per_token = info.get("flops_per_token")
-    lines += [] if per_token is None else [_row("FLOPs per token", with_unit(per_token, "FLOPs"))]
+    convention = f" ({info['convention']})" if "convention" in info else ""
+    lines += [] if per_token is None else [_row("FLOPs per token", with_unit(per_token, "FLOPs") + convention)]
     lines += _rows(info, {"attention_ffn_ratio": "Attention/FFN ratio"}, "{:.2f}")
     return lines + _rows(info, {"expected_tokens_per_sec": "Expected tokens/s @50% MFU"}, "{:,.0f}")
 
@@ -148,10 +149,12 @@ def iteration_lines(
     left = "" if eta_s is None else f"{bar}Time left: {duration(eta_s)}"
     lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
     mfu = record.get("mfu") or {}
-    speeds = [f"MFU: {percent(mfu['mfu_percent'])}"] if "mfu_percent" in mfu else []
+    convention = f" {mfu['convention']}" if "convention" in mfu else ""
+    speeds = [f"MFU: {percent(mfu['mfu_percent'])}{convention}"] if "mfu_percent" in mfu else []
     speeds += [f"Of ceiling: {mfu['of_ceiling_percent']:.1f}%"] if "of_ceiling_percent" in mfu else []
     speeds += [f"Achieved: {with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
-    speeds += [f"Peak: {mfu['hardware_peak_tflops']:,.1f} TF"] if "hardware_peak_tflops" in mfu else []
+    peak = mfu_scale({**mfu, "convention": None}).removeprefix("of ").replace("TFLOP/s", "TF")
+    speeds += [f"Peak: {peak}"] if "hardware_peak_tflops" in mfu else []
     rates = [f"Tokens/s: {count_text(mfu['tokens_per_sec'])}"] if "tokens_per_sec" in mfu else []
     rates += [f"FLOPs/token: {with_unit(mfu['flops_per_token'], 'F')}"] if "flops_per_token" in mfu else []
     if unicode:
@@ -229,7 +232,9 @@ def profile_lines(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"   {record['step_ms']:.2f} ms per iteration: {', '.join(parts)}")
     if points_lost is not None:
         points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
-        lines.append(f"   100 points of MFU: {', '.join(points)}, left {record['mfu_percent']:.2f}")
+        lines.append(
+            f"   100 points of MFU ({mfu_scale(record)}): {', '.join(points)}, left {record['mfu_percent']:.2f}"
+        )
     for kernel in record.get("kernels", [])[:_KERNELS]:
         lines.append(f"   {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")
     return lines
@@ -256,7 +261,7 @@ def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
     if summary.get("tokens_per_sec") is not None:
         lines.append(_row("Tokens/s", count_text(summary["tokens_per_sec"])))
     if summary.get("mfu_percent") is not None:
-        lines.append(_row("MFU", percent(summary["mfu_percent"])))
+        lines.append(_row("MFU", f"{percent(summary['mfu_percent'])}, {mfu_scale(summary)}".removesuffix(", ")))
     for key, label in {"peak_gb": "Peak memory", "planned_memory_gb": "as planned"}.items():
         if (summary.get("plan") or {}).get(key) is not None:
             lines.append(_row(label, byte_text(1e9 * summary["plan"][key])))

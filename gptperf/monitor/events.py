@@ -81,6 +81,7 @@ class StartupInfo(TypedDict, total=False):
     """Versions of gptperf, torch and python."""
     hardware_peak_tflops: float
     """Peak of one GPU. This field and the next ones come from `gptperf.monitor.throughput.theoretical`."""
+    peak_dtype: str
     peak_basis: str
     peak_source: str
     peak_hint: str
@@ -120,8 +121,9 @@ class Mfu(TypedDict, total=False):
     flops_per_token: float
     convention: str
     """Name of the convention by which `flops_per_token` counts."""
+    peak_dtype: str
     peak_basis: str
-    """"dense" or "sparse"."""
+    """"dense", "sparse", or "given" by the user."""
     hfu_percent: float
     of_ceiling_percent: float
     """Achieved speed as a percentage of the speed measured for this card on the model's matmuls alone."""
@@ -235,6 +237,10 @@ class Profile(TypedDict, total=False):
     waterfall: Mapping[str, float] | None
     """Points of MFU that each part costs; None without a peak."""
     mfu_percent: float | None
+    convention: str
+    hardware_peak_tflops: float
+    peak_dtype: str
+    peak_basis: str
     kernels: Sequence[Mapping[str, Any]]
     """The kernels that take the most time, each with name, part, ms per step and calls per step."""
 
@@ -281,6 +287,10 @@ class Summary(TypedDict, total=False):
     """Loss of a trigram model trained on the same data: a baseline for the language model."""
     tokens_per_sec: float | None
     mfu_percent: float | None
+    convention: str
+    hardware_peak_tflops: float
+    peak_dtype: str
+    peak_basis: str
     wall_time_s: float
     """Time of all processes. One that was killed counts up to the checkpoint from which the next one resumed."""
     sample: str

@@ -188,7 +188,10 @@ class Panel:
         norm = (record.get("gradients") or {}).get("global_norm")
         found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f", "nan"))]
         if "mfu_percent" in mfu or not mfu:
-            speed = ("MFU", percent(mfu["mfu_percent"]) if mfu else "-")
+            peak = f" of {mfu['hardware_peak_tflops']:,.0f} TF" if "hardware_peak_tflops" in mfu else ""
+            peak += f" {mfu.get('peak_basis', '')}"
+            label = f"MFU, {mfu['convention']}" if "convention" in mfu else "MFU"
+            speed = (label, f"{percent(mfu['mfu_percent'])}{peak}".rstrip() if mfu else "-")
         else:
             speed = ("Achieved", with_unit(mfu["achieved_tflops"] * 1e12, "FLOP/s"))
         found += [speed, ("Tokens/s", count_text(mfu["tokens_per_sec"]) if mfu else "-")]

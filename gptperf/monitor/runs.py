@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.formats import one_line
+from gptperf.formats import mfu_scale, one_line
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, finite, load, mapping
 from gptperf.run_lock import is_locked
@@ -68,8 +68,8 @@ class LoggedRun:
     """finished, running or stopped."""
     tokens_per_sec: float | None
     mfu_percent: float | None
-    mfu_convention: str | None
-    """Name of the convention that counts the FLOPs, and the basis of the peak if it is not dense."""
+    mfu_scale: str | None
+    """What the MFU is relative to: convention of the FLOP count, and peak with dtype and basis."""
     peak_gb: float | None
     """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None
@@ -195,7 +195,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
     per_iter = _tokens_per_iter(info, config, entries)
     steps = _steps(entries, per_iter)
     evals = _evals(log["eval_steps"], steps, per_iter)
-    speed, mfu, convention = _speed(entries, summary)
+    speed, mfu, scale = _speed(entries, summary)
     resumes = len(log["resumes"])
     return LoggedRun(
         name=name,
@@ -208,7 +208,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
         state=_state(path, log),
         tokens_per_sec=speed,
         mfu_percent=mfu,
-        mfu_convention=convention,
+        mfu_scale=scale,
         peak_gb=_peak_gb(entries),
         wall_s=None if resumes and "starts" not in summary else finite(summary.get("wall_time_s")),
         damaged_lines=log["damaged_lines"],
@@ -281,19 +281,17 @@ def _evals(
 def _speed(
     entries: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
-    """Returns tokens per second, MFU in percent, and the convention of the MFU, over all timed iterations."""
+    """Returns tokens per second, MFU in percent, and what the MFU is relative to, over all timed iterations."""
     records = [mapping(entry.get("mfu")) for entry in entries]
     rates = [rate for record in records if (rate := finite(record.get("tokens_per_sec"))) and rate > 0]
     speed = finite(summary.get("tokens_per_sec")) or (statistics.harmonic_mean(rates) if rates else None)
     known = [r for r in records if finite(r.get("mfu_percent")) is not None]
-    mfu, convention = finite(summary.get("mfu_percent")), None
+    mfu, scale = finite(summary.get("mfu_percent")), None
     if known:
         if mfu is None:
             mfu = statistics.fmean(r["mfu_percent"] for r in known)
-        basis = known[-1].get("peak_basis")
-        convention = one_line(str(known[-1].get("convention", "unknown")), 20)
-        convention += "" if basis in (None, "dense") else f", {one_line(str(basis), 20)} peak"
-    return speed, mfu, convention
+        scale = mfu_scale({"convention": "unknown", **known[-1]})
+    return speed, mfu, scale
 
 
 def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:

@@ -107,9 +107,7 @@ def _verdict(log: RunLog, running: bool) -> Section:
         tiles.append(Tile("Best validation loss", f"{best[1]:.4f}", f"iteration {best[0]:,}"))
     mfu, how = _of_run(log, "mfu_percent")
     if mfu is not None:
-        convention, basis, peak = (info.get(key) for key in ("convention", "peak_basis", "hardware_peak_tflops"))
-        note = f"{how}; {text(convention)}, of {_figure(peak, 1)} TFLOP/s {text(basis)}"
-        tiles.append(Tile("MFU", f"{mfu:.2f}%", clean(note, 120)))
+        tiles.append(Tile("MFU", f"{mfu:.2f}%", clean(f"{how}; {formats.mfu_scale(info)}".removesuffix("; "), 120)))
     speed, how = _of_run(log, "tokens_per_sec")
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
@@ -204,7 +202,14 @@ def _speed(log: RunLog) -> Iterator[Section]:
         if ys:
             rows.append((label, *map(text, (*formats.percentiles(ys), min(ys), max(ys)))))
     columns = ("without the first entry", "p10", "median", "p90", "smallest", "largest")
-    yield Section("Speed", tables=[Table(columns, rows)] if rows else [], charts=["speed"])
+    lines = _scale(log) if any("MFU" in row[0] for row in rows) else []
+    yield Section("Speed", lines, [Table(columns, rows)] if rows else [], charts=["speed"])
+
+
+def _scale(log: RunLog) -> list[str]:
+    """Returns a line that says what the MFU of a run is relative to; none if its log does not tell."""
+    scale = formats.mfu_scale(log["startup_info"])
+    return [clean(f"MFU: {scale}.", 120)] if scale else []
 
 
 def _memory(log: RunLog) -> Iterator[Section]:
@@ -246,6 +251,7 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
         ]
         tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed, frozenset({0, 1})))
     lines = [f"{text(last.get('steps'))} steps to iteration {last['iter']:,}; trace: {text(last.get('trace'))}"]
+    lines += _scale(log) if finite(last.get("mfu_percent")) is not None else []
     yield Section("Where the time goes", lines, tables, ["waterfall"])
 
 
@@ -275,6 +281,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
     tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
     band = finite(plan.get("band"))
     lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
+    lines += _scale(log) if any("MFU" in row[0] for row in rows) else []
     if tables:
         yield Section("Plan against actual", lines, tables)
 

@@ -90,7 +90,7 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
         if major < 8:
             name = torch.cuda.get_device_name(device)
             raise DeviceError(
-                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) does not support bfloat16; nearest: 'float16'"
+                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) does not support bfloat16; nearest: --dtype=float16"
             )
 
 

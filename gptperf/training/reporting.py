@@ -243,6 +243,8 @@ class Reporter:
             speed = self._throughput.record(1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
+            named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
+            summary |= {key: speed[key] for key in named if key in speed}  # type: ignore[typeddict-item]
         if self._plan is not None:
             uncounted_bytes = self._engine.weights.collectives.uncounted_bytes
             peak_gb = memory_record(self._process.device, uncounted_bytes)["peak_gb"]

@@ -43,7 +43,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
             path = "" if chosen is None else str(chosen.path)
             if chosen is None and how == "resume":
                 raise CheckpointError(
-                    f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
+                    f"{folder}: found no checkpoint to resume; wanted --init_from=scratch or --init_from=auto"
                 )
         else:
             lies = bool(checkpoints.checkpoints(folder, strict=True)) or any(folder.glob("step-*"))

@@ -22,6 +22,7 @@ from gptperf.monitor.journal import Journal, assemble, write_json
 from gptperf.monitor.runs import read_runs
 from gptperf.report import figures, tables
 
+PEAK = {"hardware_peak_tflops": 989.4, "peak_dtype": "bfloat16", "peak_basis": "dense"}
 FILES = [f"configs/{name}.toml" for name in ("gpt2_124m", "llama_124m", "llama_1.36b")]
 
 
@@ -74,7 +75,7 @@ def write_run(
         journal.write("start", {"config": config.sections() | {"origins": {}}, "startup_info": info})
         for step, loss in losses.items():
             first = step == min(losses)
-            mfu = {"mfu_percent": 40.0, "tokens_per_sec": 5e5, "convention": "strict", "peak_basis": "dense"}
+            mfu = {"mfu_percent": 40.0, "tokens_per_sec": 5e5, "convention": "strict"} | PEAK
             fields = {"loss": loss - 0.1, "time_ms": 9e9 if first else 2.0, "tokens": step * per_iter}
             fields |= {"mfu": {} if first else mfu, "memory": {"peak_gb": 28.5}, "gradients": {"global_norm": 0.5}}
             journal.write("iteration", {"iter": step, **fields})
@@ -83,6 +84,22 @@ def write_run(
         if end:
             journal.write("summary", {"iterations": max(losses), "wall_time_s": 100.0})
     return journal.path
+
+
+def test_an_mfu_is_shown_with_its_scale(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {1: 4.0, 300: 2.0})
+    write_run(tmp_path / "b", {1: 4.0, 300: 2.1})
+    found = ranked(tmp_path / "a", tmp_path / "b")
+    scale = "strict, of 989.4 TFLOP/s bf16 dense"
+    assert page.text(found).count(scale) == 1
+    assert page.html(found).count(scale) > 1  # below the table and above the chart
+    for log in (tmp_path / "b").glob("*.jsonl"):
+        log.write_text(log.read_text().replace("989.4", "800"))
+    text = page.text(ranked(tmp_path / "a", tmp_path / "b"))
+    assert f"40.0% {scale}" in text
+    assert "40.0% strict, of 800.0 TFLOP/s bf16 dense" in text
+    predicted = architectures.table(architectures.compare([FILES[0]], plan.find_gpu("H200")))
+    assert scale in predicted
 
 
 def ranked(*paths: Path) -> ranking.Ranking:
@@ -99,7 +116,12 @@ def test_runs_are_ranked_at_equal_tokens(tmp_path: Path) -> None:
     assert found.losses == pytest.approx((2.5, 2.6))
     assert found.differing == {"n_head": [12, 6], "position_encoding": ["learned_absolute", "rope"]}
     run = found.runs[0]
-    assert (run.state, run.iterations, run.mfu_percent, run.mfu_convention) == ("finished", 300, 40.0, "strict")
+    assert (run.state, run.iterations, run.mfu_percent, run.mfu_scale) == (
+        "finished",
+        300,
+        40.0,
+        "strict, of 989.4 TFLOP/s bf16 dense",
+    )
     assert (run.tokens_per_sec, run.peak_gb, run.wall_s) == (5e5, 28.5, 100.0)
     assert run.train_s == pytest.approx(0.6)  # the first entry's compilation is left out
 

@@ -1,11 +1,14 @@
 """Tokenizers: round trips, special tokens as plain text, fingerprints, and errors of names and networks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptperf.data.prepare import prepare
 from gptperf.data.tokenizers import ByteTokenizer, TiktokenTokenizer, load_tokenizer, token_dtype
 from gptperf.errors import DataError
 
@@ -97,16 +100,18 @@ def test_unknown_name_proposes_the_nearest() -> None:
         load_tokenizer("bytes")
 
 
-def test_offline_names_the_cache_and_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_names_the_cache_and_the_alternative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import requests
 
     def offline(name: str) -> tiktoken.Encoding:
         raise requests.exceptions.ConnectionError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer=byte") as caught:
-        load_tokenizer("gpt2")
+    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR to a folder that holds it$") as caught:
+        load_tokenizer("gpt2")  # train and sample have no --tokenizer
     assert caught.value.exit_code == 3
+    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR.*, or use --tokenizer=byte"):
+        prepare("python_stdlib", tokenizer="gpt2", data_dir=tmp_path)
 
 
 def test_damaged_download_and_missing_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

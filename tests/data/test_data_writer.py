@@ -166,7 +166,7 @@ def test_resolve_by_name_and_by_path(data: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_resolve_names_the_command_and_the_nearest(data: Path) -> None:
     root = data.parent
-    with pytest.raises(DataError, match=f"nearest prepared: set; .*gptperf.prepare sett --data_dir={root}"):
+    with pytest.raises(DataError, match=f"nearest prepared: set; .*gptperf.prepare PATH --name=sett --data_dir={root}"):
         resolve_dataset("sett", str(root))
     with pytest.raises(DataError, match="prepared: set"):
         resolve_dataset("openwebtext", root)

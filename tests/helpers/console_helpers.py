@@ -58,7 +58,7 @@ def info(peak: Peak | None = PEAK) -> dict[str, Any]:
         "notes": ["the warm-up is long"],
     }
     if peak is None:
-        facts["peak_hint"] = no_peak_hint("NVIDIA H20", "bfloat16")
+        facts["peak_hint"] = no_peak_hint("NVIDIA GB10", "bfloat16")
     return facts | theoretical(ModelConfig(), peak, 1)
 
 

@@ -34,7 +34,7 @@ PANEL = [
     " 5/600 \u2500 0%  42:39 left",
     " Loss           10.6456  \u2581",
     " Learning rate  1.50e-06               \u2502 Gradient norm  2.3456",
-    " MFU            9.22%                  \u2502 Tokens/s       114,350",
+    " MFU, strict    9.22% of 989 TF dense  \u2502 Tokens/s       114,350",
     " Memory         15.67 GB peak          \u2502 Time           4,298 ms/iteration",
 ]
 
@@ -307,7 +307,7 @@ with Console(max_iters=600) as console:
             " Loss 10.6456" + ("  \u2581\u2581\u2581" if encoding == "utf-8" else ""),
             " Learning rate 1.50",
             " Gradient norm 2.34",
-            " MFU 9.22%",
+            " MFU, strict 9.22%",
             " Tokens/s 114,350",
             " Memory 15.67 GB pe",
             " Time 4,298 ms/iter",

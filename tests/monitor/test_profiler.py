@@ -42,11 +42,18 @@ def test_lines_of_a_profile() -> None:
         "parts_ms": {"gemm": 1.5, "attention": 0.0, "host_gaps": 0.5},
         "waterfall": {"gemm": 10.0, "host_gaps": 25.0},
         "mfu_percent": 65.0,
+        "convention": "strict",
+        "hardware_peak_tflops": 989.4,
+        "peak_dtype": "bfloat16",
+        "peak_basis": "dense",
         "kernels": kernels,
     }
     lines = profile_lines(found)
     assert lines[1] == "   2.00 ms per iteration: gemm 1.50 ms, host_gaps 0.50 ms"
-    assert lines[2] == "   100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
+    assert (
+        lines[2]
+        == "   100 points of MFU (strict, of 989.4 TFLOP/s bf16 dense): gemm 10.00, host_gaps 25.00, left 65.00"
+    )
     assert "nvjet_x" in lines[3]
 
 

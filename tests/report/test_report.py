@@ -93,6 +93,7 @@ def test_a_whole_log_has_every_section_and_chart(whole: Page) -> None:
         assert words in whole.words, words
     for words in ("Spikes at iteration 3,000, 3,050", "-0.3%", "nvjet_hsh_256x128", "power cap 500 W", "return x"):
         assert words in whole.words, words
+    assert whole.words.count("MFU: strict, of 989.4 TFLOP/s dense.") == 3  # speed, waterfall, plan
     assert "preset llama (configs/llama_1.36b.toml)" in whole.words
     assert "grad_clip" in whole.words
     for words in ("spike", "plateau", "best", "embedding", "23", "2^-18", "reserved", "plan", "memory bound"):
