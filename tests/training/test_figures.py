@@ -1,4 +1,4 @@
-"""The figures that a run logs, against another way to get each: a clock that stands still between steps, and PyTorch."""
+"""The figures that a run logs, found in another way: by a clock that only steps move, and by PyTorch."""
 
 import dataclasses
 import time
