@@ -163,3 +163,21 @@ def test_tokens_are_drawn_from_the_stated_distribution(temperature: float, top_k
         assert (drawn == token).double().mean().item() == pytest.approx(
             share, abs=5 * math.sqrt(share * (1 - share) / count)
         )
+
+
+def test_generation_goes_on_from_half_of_a_full_context() -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**SIZES, weight_tying=False)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0 * torch.randn_like(parameter))
+    ids = context = [3, 1, 4, 1, 5, 9, 2, 6][-6:]
+    for _ in range(20):
+        chosen = [int(model(torch.tensor([context]))[0, -1].argmax())]
+        ids, full = ids + chosen, len(context) == 6
+        context = ids[-3:] if full else context + chosen
+    prompt, generator = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), torch.Generator()
+    with torch.no_grad():
+        found = generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator)
+    assert found.tolist() == ids[6:]
+    assert len(set(found.tolist())) > 3
