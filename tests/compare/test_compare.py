@@ -104,6 +104,12 @@ def test_runs_are_ranked_at_equal_tokens(tmp_path: Path) -> None:
     assert run.train_s == pytest.approx(0.6)  # the first entry's compilation is left out
 
 
+def test_the_best_loss_of_a_run_is_its_lowest(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
+    (row,) = ranking.record(ranked(tmp_path / "run"), [])["runs"]
+    assert (row["best_val_loss"], row["last_val_loss"], row["loss"]) == (2.0, 2.5, 2.5)
+
+
 def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {step: 4 - step / 100 for step in range(10, 210, 10)}, evals=False)
     write_run(tmp_path / "b", {100: 3.5, 200: 3.0})
@@ -114,6 +120,10 @@ def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:
         "a": pytest.approx((1.9 + 2.0) / 2),  # of the last tenth: iterations 190 and 200
         "b": pytest.approx(2.9),
     }
+    write_run(tmp_path / "c", {100: 3.6, 150: 3.2}, evals=False)
+    found = ranked(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert found.tokens == 150_000
+    assert dict(zip([r.name for r in found.runs], found.losses, strict=True))["a"] == pytest.approx((2.5 + 2.4) / 2)
     write_run(tmp_path / "late", {500: 2.0})
     assert "do not overlap" in ranked(tmp_path / "b", tmp_path / "late").how
 

@@ -1,4 +1,4 @@
-"""What two ranks exchange, each with values of its own: sums and shards, agreements, and the weights they begin with."""
+"""What two ranks exchange, each with values of its own: sums, shards, agreements and first weights."""
 
 import multiprocessing
 import sys

@@ -247,6 +247,7 @@ def _hugging_face_llama(**changed: Any) -> Any:
         "max_position_embeddings": 16,
         "rms_norm_eps": 0.1,  # like the base of RoPE, far from the default: a default in its place is seen
         "rope_theta": 50.0,
+        "initializer_range": 0.5,  # with small weights all scores are nearly equal, whatever RoPE does to them
         "attn_implementation": "eager",
     }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(keys | {"vocab_size": 50} | changed)))
@@ -254,8 +255,8 @@ def _hugging_face_llama(**changed: Any) -> Any:
 
 def _hugging_face_gpt2(**changed: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    keys = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40}
-    keys["layer_norm_epsilon"] = 0.1
+    keys: dict[str, Any] = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40}
+    keys |= {"layer_norm_epsilon": 0.1, "initializer_range": 0.5}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(keys | changed)))
 
 
@@ -266,7 +267,7 @@ def test_llama_is_hugging_faces(tied: bool) -> None:
     tokens = torch.randint(0, 50, (2, 16))
     with torch.no_grad():
         # Hugging Face keeps norms' statistics and RoPE's tables in float32 even for a float64 model.
-        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig"])

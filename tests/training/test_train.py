@@ -89,6 +89,8 @@ def test_every_described_option_is_built_and_logged(
     assert re.search(rf"^  {label}: +{value}$", capsys.readouterr().out, re.MULTILINE)
     model = built[0].model
     assert info["total_parameters"] == sum(p.numel() for p in model.parameters())
+    table = model.position.wpe.weight.numel() if value == "learned_absolute" else 0
+    assert info["non_embedding_parameters"] == info["total_parameters"] - table
     made = {
         "normalization": type(model.norm),
         "position_encoding": type(model.position),
