@@ -233,6 +233,7 @@ def test_limits_show_what_comes_after_the_early_fall() -> None:
     assert len(xs) == 100
     assert (low <= ys).all()
     assert (ys <= high).all()
+    assert (low.min(), high.max()) == (min(y for _, y in points), max(y for _, y in points))
     ends = curves.limits([(xs, ys)])
     assert ends is not None
     assert ends[1] < 3.2
