@@ -1,20 +1,24 @@
 """What two ranks exchange, each with values of its own: sums, shards, agreements and first weights."""
 
+import math
 import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from gptperf.distributed.buckets import gradient_of
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.process import Process
 from gptperf.distributed.replicated import Replicated
 from gptperf.distributed.zero1 import Sharded
+from gptperf.monitor.gradients import GradientMonitor
 
 CPU = torch.device("cpu")
 
@@ -81,6 +85,50 @@ def _first_weights(process: Process) -> None:
         assert weights.largest(mine.clone()) == (mine if kind is Replicated else 2)
 
 
+def _gradients(process: Process) -> None:
+    """Norm and figures are those of the summed gradients and of all weights, though a rank holds a half of them."""
+    shapes = {"wte.weight": (8, 64), "blocks.0.weight": (8, 64), "blocks.0.bias": (8,)}
+    named = [(i, name, torch.Size(shape)) for i, (name, shape) in enumerate(shapes.items())]
+    given = [{name: _of(2 * i + rank, shape.numel()).view(shape) for i, name, shape in named} for rank in (0, 1)]
+    total = {name: given[0][name] + given[1][name] for name in shapes}
+    for name in shapes:
+        total[name].view(-1)[0] = -99.0  # which one rank holds
+        given[1][name] = total[name] - given[0][name]
+    for kind in (Replicated, Sharded, FullySharded):
+        model = nn.ModuleDict({"wte": nn.Linear(64, 8, bias=False), "blocks": nn.ModuleList([nn.Linear(64, 8)])})
+        for i, name, shape in named:  # the first half of the elements is small
+            values = _of(10 + i, shape.numel()) * torch.linspace(0.01, 1, shape.numel())
+            model.get_parameter(name).data.copy_(values.view(shape))
+        first = {name: model.get_parameter(name).data.clone() for name in shapes}
+        weights = kind(model, torch.float32, Collectives(2, process.rank, CPU))
+        weights.share()
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        loss = torch.zeros(())
+        for unit, names in enumerate((["wte.weight"], ["blocks.0.weight", "blocks.0.bias"])):
+            if isinstance(weights, Sharded):
+                weights.enter(unit)
+            loss = loss + sum((model.get_parameter(name) * given[process.rank][name]).sum() for name in names)
+        loss.backward()  # type: ignore[no-untyped-call]
+        weights.finish_gradients()
+        every = torch.cat([gradient.flatten() for gradient in total.values()]).double()
+        assert weights.gradient_norm().item() == pytest.approx(every.norm().item(), rel=1e-5)
+        monitor = GradientMonitor(weights.places, weights.numel, CPU, weights.summed, weights.largest)
+        measured = monitor.measure(weights.pieces(gradient_of, to_save=False)).tolist()
+        for bucket in weights.buckets:  # an update of 0.1 everywhere
+            before, after = bucket.master.data.clone(), bucket.master.data + 0.1
+            monitor.observe(weights.pieces_of(bucket, before), weights.pieces_of(bucket, after))
+        found = monitor.record(1.0, measured, monitor.update().tolist())
+        assert found["grad_mean"] == pytest.approx(every.mean().item(), rel=1e-4)
+        assert found["grad_std"] == pytest.approx(every.std(correction=0).item(), rel=1e-5)
+        assert (found["grad_min"], found["grad_max"]) == (every.min().item(), every.max().item())
+        for layer, names in (("embedding", ["wte.weight"]), ("0", ["blocks.0.weight", "blocks.0.bias"])):
+            norm = math.hypot(*(total[name].norm().item() for name in names))
+            assert found["layer_norms"][layer] == pytest.approx(norm, rel=1e-5)
+        ratio = 0.1 * math.sqrt(8 * 64) / (first["wte.weight"] + 0.1).norm().item()
+        assert found["update_ratios"]["embedding"] == pytest.approx(ratio, rel=1e-4)
+
+
 def _rank(rank: int, folder: Path, works: list[Callable[[Process], None]]) -> None:
     try:
         torch.set_num_threads(1)
@@ -98,7 +146,7 @@ def _rank(rank: int, folder: Path, works: list[Callable[[Process], None]]) -> No
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    works = [_collectives, _agreements, _first_weights]
+    works = [_collectives, _agreements, _first_weights, _gradients]
     ranks = [context.Process(target=_rank, args=(rank, tmp_path, works)) for rank in (0, 1)]
     for process in ranks:
         process.start()
