@@ -104,6 +104,22 @@ def test_runs_are_ranked_at_equal_tokens(tmp_path: Path) -> None:
     assert run.train_s == pytest.approx(0.6)  # the first entry's compilation is left out
 
 
+def test_speed_and_peak_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    """As many tokens at each of two speeds: the mean is harmonic. A process that resumes starts with another peak."""
+    with Journal(tmp_path / "run", "run_20260102_030405") as journal:
+        journal.write("start", {"config": {"origins": {}}, "startup_info": {"tokens_per_iter": 1000}})
+        for step, mfu, peak_gb in (
+            (1, {}, 20.0),
+            (2, {"tokens_per_sec": 1e5}, 30.0),
+            (3, {"tokens_per_sec": 3e5}, 28.0),
+        ):
+            memory = {"peak_gb": peak_gb}
+            journal.write("iteration", {"iter": step, "loss": 3.0, "time_ms": 1.0, "mfu": mfu, "memory": memory})
+    ((run,), _) = read_runs([tmp_path / "run"])
+    assert run.tokens_per_sec == pytest.approx(2 / (1 / 1e5 + 1 / 3e5))
+    assert run.peak_gb == 30.0
+
+
 def test_the_best_loss_of_a_run_is_its_lowest(tmp_path: Path) -> None:
     write_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
     (row,) = ranking.record(ranked(tmp_path / "run"), [])["runs"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -302,6 +303,24 @@ def test_schedule_stays_within_its_bounds_and_falls_after_the_warm_up(config: Op
     assert warm == sorted(warm)
     after = rates[config.warmup_iters :]
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(after))
+
+
+@given(schedules, st.integers(1, 100), st.integers(0, 119))
+def test_schedule_is_interpolation_between_its_corners(config: OptimizerConfig, max_iters: int, iteration: int) -> None:
+    peak, low, warm = config.learning_rate, config.min_lr, config.warmup_iters
+    end = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    start = max(warm, round(end * (1 - config.wsd_decay_fraction))) if config.lr_schedule == "wsd" else warm
+    if iteration < warm:
+        wanted = np.interp(iteration, [-1, warm], [0, peak])
+    elif config.lr_schedule == "constant":
+        wanted = peak
+    elif iteration >= end:
+        wanted = low
+    else:
+        wanted = np.interp(iteration, [start, end], [peak, low])
+        if config.lr_schedule == "cosine":
+            wanted = low + (peak - low) * math.cos(math.pi / 2 * (peak - wanted) / (peak - low)) ** 2
+    assert learning_rate(iteration, config, max_iters) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_schedule_values() -> None:
