@@ -233,6 +233,32 @@ def test_a_key_that_came_after_the_checkpoint_had_its_default() -> None:
         matching.changed_keys(saved, changed)
 
 
+def test_what_may_differ_at_a_resume() -> None:
+    """What changes the function of the weights, the data order or the bits is refused; other keys give a warning."""
+    config = command_line.resolve(["tiny"]).config
+    sizes = {name: getattr(config.model, name) for name in matching.DERIVED}
+
+    def told(key: str, value: object = "another") -> list[str] | None:
+        """Returns the warnings about a checkpoint that was made with another value, or None if it is refused."""
+        sections = {name: dict(section) for name, section in config.sections().items()}
+        saved = {"config": sections, "model": dict(sizes)}
+        (saved["model"] if key in sizes else sections[KEYS[key].section])[key] = value
+        try:
+            return matching.changed_keys(saved, config)
+        except CheckpointError:
+            return None
+
+    warnings = {key: told(key) for key in (*KEYS, *sizes)}
+    same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
+    by_size = {"d_ff", "n_kv_head"}
+    refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
+    refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
+    assert {key for key, lines in warnings.items() if lines is None} == refused
+    of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s"}
+    assert {key for key, lines in warnings.items() if lines == []} == of_the_process | by_size
+    assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
+
+
 def _engine_for_versions(kernels: str) -> Any:
     return SimpleNamespace(
         process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
