@@ -165,6 +165,27 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
     assert [m["iter"] for m in run_log(tmp_path)["messages"]] == [10]
 
 
+@pytest.mark.parametrize(("failing", "ends"), [((2, 4, 6), False), ((2, 3, 4), True)])
+def test_failed_saves_in_a_row_end_a_run(
+    failing: tuple[int, ...], ends: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = write.save
+
+    def full(*args: Any, step: int, **keys: Any) -> Path:
+        if step in failing:
+            raise DiskError("full", full=True)
+        return save(*args, step=step, **keys)
+
+    monkeypatch.setattr(write, "save", full)
+    flags = ["--save_interval=1", "--max_iters=7", "--eval_iters=1", "--async_save=False"]
+    if ends:
+        with pytest.raises(DiskError, match="full"):
+            run(corpus, tmp_path, *flags)
+    else:
+        assert run(corpus, tmp_path, *flags) == 0
+        assert [message["iter"] for message in run_log(tmp_path)["messages"]] == [2, 4, 6]
+
+
 def test_buffers_and_draws_of_a_plugin_are_resumed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
