@@ -20,6 +20,8 @@ import gptperf
 from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig
 from gptperf.errors import DeviceError, main_guard
+from gptperf.hardware.compiler import compiler_problem
+from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import resolve_ops, unmeasured_versions
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gptperf.doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
+    set_up_threads()
     report = examine()
     report["problems"] = problems(report)
     report["exit_code"] = DeviceError.exit_code if report["problems"] else 0
@@ -51,8 +54,9 @@ def examine() -> dict[str, Any]:
     Returns:
         A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch cannot be
         imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
-        `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
-        `choices` (what a default run would use, each with its reason, and the kernels by op).
+        `usable_cpus`, `disk_free_gb`, `compiler` (for torch.compile on a CPU), `compiler_problem` (why torch.compile
+        cannot work, or None), `triton` (whether it works, and the reason), and `choices` (what a default run would
+        use, each with its reason, and the kernels by op).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -60,14 +64,17 @@ def examine() -> dict[str, Any]:
         "extras": {name: _version(name) for name in _EXTRAS},
         "driver": hardware.gpu_state().driver,
         "gpus": [],
+        "usable_cpus": usable_cpus(),
         "disk_free_gb": shutil.disk_usage(".").free / 1e9,
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
+        "compiler_problem": None,
         "choices": {},
     }
     report["torch_error"] = _examine_torch(report)
     device_type = "cuda" if report["gpus"] else "cpu"
     report["unmeasured"] = unmeasured_versions(device_type)
     report["triton"] = _triton(device_type)
+    report["compiler_problem"] = compiler_problem(device_type)
     if report["torch_error"] is None:
         report["choices"] = _choices(report, device_type)
     return report
@@ -169,18 +176,18 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         capability = report["gpus"][0]["capability"]
         backends = "cuDNN first" if prefers_cudnn(tuple(capability)) else "PyTorch's order of flash, cuDNN and others"
         compiles = _choice(
-            report["triton"]["works"],
+            report["triton"]["works"] and report["compiler_problem"] is None,
             f"{system.compile_scope}: torch.compile through Triton",
-            "off: Triton does not work",
+            f"off: {report['compiler_problem'] or 'Triton does not work'}",
         )
     else:
         seen = " (a driver is installed, but this torch sees no GPU)" if report["driver"] else ""
         device = f"cpu: torch sees no CUDA GPU{seen}"
         backends = "PyTorch's attention for CPUs"
         compiles = _choice(
-            report["compiler"],
+            report["compiler_problem"] is None,
             f"{system.compile_scope}: torch.compile through C++",
-            "off: no C++ compiler (g++ or CXX)",
+            f"off: {report['compiler_problem']}",
         )
     choices: dict[str, Any] = {
         "device": device,
@@ -241,6 +248,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines += _gpu_lines(index, gpu)
     if not report["gpus"]:
         lines.append(_line("GPU", "none"))
+    lines.append(_line("CPUs", f"{report['usable_cpus']} usable of {os.cpu_count()}"))
     lines.append(_line("disk free", f"{report['disk_free_gb']:.1f} GB in {os.getcwd()}"))
     lines.append(_line("C++ compiler", report["compiler"] or "not found (torch.compile on a CPU needs one)"))
     lines.append(_line("Triton", report["triton"]["reason"]))

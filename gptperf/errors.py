@@ -7,7 +7,9 @@ one line on stderr and exits with its code; only `--debug` shows the stack.
 
 import contextlib
 import difflib
+import errno
 import os
+import resource
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -101,13 +103,28 @@ def report(error: GptperfError) -> None:
 
 
 @contextlib.contextmanager
+def _files_limit_named() -> Iterator[None]:
+    """Raises any error that says "Too many open files" as a `DeviceError` that names the limit of the process."""
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
+        if os.strerror(errno.EMFILE) not in str(error) and getattr(error, "errno", None) != errno.EMFILE:
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        said = " ".join(str(error).split())
+        remedy = "raise it with ulimit -n NUMBER, and run the command again"
+        raise DeviceError(f"{said}: the limit of this process is {limit} open files; {remedy}") from error
+
+
+@contextlib.contextmanager
 def main_guard(debug: bool = False) -> Iterator[None]:
     """Prints a `GptperfError` as `gptperf: E<code>: <message>` on stderr and exits with its code.
 
     With `debug` the error is raised instead, with its stack.
     """
     try:
-        yield
+        with _files_limit_named():
+            yield
     except GptperfError as error:
         if debug:
             raise

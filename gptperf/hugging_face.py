@@ -273,6 +273,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
         "source": str(folder),
     }
     with RunLock(out_dir):
+        checkpoint.clean(out_dir / "checkpoints")
         if any((out_dir / "checkpoints").glob("step-*")):
             raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
         keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}

@@ -1,9 +1,12 @@
 """Generates text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--top_k=50]`.
 
-RUN is the folder of a run, of its checkpoints, or of one checkpoint. `gptperf.api.generate` does the same in Python.
+RUN is the folder of a run, of its checkpoints, or of one checkpoint. One sample is printed as it is, so that it can be
+piped. Several samples have a line such as "---- sample 2 of 3 ----" before each. A text may contain any line, so a
+program that needs the texts apart calls `gptperf.api.generate`, which returns a list.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +15,7 @@ import tyro
 
 from gptperf import api, registry
 from gptperf.errors import main_guard
+from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
 
@@ -27,7 +31,7 @@ class SampleConfig:
     tokens: int = 200
     """Number of tokens to generate in each sample."""
     num_samples: int = 1
-    """Number of samples, printed one after another."""
+    """Number of samples; if there are several, a numbered line stands before each."""
     temperature: float = 0.8
     """Divisor of the logits; 0 always takes the likeliest token."""
     top_k: int = 50
@@ -50,12 +54,20 @@ def main() -> int:
         config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
         numbers = {name: getattr(config, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
         api.check_sampling(**numbers)
+        set_up_threads()
         registry.load_plugins(config.plugins)
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         loaded = api.load_model(config.run, checkpoint=config.checkpoint, device=config.device)
-        for text in api.generate(loaded, config.prompt, seed=config.seed, **numbers):
-            print(text)
+        print(_separated(api.generate(loaded, config.prompt, seed=config.seed, **numbers)))
     return 0
+
+
+def _separated(texts: Sequence[str]) -> str:
+    """Returns one text unchanged, and several with a numbered line before each."""
+    if len(texts) == 1:
+        return texts[0]
+    rule = "-" * 32
+    return "\n".join(f"{rule} sample {i} of {len(texts)} {rule}\n{text}" for i, text in enumerate(texts, 1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from gptperf.config import command_line
 from gptperf.errors import main_guard
+from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = any(text.lower() in ("--debug", "--debug=true") for text in argv)
     with main_guard(debug):
         world_size = command_line.world_size()
+        set_up_threads()
         if world_size > 1 and not debug:
             # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.html is not None:
         check_packages()
-    with Runner().listening() as runner:
+    with Runner(len(gpus) or 1).listening() as runner:
         failed = run_all(found, runner, lambda so_far: page.write(results(found), args.equal, so_far, args.out), gpus)
     reached = results(found)
     paths = page.write(reached, args.equal, failed, args.out)

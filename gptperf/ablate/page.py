@@ -12,7 +12,7 @@ from gptperf.compare import curves
 from gptperf.files import replace_text
 from gptperf.formats import number
 from gptperf.monitor.runs import LoggedRun
-from gptperf.report.figures import TEXT_COLOR, Line, lines_for, pyplot, svg
+from gptperf.report.figures import TEXT_COLOR, WIDTH, Line, lines_for, pyplot, svg
 from gptperf.report.page import Section, render
 from gptperf.report.tables import Table, aligned, escaped
 from gptperf.report.tables import markdown as markdown_table
@@ -67,6 +67,14 @@ def table(found: Sequence[Result]) -> Table:
     more = ("iterations", "parameters", "GFLOP a token", "tokens/s", f"MFU {' / '.join(conventions)}".rstrip())
     keys = lines_for([result.variant.name for result in found])
     return Table((*columns, *more), rows, frozenset({0, 8}), keys)
+
+
+def _outcome_and_cost(whole: Table) -> list[Table]:
+    """Splits the table after the verdict, because a screen does not show all of its columns side by side."""
+    end = whole.columns.index("verdict") + 1
+    outcome = Table(whole.columns[:end], [row[:end] for row in whole.rows], whole.texts, whole.keys)
+    rows = [(row[0], *row[end:]) for row in whole.rows]
+    return [outcome, Table((whole.columns[0], *whole.columns[end:]), rows, keys=whole.keys)]
 
 
 def _title(found: Sequence[Result], equal: str) -> str:
@@ -169,7 +177,7 @@ def html(found: Sequence[Result], equal: str, failed: Mapping[Path, str]) -> str
                 lines.append(key)
     charts = curves.charts(runs, lines)
     names = list(charts)
-    sections = [Section("", tables=[table(found)], below=_lines(found, failed))]
+    sections = [Section("", tables=_outcome_and_cost(table(found)), below=_lines(found, failed))]
     differences = _forest(found, keys)
     if differences is not None:
         charts["differences"] = differences
@@ -186,15 +194,17 @@ def _forest(found: Sequence[Result], keys: Sequence[Line]) -> str | None:
     if not shown:
         return None
     plots = pyplot()
-    figure, axes = plots.subplots(figsize=(6.4, 0.9 + 0.42 * len(shown)))
+    figure, axes = plots.subplots(figsize=(WIDTH, 0.8 + 0.45 * len(shown)), layout="constrained")
     for place, (paired, key) in enumerate(shown):
         if paired.interval is not None:
             ends = [paired.mean - paired.interval, paired.mean + paired.interval]
             axes.plot(ends, [place, place], color=key.color, linewidth=2, alpha=0.6, solid_capstyle="butt")
         axes.scatter(list(paired.by_seed.values()), [place] * len(paired.by_seed), s=9, color=key.color, zorder=3)
         axes.scatter([paired.mean], [place], s=46, color=key.color, marker="D", zorder=4)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(key.name, (0, place), (3, 9), fontsize=8, **at)  # above its row: a long name takes no width
     axes.axvline(0, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(shown)), [key.name for _, key in shown])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.set_ylim(len(shown) - 0.5, -0.8)
     axes.set_xlabel("difference of the final validation loss; left is better")
     return svg(figure, "differences")

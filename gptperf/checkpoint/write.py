@@ -133,7 +133,7 @@ def _write_together(
     with fail_together(peers, failed):
         if peers.rank == 0:
             make_directory(tmp.parent)
-            tmp.mkdir(mode=0o700)
+            tmp.mkdir()
             hit("tmp_made")
     files = []
     with fail_together(peers, failed):

@@ -8,7 +8,7 @@ import numpy as np
 
 from gptperf.formats import short_count
 from gptperf.monitor.runs import LoggedRun
-from gptperf.report.figures import TEXT_COLOR, Line, logarithmic, pyplot, svg
+from gptperf.report.figures import TEXT_COLOR, WIDTH, Line, logarithmic, pyplot, svg
 
 __all__ = ["charts", "limits", "thinned"]
 
@@ -113,7 +113,7 @@ def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
 def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> str | None:
     """Returns the SVG of a chart, or None if no run has a point."""
     plots = pyplot()
-    figure, axes = plots.subplots(figsize=(6.4, 3.7))
+    figure, axes = plots.subplots(figsize=(WIDTH, 3.0))
     series = []
     few = len(runs) <= _FEW
     for run, line in zip(runs, lines, strict=True):

@@ -203,7 +203,7 @@ def _write_documents(
     """Writes documents to both splits; the docstring of the module says how validation documents are chosen."""
     count, low, high = 0, 1.0, 0.0
     # tiktoken encodes without the GIL, so threads use all cores; bytes need no encoding.
-    threads = 1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1
+    threads = 1 if isinstance(tokenizer, ByteTokenizer) else len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(documents):
             encode = map if threads == 1 else pool.map

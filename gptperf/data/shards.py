@@ -5,8 +5,10 @@ mapped: resident memory stays constant, and a shard that is truncated during a r
 """
 
 import difflib
+import errno
 import hashlib
 import os
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -21,7 +23,8 @@ from gptperf.errors import DataError
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
 
 MAX_OPEN_SHARDS = 512
-"""Most files that one source keeps open, half of the usual limit of a process; other shards are opened at each read."""
+"""Most files that one source keeps open, where the limit of the process (`ulimit -n`) allows four times as many. Other
+shards are opened at each read."""
 
 
 class _OpenFile:
@@ -41,8 +44,8 @@ class _OpenFile:
 class TokenSource:
     """The tokens of one split as one array on disk. Create an instance with `TokenSource.open`.
 
-    Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened again
-    must be the same file (size, mtime, inode).
+    Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open, and at most a quarter of what
+    the process may open; a shard that is opened again must be the same file (size, mtime, inode).
 
     Attributes:
         manifest: Manifest of the data set.
@@ -64,6 +67,8 @@ class TokenSource:
         self._tokens = manifest.splits[split].tokens
         self._identity: list[tuple[int, int, int]] = []
         self._files: dict[int, _OpenFile] = {}
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_SHARDS, soft // 4))
         self._lock = threading.Lock()
         digest = hashlib.sha256(b"gptperf data set 1\n")
         for index, shard in enumerate(self._shards):
@@ -206,20 +211,32 @@ class TokenSource:
 
     def _keep(self, index: int, file: _OpenFile) -> None:
         with self._lock:
-            if len(self._files) >= MAX_OPEN_SHARDS:
+            if len(self._files) >= self._most_open:
                 self._files.pop(next(iter(self._files)))
             self._files[index] = file
 
     def _open_shard(self, index: int) -> tuple[_OpenFile, tuple[int, int, int]]:
         where = self.path / self._shards[index].file
         try:
-            file = _OpenFile(where)
+            file = self._open_file(where)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror}; the manifest names this shard") from error
         found = os.fstat(file.fd)
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{where}: this is not a regular file, wanted a shard")
         return file, (found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def _open_file(self, where: Path) -> _OpenFile:
+        """Opens a shard; if the process has too many files open, it first closes the others and keeps fewer open."""
+        try:
+            return _OpenFile(where)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            self._most_open = max(1, len(self._files) // 2)
+            self._files.clear()
+        return _OpenFile(where)
 
     def _check_shard(self, index: int) -> bytes:
         shard, where = self._shards[index], self.path / self._shards[index].file
@@ -240,7 +257,7 @@ class TokenSource:
         if identity[0] != shard.bytes:
             raise DataError(f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens")
         self._identity.append(identity)
-        if index < MAX_OPEN_SHARDS:
+        if index < self._most_open:
             self._keep(index, file)
         return data
 

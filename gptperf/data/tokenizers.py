@@ -160,10 +160,11 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # every error of requests is an OSError, and so is an unreadable cache
+        where = f": {error.filename}" if error.filename else ""
         raise DataError(
             f"tokenizer {name!r}: its vocabulary is not in the cache and cannot be downloaded "
-            f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it, "
-            "or use --tokenizer=byte, which needs no vocabulary"
+            f"({type(error).__name__}{where}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that "
+            "holds it, or use --tokenizer=byte, which needs no vocabulary"
         ) from error
     except ValueError as error:  # an unknown name, or a download whose checksum is not the one that tiktoken expects
         raise DataError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error

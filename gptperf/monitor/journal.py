@@ -64,8 +64,8 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         flags |= os.O_EXCL if resume_from is None else 0
         try:
-            Path(out_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd: int | None = os.open(self.path, flags, 0o644)
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            self._fd: int | None = os.open(self.path, flags, 0o666)
         except OSError as error:
             if isinstance(error, FileExistsError) and os.path.lexists(self.path):
                 raise ConfigError(f"{self.path} exists already; wanted a new run name") from None

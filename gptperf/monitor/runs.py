@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
+from gptperf.files import is_locked
 from gptperf.formats import one_line
+from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, finite, load, mapping
 
-__all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "read_run", "read_runs"]
+__all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "is_running", "read_run", "read_runs"]
 
 _QUIET_S = 600.0
-"""A run that is not finished counts as stopped when its log was not written for this many seconds, or for three times
-the usual interval between entries if that is longer."""
+"""Without a lock to ask, a run that is not finished counts as stopped when its log was not written for this many
+seconds, or for three times the usual interval between entries if that is longer."""
 
 
 class LoggedStep(NamedTuple):
@@ -203,7 +205,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
         summary=summary,
         steps=steps,
         evals=evals,
-        state=("stopped" if summary.get("stopped") else "finished") if summary else _unfinished(path, entries),
+        state=_state(path, log),
         tokens_per_sec=speed,
         mfu_percent=mfu,
         mfu_convention=convention,
@@ -303,15 +305,33 @@ def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
     return None
 
 
-def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns "running" or "stopped" for a run without a summary, by the time of the last write to its log."""
+def _state(path: Path, log: RunLog) -> str:
+    if log["summary"]:
+        return "stopped" if log["summary"].get("stopped") else "finished"
+    return "running" if is_running(path, log) else "stopped"
+
+
+def is_running(path: Path, log: RunLog) -> bool:
+    """Returns whether the process of a run is still there.
+
+    The lock of the run's folder tells it. In a folder without a lock, such as a copy, the time of the last write does.
+
+    Args:
+        path: Where the log was read from.
+        log: Its content.
+    """
+    if log["summary"]:
+        return False
+    locked = is_locked(path.parent)
+    if locked is not None:
+        return locked and find_log(path.parent).stem == path.stem  # the lock belongs to the newest log
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
-        return "stopped"
+        return False
     pauses = [
         (late["iter"] - early["iter"]) * ms / 1e3
-        for early, late in itertools.pairwise(entries)
+        for early, late in itertools.pairwise(log["training_iterations"])
         if (ms := _timed(late)) is not None
     ]
-    return "running" if age < max(_QUIET_S, 3 * statistics.median(pauses or [0.0])) else "stopped"
+    return age < max(_QUIET_S, 3 * statistics.median(pauses or [0.0]))

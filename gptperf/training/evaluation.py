@@ -1,5 +1,7 @@
 """Evaluates a model in training: the loss on the fixed validation batches, and a sample of generated text."""
 
+import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -66,7 +68,10 @@ def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
     """
     device = engine.process.device
     engine.model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), engine.autocast():
+    # Where nothing was compiled, the compiler is not loaded: its import takes seconds and needs a cache folder.
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.no_grad(), stance, engine.autocast():
         ids = generate(
             engine.model,
             torch.tensor([tokenizer.eot], device=device),

@@ -318,7 +318,8 @@ def _moved_by(collectives: Collectives) -> str:
 def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
     """Returns the fields of the startup info that describe the device."""
     if process.device.type != "cuda":
-        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
     properties = torch.cuda.get_device_properties(process.device)
     backend = config.model.attention_backend

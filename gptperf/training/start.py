@@ -60,7 +60,7 @@ def start_run(
     engine = build_engine(config, process)
     state = _restore(inputs, engine, console)
     engine.weights.share()
-    compiled = compile_engine(engine)
+    compiled = compile_engine(engine, must=origins.get("compile") == "command line")
     peak = find_peak(config, process.device)
     info = startup_info(engine, inputs.manifest, peak, compiled, inputs.plan)
     if process.is_main:

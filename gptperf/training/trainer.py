@@ -18,6 +18,8 @@ from gptperf.distributed.process import start_process
 from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
 from gptperf.monitor.clock import StepClock
 from gptperf.monitor.console import Console
+from gptperf.monitor.slow_step import SlowSteps
+from gptperf.training.build import compiler_errors
 from gptperf.training.evaluation import evaluate, sample_text
 from gptperf.training.preflight import check_device
 from gptperf.training.saved_state import snapshot
@@ -78,7 +80,8 @@ def _errors_logged(run: TrainingRun) -> Iterator[None]:
     """Writes an error of the body to the run's log before it passes on; adds remedies to an out-of-memory error."""
     try:
         try:
-            yield
+            with compiler_errors():
+                yield
         except torch.OutOfMemoryError as error:
             snapshot_path, batch_size = run.snapshots.write("oom"), run.config.train.batch_size
             raise OutOfMemoryError(
@@ -99,7 +102,7 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
     """
     train, state, process = run.config.train, run.state, run.engine.process
     save_interval = train.save_interval or train.eval_interval
-    clock = StepClock(process.device)
+    clock, slow = StepClock(process.device), SlowSteps(run.reporter.warning, _gpu_uuid(process.device))
     first = state.step + 1
     if run.config.log.profile and first >= run.profiler.last:  # the first iteration of a process is never recorded
         text = f"profile = {run.config.log.profile}: nothing left to record, the run starts at iteration {first}"
@@ -109,12 +112,13 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
         last = iteration == train.max_iters
         recorded = iteration > first and run.profiler.covers(iteration)
         log_due = last or iteration == first or (iteration % run.config.log.log_interval == 0 and not recorded)
-        result = _step(run, loader, clock, first=iteration == first, recorded=recorded, watched=log_due)
+        with contextlib.nullcontext() if recorded else slow.watching(iteration, lambda: loader.wait_s):
+            result = _step(run, loader, clock, first=iteration == first, recorded=recorded, watched=log_due)
         _report_diagnostics(run, iteration)
         state.step = iteration
         state.tokens += run.config.tokens_per_iter
         if log_due:
-            _log(run, result, clock, loader.wait_s)
+            _log(run, result, clock, loader.wait_s, slow)
         # In a job of several ranks a save may end at different times. So that every rank takes the same branches, each
         # one learns the result at the next save or at the end.
         if process.world_size == 1:
@@ -134,6 +138,10 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
             process.barrier()  # torchrun ends all processes of a host when the first one exits
             return False
     return True
+
+
+def _gpu_uuid(device: torch.device) -> str | None:
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
 def _step(
@@ -169,7 +177,7 @@ def _report_diagnostics(run: TrainingRun, iteration: int) -> None:
         run.reporter.profile(profile)
 
 
-def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float) -> None:
+def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float, slow: SlowSteps) -> None:
     """Waits for the step and reports it. Collective: every rank must call it."""
     state = run.state
     loss = run.engine.process.mean(result.loss.clone()).item()  # waits for the device, so the lap ends with the step
@@ -177,6 +185,8 @@ def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float
     if lap.steps > 0:
         state.train_s += lap.seconds
         state.timed_tokens += lap.steps * run.config.tokens_per_iter
+        if run.engine.process.device.type == "cuda":
+            slow.add(state.step, lap.step_ms)
     run.reporter.iteration(result, loss, lap, waited_s)
     _check_finite(run)
 

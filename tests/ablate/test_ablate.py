@@ -186,6 +186,8 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
     assert "| position_encoding=rope | 3 of 3 | 3.0520 |" in page.markdown(reached, "tokens", failed)
     html = page.html(reached, "tokens", failed)
     assert html.count("<figure>") > 3
+    assert html.count("<table") == 2  # side by side a screen does not show all columns
+    assert all(f">{column}</th>" in html for column in page.table(reached).columns)
     assert "http:" not in html
     assert "https:" not in html
 
