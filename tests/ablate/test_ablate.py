@@ -22,7 +22,7 @@ from gptperf.ablate import __main__ as ablate
 from gptperf.ablate import page, results, runner, variants
 from gptperf.config import command_line
 from gptperf.errors import PREEMPTED, ConfigError
-from gptperf.monitor.journal import find_journal
+from gptperf.monitor.journal import Journal, find_journal
 
 
 def test_variants_and_their_commands() -> None:
@@ -92,6 +92,22 @@ def test_folders_have_plain_names_that_differ() -> None:
     names = {first.name, second.name}
     assert len(names) == 2
     assert all("/" not in name for name in names)
+
+
+def test_a_loss_before_the_last_iteration_is_no_final_loss(tmp_path: Path) -> None:
+    baseline, variant = made(["n_layer=6"], out=str(tmp_path))
+    finish(baseline.jobs[0], 3.0)
+    job = variant.jobs[0]
+    with Journal(job.out_dir, "run_20260102_030405") as journal:
+        journal.write("start", {"config": job.config.sections() | {"origins": {}}, "startup_info": {}})
+        last = job.config.train.max_iters
+        for iteration in (last // 2, last):
+            journal.write("iteration", {"iter": iteration, "loss": 3.0, "time_ms": 1.0})
+        journal.write("eval", {"iter": last // 2, "val_loss": 3.5})
+        journal.write("summary", {"iterations": last})
+    assert baseline.jobs[0].val_loss() == 3.0
+    assert job.finished()
+    assert job.val_loss() is None
 
 
 def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:

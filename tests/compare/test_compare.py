@@ -126,6 +126,28 @@ def test_runs_are_ranked_at_equal_tokens(tmp_path: Path) -> None:
     assert run.train_s == pytest.approx(0.6)  # the first entry's compilation is left out
 
 
+def test_speed_and_peak_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    """As many tokens at each of two speeds: the mean is harmonic. A process that resumes starts with another peak."""
+    with Journal(tmp_path / "run", "run_20260102_030405") as journal:
+        journal.write("start", {"config": {"origins": {}}, "startup_info": {"tokens_per_iter": 1000}})
+        for step, mfu, peak_gb in (
+            (1, {}, 20.0),
+            (2, {"tokens_per_sec": 1e5}, 30.0),
+            (3, {"tokens_per_sec": 3e5}, 28.0),
+        ):
+            memory = {"peak_gb": peak_gb}
+            journal.write("iteration", {"iter": step, "loss": 3.0, "time_ms": 1.0, "mfu": mfu, "memory": memory})
+    ((run,), _) = read_runs([tmp_path / "run"])
+    assert run.tokens_per_sec == pytest.approx(2 / (1 / 1e5 + 1 / 3e5))
+    assert run.peak_gb == 30.0
+
+
+def test_the_best_loss_of_a_run_is_its_lowest(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
+    (row,) = ranking.record(ranked(tmp_path / "run"), [])["runs"]
+    assert (row["best_val_loss"], row["last_val_loss"], row["loss"]) == (2.0, 2.5, 2.5)
+
+
 def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {step: 4 - step / 100 for step in range(10, 210, 10)}, evals=False)
     write_run(tmp_path / "b", {100: 3.5, 200: 3.0})
@@ -136,6 +158,10 @@ def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:
         "a": pytest.approx((1.9 + 2.0) / 2),  # of the last tenth: iterations 190 and 200
         "b": pytest.approx(2.9),
     }
+    write_run(tmp_path / "c", {100: 3.6, 150: 3.2}, evals=False)
+    found = ranked(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert found.tokens == 150_000
+    assert dict(zip([r.name for r in found.runs], found.losses, strict=True))["a"] == pytest.approx((2.5 + 2.4) / 2)
     write_run(tmp_path / "late", {500: 2.0})
     assert "do not overlap" in ranked(tmp_path / "b", tmp_path / "late").how
 
@@ -244,6 +270,7 @@ def test_limits_show_what_comes_after_the_early_fall() -> None:
     assert len(xs) == 100
     assert (low <= ys).all()
     assert (ys <= high).all()
+    assert (low.min(), high.max()) == (min(y for _, y in points), max(y for _, y in points))
     ends = curves.limits([(xs, ys)])
     assert ends is not None
     assert ends[1] < 3.2

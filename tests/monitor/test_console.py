@@ -77,7 +77,7 @@ def test_iteration_block_on_a_terminal_that_shows_unicode(monkeypatch: pytest.Mo
         " Iter      5  Loss: 10.6456  Time: 4298ms  LR: 1.50e-06",
         rule,
         " Progress: 5/600",
-        "\u26a1 MFU: 9.22% \u2502 Achieved: 91.26 TF \u2502 Peak: 989.4 TF",
+        "\u26a1 MFU: 9.22% strict \u2502 Achieved: 91.26 TF \u2502 Peak: 989.4 TF bf16 dense",
         "   Tokens/s: 114,350 \u2502 FLOPs/token: 0.7981 GF",
     ]
     assert play_plain(encoding="ascii").isascii()

@@ -214,6 +214,27 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
     assert [m["iter"] for m in run_log(tmp_path)["messages"]] == [10]
 
 
+@pytest.mark.parametrize(("failing", "ends"), [((2, 4, 6), False), ((2, 3, 4), True)])
+def test_failed_saves_in_a_row_end_a_run(
+    failing: tuple[int, ...], ends: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = write.save
+
+    def full(*args: Any, step: int, **keys: Any) -> Path:
+        if step in failing:
+            raise DiskError("full", full=True)
+        return save(*args, step=step, **keys)
+
+    monkeypatch.setattr(write, "save", full)
+    flags = ["--save_interval=1", "--max_iters=7", "--eval_iters=1", "--async_save=False"]
+    if ends:
+        with pytest.raises(DiskError, match="full"):
+            run(corpus, tmp_path, *flags)
+    else:
+        assert run(corpus, tmp_path, *flags) == 0
+        assert [message["iter"] for message in run_log(tmp_path)["messages"]] == [2, 4, 6]
+
+
 def test_buffers_and_draws_of_a_plugin_are_resumed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +301,32 @@ def test_a_key_that_came_after_the_checkpoint_had_its_default() -> None:
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True))
     with pytest.raises(CheckpointError, match="qk_norm: False -> True"):
         matching.changed_keys(saved, changed)
+
+
+def test_what_may_differ_at_a_resume() -> None:
+    """What changes the function of the weights, the data order or the bits is refused; other keys give a warning."""
+    config = command_line.resolve(["tiny"]).config
+    sizes = {name: getattr(config.model, name) for name in matching.DERIVED}
+
+    def told(key: str, value: object = "another") -> list[str] | None:
+        """Returns the warnings about a checkpoint that was made with another value, or None if it is refused."""
+        sections = {name: dict(section) for name, section in config.sections().items()}
+        saved = {"config": sections, "model": dict(sizes)}
+        (saved["model"] if key in sizes else sections[KEYS[key].section])[key] = value
+        try:
+            return matching.changed_keys(saved, config)
+        except CheckpointError:
+            return None
+
+    warnings = {key: told(key) for key in (*KEYS, *sizes)}
+    same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
+    by_size = {"d_ff", "n_kv_head"}
+    refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
+    refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
+    assert {key for key, lines in warnings.items() if lines is None} == refused
+    of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s"}
+    assert {key for key, lines in warnings.items() if lines == []} == of_the_process | by_size
+    assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
 
 
 def _engine_for_versions(kernels: str) -> Any:

@@ -1,5 +1,6 @@
 """Whole runs: components and log, requests to stop, and mistakes that are found before the first step."""
 
+import functools
 import re
 import signal
 import subprocess
@@ -89,6 +90,8 @@ def test_every_described_option_is_built_and_logged(
     assert re.search(rf"^  {label}: +{value}$", capsys.readouterr().out, re.MULTILINE)
     model = built[0].model
     assert info["total_parameters"] == sum(p.numel() for p in model.parameters())
+    table = model.position.wpe.weight.numel() if value == "learned_absolute" else 0
+    assert info["non_embedding_parameters"] == info["total_parameters"] - table
     made = {
         "normalization": type(model.norm),
         "position_encoding": type(model.position),
@@ -162,6 +165,15 @@ def test_float16_scales(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert scales == [65536, 32768, 32768, 32768, 32768, 32768]  # the second step overflowed and was skipped
     losses = [entry["loss"] for entry in run_log(tmp_path)["training_iterations"]]
     assert losses[-1] < losses[0]
+
+
+def test_a_loss_scale_below_one_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step overflows, so the scale, which starts at 4 here, halves in each one."""
+    scale = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scale(self, loss) * float("inf"))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=4.0))
+    with pytest.raises(NonFiniteError, match=r"iteration 3: the loss scale fell to 0\.5"):
+        run(corpus, tmp_path, "--dtype=float16", "--save_interval=100", "--eval_interval=100")
 
 
 @pytest.mark.slow
