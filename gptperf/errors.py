@@ -29,6 +29,7 @@ __all__ = [
     "OutOfMemoryError",
     "PREEMPTED",
     "PeerError",
+    "asks_for_debug",
     "READER_GONE",
     "main_guard",
     "mistakes",
@@ -206,6 +207,11 @@ def main_guard(debug: bool = False) -> Iterator[None]:
         sys.exit(130)
 
 
+def asks_for_debug(argv: Sequence[str]) -> bool:
+    """Returns whether a command line has the flag `--debug`."""
+    return any(text.lower() in _DEBUG for text in argv)
+
+
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command in `main_guard`, flushes its output, and exits with its exit code.
 
@@ -219,7 +225,7 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     code: object = 0
     try:
-        with main_guard(debug=any(text.lower() in _DEBUG for text in argv)):
+        with main_guard(debug=asks_for_debug(argv)):
             code = main(argv)
     except SystemExit as ended:
         code = ended.code

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gptperf.config import command_line
 from gptperf.config.flags import Flags, take
 from gptperf.distributed.agreement import told_once
-from gptperf.errors import run_main
+from gptperf.errors import asks_for_debug, run_main
 from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
@@ -38,15 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     taken = take(_TrainFlags, argv, "gptperf.train", _ABOUT)
     with told_once():
         world_size = command_line.world_size()
+        # Before anything loads torch, which a plugin may do.
+        set_up_threads()
+        if world_size > 1 and not asks_for_debug(taken.rest):
+            # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         resolved = command_line.resolve(taken.rest, world_size=world_size, taken=taken)
         if taken.flags.show_config:
             if os.environ.get("RANK", "0") == "0":
                 print(command_line.show_config(resolved))
             return 0
-        if world_size > 1 and not resolved.config.system.debug:
-            # The watchdog reports a lost connection in one line; this hides PyTorch's warning with its C++ stack.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        set_up_threads()
         from gptperf.training.trainer import train
 
         return train(resolved.config, resolved.origins, resolved.changes)

@@ -58,7 +58,7 @@ class _AblateFlags(Flags):
     @property
     def factors(self) -> tuple[float, ...]:
         """Multiples of the learning rate that are tried; none without `tune_lr`."""
-        return factors_of(self.lr_factors or FACTORS) if self.tune_lr else ()
+        return factors_of(FACTORS if self.lr_factors is None else self.lr_factors) if self.tune_lr else ()
 
     def problems(self) -> Sequence[str]:
         """Returns whether a change is missing, or the learning rates are wrong."""

@@ -70,7 +70,7 @@ class _PlanFlags(Flags):
             if described_gpu(self.gpu, self.figures, "bfloat16") is None and self.gpu is not None:
                 find_gpu(self.gpu)
         except ConfigError as error:
-            return error.problems or [str(error)]
+            return error.problems
         return []
 
 

@@ -8,7 +8,7 @@ from run_helpers import run
 
 from gptperf.monitor import slow_step
 from gptperf.monitor.slow_step import SlowSteps, Usage, usage
-from gptperf.training import trainer
+from gptperf.training import start, trainer
 
 
 @pytest.fixture
@@ -81,6 +81,7 @@ def test_a_run_reports_it(
         clock[0] += 30.0 if done == 9 else 0.1
         return step(engine, loader, done, **keys)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(start, "estimate", lambda *_: None)  # it measures this machine
     monkeypatch.setattr(trainer, "train_step", stalled)
     monkeypatch.setattr(slow_step.time, "perf_counter", lambda: clock[0])
     assert run(corpus, tmp_path, "--max_iters=12") == 0

@@ -212,7 +212,7 @@ def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told
 def test_a_run_that_fails_ends_its_trackers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
     monkeypatch.setattr(reporting, "open_trackers", lambda *_: Trackers([fake], "r", {}))
-    monkeypatch.setattr(trainer, "_evaluate", lambda run: 1 / 0)
+    monkeypatch.setattr(trainer, "_evaluate", lambda run, points: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(corpus, tmp_path, *FLAGS)
     assert fake.steps == list(range(1, 11))

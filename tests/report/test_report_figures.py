@@ -25,4 +25,4 @@ def test_the_verdict_has_the_figures_of_the_run(tmp_path: Path) -> None:
     assert tiles["Training time"].value == "55.0 s"
     assert (tiles["Best validation loss"].value, tiles["Best validation loss"].note) == ("2.0000", "iteration 2")
     assert tiles["Validation loss"].value == "2.5000"
-    assert tiles["Peak memory"].value == "3.00 GB"
+    assert tiles["Peak memory"].value == "3.000 GB"
