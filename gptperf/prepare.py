@@ -25,6 +25,7 @@ examples
   python -m gptperf.prepare python_stdlib
   python -m gptperf.prepare my_notes/ --name=notes --val_fraction=0.1
   python -m gptperf.prepare openwebtext --tokenizer=gpt2
+  python -m gptperf.prepare python_stdlib --tokenizer=train:8192 --name=stdlib_8k
   python -m gptperf.prepare hf:codeparrot/codeparrot-clean --text_field=content
   python -m gptperf.prepare python_stdlib --verify
 """
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data_dir=args.data_dir,
             name=args.name,
             tokenizer=args.tokenizer,
+            eot=args.eot,
             val_fraction=args.val_fraction,
             overwrite=args.overwrite,
             split=args.split,
@@ -75,8 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of the data set (default: that of WHAT)")
     parser.add_argument("--data_dir", default="data", help="folder of data sets (default: data)")
     parser.add_argument(
-        "--tokenizer", default="byte", help="byte, or tiktoken's gpt2, cl100k_base, ... (default: byte)"
+        "--tokenizer",
+        default="byte",
+        help="byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; hf:REPO; train:N, a BPE of N "
+        "ids that is trained on the text (default: byte)",
     )
+    parser.add_argument("--eot", help="token that ends a document (default: the one that the tokenizer names)")
     parser.add_argument("--val_fraction", type=float, help="validation fraction, 0 to below 1 (default: see below)")
     parser.add_argument("--split", help="split of a Hugging Face data set (default: train)")
     parser.add_argument("--text_field", help="text field of a Hugging Face data set or .jsonl file (default: text)")
