@@ -137,12 +137,12 @@ def load_model(
     here = start_process(device).device
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
     config = ModelConfig(**saved["model"])
+    tokenizer = _tokenizer(found, config)
     ops = resolve_ops("auto", here.type)
     ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
-    tokenizer = _tokenizer(found, config)
     return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gptperf.data.hub import CACHE, by_hand
 from gptperf.data.vocabulary import (
     NoVocabularyError,
     RefusedError,
@@ -171,14 +172,15 @@ def _cleaned(content: bytes, name: str) -> dict[str, Any]:
         described = json.loads(content.decode("utf-8-sig"))
         model = described["model"]
         described |= {"truncation": None, "padding": None, "post_processor": None}
-        if model.get("dropout") is not None:
+        if "dropout" in model:
             model["dropout"] = None
         if "merges" in model:
             model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added = sorted(described.get("added_tokens") or [], key=lambda token: token["id"])
         for token in added:
+            if not isinstance(token["content"], str) or not isinstance(token["id"], int):
+                raise ValueError(f"the added token {token}")
             token["special"] = bool(token.get("special", False))
-            str(token["content"]) + ""
         vocab = model["vocab"]
         own = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
         taken = own | {token["id"] for token in added}
@@ -289,11 +291,9 @@ def _download(name: str, file: str) -> Path | None:
         if isinstance(error, hub.errors.EntryNotFoundError) and not isinstance(error, FileNotFoundError):
             return None
         line = (str(error).splitlines() or [""])[0]
-        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main/{file}"
+        remedy = by_hand(f"{TOKENIZER_JSON} and {_CONFIG}", f"{repo}/tree/main", "use --tokenizer=FOLDER")
         raise NoVocabularyError(
-            f"tokenizer {name!r}: cannot be downloaded ({type(error).__name__}: {line}). By hand: fetch {url} (and "
-            f"{TOKENIZER_JSON}, {_CONFIG} beside it) into a folder and use --tokenizer=FOLDER, or copy the cache of "
-            "another machine, ~/.cache/huggingface, and let HF_HOME name the copy"
+            f"tokenizer {name!r}: {file} cannot be downloaded ({type(error).__name__}: {line}). {remedy}, {CACHE}"
         ) from error
 
 

@@ -78,11 +78,10 @@ def test_tiktoken_refuses_bytes_that_are_not_utf8(local_gpt2: None) -> None:
         load_tokenizer("gpt2").encode(b"ab\xff")
 
 
-def test_fingerprint_sees_every_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_sees_every_part_of_the_vocabulary() -> None:
     def fingerprint(ranks: dict[bytes, int], eot: int) -> str:
         encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
-        monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-        return TiktokenTokenizer("gpt2").fingerprint
+        return TiktokenTokenizer("gpt2", encoding).fingerprint
 
     swapped = RANKS | {b"he": 257, b"ll": 256}
     found = [fingerprint(RANKS, 260), fingerprint(swapped, 260), fingerprint(RANKS, 261)]
