@@ -10,8 +10,8 @@ from gptperf.data.tokenizers import Tokenizer, restore_tokenizer
 
 END = "<|endoftext|>"
 AS_IS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_WORDS = ["the", "tokenizer's", "fingerprint", "covers", "self.name", "=", "'value'", "and", "12345", "ids,", "isn't", "it?"]
-_WORDS += ["\n   ", "\n\n", "def f(x):\n"]
+_WORDS = ["the", "tokenizer's", "fingerprint", "covers", "self.name", "=", "'value'", "and", "12345", "ids,"]
+_WORDS += ["isn't", "it?", "\n   ", "\n\n", "def f(x):\n"]
 
 
 def _text(seed: int) -> bytes:
