@@ -92,8 +92,8 @@ def prepare(
         text_field: Field of a Hugging Face data set or .jsonl file that has the text; None: "text".
 
     Raises:
-        DataError: `what` is unknown, unreadable, too small or lacks the field; the data set exists; a download failed;
-            the tokenizer is unknown, or refuses a document.
+        DataError: `what` or `tokenizer` is unknown or unreadable; `what` is too small or lacks the field; the data set
+            exists; a download failed; the tokenizer refuses a document.
         DeviceError: A package that `what` or the tokenizer needs is not installed.
         DiskError: The disk is full or cannot be written.
     """
@@ -105,7 +105,6 @@ def prepare(
     path = Path(data_dir) / name
     check_target(path.resolve(), overwrite)
     encoder = _tokenizer(tokenizer, eot, found, fraction, quiet)
-    skipped: sources.Skipped = {}
     writer = ShardWriter(
         path,
         tokenizer=encoder,
@@ -116,14 +115,10 @@ def prepare(
         overwrite=overwrite,
     )
     with writer, _progress(name, quiet) as progress:
-        if found.text_file:
-            _write_tail_split(writer, encoder, found.text_file(), fraction, progress)
-        else:
-            _write_documents(writer, encoder, found.documents(skipped), fraction, progress)
+        skipped = _write(writer, encoder, found, fraction, progress)
     if not quiet:
-        for reason, count in sorted(skipped.items()):
-            print(f"skipped {count} files: {reason}")
-        print(summary(path, time.perf_counter() - begin))
+        lines = [f"skipped {count} files: {reason}" for reason, count in sorted(skipped.items())]
+        print("\n".join([*lines, summary(path, time.perf_counter() - begin)]))
     return path
 
 
@@ -224,6 +219,18 @@ def _find_source(what: str, data_dir: str | os.PathLike[str], shakespeare_url: s
     near = difflib.get_close_matches(what, KNOWN, n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise DataError(f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}")
+
+
+def _write(
+    writer: ShardWriter, tokenizer: Tokenizer, found: _Source, fraction: float, progress: Progress
+) -> sources.Skipped:
+    """Writes both splits, and returns the counts of the skipped files."""
+    skipped: sources.Skipped = {}
+    if found.text_file:
+        _write_tail_split(writer, tokenizer, found.text_file(), fraction, progress)
+    else:
+        _write_documents(writer, tokenizer, found.documents(skipped), fraction, progress)
+    return skipped
 
 
 def _write_documents(
