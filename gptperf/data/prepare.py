@@ -243,10 +243,7 @@ def _write_documents(
         nonlocal count, low, high
         for document in batch:
             count += 1
-            try:
-                tokens = next(encoded)
-            except DataError as error:
-                raise DataError(f"document {count}: {error}") from error
+            tokens = _next(encoded, f"document {count}")
             position = _hash_fraction(document)
             low, high = min(low, position), max(high, position)
             writer.add("val" if position < fraction else "train", tokens)
@@ -282,11 +279,23 @@ def _write_tail_split(
             if begin == end:
                 continue
             for text in sources.text_pieces(path, begin, end):
-                parts = [text] if isinstance(tokenizer, ByteTokenizer) else pieces(as_text(tokenizer.name, text))
-                for tokens in pool.map(tokenizer.encode, parts):
-                    writer.append(split, tokens)
+                parts = [text]
+                if not isinstance(tokenizer, ByteTokenizer):
+                    parts = [part.encode() for part in pieces(as_text(tokenizer.name, text))]
+                encoded = pool.map(tokenizer.encode, parts)
+                for part in parts:
+                    writer.append(split, _next(encoded, f"{path}, in the {len(part):,} bytes at byte {begin:,}"))
+                    begin += len(part)
                 progress(0, sum(writer.counts(part)[0] for part in SPLITS))
             writer.end_document(split)
+
+
+def _next(encoded: Iterator[Tokens], where: str) -> Tokens:
+    """Returns the next tokens; an error of the tokenizer names the place of the text."""
+    try:
+        return next(encoded)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _tail_begin(path: Path, fraction: float) -> int:
