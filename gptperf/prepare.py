@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         default="byte",
-        help="byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; hf:REPO; train:N, a BPE of N "
-        "ids that is trained on the text (default: byte)",
+        help="byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, whose tokenizer it "
+        "is; hf:REPO; train:N, a BPE of N ids that is trained on the text (default: byte)",
     )
     parser.add_argument("--eot", help="token that ends a document (default: the one that the tokenizer names)")
     parser.add_argument("--val_fraction", type=float, help="validation fraction, 0 to below 1 (default: see below)")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptperf.data.format import TokenizerInfo
+from gptperf.data.format import MANIFEST, TokenizerInfo, read_manifest
 from gptperf.data.json_tokenizer import TOKENIZER_JSON, JsonTokenizer
 from gptperf.data.tiktoken_vocabulary import RANKS, TiktokenTokenizer, vocabulary_fingerprint
 from gptperf.data.train_tokenizer import PREFIX
@@ -67,7 +67,8 @@ def load_tokenizer(name: str, *, eot: str | None = None) -> Tokenizer:
     """Returns the tokenizer called `name`, whose vocabulary may be downloaded.
 
     Args:
-        name: "byte", an encoding of tiktoken, "hf:REPO", or the path of a tokenizer.json or of a folder that has one.
+        name: "byte", an encoding of tiktoken, "hf:REPO", or a path: a tokenizer.json, a folder that has one, or a data
+            set, whose tokenizer it is.
         eot: The token that ends a document; None: the one that the tokenizer names itself.
 
     Raises:
@@ -80,6 +81,8 @@ def load_tokenizer(name: str, *, eot: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     if name.startswith("hf:"):
         return JsonTokenizer.find(name, eot)
+    if os.path.isfile(Path(name, MANIFEST)):
+        return _of_data_set(Path(name), eot)
     import tiktoken
 
     known = tiktoken.list_encoding_names()
@@ -90,9 +93,17 @@ def load_tokenizer(name: str, *, eot: str | None = None) -> Tokenizer:
     near = difflib.get_close_matches(name, ["byte", *known], n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise NoVocabularyError(
-        f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, hf:REPO "
-        f"or {PREFIX}N{hint}"
+        f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, a data "
+        f"set, hf:REPO or {PREFIX}N{hint}"
     )
+
+
+def _of_data_set(folder: Path, eot: str | None) -> Tokenizer:
+    info = read_manifest(folder).tokenizer
+    if eot is not None:
+        raise DataError(f"--eot: found {eot!r}, wanted none: {folder} has an end of a document, the id {info.eot}")
+    files = read_vocabulary(folder, info)
+    return restore_tokenizer(info.name, files, eot=info.eot, fingerprint=info.fingerprint, where=folder)
 
 
 def restore_tokenizer(name: str, files: Mapping[str, bytes], *, eot: int, fingerprint: str, where: Path) -> Tokenizer:

@@ -159,6 +159,16 @@ def test_the_manifest_of_the_files(prepared: Path) -> None:
         load_set(prepared)
 
 
+def test_a_second_data_set_with_the_tokenizer_of_the_first(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_bytes(b"\n".join(CORPUS[:30]))
+    options: Any = {"data_dir": tmp_path / "data", "tokenizer": str(prepared), "quiet": True}
+    second = prepare(str(tmp_path / "two.txt"), **options)
+    assert read_manifest(second).tokenizer == read_manifest(prepared).tokenizer
+    assert read_vocabulary(second, read_manifest(second).tokenizer) == dict(load_set(prepared).files)
+    with pytest.raises(DataError, match=r"--eot: found 'x', wanted none: .*the id 299"):
+        prepare(str(tmp_path / "two.txt"), name="three", eot="x", **options)
+
+
 def test_a_set_that_exists_is_refused_before_the_training(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("trained"))
     with pytest.raises(DataError, match="this data set exists"):
