@@ -187,4 +187,4 @@ def _by_hand(error: OSError) -> str:
         return (
             f"Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (now: {folder or 'off'}). "
         )
-    return f"By hand: fetch {' and '.join(names)} in {where}. "
+    return f"By hand: fetch {' and '.join(names)} into {where}. "

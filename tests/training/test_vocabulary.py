@@ -12,6 +12,7 @@ from tokenizer_helpers import CORPUS, END
 
 from gptperf import api
 from gptperf.data.prepare import prepare
+from gptperf.data.tokenizers import ByteTokenizer
 from gptperf.errors import CheckpointError, DataError, DeviceError
 
 SHORT = ["--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--vocab_multiple=1"]
@@ -93,6 +94,15 @@ def test_a_data_set_of_an_earlier_version_trains_offline(
 def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(own: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer train:300 with 300 ids, and vocab_size = 257; wanted"):
         run(own, tmp_path, *SHORT, "--dataset=own", "--vocab_size=257")
+
+
+def test_a_checkpoint_with_more_ids_than_its_model_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(corpus, tmp_path, *SHORT, "--sample_tokens=0")
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 258)
+    with pytest.raises(DataError, match="found tokenizer byte with 258 ids, and vocab_size = 257; wanted at most"):
+        api.load_model(tmp_path, device="cpu")
 
 
 def test_a_run_does_not_go_on_with_other_ids(own: Path, tmp_path: Path) -> None:
