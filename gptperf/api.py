@@ -148,19 +148,15 @@ def load_model(
 
 def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
     """Returns the tokenizer of a checkpoint, from the files in it; an earlier version has saved its name alone."""
+    from gptperf.data.format import TokenizerInfo
     from gptperf.data.tokenizers import restore_tokenizer
     from gptperf.training.saved_state import saved_vocabulary
 
     saved = found.state["tokenizer"]
     if saved["name"] == "unknown":
         raise DataError(f"{found.path}: found no tokenizer, wanted one; convert the model with --tokenizer=...")
-    tokenizer = restore_tokenizer(
-        saved["name"],
-        saved_vocabulary(found),
-        eot=saved.get("eot"),
-        fingerprint=saved["fingerprint"],
-        where=found.path,
-    )
+    info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
+    tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(
             f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "

@@ -102,38 +102,42 @@ def _of_data_set(folder: Path, eot: str | None) -> Tokenizer:
     info = read_manifest(folder).tokenizer
     if eot is not None:
         raise DataError(f"--eot: found {eot!r}, wanted none: {folder} has an end of a document, the id {info.eot}")
-    files = read_vocabulary(folder, info)
-    return restore_tokenizer(info.name, files, eot=info.eot, fingerprint=info.fingerprint, where=folder)
+    return restore_tokenizer(info, read_vocabulary(folder, info), folder)
 
 
-def restore_tokenizer(name: str, files: Mapping[str, bytes], *, eot: int, fingerprint: str, where: Path) -> Tokenizer:
+def restore_tokenizer(info: TokenizerInfo, files: Mapping[str, bytes], where: Path) -> Tokenizer:
     """Returns the tokenizer of a data set or checkpoint; needs no network and no cache.
 
     Args:
-        name: Name of the tokenizer.
-        files: Its `files`. Where a data set of an earlier version has none, the vocabulary is looked up by its name.
-        eot: The id that ends a document.
-        fingerprint: Its fingerprint when it encoded the data.
+        info: Its entry in the manifest or the state. A checkpoint of an earlier version has the name and the
+            fingerprint alone; its `vocab_size` is 0.
+        files: Its `files`. Where an earlier version has written none, the vocabulary is looked up by its name.
         where: The data set or checkpoint, for the error.
 
     Raises:
-        DataError: The files do not have this fingerprint, or the vocabulary of this name cannot be found.
+        DataError: The files are not the vocabulary of this entry, or the vocabulary of this name cannot be found.
         DeviceError: A package is not installed.
     """
     tokenizer: Tokenizer
     if TOKENIZER_JSON in files:
-        tokenizer = JsonTokenizer(name, files[TOKENIZER_JSON], eot)
+        tokenizer = JsonTokenizer(info.name, files[TOKENIZER_JSON], info.eot)
     elif RANKS in files:
-        tokenizer = TiktokenTokenizer.from_files(name, files)
+        tokenizer = TiktokenTokenizer.from_files(info.name, files)
     elif files:
-        raise DataError(f"{where}: tokenizer {name!r}: found {', '.join(files)}, wanted {TOKENIZER_JSON} or {RANKS}")
-    else:
-        tokenizer = load_tokenizer(name)
-    if tokenizer.fingerprint != fingerprint:
-        what = "its files have" if files else "installed here has"
         raise DataError(
-            f"{where}: tokenizer {name!r}: {what} the fingerprint {tokenizer.fingerprint[:12]}, wanted "
-            f"{fingerprint[:12]}, of the version that encoded the data; prepare the data set again"
+            f"{where}: tokenizer {info.name!r}: found {', '.join(files)}, wanted {TOKENIZER_JSON} or {RANKS}"
+        )
+    else:
+        tokenizer = load_tokenizer(info.name)
+    what = "its files have" if files else "installed here has"
+    if tokenizer.fingerprint != info.fingerprint:
+        raise DataError(
+            f"{where}: tokenizer {info.name!r}: {what} the fingerprint {tokenizer.fingerprint[:12]}, wanted "
+            f"{info.fingerprint[:12]}, of the version that encoded the data; prepare the data set again"
+        )
+    if info.vocab_size not in (0, tokenizer.vocab_size):
+        raise DataError(
+            f"{where}: tokenizer {info.name!r}: {what} {tokenizer.vocab_size:,} ids, wanted {info.vocab_size:,}"
         )
     return tokenizer
 

@@ -85,9 +85,8 @@ def _sample_tokenizer(
     Raises:
         DataError: the vocabulary is not the one that encoded the data.
     """
-    info = manifest.tokenizer
     try:
-        return restore_tokenizer(info.name, vocabulary, eot=info.eot, fingerprint=info.fingerprint, where=path)
+        return restore_tokenizer(manifest.tokenizer, vocabulary, path)
     except (DeviceError, NoVocabularyError) as error:
         console.warning(f"the run will print no sample of text: {error}")
         return None

@@ -108,8 +108,7 @@ def test_training_never_sees_the_validation_split(
 
 def load_set(path: Path) -> Tokenizer:
     info = read_manifest(path).tokenizer
-    files = read_vocabulary(path, info)
-    return restore_tokenizer(info.name, files, eot=info.eot, fingerprint=info.fingerprint, where=path)
+    return restore_tokenizer(info, read_vocabulary(path, info), path)
 
 
 def tokens_of(path: Path) -> dict[str, list[int]]:
@@ -153,9 +152,14 @@ def test_the_manifest_of_the_files(prepared: Path) -> None:
         manifest.write_text(json.dumps(data))
         with pytest.raises(DataError, match=r"manifest\.json: .*found"):
             read_manifest(prepared)
+    fingerprint = data["tokenizer"]["fingerprint"]
     data["tokenizer"] |= {"files": files, "fingerprint": "0" * 64}
     manifest.write_text(json.dumps(data))
     with pytest.raises(DataError, match=r"train:300.*its files have the fingerprint .*, wanted 000000000000"):
+        load_set(prepared)
+    data["tokenizer"] |= {"fingerprint": fingerprint, "vocab_size": 257}
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"train:300.*its files have 300 ids, wanted 257"):
         load_set(prepared)
 
 

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from gptperf.data.format import TokenizerInfo
 from gptperf.data.json_tokenizer import JsonTokenizer
 from gptperf.data.tokenizers import Tokenizer, restore_tokenizer
 
@@ -32,6 +33,5 @@ def from_json(content: Any, eot: str = END) -> JsonTokenizer:
 
 
 def restored(tokenizer: Tokenizer) -> Tokenizer:
-    return restore_tokenizer(
-        tokenizer.name, tokenizer.files, eot=tokenizer.eot, fingerprint=tokenizer.fingerprint, where=Path("set")
-    )
+    keys = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
+    return restore_tokenizer(TokenizerInfo(**keys), tokenizer.files, Path("set"))

@@ -10,9 +10,8 @@ import tiktoken
 from run_helpers import run, run_log
 from tokenizer_helpers import CORPUS, END
 
-from gptperf import api
+from gptperf import api, checkpoint
 from gptperf.data.prepare import prepare
-from gptperf.data.tokenizers import ByteTokenizer
 from gptperf.errors import CheckpointError, DataError, DeviceError
 
 SHORT = ["--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--vocab_multiple=1"]
@@ -96,13 +95,15 @@ def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(own: Path, tmp_pat
         run(own, tmp_path, *SHORT, "--dataset=own", "--vocab_size=257")
 
 
-def test_a_checkpoint_with_more_ids_than_its_model_is_refused(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_with_more_ids_than_its_model_is_refused(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path, *SHORT, "--sample_tokens=0")
-    monkeypatch.setattr(ByteTokenizer, "vocab_size", 258)
-    with pytest.raises(DataError, match="found tokenizer byte with 258 ids, and vocab_size = 257; wanted at most"):
-        api.load_model(tmp_path, device="cpu")
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None
+    found = checkpoint.load(newest.path)
+    found.state["config"]["model"]["vocab_size"] = 256
+    checkpoint.save(tmp_path / "other", step=1, tensors=found.tensors, state=found.state)
+    with pytest.raises(DataError, match="found tokenizer byte with 257 ids, and vocab_size = 256; wanted at most"):
+        api.load_model(tmp_path / "other", device="cpu")
 
 
 def test_a_run_does_not_go_on_with_other_ids(own: Path, tmp_path: Path) -> None:
