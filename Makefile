@@ -7,9 +7,11 @@ ARGS ?=
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
+TOOLS :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-tools
 endif
 
 .PHONY: train test test-quick test-parallel bench bench-scaling bench-compare lint help
@@ -23,26 +25,26 @@ train: $(READY)  ## train CONFIG (default: configs/tiny.toml) with ARGS
 WORKERS ?= 3
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## run the tests in WORKERS processes (default: 3); ARGS go to pytest
+test: $(TOOLS)  ## run the tests in WORKERS processes (default: 3); ARGS go to pytest
 	$(PYTEST) $(ARGS)
 
-test-quick: $(READY)  ## run the tests that are not marked slow
+test-quick: $(TOOLS)  ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
-test-parallel: $(READY)  ## every strategy on 1, 2 and 4 processes; each saves, and each resumes from every other
+test-parallel: $(TOOLS)  ## every strategy on 1, 2 and 4 processes; each saves, and each resumes from every other
 	$(PY) -m pytest tests/distributed/test_parallel.py -m "not gpu or gpu" $(ARGS)
 
-bench: $(READY)  ## measure kernels, steps and the loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
+bench: $(TOOLS)  ## measure kernels, steps and the loader: ONLY="step/llama_1.36b ops" QUICK=1 ARGS="--fresh"
 	$(PY) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(ARGS)
 
-bench-scaling: $(READY)  ## measure every strategy on one to eight GPUs: ARGS="--gpus 4 --strong"
+bench-scaling: $(TOOLS)  ## measure every strategy on one to eight GPUs: ARGS="--gpus 4 --strong"
 	$(PY) -m bench.measure.scaling $(ARGS)
 
-bench-compare: $(READY)  ## compare two results of make bench: A=FOLDER before, B=FOLDER after
+bench-compare: $(TOOLS)  ## compare two results of make bench: A=FOLDER before, B=FOLDER after
 	$(if $(and $(A),$(B)),,$(error make bench-compare needs A=FOLDER and B=FOLDER, two results of make bench))
 	$(PY) -m bench.report.compare $(A) $(B) $(ARGS)
 
-lint: $(READY)  ## run ruff and mypy
+lint: $(TOOLS)  ## run ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -52,9 +54,14 @@ help:  ## print this list
 
 # Pins torch and triton: on a machine with a GPU to the pair that every GPU figure was measured with.
 CONSTRAINTS = $$(nvidia-smi >/dev/null 2>&1 && echo constraints-gpu.txt || echo constraints.txt)
+INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet --constraint "$(CONSTRAINTS)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt constraints-gpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gptperf needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint "$(CONSTRAINTS)" --editable '.[test,lint,bench]'
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-tools: $(VENV)/.installed
+	$(INSTALL) --editable '.[test,lint,bench]'
 	touch $@

@@ -5,16 +5,32 @@ a result with the same sources, versions, driver and device is not measured agai
 with the reason. At the end a report is written beside the results.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import session
 from bench.cells import select
-from gptperf.errors import main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import run_main
 
 __all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchFlags(Flags):
+    """What to measure."""
+
+    only: tuple[str, ...] = ()
+    """Cells, or the start of their names."""
+    quick: bool = False
+    """A few cells, within 3 minutes."""
+    out: Path | None = None
+    """Folder of the results; default: out/bench/DEVICE-COMMIT."""
+    fresh: bool = False
+    """Measure cells again that have a result."""
+    list: bool = False
+    """Print the cells and their budget, and end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,17 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         1 if a cell failed, else 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", default=[], metavar="CELL", help="cells, or the start of their names")
-    parser.add_argument("--quick", action="store_true", help="a few cells, within 3 minutes")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: out/bench/DEVICE-COMMIT)")
-    parser.add_argument("--fresh", action="store_true", help="measure cells again that have a result")
-    parser.add_argument("--list", action="store_true", help="print the cells and their budget, and end")
-    args = parser.parse_args(argv)
+    args = parse(_BenchFlags, argv, "bench", __doc__)
     cells = select(args.only, args.quick)
     return int(session.run(cells, args.out, quick=args.quick, fresh=args.fresh, only_list=args.list) > 0)
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -14,12 +14,13 @@ module loads no torch.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptperf.config import KEYS, Config, ModelConfig, command_line
-from gptperf.errors import CheckpointError, ConfigError, DataError
+from gptperf.errors import CheckpointError, DataError, mistakes, nearest
 from gptperf.ops import resolve_ops, without_triton
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from gptperf.data.tokenizers import Tokenizer
     from gptperf.model import GPT
 
-__all__ = ["LoadedModel", "check_sampling", "generate", "load_config", "load_model", "train"]
+__all__ = ["LoadedModel", "generate", "load_config", "load_model", "sampling_problems", "train"]
 
 
 def load_config(*arguments: str) -> Config:
@@ -37,20 +38,23 @@ def load_config(*arguments: str) -> Config:
 
     Args:
         arguments: TOML files and flags, "CONFIG.toml" and "--key=value". Files are read from left to right, then the
-            flags; the last value of a key wins. `--show_config` has no effect here.
+            flags; the last value of a key wins.
 
     Returns:
-        The configuration. `config.sections()` has every value.
+        The configuration. `config.sections()` has every value. A value that was changed because of a value of a higher
+        layer, such as a warm-up that is longer than the run, gives a Python warning.
 
     Raises:
         ConfigError: The files or flags are wrong; the message has one line for each mistake.
-        SystemExit: After `--help`.
 
     Example:
         >>> load_config("configs/tiny.toml", "--n_layer=6").model.n_layer
         6
     """
-    return command_line.resolve(arguments, world_size=command_line.world_size()).config
+    resolved = command_line.resolve(arguments, world_size=command_line.world_size())
+    for line in resolved.changes.values():
+        warnings.warn(line, stacklevel=2)
+    return resolved.config
 
 
 def train(config: Config) -> int:
@@ -172,8 +176,12 @@ def _checkpoint_path(run: Path, which: str) -> Path:
     if os.path.isfile(directory / "MANIFEST.json"):
         return directory
     found = (latest if which == "latest" else best)(directory)
+    if found is None and which == "best" and latest(directory) is not None:
+        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
     if found is None:
-        raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint")
+        runs = [str(folder.parent) for folder in run.parent.glob("*/checkpoints")]
+        near = nearest(str(run), runs)
+        raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint{near}")
     return found.path
 
 
@@ -212,7 +220,9 @@ def generate(
 
     from gptperf.model.generate import generate as generate_ids
 
-    check_sampling(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k)
+    wrong = sampling_problems(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k)
+    if wrong:
+        raise mistakes(wrong)
     tokenizer = loaded.tokenizer
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.eot], device=loaded.device)
     generator = torch.Generator(loaded.device).manual_seed(seed)
@@ -236,17 +246,15 @@ def generate(
     return texts
 
 
-def check_sampling(*, tokens: int, num_samples: int, temperature: float, top_k: int) -> None:
-    """Checks the numbers that `generate` takes, so that a command can refuse them before it loads a model.
-
-    Raises:
-        ConfigError: A number is below its smallest value.
-    """
-    for name, value, lowest in (
-        ("tokens", tokens, 1),
-        ("num_samples", num_samples, 1),
-        ("temperature", temperature, 0),
-        ("top_k", top_k, 0),
-    ):
-        if value < lowest:
-            raise ConfigError(f"{name}: found {value}, wanted {lowest} or more; nearest: {lowest}")
+def sampling_problems(*, tokens: int, num_samples: int, temperature: float, top_k: int) -> list[str]:
+    """Returns a line for each number of `generate` that is too small, so that a command can refuse it at once."""
+    return [
+        f"{name}: found {value}, wanted {lowest} or more; nearest: {lowest}"
+        for name, value, lowest in (
+            ("tokens", tokens, 1),
+            ("num_samples", num_samples, 1),
+            ("temperature", temperature, 0),
+            ("top_k", top_k, 0),
+        )
+        if not value >= lowest
+    ]

@@ -3,7 +3,6 @@
 The exit code is 0, or 6 when something that a default run needs is missing or broken.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,12 +13,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gptperf
 from gptperf import hardware
-from gptperf.config import ModelConfig, SystemConfig
-from gptperf.errors import DeviceError, main_guard
+from gptperf.config import ModelConfig, SystemConfig, command_line
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import DeviceError, run_main
+from gptperf.formats import byte_text, rough_duration
+from gptperf.hardware.compiler import compiler_problem
+from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import resolve_ops, unmeasured_versions
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
@@ -32,16 +36,23 @@ _EXTRAS = ("flash-attn", "transformers", "datasets", "wandb", "tensorboard", "py
 _PEAK_DTYPES = ("bfloat16", "float16", "float32")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DoctorFlags(Flags):
+    """How to print the report."""
+
+    json: bool = False
+    """Print the report as JSON."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report and returns the exit code."""
-    description = "Print what this machine has, what a default run would use of it and why, and what is broken."
-    parser = argparse.ArgumentParser(prog="python -m gptperf.doctor", description=description)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    arguments = parser.parse_args(argv)
+    about = "Print what this machine has, what a default run would use of it and why, and what is broken."
+    flags = parse(_DoctorFlags, argv, "gptperf.doctor", about)
+    set_up_threads()
     report = examine()
     report["problems"] = problems(report)
     report["exit_code"] = DeviceError.exit_code if report["problems"] else 0
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(report_lines(report)), flush=True)
+    print(json.dumps(report, indent=2) if flags.json else "\n".join(report_lines(report)), flush=True)
     return int(report["exit_code"])
 
 
@@ -51,8 +62,9 @@ def examine() -> dict[str, Any]:
     Returns:
         A dictionary with `versions` and `extras` (both name -> version or None), `torch_error` (why torch cannot be
         imported, or None), `unmeasured` (a note on torch and triton, or None), `driver`, `gpus` (a list),
-        `disk_free_gb`, `compiler` (for torch.compile on a CPU), `triton` (whether it works, and the reason), and
-        `choices` (what a default run would use, each with its reason, and the kernels by op).
+        `usable_cpus`, `disk_free_gb`, `compiler` (for torch.compile on a CPU), `compiler_problem` (why torch.compile
+        cannot work, or None), `triton` (whether it works, and the reason), `choices` (what a default run would use,
+        each with its reason, and the kernels by op), and `training` (see `_training`).
     """
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "gptperf": gptperf.__version__}
@@ -60,16 +72,22 @@ def examine() -> dict[str, Any]:
         "extras": {name: _version(name) for name in _EXTRAS},
         "driver": hardware.gpu_state().driver,
         "gpus": [],
+        "usable_cpus": usable_cpus(),
         "disk_free_gb": shutil.disk_usage(".").free / 1e9,
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
+        "compiler_problem": None,
         "choices": {},
+        "training": {},
     }
     report["torch_error"] = _examine_torch(report)
     device_type = "cuda" if report["gpus"] else "cpu"
     report["unmeasured"] = unmeasured_versions(device_type)
     report["triton"] = _triton(device_type)
+    report["compiler_problem"] = compiler_problem(device_type)
     if report["torch_error"] is None:
         report["choices"] = _choices(report, device_type)
+        if report["choices"]["kernels_error"] is None:
+            report["training"] = _training(report["gpus"])
     return report
 
 
@@ -169,18 +187,18 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         capability = report["gpus"][0]["capability"]
         backends = "cuDNN first" if prefers_cudnn(tuple(capability)) else "PyTorch's order of flash, cuDNN and others"
         compiles = _choice(
-            report["triton"]["works"],
+            report["triton"]["works"] and report["compiler_problem"] is None,
             f"{system.compile_scope}: torch.compile through Triton",
-            "off: Triton does not work",
+            f"off: {report['compiler_problem'] or 'Triton does not work'}",
         )
     else:
         seen = " (a driver is installed, but this torch sees no GPU)" if report["driver"] else ""
         device = f"cpu: torch sees no CUDA GPU{seen}"
         backends = "PyTorch's attention for CPUs"
         compiles = _choice(
-            report["compiler"],
+            report["compiler_problem"] is None,
             f"{system.compile_scope}: torch.compile through C++",
-            "off: no C++ compiler (g++ or CXX)",
+            f"off: {report['compiler_problem']}",
         )
     choices: dict[str, Any] = {
         "device": device,
@@ -197,6 +215,44 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
     for op, implementation in ops.chosen.items():
         choices["kernels"][op] = ": ".join(filter(None, (implementation, ops.reasons.get(op))))
     return choices
+
+
+def _training(gpus: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Estimates how long two configurations train here.
+
+    Args:
+        gpus: the GPUs of this machine, of which one is used.
+
+    Returns:
+        `iteration_s` and `total_s` (both configuration -> seconds, for those that can be estimated), `available_gb` (of
+        memory without a GPU), and `too_much`: why GPT-2 124M is too much for this machine, or None.
+    """
+    import torch
+
+    from gptperf.plan import plan, refusal, unplannable
+    from gptperf.training.estimate import available_gb, estimate, slow_warning
+
+    device = torch.device("cuda" if gpus else "cpu")
+    found: dict[str, Any] = {"iteration_s": {}, "total_s": {}, "available_gb": None, "too_much": None}
+    if not gpus:
+        found["available_gb"] = available_gb()
+    for name in ("tiny", "gpt2_124m"):
+        config = command_line.resolve([name]).config
+        planned = gpu = None
+        if gpus:
+            gpu = hardware.match_gpu(gpus[0]["name"], gpus[0]["memory_gb"])
+            if gpu is None or unplannable(config, gpu) is not None:
+                continue
+            planned = plan(config, gpu, reported_gb=gpus[0]["memory_gb"])
+        expected = estimate(config, 1, device, planned, val_tokens=2**62)
+        assert expected is not None  # every component of a shipped configuration has a card
+        found["iteration_s"][name] = expected.iteration_s
+        found["total_s"][name] = expected.total_s(config)
+        if name == "gpt2_124m":
+            found["too_much"] = slow_warning(expected, config, device)
+            if planned is not None and gpu is not None and not planned.fits:
+                found["too_much"] = refusal(config, gpu, planned, gpus[0]["memory_gb"])
+    return found
 
 
 def _choice(condition: object, yes: str, no: str) -> str:
@@ -222,7 +278,7 @@ def problems(report: dict[str, Any]) -> list[str]:
         if not gpu["bfloat16"]:
             found.append(f"{gpu['name']} has no bfloat16 units, and dtype = 'bfloat16' is the default; --dtype=float16")
     if report["disk_free_gb"] < _LEAST_DISK_GB:
-        free = f"found {report['disk_free_gb']:.2f} GB free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
+        free = f"found {byte_text(1e9 * report['disk_free_gb'])} free in {os.getcwd()}, wanted {_LEAST_DISK_GB:.0f} GB"
         found.append(f"disk: {free}; free some, or put --out_dir and --data_dir elsewhere")
     if report["choices"].get("kernels_error"):
         found.append(f"the ops cannot be loaded: {report['choices']['kernels_error']}")
@@ -241,7 +297,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines += _gpu_lines(index, gpu)
     if not report["gpus"]:
         lines.append(_line("GPU", "none"))
-    lines.append(_line("disk free", f"{report['disk_free_gb']:.1f} GB in {os.getcwd()}"))
+    lines.append(_line("CPUs", f"{report['usable_cpus']} usable of {os.cpu_count()}"))
+    lines.append(_line("disk free", f"{byte_text(1e9 * report['disk_free_gb'])} in {os.getcwd()}"))
     lines.append(_line("C++ compiler", report["compiler"] or "not found (torch.compile on a CPU needs one)"))
     lines.append(_line("Triton", report["triton"]["reason"]))
     lines += ["", "A DEFAULT RUN USES"]
@@ -251,17 +308,38 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += [_line(op, choice) for op, choice in report["choices"].get("kernels", {}).items()]
     if not report["choices"]:
         lines.append(_line("nothing", "torch cannot be imported"))
+    lines += _training_lines(report["training"])
     lines += ["", *(f"PROBLEM: {problem}" for problem in report["problems"])]
-    count = len(report["problems"])
-    return [
-        *lines,
-        f"VERDICT: {count} problem{'s' if count > 1 else ''}" if count else "VERDICT: ready to train",
-    ]
+    return [*lines, _verdict(report)]
+
+
+def _training_lines(training: dict[str, Any]) -> list[str]:
+    """Returns the lines about the time that training takes here."""
+    lines = ["", "EXPECTED TIME (ESTIMATED, WITHIN A FACTOR OF 2)"] if training.get("iteration_s") else []
+    for name, iteration_s in training.get("iteration_s", {}).items():
+        total = rough_duration(training["total_s"][name])
+        lines.append(_line(name, f"{rough_duration(iteration_s)} an iteration, {total} in all"))
+    if training.get("available_gb") is not None:
+        lines.append(_line("memory available", f"{training['available_gb']:.1f} GB"))
+    return lines
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    count, training = len(report["problems"]), report["training"]
+    if count:
+        return f"VERDICT: {count} problem{'s' if count > 1 else ''}"
+    if training.get("too_much") is not None:
+        return f"VERDICT: ready to train tiny models (make train), but not GPT-2 124M: {training['too_much']}"
+    if "gpt2_124m" in training.get("iteration_s", {}):
+        return "VERDICT: ready to train GPT-2 124M"
+    return "VERDICT: ready to train"
 
 
 def _gpu_lines(index: int, gpu: dict[str, Any]) -> list[str]:
     major, minor = gpu["capability"]
-    lines = [_line(f"GPU {index}", f"{gpu['name']}, {gpu['memory_gb']:.1f} GB, compute capability {major}.{minor}")]
+    lines = [
+        _line(f"GPU {index}", f"{gpu['name']}, {byte_text(1e9 * gpu['memory_gb'])}, compute capability {major}.{minor}")
+    ]
     if gpu["row"] is None:
         return [*lines, _line("", gpu["hint"])]
     peaks = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu["dense_peak_tflops"].items())
@@ -273,5 +351,4 @@ def _line(name: str, value: object) -> str:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -1,34 +1,34 @@
-"""Durable file writes, the lock of a run directory, and free disk space.
+"""Durable file writes, temporary files, and free disk space.
 
-Nothing here knows what the bytes mean.
+Nothing here knows what the bytes mean. The umask alone decides the permissions of what is made.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
+import re
 import secrets
-import socket
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gptperf.errors import CheckpointError, DiskError
+from gptperf.errors import DiskError
+from gptperf.formats import byte_text
 
 __all__ = [
     "FileRecord",
-    "RunLock",
     "append_line",
     "check_space",
     "delete",
     "free_bytes",
+    "keep_locked",
     "make_directory",
+    "make_temporary",
     "open_regular",
+    "remove_leftovers",
     "replace_text",
     "replacing",
     "sync_directory",
@@ -76,7 +76,7 @@ def write_file(
     """
     digest = hashlib.sha256()
     done = 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         for chunk in chunks:
             view = memoryview(chunk)
@@ -100,9 +100,10 @@ def write_file(
 def replacing(path: Path) -> Iterator[Path]:
     """Replaces a file as a whole: a reader sees the old file or the new one, never a part.
 
-    Yields a temporary path beside `path`, where the body writes the new file by any means. When the body ends, the
-    temporary file is synced and renamed to `path`. When the body raises, `path` keeps its old content. The temporary
-    file is removed in either case. The parent directory is made if it is absent.
+    Yields the path of an empty temporary file beside `path`, into which the body writes by any means. When the body
+    ends, the temporary file is synced and renamed to `path`. When the body raises, `path` keeps its old content. The
+    temporary file is removed in either case. The parent directory is made if it is absent, and leftovers of killed
+    processes are removed from it.
 
     Example:
         >>> with replacing(out / "memory.pickle") as temporary:
@@ -111,10 +112,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DiskError: The file cannot be written. Every `OSError` of the body becomes a `DiskError`.
     """
-    # The name is random, so that two processes that replace the same file do not write into one temporary file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        temporary, lock = make_temporary(path)
         try:
             yield temporary
             # The content must be durable before the rename is: after a power cut the new name must not hold an empty
@@ -124,8 +125,70 @@ def replacing(path: Path) -> Iterator[Path]:
             sync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(lock)
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error}") from error
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}")
+
+
+def make_temporary(path: Path, *, folder: bool = False) -> tuple[Path, int]:
+    """Makes an empty file or folder `.NAME.tmp-NONCE` beside `path`, which `remove_leftovers` leaves alone.
+
+    The name is random, so that two processes that replace the same file do not write into one temporary file.
+
+    Returns:
+        Its path, and the descriptor of its lock, which the caller closes after it has renamed or removed it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        # Another process may remove it before it is locked, or hold its lock to remove it; then the next name is tried.
+        with contextlib.suppress(FileNotFoundError):
+            lock = keep_locked(temporary)
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
+
+
+def keep_locked(path: Path) -> int:
+    """Locks a file or folder against `remove_leftovers` until the returned descriptor is closed.
+
+    The lock is an flock, which the kernel releases when the process ends, however it ends. On a file system without
+    locks there is none, and `remove_leftovers` cannot take one either and removes nothing.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes left in a directory: the files and folders of `make_temporary`.
+
+    A file or folder that was renamed to `.NAME.old-NONCE` gets its name back, unless that exists. What a living process
+    has locked is not touched, and neither is what cannot be locked or removed.
+    """
+    names = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(directory)
+    for match in filter(None, map(_TEMPORARY.fullmatch, names)):
+        path, name = directory / match[0], directory / match[1]
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if match[2] == "old" and not os.path.lexists(name):
+                path.rename(name)
+            else:
+                delete(path)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -143,7 +206,7 @@ def append_line(path: Path, line: bytes, *, half: Callable[[], None] = lambda: N
 
     A file that does not end with a newline, because a process was killed while it wrote, gets one before the new line.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
@@ -171,9 +234,9 @@ def open_regular(path: Path) -> int:
 
 
 def make_directory(directory: Path) -> None:
-    """Makes a directory with mode 0700, and its parents; an existing directory is left unchanged."""
+    """Makes a directory durably, and its parents; an existing directory is left unchanged."""
     if not directory.is_dir():
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         sync_directory(directory.parent)
 
 
@@ -238,81 +301,7 @@ def check_space(directory: Path, bytes_needed: int) -> int:
     free = free_bytes(directory)
     if free < 2 * bytes_needed:
         raise DiskError(
-            f"{directory}: {free / 1e9:.2f} GB free, two checkpoints of {bytes_needed / 1e9:.2f} GB "
-            f"need {2 * bytes_needed / 1e9:.2f} GB; free space or choose another out_dir"
+            f"{directory}: {byte_text(free)} free, two checkpoints of {byte_text(bytes_needed)} need "
+            f"{byte_text(2 * bytes_needed)}; free space or choose another out_dir"
         )
     return free // max(bytes_needed, 1)
-
-
-class RunLock:
-    """Allows one process at a time to write to a run directory.
-
-    The lock is an flock on `run.lock`, which the kernel releases when the process ends, however it ends. The content of
-    the file is used only for the error message. A forked child closes its copy of the descriptor, because an flock
-    lasts as long as any copy is open.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = Path(directory) / "run.lock"
-        self._fd: int | None = None
-
-    def __enter__(self) -> "RunLock":
-        """Takes the lock.
-
-        Raises:
-            CheckpointError: Another `RunLock`, in this process or another one, holds the lock.
-            DiskError: The directory cannot be written, or its file system does not support locks.
-        """
-        assert self._fd is None, "the lock is already taken"
-        try:
-            make_directory(self.path.parent)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DiskError(f"{self.path} cannot be opened: {error}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": _boot_id()}
-            holder["start_time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
-            os.ftruncate(fd, 0)
-            write_all(fd, json.dumps(holder).encode() + b"\n")
-        except BlockingIOError:
-            text = _holder(fd)
-            os.close(fd)
-            raise CheckpointError(f"run is live on {text}; only one process may write to {self.path.parent}") from None
-        except OSError as error:
-            os.close(fd)
-            raise DiskError(f"{self.path} cannot be locked: {error}") from error
-        self._fd = fd
-        os.register_at_fork(after_in_child=self._forget)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self._fd is not None:
-            with contextlib.suppress(OSError):  # an outdated holder in the file is harmless: the lock decides
-                os.ftruncate(self._fd, 0)
-            self._forget()
-
-    def _forget(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"
-
-
-def _holder(fd: int) -> str:
-    """Returns "HOST (pid N, since TIME)" from a lock file, and waits up to 0.2 s for the holder to write it."""
-    for _ in range(20):
-        try:
-            holder: Any = json.loads(os.pread(fd, 4096, 0))
-        except ValueError:
-            time.sleep(0.01)
-            continue
-        if isinstance(holder, dict):
-            return f"{holder.get('host')} (pid {holder.get('pid')}, since {holder.get('start_time')})"
-    return "an unknown host"

@@ -4,11 +4,30 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["duration", "number", "one_line", "percentiles", "short_count", "value_text", "with_unit"]
+__all__ = [
+    "SHORT_DTYPES",
+    "about",
+    "byte_text",
+    "count_text",
+    "duration",
+    "mfu_scale",
+    "number",
+    "one_line",
+    "percent",
+    "percentiles",
+    "rough_duration",
+    "short_count",
+    "value_text",
+    "with_unit",
+]
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "fp8": "fp8"}
+"""Dtype -> its short name."""
 
 _MOST_ITEMS = 50
 """Largest number of items of a list or mapping that `value_text` shows."""
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -18,9 +37,11 @@ def number(value: float | None, form: str, missing: str = "-") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns a duration as "12.3 s" below 100 seconds, then as "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
+    """Returns a duration as "40 ms", "12.3 s", from 100 seconds on "4:05", "13:04:05", "1d 02:03:04"; "-" for None."""
     if seconds is None:
         return "-"
+    if 0 < seconds < 0.1:
+        return f"{1e3 * seconds:.0f} ms" if seconds >= 0.001 else "under 1 ms"
     if seconds < 100:
         return f"{max(seconds, 0):.1f} s"
     minutes, second = divmod(round(seconds), 60)
@@ -29,6 +50,40 @@ def duration(seconds: float | None) -> str:
     if not hours:
         return f"{minute}:{second:02d}"
     return (f"{days}d {hour:02d}" if days else f"{hour}") + f":{minute:02d}:{second:02d}"
+
+
+def rough_duration(seconds: float) -> str:
+    """Returns an estimated duration with two digits, in hours from 2 hours on, in minutes from 2 minutes on."""
+    unit, size = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("s", 1)
+    value = float(f"{seconds / size:.2g}")
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:g} {unit}"
+
+
+def about(seconds: float | None) -> str:
+    """Returns an estimated duration to append to a sentence, such as " (about 12 s)"; "" for None."""
+    if seconds is None:
+        return ""
+    if seconds < 1:
+        return " (less than 1 s)"
+    return f" (about {f'{seconds:.0f} s' if seconds < 100 else duration(seconds)})"
+
+
+def byte_text(count: float) -> str:
+    """Returns a number of bytes with four digits and the unit B, kB, MB, GB or TB, powers of 1000: "12.34 GB"."""
+    for unit, scale in _BYTES:
+        if count >= 0.99995 * scale:  # 999,960 B are 1 MB, not 1000 kB
+            return f"{count / scale:#.4g} {unit}".replace(". ", " ")
+    return f"{count:.0f} B"
+
+
+def count_text(value: float) -> str:
+    """Returns a rate with commas and without decimals, or with two digits if it is below 10: "3,557", "0.42"."""
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+def percent(value: float) -> str:
+    """Returns a percentage with two decimals, or with two digits where those would be zeros: "32.45%", "0.0012%"."""
+    return f"{value:.2f}%" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}%"
 
 
 def with_unit(value: float, unit: str, digits: int = 4) -> str:
@@ -48,6 +103,24 @@ def short_count(value: float) -> str:
         if abs(value) >= 0.9995 * scale:  # 999,600 is 1M, not 1e+03k
             return f"{value / scale:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def mfu_scale(record: Mapping[str, Any]) -> str:
+    """Returns what an MFU is relative to, such as "strict, of 989.4 TFLOP/s bf16 dense".
+
+    Whatever prints an MFU prints this with it.
+
+    Args:
+        record: `convention` of the FLOP count, and `hardware_peak_tflops`, `peak_dtype` and `peak_basis` of the peak;
+            what the record lacks is not named.
+    """
+    words = [str(record[key]) for key in ("peak_dtype", "peak_basis") if record.get(key) is not None]
+    words = [SHORT_DTYPES.get(word, word) for word in words]
+    peak = record.get("hardware_peak_tflops")
+    if isinstance(peak, int | float) and abs(peak) < 1e9:
+        words.insert(0, f"{peak:,.1f} TFLOP/s")
+    parts = [str(record["convention"])] if record.get("convention") is not None else []
+    return one_line(", ".join([*parts, *([f"of {' '.join(words)}"] if words else [])]))
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

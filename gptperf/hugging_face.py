@@ -12,25 +12,25 @@ A tokenizer.json in the folder goes into the checkpoint.
 
 import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptperf import checkpoint
 from gptperf.config import Config, ModelConfig
+from gptperf.config.flags import Flags, parse
 from gptperf.data.hub import CACHE, by_hand
 from gptperf.data.json_tokenizer import TOKENIZER_JSON
 from gptperf.data.tokenizers import load_tokenizer
-from gptperf.errors import CheckpointError, DataError, DeviceError, GptperfError, main_guard
-from gptperf.files import RunLock, replace_text
+from gptperf.errors import CheckpointError, DataError, DeviceError, GptperfError, run_main
+from gptperf.files import replace_text
 from gptperf.model import GPT
+from gptperf.run_lock import RunLock
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
 __all__ = ["convert", "main", "model_config", "weights"]
@@ -50,10 +50,10 @@ Find = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."""
+class _ConvertFlags(Flags):
+    """Which model, and where the checkpoint goes."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: str
     """Folder with config.json and *.safetensors, or hf:REPO."""
     out_dir: Path
     """Folder for the checkpoint."""
@@ -62,8 +62,6 @@ class ConvertConfig:
     vocabulary of 50257, else unknown."""
     eot: str = ""
     """Token that ends a document; default: the one that the tokenizer names."""
-    debug: bool = False
-    """Show the stack of an error."""
 
 
 def model_config(described: Described) -> ModelConfig:
@@ -282,6 +280,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> 
         "source": str(folder),
     }
     with RunLock(out_dir):
+        checkpoint.clean(out_dir / "checkpoints")
         if any((out_dir / "checkpoints").glob("step-*")):
             raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
         keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
@@ -327,17 +326,21 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
-    with main_guard(debug="--debug" in sys.argv):
-        config = tyro.cli(ConvertConfig, prog="python -m gptperf.hugging_face", use_underscores=True)
-        folder = _downloaded(config.model) if config.model.startswith("hf:") else Path(config.model)
-        path, model = convert(folder, config.out_dir, config.tokenizer, config.eot)
-        print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
-        out = config.out_dir
-        print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or the model cannot be converted.
+    """
+    about = "Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."
+    flags = parse(_ConvertFlags, argv, "gptperf.hugging_face", about)
+    folder = _downloaded(flags.model) if flags.model.startswith("hf:") else Path(flags.model)
+    path, model = convert(folder, flags.out_dir, flags.tokenizer, flags.eot)
+    print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
+    out = flags.out_dir
+    print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

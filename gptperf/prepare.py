@@ -1,11 +1,13 @@
 """Turns text into a data set: `python -m gptperf.prepare WHAT [--name=NAME] ...`; see `--help`."""
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from gptperf.errors import main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import run_main
 
 __all__ = ["main"]
 
@@ -31,76 +33,72 @@ examples
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`; None means those of the process."""
-    args = _parser().parse_args(argv)
-    with main_guard(debug=args.debug):
-        if args.verify:
-            _verify(args)
-            return
-        from gptperf.data.prepare import prepare
+@dataclass(frozen=True, kw_only=True)
+class _PrepareFlags(Flags):
+    """What to prepare, and how."""
 
-        # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        optional = {} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}
-        prepare(
-            args.what,
-            data_dir=args.data_dir,
-            name=args.name,
-            tokenizer=args.tokenizer,
-            eot=args.eot,
-            val_fraction=args.val_fraction,
-            overwrite=args.overwrite,
-            split=args.split,
-            text_field=args.text_field,
-            **optional,
-        )
+    what: str
+    """What to prepare, see below."""
+    name: str | None = None
+    """Name of the data set; default: that of WHAT."""
+    data_dir: str = "data"
+    """Folder of data sets."""
+    tokenizer: str = "byte"
+    """byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, whose tokenizer it is;
+    hf:REPO; train:N, a BPE of N ids that is trained on the text."""
+    eot: str | None = None
+    """Token that ends a document; default: the one that the tokenizer names."""
+    val_fraction: float | None = None
+    """Validation fraction, above 0 and below 1; default: see below."""
+    split: str | None = None
+    """Split of a Hugging Face data set; default: train."""
+    text_field: str | None = None
+    """Text field of a Hugging Face data set or .jsonl file; default: text."""
+    shard_tokens: int | None = None
+    """Tokens per shard; default: 100000000."""
+    overwrite: bool = False
+    """Replace an existing data set."""
+    verify: bool = False
+    """Compare an existing data set with its checksums instead."""
 
 
-def _verify(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or the data set cannot be prepared.
+    """
+    flags = parse(_PrepareFlags, argv, "gptperf.prepare", "Turn text into a data set of token shards.", _EXAMPLES)
+    if flags.verify:
+        _verify(flags)
+        return 0
+    from gptperf.data.prepare import prepare
+
+    # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    optional: dict[str, Any] = {} if flags.shard_tokens is None else {"shard_tokens": flags.shard_tokens}
+    prepare(
+        flags.what,
+        data_dir=flags.data_dir,
+        name=flags.name,
+        tokenizer=flags.tokenizer,
+        eot=flags.eot,
+        val_fraction=flags.val_fraction,
+        overwrite=flags.overwrite,
+        split=flags.split,
+        text_field=flags.text_field,
+        **optional,
+    )
+    return 0
+
+
+def _verify(flags: _PrepareFlags) -> None:
     """Compares the tokens of an existing data set with its checksums."""
     from gptperf.data.shards import resolve_dataset, verify
 
-    path = resolve_dataset(args.name or args.what, args.data_dir)
+    path = resolve_dataset(flags.name or flags.what, flags.data_dir)
     print(f"{path}: {verify(path):,} tokens match their checksums")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gptperf.prepare",
-        description="Turn text into a data set of token shards, DATA_DIR/NAME.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", metavar="WHAT", help="what to prepare, see below")
-    parser.add_argument("--name", help="name of the data set (default: that of WHAT)")
-    parser.add_argument("--data_dir", default="data", help="folder of data sets (default: data)")
-    parser.add_argument(
-        "--tokenizer",
-        default="byte",
-        help="byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, whose tokenizer it "
-        "is; hf:REPO; train:N, a BPE of N ids that is trained on the text (default: byte)",
-    )
-    parser.add_argument("--eot", help="token that ends a document (default: the one that the tokenizer names)")
-    parser.add_argument("--val_fraction", type=float, help="validation fraction, 0 to below 1 (default: see below)")
-    parser.add_argument("--split", help="split of a Hugging Face data set (default: train)")
-    parser.add_argument("--text_field", help="text field of a Hugging Face data set or .jsonl file (default: text)")
-    parser.add_argument("--shard_tokens", type=int, help="tokens per shard (default: 100000000)")
-    for flag, text in (
-        ("overwrite", "replace an existing data set"),
-        ("verify", "compare an existing data set with its checksums instead"),
-        ("debug", "show the stack of an error"),
-    ):
-        parser.add_argument(f"--{flag}", type=_boolean, nargs="?", const=True, default=False, help=text)
-    return parser
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("True", "False", "true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted True or False")
-    return text in ("True", "true")
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)

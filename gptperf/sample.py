@@ -1,33 +1,35 @@
 """Generates text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--top_k=50]`.
 
-RUN is the folder of a run, of its checkpoints, or of one checkpoint. `gptperf.api.generate` does the same in Python.
+RUN is the folder of a run, of its checkpoints, or of one checkpoint. One sample is printed as it is, so that it can be
+piped. Several samples have a line such as "---- sample 2 of 3 ----" before each. A text may contain any line, so a
+program that needs the texts apart calls `gptperf.api.generate`, which returns a list.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Any, Literal
 
 from gptperf import api, registry
-from gptperf.errors import main_guard
+from gptperf.config.flags import COMMAND_LINE, Flags, parse
+from gptperf.errors import run_main
+from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Generate text with a trained model."""
+class _SampleFlags(Flags):
+    """What to generate, and from which model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Path
     """Folder of a run or of a checkpoint."""
     prompt: str = "\n"
     """Text to continue."""
     tokens: int = 200
     """Number of tokens to generate in each sample."""
     num_samples: int = 1
-    """Number of samples, printed one after another."""
+    """Number of samples; if there are several, a numbered line stands before each."""
     temperature: float = 0.8
     """Divisor of the logits; 0 always takes the likeliest token."""
     top_k: int = 50
@@ -40,23 +42,37 @@ class SampleConfig:
     """Device; auto is the GPU if there is one."""
     plugins: str = ""
     """Comma-separated Python modules that register components."""
-    debug: bool = False
-    """Show the stack of an error."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns the numbers that `api.generate` takes."""
+        return {name: getattr(self, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
+
+    def problems(self) -> Sequence[str]:
+        """Returns what `api.generate` would refuse."""
+        return [f"{COMMAND_LINE}: {problem}" for problem in api.sampling_problems(**self.numbers())]
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
-    with main_guard(debug="--debug" in sys.argv):
-        config = tyro.cli(SampleConfig, prog="python -m gptperf.sample", use_underscores=True)
-        numbers = {name: getattr(config, name) for name in ("tokens", "num_samples", "temperature", "top_k")}
-        api.check_sampling(**numbers)
-        registry.load_plugins(config.plugins)
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        loaded = api.load_model(config.run, checkpoint=config.checkpoint, device=config.device)
-        for text in api.generate(loaded, config.prompt, seed=config.seed, **numbers):
-            print(text)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        GptperfError: the command line is wrong, or there is no such model.
+    """
+    flags = parse(_SampleFlags, argv, "gptperf.sample", "Generate text with a trained model.")
+    set_up_threads()
+    registry.load_plugins(flags.plugins)
+    loaded = api.load_model(flags.run, checkpoint=flags.checkpoint, device=flags.device)
+    print(_separated(api.generate(loaded, flags.prompt, seed=flags.seed, **flags.numbers())))
     return 0
 
 
+def _separated(texts: Sequence[str]) -> str:
+    """Returns one text unchanged, and several with a numbered line before each."""
+    if len(texts) == 1:
+        return texts[0]
+    rule = "-" * 32
+    return "\n".join(f"{rule} sample {i} of {len(texts)} {rule}\n{text}" for i, text in enumerate(texts, 1))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -156,11 +156,14 @@ def check_triton(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: found a tensor on {x.device}, wanted one on a CUDA GPU for the Triton kernel")
 
 
-@torch.compiler.assume_constant_result
 def _interpreter_is_on() -> bool:
     import triton  # imported here only, because eager PyTorch runs without it
 
     return bool(triton.knobs.runtime.interpret)
+
+
+# What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
+_interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:

@@ -68,7 +68,6 @@ def register(
     return call
 
 
-@torch.compiler.assume_constant_result
 def _introduce_to_inductor() -> bool:
     """Registers a lowering of every op with Inductor, while the first call of an op is traced.
 
@@ -82,6 +81,10 @@ def _introduce_to_inductor() -> bool:
         if op not in lowering.lowerings:
             lowering.make_fallback(op, warn=False)
     return True
+
+
+# What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
+_introduce_to_inductor._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autograd_function(

@@ -1,14 +1,15 @@
 """The public Python API, from a configuration to generated text, and the sample command on top of it."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from run_helpers import SMALL, run_argv, run_log
 
-from gptperf import api, sample
+from gptperf import api, checkpoint, sample
 from gptperf.config import KEYS, Config, DataConfig, LogConfig, ModelConfig, SystemConfig, TrainConfig
-from gptperf.errors import CheckpointError, ConfigError
+from gptperf.errors import CheckpointError, ConfigError, run_main
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,13 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def sample_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sample.sys, "argv", ["sample", *map(str, arguments)])
-    return sample.main()
+def sample_command(*arguments: object) -> object:
+    with pytest.raises(SystemExit) as ended:
+        run_main(sample.main, [*map(str, arguments)])
+    return ended.value.code
 
 
-def test_generate_gives_the_text_of_the_command(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_gives_the_text_of_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = api.generate(
         api.load_model(run, device="cpu"), "abc", tokens=40, num_samples=2, temperature=0.9, top_k=9, seed=3
     )
@@ -36,18 +36,17 @@ def test_generate_gives_the_text_of_the_command(
     assert len(set(texts)) == 2
     flags = ["--prompt=abc", "--tokens=40", "--num_samples=2", "--temperature=0.9", "--top_k=9", "--seed=3"]
     capsys.readouterr()
-    assert sample_command(monkeypatch, run, "--device=cpu", *flags) == 0
-    printed = capsys.readouterr().out
-    assert printed == "".join(text.encode(errors="backslashreplace").decode() + "\n" for text in texts)
+    assert sample_command(run, "--device=cpu", *flags) == 0
+    rule = "-" * 32
+    parts = re.split(rf"{rule} sample \d of 2 {rule}\n", capsys.readouterr().out)
+    assert parts == ["", *(text.encode(errors="backslashreplace").decode() + "\n" for text in texts)]
 
 
-def test_defaults_are_those_of_the_command(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_defaults_are_those_of_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (text,) = api.generate(api.load_model(run, device="cpu"), "\n")
     capsys.readouterr()
-    assert sample_command(monkeypatch, run, "--device=cpu") == 0
-    assert capsys.readouterr().out == text + "\n"
+    assert sample_command(run, "--device=cpu") == 0
+    assert capsys.readouterr().out == text + "\n"  # a single sample has no line around it, so that it can be piped
 
 
 def test_generation_is_a_function_of_the_seed(run: Path) -> None:
@@ -105,17 +104,22 @@ def test_load_config_is_the_command_line(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokens", "num_samples", "temperature", "top_k"])
-def test_numbers_that_are_too_small(
-    name: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_that_are_too_small(name: str, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=f"{name}: found -1, wanted . or more; nearest: ."):
         api.generate(api.load_model(run, device="cpu"), "a", **{name: -1})  # type: ignore[arg-type]
-    with pytest.raises(SystemExit) as caught:  # before it looks for a checkpoint
-        sample_command(monkeypatch, tmp_path / "absent", f"--{name}=-1")
-    assert caught.value.code == 2
+    assert sample_command(tmp_path / "absent", f"--{name}=-1") == 2  # before it looks for a checkpoint
     assert f"{name}: found -1" in capsys.readouterr().err
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found no checkpoint, wanted the folder of a run or of a checkpoint"):
         api.load_model(tmp_path)
+    for name in ("tiny", "other"):
+        checkpoint.save(tmp_path / name / "checkpoints", step=0, tensors={"model": {"a": torch.ones(1)}}, state={})
+    with pytest.raises(CheckpointError, match=r"found no checkpoint, .*; nearest: ") as e:
+        api.load_model(tmp_path / "tinny")
+    found = Path(str(e.value).rpartition("nearest: ")[2])
+    assert found == tmp_path / "tiny"
+    with pytest.raises(CheckpointError, match="no checkpoint with a validation loss; nearest: --checkpoint=latest"):
+        api.load_model(found, checkpoint="best")
+    assert api._checkpoint_path(found, "latest").name == "step-00000000"

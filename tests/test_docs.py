@@ -41,6 +41,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(path.read_text()), target
 
 
+@pytest.mark.parametrize("page", ["README.md", "gptperf/GUIDE.md"])
+def test_lines_of_code_fit_on_a_page(page: str) -> None:
+    """A page of 1012 pixels shows 110 columns of code; the rest of a longer line would be hidden."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        assert max(map(len, block.splitlines())) <= 110, max(block.splitlines(), key=len)
+
+
 def test_the_page_about_testing_names_every_test_file() -> None:
     page = (ROOT / "tests" / "TESTING.md").read_text()
     for path in (ROOT / "tests").rglob("test_*.py"):

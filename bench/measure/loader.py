@@ -10,21 +10,24 @@ files: headers and manifest are valid, and the tokens are holes that read as zer
 starts and after the last window. The kernel fills new pages for the holes, so this rate is lower.
 """
 
-import argparse
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptperf.config.flags import Flags, parse
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, DatasetManifest, Header, Shard, Split, TokenizerInfo
 from gptperf.data.loader import Loader
 from gptperf.data.shards import TokenSource
+from gptperf.errors import run_main
 
 __all__ = ["main", "measure", "measure_all", "rss_bytes", "write_random_dataset", "write_sparse_dataset"]
 
@@ -161,19 +164,27 @@ def measure_all(
     return rows
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class _LoaderFlags(Flags):
+    """Where the files go."""
+
+    json: Path | None = None
+    """Write the results to this file, too."""
+    dir: Path | None = None
+    """Folder of the temporary data sets; default: that of the system."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs all cases, prints the table, and writes the JSON file if the command line names one."""
-    parser = argparse.ArgumentParser(prog="python -m bench.measure.loader", description="Measure the training loader.")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--dir", type=Path, help="where the temporary data sets go (default: the system's)")
-    args = parser.parse_args()
+    args = parse(_LoaderFlags, argv, "bench.measure.loader", __doc__)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         rows = measure_all(Path(folder))
     if args.json:
         host = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
         record = {"protocol": __doc__, "host": host, "results": rows}
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,18 +20,16 @@ also runs on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which truncates
 `--json PATH` writes the rows to a file after every shape.
 """
 
-import argparse
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -59,6 +57,9 @@ from bench.measure.op_errors import dtypes_of, error_rows
 from bench.measure.op_tables import error_table, host_table, table
 from bench.measure.timing import Spread, Work
 from bench.results import guarded
+from gptperf.config.flags import COMMAND_LINE, Flags, parse
+from gptperf.config.keys import Choice, Range
+from gptperf.errors import run_main
 
 __all__ = ["HOST_IMPLS", "PROTOCOL", "RIVALS", "main", "measure", "measure_host", "measure_loss", "setting"]
 __all__ += ["setting"]
@@ -223,7 +224,34 @@ def measure_host(op: str, rows: int, impls: Sequence[str]) -> list[Row]:
     return found
 
 
-def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+_MOST_SHAPES = max(len(op.shapes) for op in OPS.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpsFlags(Flags):
+    """What to time."""
+
+    ops: tuple[Annotated[str, Choice(tuple(OPS))], ...] = tuple(OPS)
+    """Ops."""
+    shapes: tuple[Annotated[int, Range(0, _MOST_SHAPES - 1)], ...] = tuple(range(_MOST_SHAPES))
+    """Positions in an op's list of shapes."""
+    impls: tuple[Annotated[str, Choice(tuple(IMPLS))], ...] = tuple(IMPLS)
+    """Implementations."""
+    rounds: Annotated[int, Range(1)] = 11
+    """Rounds over all implementations."""
+    json: Path | None = None
+    """Write the rows to this file, too."""
+    host: bool = False
+    """Host time a call instead."""
+    errors: bool = False
+    """Errors against float64 instead."""
+
+    def problems(self) -> Sequence[str]:
+        """Returns which flags exclude each other."""
+        return [f"{COMMAND_LINE}: --host and --errors exclude each other"] if self.host and self.errors else []
+
+
+def run_times(args: OpsFlags, add: Callable[[list[Row], str], None]) -> None:
     """Times the chosen ops at the chosen shapes."""
     for op in args.ops:
         for shape in [OPS[op].shapes[i] for i in args.shapes if i < len(OPS[op].shapes)]:
@@ -236,7 +264,7 @@ def run_times(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -
             torch.cuda.empty_cache()
 
 
-def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+def run_host(args: OpsFlags, add: Callable[[list[Row], str], None]) -> None:
     """Measures the host time of every op that has a small shape."""
     print(f"{'op':<16}{'rows':>6}  {'':<13}{'forward us':>12}{'forward+backward us':>20}")
     for op in (op for op in args.ops if op in HOST_SHAPES):
@@ -246,7 +274,7 @@ def run_host(args: argparse.Namespace, add: Callable[[list[Row], str], None]) ->
             add(rows, host_table(rows))
 
 
-def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) -> None:
+def run_errors(args: OpsFlags, add: Callable[[list[Row], str], None]) -> None:
     """Measures the errors of every op; on a CPU, at the small shape only."""
     on_gpu = torch.cuda.is_available()
     columns = f"{'eager':>11}{'triton':>11}{'ratio':>9}"
@@ -258,23 +286,9 @@ def run_errors(args: argparse.Namespace, add: Callable[[list[Row], str], None]) 
                 add(rows, error_table(rows))
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None = None) -> OpsFlags:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.measure.ops", description=__doc__.split("\n\n")[0])
-    most = max(len(op.shapes) for op in OPS.values())
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
-    shapes = parser.add_argument("--shapes", nargs="+", type=int, choices=range(most), default=list(range(most)))
-    shapes.metavar, shapes.help = "N", "positions in an op's list of shapes"
-    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), metavar="IMPL", help=", ".join(IMPLS))
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--host", action="store_true", help="host time a call instead")
-    kind.add_argument("--errors", action="store_true", help="errors against float64 instead")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds: found {args.rounds}, wanted at least 1")
-    return args
+    return parse(OpsFlags, argv, "bench.measure.ops", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         1 if an op of ours failed, else 0.
     """
-    args = parse(argv)
+    args = parse_flags(argv)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not (args.errors and os.environ.get("TRITON_INTERPRET") == "1"):
         print(
@@ -308,4 +322,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -18,7 +18,6 @@ Every case writes its own file under --out. A case that has a file is measured a
 alone are an exception: they are measured before and after every group of strategies that is measured.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -29,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -40,8 +39,10 @@ from bench.measure.step import random_batches
 from gptperf import plan
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config, command_line
+from gptperf.config.flags import Flags, parse
+from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import Process, start_process
-from gptperf.errors import DeviceError, main_guard
+from gptperf.errors import DeviceError, run_main
 from gptperf.hardware import match_gpu
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.plan.memory import strategy_of
@@ -263,21 +264,37 @@ def _planned(case: Case, config: Config, environment: Mapping[str, Any]) -> tupl
     return memory.weights_gb + memory.gradients_gb + memory.optimizer_gb, memory.total_gb
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ScalingFlags(Flags):
+    """What to measure."""
+
+    gpus: tuple[Annotated[int, Range(1)], ...] = ()
+    """Numbers of GPUs; default: 1, 2, 4, 8, as far as there are so many."""
+    models: tuple[Annotated[str, Choice(tuple(MODELS))], ...] = ("llama_1.36b", "gpt2_124m")
+    """Models."""
+    strategies: tuple[Annotated[str, Choice(tuple(STRATEGIES))], ...] = ("ddp", "zero1", "fsdp")
+    """Strategies."""
+    micro_batches: tuple[Annotated[int, Range(1)], ...] = (1, 8)
+    """Micro-batches of a GPU in an iteration."""
+    strong: bool = False
+    """micro_batches are those of the job."""
+    steps: Annotated[int, Range(1)] = 21
+    """Micro-batches that are timed, in 3 steps at least."""
+    one_by_one: bool = False
+    """The other cards idle while one trains alone."""
+    save: bool = False
+    """Time a save, too."""
+    out: Path = Path("out/scaling")
+    """Folder of the results."""
+    fresh: bool = False
+    """Measure cases again that have a result."""
+    worker: Path | None = None
+    """Measure the jobs of this file, in a process of a job; this command itself uses it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures the cases that have no result, and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.measure.scaling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4, 8, as far as there are so many")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama_1.36b", "gpt2_124m"])
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["ddp", "zero1", "fsdp"])
-    parser.add_argument("--micro_batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--strong", action="store_true", help="micro_batches are those of the job")
-    parser.add_argument("--steps", type=int, default=21, help="micro-batches that are timed, in 3 steps at least")
-    parser.add_argument("--one_by_one", action="store_true", help="the other cards idle while one trains alone")
-    parser.add_argument("--save", action="store_true", help="time a save too")
-    parser.add_argument("--out", type=Path, default=Path("out/scaling"))
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parse(_ScalingFlags, argv, "bench.measure.scaling", __doc__)
     if args.worker:
         _worker(args.worker, args.out)
         return 0
@@ -314,5 +331,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -6,16 +6,15 @@ It measures one cell (a model and a variant of `bench.measure.models`) after ano
 process of its own, and others.
 """
 
-import argparse
 import gc
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,11 @@ from bench.measure.models import MODELS, VARIANTS, resolve
 from bench.measure.serial import serial_ms
 from gptperf import flops
 from gptperf.config import Config
+from gptperf.config.flags import Flags, parse
+from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import Process, start_process
+from gptperf.errors import run_main
+from gptperf.formats import mfu_scale
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
@@ -124,7 +127,8 @@ def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: 
         "timed_mfu_percent": fall.timed_mfu_percent,
         "off_points": fall.off_points,
         "closes": fall.closes,
-        "peak": peak.source,
+        "convention": "strict",
+        **peak.record(),
     }
 
 
@@ -224,17 +228,25 @@ def _line(cell: Mapping[str, Any]) -> str:
     )
 
 
-def main() -> int:
+@dataclass(frozen=True, kw_only=True)
+class _StepFlags(Flags):
+    """What to time."""
+
+    models: tuple[Annotated[str, Choice(tuple(MODELS))], ...] = tuple(MODELS)
+    """Models."""
+    variants: tuple[Annotated[str, Choice(tuple(VARIANTS))], ...] = ("compiled", "triton+compiled")
+    """Variants of each model."""
+    steps: Annotated[int, Range(1)] = 31
+    """Steps that are timed."""
+    kernels: bool = False
+    """Profile five more steps, and print the longest kernels."""
+    json: Path | None = None
+    """Write the cells to this file, too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of the chosen cells."""
-    parser = argparse.ArgumentParser(prog="python -m bench.measure.step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "triton+compiled"])
-    parser.add_argument("--steps", type=int, default=31)
-    parser.add_argument("--kernels", action="store_true", help="profile five more steps")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps: found {args.steps}, wanted at least 1")
+    args = parse(_StepFlags, argv, "bench.measure.step", __doc__)
     if not torch.cuda.is_available():
         print("bench.measure.step: no GPU here; a step is timed on a GPU only")
         return 0
@@ -254,6 +266,7 @@ def main() -> int:
                 for row in profile["longest"]:
                     print(f"  {row['ms']:>9.3f} ms {row['calls']:>6.1f} x {row['name'][:100]}")
             torch._dynamo.reset()
+    print(f"MFU: {mfu_scale({'convention': 'strict'} | cells[0]['results'])}")
     if args.json:
         record = {"protocol": step_timing.STEP_PROTOCOL, "environment": made_by, "cells": cells}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -261,4 +274,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -97,7 +97,7 @@ def _roofline(pyplot: Any, records: Mapping[str, Record]) -> Any:
     ceilings = [r for c, r in records.items() if c.startswith("ceilings/") and r["status"] == "done"]
     if not points or not ceilings:
         return None
-    found, axes = pyplot.subplots(figsize=(8.5, 4.4))
+    found, axes = pyplot.subplots(figsize=(6.4, 3.8))
     _roofs(axes, ceilings, [intensity for _, _, intensity, _ in points])
     for kind, color, mark in (("ops", _COLORS["triton"], "o"), ("GEMMs", _COLORS["compiled"], "s")):
         xs = [p[2] for p in points if p[1] == kind]
@@ -152,7 +152,7 @@ def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> 
             shares.setdefault(label, {})[row["impl"]] = row[direction]["of_copy"]
     if not shares:
         return None
-    found, axes = pyplot.subplots(figsize=(8.5, 0.6 + 0.21 * len(shares)))
+    found, axes = pyplot.subplots(figsize=(6.4, 0.9 + 0.21 * len(shares)), layout="constrained")
     places = range(len(shares))
     ours = [one.get("triton", 0.0) for one in shares.values()]
     axes.barh(places, ours, height=0.7, color=_COLORS["triton"], alpha=0.75, label="triton")
@@ -164,6 +164,6 @@ def _of_copy(pyplot: Any, direction: str, rows: Sequence[Mapping[str, Any]]) -> 
     axes.set_yticks(places, list(shares), fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlabel(f"{direction}: fraction of the speed of a copy")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.margins(y=0.01)
+    figures.legend(axes)
     return found

@@ -6,8 +6,6 @@ in B. The figures of rivals and of the card are shown too, because they distingu
 machine. This module does not import torch.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 
 from bench.report.metrics import Metric, metrics
 from bench.results import Record, load_folder
-from gptperf.errors import ConfigError, main_guard
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import ConfigError, run_main
 
 __all__ = ["LEAST", "Change", "Comparison", "compare", "differences", "main"]
 
@@ -155,6 +154,20 @@ def _lines(found: Comparison, show_all: bool) -> list[str]:
     return [*lines, f"{len(found.changes)} figures in both: {same} the same within their noise; {worse}"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _CompareFlags(Flags):
+    """Which results, and what to show."""
+
+    a: Path
+    """Folder of results before."""
+    b: Path
+    """Folder of results after."""
+    threshold: float = LEAST
+    """Smallest relative change."""
+    all: bool = False
+    """Show also what did not change."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the comparison.
 
@@ -164,12 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: A folder has no results, or the two have no cell in common.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.report.compare", description=__doc__.split("\n\n")[0])
-    parser.add_argument("a", type=Path, metavar="A", help="folder of results before")
-    parser.add_argument("b", type=Path, metavar="B", help="folder of results after")
-    parser.add_argument("--threshold", type=float, default=LEAST, help="smallest relative change (default: 0.02)")
-    parser.add_argument("--all", action="store_true", help="show also what did not change")
-    args = parser.parse_args(argv)
+    args = parse(_CompareFlags, argv, "bench.report.compare", __doc__)
     before, after = load_folder(args.a), load_folder(args.b)
     if not before.keys() & after.keys():
         raise ConfigError(f"{args.a} and {args.b} have no cell in common; wanted results of the same cells")
@@ -179,5 +187,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

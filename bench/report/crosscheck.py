@@ -14,6 +14,7 @@ from bench.measure.models import DEFAULT_VARIANT, config_of
 from bench.results import Record
 from gptperf import hardware, plan
 from gptperf.config import Config
+from gptperf.formats import mfu_scale
 from gptperf.hardware import Gpu
 
 __all__ = ["BAND", "OTHERS", "Check", "Forecast", "check", "forecasts", "measured_steps", "verdict_line"]
@@ -53,6 +54,7 @@ class Forecast:
     tokens_s: float
     mfu: float | None
     """MFU from 0 to 1."""
+    mfu_scale: str
     band: float
     fits: bool
 
@@ -117,5 +119,6 @@ def forecasts(config: Config) -> list[Forecast]:
         if plan.unplannable(there, gpu) is not None:
             continue
         one: Any = plan.plan(there, gpu, recompute=there.system.recompute)
-        found.append(Forecast(gpu.name, system.dtype, one.tokens_per_sec, one.mfu, one.band, one.fits))
+        scale = mfu_scale(one.peak)
+        found.append(Forecast(gpu.name, system.dtype, one.tokens_per_sec, one.mfu, scale, one.band, one.fits))
     return found

@@ -7,7 +7,7 @@ from bench.measure.models import DEFAULT_VARIANT, config_of
 from bench.report import crosscheck
 from bench.results import Record
 from gptperf import plan
-from gptperf.formats import number
+from gptperf.formats import mfu_scale, number
 from gptperf.monitor.waterfall import PARTS
 from gptperf.report.page import Section
 from gptperf.report.tables import Table, words
@@ -15,6 +15,7 @@ from gptperf.report.tables import Table, words
 __all__ = ["ops_rows", "sections", "verdict_lines"]
 
 Records = Mapping[str, Record]
+_STRICT = {"convention": "strict"}
 
 
 def _done(records: Records, kind: str) -> dict[str, Record]:
@@ -37,6 +38,7 @@ def verdict_lines(records: Records) -> list[str]:
         if fall["waterfall"] is not None:
             closes = "closes" if fall["closes"] else "does NOT close"
             mfu = f"{fall['mfu_percent']:.2f}% under the profiler, {fall['timed_mfu_percent']:.2f}% timed"
+            mfu += f" ({mfu_scale(_STRICT | fall)})"
             lines.append(f"{cell}: {closes}: {mfu}")
     failed = [cell for cell, record in records.items() if record["status"] != "done"]
     lines.append(f"{len(records) - len(failed)} cells measured, {len(failed)} failed")
@@ -59,8 +61,8 @@ def _failed(records: Records) -> Iterator[Section]:
 
 
 def _steps(records: Records) -> Iterator[Section]:
-    rows = []
-    for cell, record in crosscheck.measured_steps(records).items():
+    rows, steps = [], crosscheck.measured_steps(records)
+    for cell, record in steps.items():
         found = record["results"]
         mfu, serial = found.get("mfu_percent"), found.get("serial", {})
         joules = found.get("joules_per_token")
@@ -83,11 +85,16 @@ def _steps(records: Records) -> Iterator[Section]:
         return
     columns = ("model", "variant", "ms/step", "p10 to p90", "tokens/s", "TFLOP/s", "MFU", "of serial roofline")
     more = ("peak GB", "J/token", "first step s")
-    lines = ["MFU is strict: causal matmul FLOPs over the dense peak of the data sheet."]
+    lines = [f"MFU is {_scales(steps)}: causal matmul FLOPs over the peak of the data sheet."]
     lines.append("The serial roofline is the model's parts one after another at the rates measured in this run.")
-    reasons = {r["results"].get("no_joules") for r in crosscheck.measured_steps(records).values()} - {None}
+    reasons = {r["results"].get("no_joules") for r in steps.values()} - {None}
     lines += [f"No energy: {reason}." for reason in sorted(reasons)]
     yield Section("Training step", lines, [Table((*columns, *more), rows)])
+
+
+def _scales(steps: Records) -> str:
+    """Returns what the MFUs of steps are relative to."""
+    return " / ".join(dict.fromkeys(mfu_scale(_STRICT | dict(record["results"])) for record in steps.values()))
 
 
 def _conventions(records: Records) -> Iterator[Section]:
@@ -100,11 +107,13 @@ def _conventions(records: Records) -> Iterator[Section]:
     if not rows or not any(value is not None for row in rows for value in row[2].values()):
         return
     cells = [(m, v, *(number(p.get(n) and p[n] / 100, ".2%") for n in names)) for m, v, p in rows]
-    yield Section("MFU by convention", tables=[Table(("model", "variant", *names), cells)])
+    line = f"The peak is the same for all conventions: {_scales(crosscheck.measured_steps(records))}."
+    yield Section("MFU by convention", [line], [Table(("model", "variant", *names), cells)])
 
 
 def _waterfalls(records: Records) -> Iterator[Section]:
     lines, tables, charts = [], [], []
+    scales: dict[str, None] = {}
     unknown: dict[str, float] = {}
     for cell, record in _done(records, "waterfall").items():
         profile = record["results"]["profile"]
@@ -115,6 +124,7 @@ def _waterfalls(records: Records) -> Iterator[Section]:
         ]
         if points is not None:
             left = f"{profile['mfu_percent']:.2f}"
+            scales[mfu_scale(_STRICT | profile)] = None
             rows.append(("the step, and the MFU left", number(profile["profiled_step_ms"], ",.3f"), left))
             charts.append(f"waterfall:{cell}")
         hidden = profile["hidden_communication_ms"]
@@ -123,6 +133,7 @@ def _waterfalls(records: Records) -> Iterator[Section]:
         tables.append(Table((cell.partition("/")[2], "ms a step", "points of MFU"), rows))
         unknown |= profile["unknown_ms"]
     if tables:
+        lines += [f"MFU: {' / '.join(scales)}."] if scales else []
         lines.append(
             "gemm and attention lose the time beyond what their FLOPs take at the peak. Tokens come from the device."
         )
@@ -170,6 +181,7 @@ def _cross_check(records: Records) -> Iterator[Section]:
             one.dtype,
             number(one.tokens_s, ",.0f"),
             number(one.mfu, ".1%"),
+            one.mfu_scale,
             f"+-{one.band:.0%}",
             "yes" if one.fits else "no",
         )
@@ -177,7 +189,7 @@ def _cross_check(records: Records) -> Iterator[Section]:
         for one in crosscheck.forecasts(config_of(record["config"]))
     ]
     if forecast:
-        tables.append(Table(("model", "GPU", "dtype", "predicted tokens/s", "MFU", "band", "fits"), forecast))
+        tables.append(Table(("model", "GPU", "dtype", "predicted tokens/s", "MFU", "MFU is", "band", "fits"), forecast))
     lines = [
         crosscheck.verdict_line(checks),
         "The prediction uses FLOPs, bytes and the GPU table, and no measurement of this run.",

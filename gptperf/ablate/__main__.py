@@ -6,52 +6,71 @@ runs, runs share them. The same command continues an interrupted ablation: it sk
 others.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from gptperf.ablate import page
 from gptperf.ablate.results import results
 from gptperf.ablate.runner import Runner, gpus_for, run_all
-from gptperf.ablate.variants import changed_runs, variants
-from gptperf.errors import PREEMPTED, ConfigError, main_guard
+from gptperf.ablate.tuning import FACTORS, factors_of, tuned, tuning_runs, without_rate
+from gptperf.ablate.variants import Variant, changed_runs, variants
+from gptperf.config import command_line
+from gptperf.config.flags import COMMAND_LINE, Flags, take
+from gptperf.config.keys import Range
+from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
 from gptperf.files import replace_text
 from gptperf.report.page import check_packages
 
 __all__ = ["main"]
 
-_EPILOG = """All other flags are those of gptperf.train. A result is DIR/<variant>/seed<k>; DIR/ablation.md and
-DIR/ablation.json have the table. Exit codes: 0 all runs finished, 1 some failed, 75 asked to stop."""
+_AFTER = """A result is DIR/<variant>/seed<k>; DIR/ablation.md and DIR/ablation.json have the table. With --tune_lr the
+learning rate of every variant is found first, with another seed, in DIR/<variant>/tuning.
+Exit codes: 0 all compared runs finished, 1 some failed, 75 asked to stop.
+"""
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments of this command, and those for `gptperf.train`.
+@dataclass(frozen=True, kw_only=True)
+class _AblateFlags(Flags):
+    """What to compare. All other flags are keys of the baseline."""
 
-    Raises:
-        ConfigError: An argument is missing or wrong.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m gptperf.ablate",
-        usage="%(prog)s [CONFIG.toml ...] --vary key=value[,key2=value2 ...] [--vary ...] [options] [--key=value ...]",
-        description=__doc__.split("\n\n")[1],
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--vary", action="append", default=[], metavar="key=value", help="a change; joint with commas")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a variant (default 3)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--equal", choices=("tokens", "flops"), default="tokens", help="what each run gets as much of")
-    parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: out/ablation")
-    parser.add_argument("--html", type=Path, metavar="PATH", help="write a page with the curves")
-    parser.add_argument("--list", action="store_true", help="print the runs with their tokens, and end")
-    args, rest = parser.parse_known_args(argv)
-    if not args.vary:
-        raise ConfigError("command line: found no --vary, wanted one or more, such as --vary position_encoding=rope")
-    for key in ("seeds", "parallel"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"command line: {key}: found {getattr(args, key)}, wanted 1 or more")
-    return args, rest
+    vary: tuple[str, ...] = ()
+    """A change, key=value, or several that belong together, key=value,key2=value2. Repeat the flag for each change."""
+    seeds: Annotated[int, Range(1)] = 3
+    """Runs of each variant."""
+    tune_lr: bool = False
+    """Find the learning rate of every variant first."""
+    lr_factors: str | None = None
+    """Learning rates to try, as multiples of the variant's own; default: 0.5,1,2."""
+    parallel: Annotated[int, Range(1)] = 1
+    """Runs at a time."""
+    equal: Literal["tokens", "flops"] = "tokens"
+    """What every run gets as much of."""
+    out: Path = Path("out/ablation")
+    """Folder of the runs and the table."""
+    html: Path | None = None
+    """Write a page with the curves."""
+    list: bool = False
+    """Print the runs with their tokens, and end."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Multiples of the learning rate that are tried; none without `tune_lr`."""
+        return factors_of(self.lr_factors or FACTORS) if self.tune_lr else ()
+
+    def problems(self) -> Sequence[str]:
+        """Returns whether a change is missing, or the learning rates are wrong."""
+        wanted = "wanted one or more, such as --vary position_encoding=rope"
+        found = [] if self.vary else [f"{COMMAND_LINE}: found no --vary, {wanted}"]
+        if self.lr_factors is not None and not self.tune_lr:
+            found.append(f"{COMMAND_LINE}: lr_factors: found {self.lr_factors!r} without --tune_lr; nearest: --tune_lr")
+        try:
+            self.factors  # noqa: B018 - raises an error for a wrong list
+        except ConfigError as error:
+            found += error.problems
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,12 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 if a run failed, or `PREEMPTED` after a request to stop.
     """
-    args, rest = _parse(argv)
-    found = variants(rest, args.vary, args.seeds, args.equal, args.out)
-    gpus = gpus_for(min(args.parallel, sum(len(variant.jobs) for variant in found)))
-    changed = changed_runs(found)
-    if changed:
-        raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
+    taken = take(_AblateFlags, argv, "gptperf.ablate", __doc__.partition("\n\n")[2], _AFTER)
+    args = taken.flags
+    problems: Sequence[str] = ()
+    try:
+        command_line.resolve(taken.rest, taken=taken)
+    except ConfigError as error:
+        problems = error.problems
+    try:
+        found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out, args.factors)
+    except ConfigError as error:
+        raise mistakes([*problems, *(text for text in error.problems if text not in problems)]) from error
+    if problems:
+        raise mistakes(problems)
+    gpus = gpus_for(min(args.parallel, len(found) * max(args.seeds, len(args.factors))))
+    _check_folders(found, rates_are_known=not args.factors)
     if args.list:
         print(page.listing(found))
         return 0
@@ -76,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.html is not None:
         check_packages()
-    with Runner().listening() as runner:
-        failed = run_all(found, runner, lambda so_far: page.write(results(found), args.equal, so_far, args.out), gpus)
+    with Runner(len(gpus) or 1).listening() as runner:
+        found, failed = _train(found, args, taken.rest, runner, gpus)
     reached = results(found)
     paths = page.write(reached, args.equal, failed, args.out)
     print(f"\n{page.text(reached, args.equal, failed)}\nreport: {paths[0]}, {paths[1]}")
@@ -87,9 +115,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runner.asked() and not all(job.finished() for variant in found for job in variant.jobs):
         print("ablate: asked to stop; run the same command again to continue", flush=True)
         return PREEMPTED
-    return 1 if failed else 0
+    compared = [job.out_dir for variant in found for job in variant.jobs]
+    return 1 if without_rate(found) or any(folder in failed for folder in compared) else 0
+
+
+def _check_folders(found: Sequence[Variant], *, rates_are_known: bool) -> None:
+    changed = changed_runs(found, rates_are_known=rates_are_known)
+    if changed:
+        raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
+
+
+def _train(
+    found: list[Variant], args: _AblateFlags, rest: Sequence[str], runner: Runner, gpus: Sequence[str]
+) -> tuple[list[Variant], dict[Path, str]]:
+    """Trains all runs, first those that find the learning rates.
+
+    Returns:
+        The variants with the learning rates that were found, and folder -> how the run in it failed.
+    """
+    tried: dict[Path, str] = {}
+    if args.factors:
+
+        def after_try(so_far: dict[Path, str]) -> None:
+            page.write(results(found), args.equal, so_far, args.out)
+
+        tried = run_all(tuning_runs(found), runner, after_try, gpus)
+        lacking = without_rate(found)
+        if lacking and not runner.asked():
+            print(f"ablate: no learning rate works for {', '.join(lacking)}; nothing is compared", file=sys.stderr)
+        if lacking or runner.asked():
+            return found, tried
+        found = tuned(found, rest, args.seeds, args.out)
+        _check_folders(found, rates_are_known=True)
+    compared = found
+
+    def after(so_far: dict[Path, str]) -> None:
+        page.write(results(compared), args.equal, tried | so_far, args.out)
+
+    return found, tried | run_all(found, runner, after, gpus)
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -3,15 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from gptperf.ablate.significance import LEVEL, holm, t_half_width, t_p_value
 from gptperf.ablate.variants import Variant
 
 __all__ = ["Difference", "Result", "difference", "results"]
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t of a two-sided 95% interval with 1 to 9 degrees of freedom."""
 
 
 class Difference(NamedTuple):
@@ -23,16 +21,20 @@ class Difference(NamedTuple):
     standard_error: float | None
     """None with one seed."""
     interval: float | None
-    """Half of the 95% interval of the mean, by Student's t; None with one seed."""
+    """Half of the 95% interval of the mean, by Student's t; None with one seed. It is that of one comparison alone."""
     low: float
     high: float
+    p: float | None
+    """Two-sided p of the paired t-test of one comparison alone; None with one seed."""
+    adjusted_p: float | None
+    """The same, adjusted by Holm's method for the number of comparisons; it decides the verdict."""
 
     @property
     def verdict(self) -> str:
         """Returns in words whether the variant is better or worse than the baseline."""
-        if self.interval is None:
+        if self.adjusted_p is None:
             return "one seed, no spread"
-        if abs(self.mean) <= self.interval:
+        if self.adjusted_p >= LEVEL:
             return "within the spread"
         return "better" if self.mean < 0 else "worse"
 
@@ -48,7 +50,7 @@ class Result:
     """Difference to the baseline; None for the baseline itself."""
     tokens_per_sec: float | None
     mfu_percent: float | None
-    mfu_convention: str | None
+    mfu_scale: str | None
 
     @property
     def mean(self) -> float | None:
@@ -62,21 +64,22 @@ class Result:
 
 
 def difference(losses: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """Compares losses by seed with those of the baseline; returns None if they have no seed in common."""
+    """Compares losses by seed with those of the baseline, as if it was the only comparison.
+
+    Returns None if they have no seed in common.
+    """
     by_seed = {seed: loss - baseline[seed] for seed, loss in losses.items() if seed in baseline}
     if not by_seed:
         return None
     values, count = list(by_seed.values()), len(by_seed)
-    error = interval = None
+    error = interval = p = None
+    mean = statistics.fmean(values)
     if count > 1:
         error = statistics.stdev(values) / math.sqrt(count)
-        interval = error * _t95(count - 1)
-    return Difference(by_seed, statistics.fmean(values), error, interval, min(values), max(values))
-
-
-def _t95(freedom: int) -> float:
-    """Returns Student's t of a two-sided 95% interval; beyond the table, by an expansion that is accurate to 0.1%."""
-    return _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
+        interval = error * t_half_width(count - 1)
+        t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+        p = t_p_value(t, count - 1)
+    return Difference(by_seed, mean, error, interval, min(values), max(values), p, p)
 
 
 def results(found: Sequence[Variant]) -> list[Result]:
@@ -94,7 +97,19 @@ def results(found: Sequence[Variant]) -> list[Result]:
                 difference(losses, made[0].losses) if made else None,
                 statistics.fmean(speeds) if speeds else None,
                 statistics.fmean(mfus) if mfus else None,
-                next((log.mfu_convention for log in logs if log.mfu_convention), None),
+                next((log.mfu_scale for log in logs if log.mfu_scale), None),
             )
         )
-    return made
+    return _adjusted(made)
+
+
+def _adjusted(made: Sequence[Result]) -> list[Result]:
+    """Adjusts the p of all differences. A variant without a p yet counts as one that will not differ."""
+    known = [1.0 if r.difference is None or r.difference.p is None else r.difference.p for r in made[1:]]
+    adjusted = []
+    for result, p in zip(made, [None, *holm(known)], strict=True):
+        paired = result.difference
+        if paired is not None and paired.p is not None:
+            result = replace(result, difference=paired._replace(adjusted_p=p))
+        adjusted.append(result)
+    return adjusted

@@ -15,15 +15,20 @@ from types import FrameType
 
 from gptperf.ablate.variants import Job, Variant
 from gptperf.errors import PREEMPTED
+from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["Runner", "gpus_for", "run_all"]
 
 
 class Runner:
-    """Runs commands as child processes, and passes requests to stop on to them."""
+    """Runs commands as child processes, and passes requests to stop on to them.
 
-    def __init__(self) -> None:
-        self._asked = False
+    Args:
+        at_a_time: commands that run at the same time, and share the CPUs.
+    """
+
+    def __init__(self, at_a_time: int = 1) -> None:
+        self._asked, self._at_a_time = False, at_a_time
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.RLock()  # reentrant: a signal handler may run in the thread that holds the lock
 
@@ -59,7 +64,8 @@ class Runner:
             gpu: The only GPU that the command sees; default: all GPUs.
             log: File for what the command prints; default: the console.
         """
-        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        set_up_threads(environment, self._at_a_time)
         with contextlib.ExitStack() as stack:
             if log is not None:
                 log.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,7 @@ class Runner:
 def run_all(
     found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object], gpus: Sequence[str]
 ) -> dict[Path, str]:
-    """Trains every run that is not finished: the first seed of every variant, then the second, and so on.
+    """Trains every run that is not finished: the first of every variant, then the second, and so on.
 
     Args:
         found: Variants with their runs.
@@ -99,7 +105,7 @@ def run_all(
     ending = threading.Lock()
 
     def run(number: int, variant: Variant, job: Job) -> None:
-        what = f"run {number} of {len(jobs)}: {variant.name}, seed {job.seed}"
+        what = f"run {number} of {len(jobs)}: {variant.name}, {job.label}"
         if job.finished():
             print(f"ablate: {what}: finished already", flush=True)
             return

@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 
 from gptperf import flops
 from gptperf.config import KEYS, Config, command_line
-from gptperf.errors import ConfigError, DataError
+from gptperf.errors import ConfigError, DataError, mistakes
 from gptperf.monitor.journal import find_journal
 from gptperf.monitor.runs import LoggedRun, read_run
 
-__all__ = ["BASELINE", "Job", "Variant", "changed_runs", "variants"]
+__all__ = ["BASELINE", "LEARNING_RATES", "Job", "Variant", "changed_runs", "variants", "with_jobs"]
 
 BASELINE = "baseline"
 _SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
 """Keys that the ablation sets; no change may name them."""
+LEARNING_RATES = ("learning_rate", "min_lr")
+"""Keys that the ablation sets if it finds the learning rate of every variant."""
+_TUNING_SEED = 1_000_000
+"""Distance of the seed with which learning rates are found from the first seed of the comparison, which uses fewer."""
 _LENGTHS = ("warmup_iters", "lr_decay_iters")
 """Lengths of the learning rate schedule, which are scaled with `max_iters`."""
 _OF_NO_EFFECT = frozenset(
@@ -39,12 +43,14 @@ class Job(NamedTuple):
     argv: tuple[str, ...]
     """Arguments for `gptperf.train`."""
     config: Config
+    label: str
+    """What distinguishes the run from the others of its variant: the seed, or the learning rate."""
 
     def log(self) -> LoggedRun | None:
         """Returns the log of this run, or None if it has not written one yet."""
         path = find_journal(self.out_dir)
         try:
-            return None if path is None else read_run(path, f"{self.out_dir.parent.name}, seed {self.seed}")
+            return None if path is None else read_run(path, f"{self.out_dir.parent.name}, {self.label}")
         except DataError:
             return None
 
@@ -71,6 +77,9 @@ class Variant:
     config: Config
     """Configuration of the run with the first seed."""
     jobs: tuple[Job, ...] = ()
+    """The runs that are compared."""
+    tuning: tuple[Job, ...] = ()
+    """The runs that find the learning rate; empty if it is not tuned."""
 
     @property
     def tokens(self) -> int:
@@ -92,7 +101,9 @@ class Variant:
         return None if flops.uncountable_parameters(model) else flops.parameters(model).total
 
 
-def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path) -> list[Variant]:
+def variants(
+    argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path, factors: Sequence[float] = ()
+) -> list[Variant]:
     """Resolves the baseline and every change, with a run for each seed.
 
     Args:
@@ -101,15 +112,16 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
         seeds: Number of runs per variant. The first has the seed of the configuration, the others the numbers after it.
         equal: "tokens" or "flops": every run gets as many as the baseline.
         out: Folder of all runs.
+        factors: Learning rates to try for each variant, as multiples of its own; none: it is not tuned.
 
     Raises:
         ConfigError: A variant is wrong; the message lists everything that is wrong with any of them.
     """
     given = _keys_of(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
-    changes, problems = _parse(vary)
+    changes, problems = _parse(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())))
     if wrong or problems:
-        raise ConfigError("; ".join([*wrong, *problems]))
+        raise mistakes([*wrong, *problems])
     baseline = _resolve(argv, {}, out / BASELINE)
     found, problems = [Variant(BASELINE, {}, baseline)], []
     for change in changes:
@@ -117,7 +129,7 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
         try:
             config = _resolve(argv, change, out / name)
         except ConfigError as error:
-            problems.append(f"--vary {_text(change)}: {error}")
+            problems += [f"--vary {_text(change)}: {line.removeprefix('command line: ')}" for line in error.problems]
             continue
         same = next((v for v in found if _same(v.config, config)), None)
         if same is not None:
@@ -125,15 +137,16 @@ def variants(argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, o
         else:
             found.append(Variant(name, change, config))
     if problems:
-        raise ConfigError("; ".join(problems))
-    return [_with_jobs(_scaled(v, found[0], equal), argv, seeds, out) for v in found]
+        raise mistakes(problems)
+    scaled = [_scaled(variant, found[0], equal) for variant in found]
+    return [with_jobs(_with_tuning(variant, argv, out, factors), argv, seeds, out) for variant in scaled]
 
 
 def _keys_of(argv: Sequence[str]) -> set[str]:
     return {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
 
 
-def _parse(vary: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+def _parse(vary: Sequence[str], set_here: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
     changes, problems = [], []
     for text in vary:
         change: dict[str, str] = {}
@@ -142,7 +155,7 @@ def _parse(vary: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
             key = key.strip().removeprefix("--").replace("-", "_")
             if not (key and equals):
                 problems.append(f"--vary {text}: found {part!r}, wanted key=value")
-            elif key in _SET_HERE:
+            elif key in set_here:
                 problems.append(f"--vary {text}: {key} is set by the ablation")
             elif key in change:
                 problems.append(f"--vary {text}: {key} appears twice")
@@ -209,23 +222,49 @@ def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
     return replace(variant, config=config)
 
 
-def _with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path) -> Variant:
-    lengths = {"max_iters": variant.config.train.max_iters}
-    lengths |= {key: value for key in _LENGTHS if (value := getattr(variant.config.optimizer, key)) is not None}
-    jobs = []
-    for seed in range(variant.config.train.seed, variant.config.train.seed + seeds):
-        folder = out / variant.name / f"seed{seed}"
-        flags = _argv(argv, {**variant.changes, **lengths, "seed": seed}, folder)
-        jobs.append(Job(seed, folder, tuple(flags), command_line.resolve(flags).config))
+def with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path, best: Job | None = None) -> Variant:
+    """Returns a variant with its runs, one for each seed; with `best`, at the learning rate of that run."""
+    rates = {} if best is None else {key: getattr(best.config.optimizer, key) for key in LEARNING_RATES}
+    first = variant.config.train.seed
+    jobs = [
+        _job(variant, argv, out / variant.name / f"seed{seed}", seed, rates, f"seed {seed}")
+        for seed in range(first, first + seeds)
+    ]
     return replace(variant, jobs=tuple(jobs), config=jobs[0].config)
 
 
-def changed_runs(found: Sequence[Variant]) -> list[str]:
-    """Returns a line for each folder that holds a run of another configuration."""
+def _with_tuning(variant: Variant, argv: Sequence[str], out: Path, factors: Sequence[float]) -> Variant:
+    """Returns a variant with the runs that find its learning rate, all with a seed that the comparison does not use."""
+    optimizer, seed = variant.config.optimizer, variant.config.train.seed + _TUNING_SEED
+    jobs = []
+    for factor in factors:
+        rate, lowest = (float(f"{factor * getattr(optimizer, key):.6g}") for key in LEARNING_RATES)
+        rates = {"learning_rate": rate, "min_lr": min(lowest, rate)}
+        folder = out / variant.name / "tuning" / f"lr{rate:g}"
+        jobs.append(_job(variant, argv, folder, seed, rates, f"learning rate {rate:g}"))
+    return replace(variant, tuning=tuple(jobs))
+
+
+def _job(variant: Variant, argv: Sequence[str], folder: Path, seed: int, rates: dict[str, float], label: str) -> Job:
+    lengths = {"max_iters": variant.config.train.max_iters}
+    lengths |= {key: value for key in _LENGTHS if (value := getattr(variant.config.optimizer, key)) is not None}
+    flags = _argv(argv, {**variant.changes, **lengths, **rates, "seed": seed}, folder)
+    return Job(seed, folder, tuple(flags), command_line.resolve(flags).config, label)
+
+
+def changed_runs(found: Sequence[Variant], *, rates_are_known: bool = True) -> list[str]:
+    """Returns a line for each folder that holds a run of another configuration.
+
+    Args:
+        found: The variants.
+        rates_are_known: Whether the runs that are compared have their final learning rate.
+    """
     lines = []
-    for job in (job for variant in found for job in variant.jobs):
+    for job in (job for variant in found for job in (*variant.tuning, *variant.jobs)):
         run = job.log()
         keys = [] if run is None or not run.config else _differing(dict(run.config), job.config)
+        if not rates_are_known and job.label.startswith("seed"):
+            keys = [key for key in keys if key not in LEARNING_RATES]
         if run is not None and keys:
             told = [f"{key}: {run.config.get(key)} there, {job.config.flat()[key]} here" for key in keys]
             lines.append(f"{job.out_dir}: holds a run of another configuration ({'; '.join(told)})")

@@ -133,7 +133,7 @@ def _write_together(
     with fail_together(peers, failed):
         if peers.rank == 0:
             make_directory(tmp.parent)
-            tmp.mkdir(mode=0o700)
+            tmp.mkdir()
             hit("tmp_made")
     files = []
     with fail_together(peers, failed):
@@ -178,7 +178,7 @@ def _seal_and_publish(
         "step": step,
         "metric": metric,
         "name": final.name,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     append_line(directory / "index.jsonl", json.dumps(entry).encode(), half=lambda: hit("index_half_written"))
     hit("index_synced")

@@ -6,19 +6,48 @@ training FLOPs per token, and the prediction of `gptperf.plan` for one GPU: the 
 machine. Rows in which all configurations agree are printed once, at the end. This module does not import torch.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from gptperf.compare import architectures, page, ranking
-from gptperf.errors import DataError, main_guard
+from gptperf.config.flags import COMMAND_LINE, Flags, parse
+from gptperf.errors import DataError, run_main
 from gptperf.files import replace_text
 from gptperf.monitor.runs import read_runs
 from gptperf.plan import find_gpu, own_gpu
 
 __all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CompareFlags(Flags):
+    """What to compare, and how to show it."""
+
+    WORDS: ClassVar[str] = "runs"
+    runs: tuple[str, ...] = ()
+    """Folders of runs, run_*.jsonl or run_*.json. The flag may be left out."""
+    configs: tuple[str, ...] = ()
+    """Configurations: compare architectures instead."""
+    gpu: str | None = None
+    """With --configs: predict the speed on this GPU; default: the one of this machine."""
+    html: Path | None = None
+    """With runs: write a page with their curves."""
+    json: bool = False
+    """Print JSON."""
+
+    def problems(self) -> Sequence[str]:
+        """Returns which flags do not go together."""
+        found = []
+        if bool(self.runs) == bool(self.configs):
+            found.append("wanted runs, or --configs with configurations, not both")
+        if self.runs and self.gpu is not None:
+            found.append("--gpu goes with --configs, not with runs")
+        if self.configs and self.html is not None:
+            found.append("--html goes with runs, not with --configs")
+        return [f"{COMMAND_LINE}: {text}" for text in found]
 
 
 def _rank(paths: Sequence[str], html: Path | None, as_json: bool) -> str:
@@ -43,27 +72,14 @@ def _rank(paths: Sequence[str], html: Path | None, as_json: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m gptperf.compare", description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run, run_*.jsonl or run_*.json")
-    parser.add_argument("--configs", nargs="+", metavar="CONFIG.toml", help="compare architectures instead")
-    parser.add_argument("--gpu", help="with --configs: predict the speed on this GPU; default: the one of this machine")
-    parser.add_argument("--html", type=Path, metavar="PATH", help="with runs: write a page with their curves")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    if (args.configs is None) == (not args.runs):
-        parser.error("wanted runs, or --configs with configurations, not both")
+    args = parse(_CompareFlags, argv, "gptperf.compare", __doc__.partition("\n\n")[2])
     if args.runs:
-        if args.gpu is not None:
-            parser.error("--gpu goes with --configs")
         print(_rank(args.runs, args.html, args.json))
         return 0
-    if args.html is not None:
-        parser.error("--html goes with runs")
     facts = architectures.compare(args.configs, own_gpu() if args.gpu is None else find_gpu(args.gpu))
     print(json.dumps(facts, indent=2) if args.json else architectures.table(facts))
     return 0
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

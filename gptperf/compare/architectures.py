@@ -6,8 +6,8 @@ from typing import Any
 
 from gptperf import flops
 from gptperf.config import Config, command_line
-from gptperf.errors import ConfigError
-from gptperf.formats import value_text
+from gptperf.errors import ConfigError, mistakes
+from gptperf.formats import mfu_scale, value_text
 from gptperf.hardware import Gpu
 from gptperf.plan import plan, unplannable
 from gptperf.registry import KINDS
@@ -32,11 +32,17 @@ def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
         ConfigError: A file has an error, or two files have the same name.
     """
     found: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     for path in paths:
         name = Path(path).name.removesuffix(".toml")
         if name in found:
-            raise ConfigError(f"command line: configs: found two files named {name}, wanted different names")
-        found[name] = _facts(command_line.resolve([path]).config, gpu)
+            problems.append(f"command line: configs: found two files named {name}, wanted different names")
+        try:
+            found[name] = _facts(command_line.resolve([path]).config, gpu)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise mistakes(problems)
     return found
 
 
@@ -59,12 +65,13 @@ def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
-    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %")
+    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %", "MFU is")
     if unplannable(config, gpu) is not None:
         return {f"{gpu.name}: {name}": None for name in names}
     planned = plan(config, gpu, recompute=config.system.recompute)
     mfu = None if planned.mfu is None else 100 * planned.mfu
-    values = (planned.memory.total_gb, planned.fits, planned.step_ms, planned.tokens_per_sec, mfu)
+    speed = (planned.step_ms, planned.tokens_per_sec, mfu, mfu_scale(planned.peak))
+    values = (planned.memory.total_gb, planned.fits, *speed)
     return {f"{gpu.name}: {name}": value for name, value in zip(names, values, strict=True)}
 
 

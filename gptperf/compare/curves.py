@@ -8,7 +8,7 @@ import numpy as np
 
 from gptperf.formats import short_count
 from gptperf.monitor.runs import LoggedRun
-from gptperf.report.figures import TEXT_COLOR, Line, logarithmic, pyplot, svg
+from gptperf.report.figures import TEXT_COLOR, WIDTH, Line, logarithmic, pyplot, svg
 
 __all__ = ["charts", "limits", "thinned"]
 
@@ -31,12 +31,14 @@ def charts(runs: Sequence[LoggedRun], lines: Sequence[Line], at: float | None = 
         at: Tokens at which the runs are ranked, drawn as a dotted line.
     """
     unit = _time_unit(runs)
+    scales = dict.fromkeys(run.mfu_scale for run in runs if run.mfu_scale)
+    scale = f" ({' / '.join(scales)})" if scales else ""
     drawn = (
         _Chart("training loss", _loss, at=at),
         _Chart("validation loss", _evals, at=at, dots=True),
         _Chart("training loss against time", lambda run: _over_time(run, unit), unit),
         _Chart("validation loss against time", lambda run: _evals_over_time(run, unit), unit, dots=True),
-        _Chart("MFU, %", _mfu, from_zero=True),
+        _Chart(f"MFU, %{scale}", _mfu, from_zero=True),
         _Chart("gradient norm before clipping", _norm, wide_range=True),
     )
     return {chart.title: _drawn(chart, runs, lines) for chart in drawn}
@@ -113,7 +115,7 @@ def limits(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
 def _drawn(chart: _Chart, runs: Sequence[LoggedRun], lines: Sequence[Line]) -> str | None:
     """Returns the SVG of a chart, or None if no run has a point."""
     plots = pyplot()
-    figure, axes = plots.subplots(figsize=(6.4, 3.7))
+    figure, axes = plots.subplots(figsize=(WIDTH, 3.0))
     series = []
     few = len(runs) <= _FEW
     for run, line in zip(runs, lines, strict=True):

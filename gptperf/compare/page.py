@@ -15,10 +15,12 @@ __all__ = ["differing_table", "html", "ranking_table", "text"]
 def ranking_table(ranking: Ranking) -> Table:
     """Returns the ranking as a table with a row for each run."""
     columns = ("", "run", ranking.measure, "last validation", "MFU", "tokens/s", "peak GB", "iterations")
+    scales = _scales(ranking)
     rows = []
     for number, (run, loss) in enumerate(zip(ranking.runs, ranking.losses, strict=True), 1):
         last = run.evals[-1] if run.evals else None
-        mfu = None if run.mfu_percent is None else f"{run.mfu_percent:.1f}% {run.mfu_convention or ''}".rstrip()
+        mfu = None if run.mfu_percent is None else f"{run.mfu_percent:.1f}%"
+        mfu = f"{mfu} {run.mfu_scale}" if mfu and len(scales) > 1 else mfu
         damage = f", {run.damaged_lines} damaged" if run.damaged_lines else ""
         rows.append(
             (
@@ -44,6 +46,17 @@ def ranking_table(ranking: Ranking) -> Table:
     )
 
 
+def _scales(ranking: Ranking) -> list[str]:
+    """Returns what the MFUs of the runs are relative to, each once."""
+    return list(dict.fromkeys(run.mfu_scale for run in ranking.runs if run.mfu_scale))
+
+
+def _remarks(ranking: Ranking) -> list[str]:
+    """Returns the lines below the table."""
+    scales = _scales(ranking)
+    return [*ranking.remarks, *([f"MFU: {scales[0]}."] if len(scales) == 1 else [])]
+
+
 def differing_table(ranking: Ranking) -> Table | None:
     """Returns the keys that differ, with a column for each run or each key, whichever is narrower; None if none do."""
     if not ranking.differing:
@@ -63,7 +76,8 @@ def text(ranking: Ranking, page: Path | None = None) -> str:
     differing = differing_table(ranking)
     parts = [ranking.how, aligned(ranking_table(ranking))]
     parts += [f"what differs:\n{aligned(differing)}"] if differing is not None else []
-    parts += ["\n".join(ranking.remarks)] if ranking.remarks else []
+    remarks = _remarks(ranking)
+    parts += ["\n".join(remarks)] if remarks else []
     return "\n\n".join(parts + ([f"page: {page}"] if page is not None else []))
 
 
@@ -75,7 +89,7 @@ def html(ranking: Ranking) -> str:
     """
     lines = lines_for([run.name for run in ranking.runs])
     charts = curves.charts(ranking.runs, lines, ranking.tokens)
-    sections = [Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], below=ranking.remarks)]
+    sections = [Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], below=_remarks(ranking))]
     differing = differing_table(ranking)
     if differing is not None:
         sections.append(Section("What differs", tables=[differing]))

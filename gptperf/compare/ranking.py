@@ -133,7 +133,7 @@ def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
                 "best_val_loss": min((e.loss for e in run.evals), default=None),
                 "tokens": run.steps[-1].tokens if run.steps else None,
                 "mfu_percent": run.mfu_percent,
-                "mfu_convention": run.mfu_convention,
+                "mfu_scale": run.mfu_scale,
                 "tokens_per_sec": run.tokens_per_sec,
                 "peak_gb": run.peak_gb,
                 "iterations": run.iterations,

@@ -5,6 +5,7 @@ import math
 import sys
 import types
 import typing
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from gptperf import registry
@@ -45,6 +46,7 @@ class Choice(NamedTuple):
     names: tuple[str, ...]
 
 
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path"}
 _LARGEST_FLOAT = int(sys.float_info.max)
 
 
@@ -53,10 +55,13 @@ class Key(NamedTuple):
 
     name: str
     section: str
+    """Its TOML table; "" for a flag of a command, which is no key of a file and may hold any characters."""
     type: type
     optional: bool
     default: Any
     rule: Range | Component | Choice | None
+    many: bool = False
+    """Whether the value is a tuple; type and rule are then those of each of its elements."""
 
     @property
     def choices(self) -> tuple[str, ...] | None:
@@ -73,7 +78,7 @@ class Key(NamedTuple):
         if isinstance(self.rule, Range):
             words = str(self.rule).replace("a number", "a whole number" if self.type is int else "a number")
         else:
-            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[self.type]
+            words = _WANTED[self.type]
         return words + (" (or left out)" if self.optional else "")
 
 
@@ -87,11 +92,14 @@ def key_of(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
     optional = type(None) in parts
     hint = next(part for part in parts if part is not type(None))
     rule: Range | Component | Choice | None = None
+    many = typing.get_origin(hint) is tuple
+    if many:
+        hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Annotated:
         hint, rule = typing.get_args(hint)[:2]
     if typing.get_origin(hint) is Literal:
         hint, rule = str, Choice(typing.get_args(hint))
-    return Key(field.name, section, hint, optional, field.default, rule)
+    return Key(field.name, section, hint, optional, field.default, rule, many)
 
 
 def value_problem(key: Key, value: Any) -> str | None:
@@ -99,11 +107,11 @@ def value_problem(key: Key, value: Any) -> str | None:
     if value is None and key.optional:
         return None
     wrong_type = type(value) is not key.type and not (key.type is float and type(value) is int)
-    if wrong_type:
+    if wrong_type and not (key.type is Path and isinstance(value, Path)):
         return f"found {value!r}, wanted {key.wanted}"
     if key.type is float and type(value) is int and abs(value) > _LARGEST_FLOAT:
         return f"found a whole number of {len(hex(value)) * 4} bits, wanted {key.wanted}"
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str) and not value.isprintable() and key.section:
         return f"found {value!r}, wanted a string without control characters"
     if key.choices is not None and value not in key.choices:
         return f"found {value!r}, wanted {key.wanted}"

@@ -1,6 +1,7 @@
 """Rules between keys: combinations of values that cannot run, each with its reason and the nearest valid value."""
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 
 from gptperf.errors import nearest
 
-__all__ = ["Problem", "combination_problems"]
+__all__ = ["RULES", "Problem", "Rule", "combination_problems"]
+
+_Values = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
@@ -19,54 +22,69 @@ class Problem(NamedTuple):
     text: str
 
 
-def _divisible(c: Mapping[str, Any], what: str, by: str) -> str | None:
+class Rule(NamedTuple):
+    """A check of the values of some keys."""
+
+    keys: tuple[str, ...]
+    check: Callable[[_Values], str | None]
+    """Returns what is wrong, or None."""
+    yields: Mapping[str, Callable[[_Values], Any]] = {}
+    """Keys that may yield to a key of a higher layer, each with its nearest valid value. A key is here only if losing
+    its value changes neither the model nor the data, and removes no file."""
+
+
+def _divisors(number: int) -> set[int]:
+    """Returns all divisors of a number, in a time that grows with its square root."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}
+
+
+def _divisible(c: _Values, what: str, by: str) -> str | None:
     if c[what] % c[by] == 0:
         return None
-    divisors = [n for n in range(1, c[what] + 1) if c[what] % n == 0]
-    near = min(divisors, key=lambda n: abs(n - c[by]))
+    near = min(_divisors(c[what]), key=lambda n: (abs(n - c[by]), n))
     return f"{what} = {c[what]} is not a multiple of {by} = {c[by]}; nearest {by}: {near}"
 
 
-def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
+def _odd_head_dim(c: _Values) -> str | None:
     if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
-    even = [n for n in range(1, c["n_embd"] + 1) if c["n_embd"] % (2 * n) == 0]
-    near = f"; nearest n_head: {min(even, key=lambda n: abs(n - c['n_head']))}" if even else "; n_embd must be even"
+    near = f"; nearest n_embd: {c['n_embd'] + 1}"
+    if c["n_embd"] % 2 == 0:
+        near = f"; nearest n_head: {min(_divisors(c['n_embd'] // 2), key=lambda n: (abs(n - c['n_head']), n))}"
     head_dim = c["n_embd"] // c["n_head"]
     return f"RoPE rotates pairs of elements, but head_dim = n_embd / n_head = {head_dim} is odd{near}"
 
 
-def _kv_heads(c: Mapping[str, Any]) -> str | None:
+def _kv_heads(c: _Values) -> str | None:
     return None if c["n_kv_head"] is None else _divisible(c, "n_head", "n_kv_head")
 
 
-def _flash_attn(c: Mapping[str, Any]) -> str | None:
-    if c["attention_backend"] != "flash_attn":
+def _flash_attn(c: _Values) -> str | None:
+    if c["attention_backend"] != "flash_attn" or importlib.util.find_spec("flash_attn") is not None:
         return None
-    if importlib.util.find_spec("flash_attn") is None:
-        reason = "the package flash-attn, which is not installed"
-    elif c["dtype"] == "float32" or c["device"] == "cpu":
-        reason = "a GPU and dtype = 'bfloat16' or 'float16'"
-    elif c["dropout"] == 1:
-        reason = "dropout < 1"
-    else:
-        return None
-    return f"attention_backend = 'flash_attn' needs {reason}; nearest: 'sdpa'"
+    return "attention_backend = 'flash_attn' needs the package flash-attn, which is not installed; nearest: 'sdpa'"
 
 
-def _min_lr(c: Mapping[str, Any]) -> str | None:
+def _flash_attn_needs(c: _Values, key: str, wanted: str, impossible: object) -> str | None:
+    if c["attention_backend"] != "flash_attn" or c[key] != impossible:
+        return None
+    return f"attention_backend = 'flash_attn' needs {wanted}; nearest: 'sdpa'"
+
+
+def _min_lr(c: _Values) -> str | None:
     if c["lr_schedule"] == "constant" or c["min_lr"] <= c["learning_rate"]:
         return None
     return f"min_lr = {c['min_lr']} is above learning_rate = {c['learning_rate']}; nearest min_lr: {c['learning_rate']}"
 
 
-def _triton_on_cpu(c: Mapping[str, Any]) -> str | None:
+def _triton_on_cpu(c: _Values) -> str | None:
     if c["kernels"] == "triton" and c["device"] == "cpu":
         return "kernels = 'triton' needs a GPU, but device = 'cpu'; nearest: kernels = 'auto'"
     return None
 
 
-def _missing_package(c: Mapping[str, Any], flag: str, package: str) -> str | None:
+def _missing_package(c: _Values, flag: str, package: str) -> str | None:
     spec = importlib.util.find_spec(package) if c[flag] else None
     # A spec without an origin is a plain folder of that name, such as the tracker's own output.
     if not c[flag] or (spec is not None and spec.origin is not None):
@@ -74,35 +92,35 @@ def _missing_package(c: Mapping[str, Any], flag: str, package: str) -> str | Non
     return f"{flag} = true needs the package {package}: pip install 'gptperf[{package}]'"
 
 
-def _both_shardings(c: Mapping[str, Any]) -> str | None:
+def _both_shardings(c: _Values) -> str | None:
     if not (c["use_zero1"] and c["use_fsdp"]):
         return None
     return "ZeRO-1 and FSDP exclude each other; FSDP shards the optimizer states too; nearest: use_zero1 = false"
 
 
-def _compiled_as_one_graph(c: Mapping[str, Any]) -> bool:
+def _compiled_as_one_graph(c: _Values) -> bool:
     return bool(c["compile"] and c["compile_scope"] == "model")
 
 
-def _fsdp_as_one_graph(c: Mapping[str, Any]) -> str | None:
+def _fsdp_as_one_graph(c: _Values) -> str | None:
     if not (c["use_fsdp"] and _compiled_as_one_graph(c)):
         return None
     return "FSDP gathers weights block by block, which is impossible inside one graph; nearest compile_scope: 'block'"
 
 
-def _full_recompute_as_one_graph(c: Mapping[str, Any]) -> str | None:
+def _full_recompute_as_one_graph(c: _Values) -> str | None:
     if not (c["recompute"] == "full" and _compiled_as_one_graph(c)):
         return None
     return "full recomputation saves little memory inside one graph; nearest compile_scope: 'block'"
 
 
-def _only_fsdp(c: Mapping[str, Any], key: str) -> str | None:
+def _only_fsdp(c: _Values, key: str) -> str | None:
     if not c[key] or c["use_fsdp"]:
         return None
     return f"{key} = true applies to FSDP only, but use_fsdp = false; nearest: {key} = false"
 
 
-def _profile(c: Mapping[str, Any]) -> str | None:
+def _profile(c: _Values) -> str | None:
     if not c["profile"]:
         return None
     found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", c["profile"], re.ASCII)
@@ -110,11 +128,15 @@ def _profile(c: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"profile = {c['profile']!r}; wanted START:STOP with 1 <= START <= STOP <= max_iters = {c['max_iters']} and at "
-        f"most 100 iterations; nearest: {min(10, c['max_iters'])}:{min(14, c['max_iters'])}"
+        f"most 100 iterations; nearest: {_profiled(c)}"
     )
 
 
-def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
+def _profiled(c: _Values) -> str:
+    return f"{min(10, c['max_iters'])}:{min(14, c['max_iters'])}"
+
+
+def _overwrite_resume(c: _Values) -> str | None:
     if not c["overwrite"] or c["init_from"] not in ("resume", "auto"):
         return None
     return (
@@ -123,7 +145,7 @@ def _overwrite_resume(c: Mapping[str, Any]) -> str | None:
     )
 
 
-def _init_from(c: Mapping[str, Any]) -> str | None:
+def _init_from(c: _Values) -> str | None:
     words = ("scratch", "resume", "auto")
     if c["init_from"] in words or os.path.exists(c["init_from"]):
         return None
@@ -131,33 +153,52 @@ def _init_from(c: Mapping[str, Any]) -> str | None:
     return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{near}"
 
 
-def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
+def _not_empty(c: _Values, key: str) -> str | None:
     return "found '', wanted a name" if c[key] == "" else None
 
 
-_COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
-    (("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
-    (("n_kv_head", "n_head"), _kv_heads),
-    (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
-    (("attention_backend", "dtype", "device", "dropout"), _flash_attn),
-    (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
-    (("kernels", "device"), _triton_on_cpu),
-    (("use_zero1", "use_fsdp"), _both_shardings),
-    (("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph),
-    (("fsdp_reduce_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_reduce_once")),
-    (("fsdp_gather_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_gather_once")),
-    (("recompute", "compile", "compile_scope"), _full_recompute_as_one_graph),
-    (("profile", "max_iters"), _profile),
-    (("wandb_log",), partial(_missing_package, flag="wandb_log", package="wandb")),
-    (("tensorboard",), partial(_missing_package, flag="tensorboard", package="tensorboard")),
-    (("overwrite", "init_from"), _overwrite_resume),
-    (("init_from",), _init_from),
-    *(((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
+def _set(**values: Any) -> Mapping[str, Callable[[_Values], Any]]:
+    """Returns `Rule.yields` for keys that yield to one value."""
+    return {key: partial(_same, value) for key, value in values.items()}
+
+
+def _same(value: Any, c: _Values) -> Any:
+    return value
+
+
+def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
+    check = partial(_flash_attn_needs, key=key, wanted=wanted, impossible=impossible)
+    return Rule(("attention_backend", key), check, _set(attention_backend="sdpa"))
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
+    Rule(("n_kv_head", "n_head"), _kv_heads),
+    Rule(("position_encoding", "n_embd", "n_head"), _odd_head_dim),
+    Rule(("attention_backend",), _flash_attn),
+    _flash_attn_rule("dtype", "dtype = 'bfloat16' or 'float16'", "float32"),
+    _flash_attn_rule("device", "a GPU, but device = 'cpu'", "cpu"),
+    _flash_attn_rule("dropout", "dropout < 1", 1),
+    Rule(("min_lr", "learning_rate", "lr_schedule"), _min_lr, {"min_lr": lambda c: c["learning_rate"]}),
+    Rule(("kernels", "device"), _triton_on_cpu, _set(kernels="auto", device="auto")),
+    # The strategies compute the same numbers, so one that is asked for replaces the other.
+    Rule(("use_zero1", "use_fsdp"), _both_shardings, _set(use_zero1=False, use_fsdp=False)),
+    Rule(("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph, _set(compile_scope="block")),
+    Rule(("fsdp_reduce_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_reduce_once"), _set(fsdp_reduce_once=False)),
+    Rule(("fsdp_gather_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_gather_once"), _set(fsdp_gather_once=False)),
+    Rule(("recompute", "compile", "compile_scope"), _full_recompute_as_one_graph, _set(compile_scope="block")),
+    Rule(("profile", "max_iters"), _profile, {"profile": _profiled}),
+    Rule(("wandb_log",), partial(_missing_package, flag="wandb_log", package="wandb")),
+    Rule(("tensorboard",), partial(_missing_package, flag="tensorboard", package="tensorboard")),
+    # `overwrite` moves checkpoints aside, it deletes none.
+    Rule(("overwrite", "init_from"), _overwrite_resume, _set(overwrite=False, init_from="scratch")),
+    Rule(("init_from",), _init_from),
+    *(Rule((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
 )
-"""Keys -> the check of their values, which returns what is wrong or None."""
+"""Every rule. A rule whose value another rule may change comes after it."""
 
 
 def combination_problems(values: Mapping[str, Any], ignore: frozenset[str] = frozenset()) -> list[Problem]:
     """Returns every combination in `values` (key -> value) that cannot run; rules on a key in `ignore` are skipped."""
-    found = ((keys, check(values)) for keys, check in _COMBINATIONS if not ignore & set(keys))
+    found = ((rule.keys, rule.check(values)) for rule in RULES if not ignore & set(rule.keys))
     return [Problem(keys, text) for keys, text in found if text is not None]

@@ -31,9 +31,9 @@ __all__ = [
     "TrainConfig",
 ]
 
-_Positive = Annotated[int, Range(1)]
-_Count = Annotated[int, Range(0)]
-_Seconds = Annotated[float, Range(0, exclude_low=True)]
+# The upper limits are far above any run, and low enough that no check or count takes long.
+_Iterations = Annotated[int, Range(1, 10**12)]
+_Seconds = Annotated[float, Range(0, 10**7, exclude_low=True)]
 
 
 class _Section:
@@ -51,23 +51,23 @@ class ModelConfig(_Section):
 
     arch_preset: Annotated[str, Choice(tuple(PRESETS))] = "gpt2"
     """Architecture preset: gpt2, llama, team, hybrid, gpt2_openai or custom. Keys given with it override it."""
-    n_layer: _Positive = 12
+    n_layer: Annotated[int, Range(1, 10_000)] = 12
     """Number of transformer blocks."""
-    n_head: _Positive = 12
+    n_head: Annotated[int, Range(1, 65_536)] = 12
     """Number of query heads."""
-    n_kv_head: _Positive | None = None
+    n_kv_head: Annotated[int, Range(1, 65_536)] | None = None
     """Number of key and value heads (grouped-query attention); default: n_head."""
-    n_embd: _Positive = 768
+    n_embd: Annotated[int, Range(1, 2**20)] = 768
     """Width of the residual stream."""
-    d_ff: _Positive | None = None
+    d_ff: Annotated[int, Range(1, 2**24)] | None = None
     """Width of the FFN; default: 4 n_embd (standard), or 8/3 n_embd rounded up to a multiple (swiglu)."""
-    d_ff_multiple: _Positive = 256
+    d_ff_multiple: Annotated[int, Range(1, 2**20)] = 256
     """The default SwiGLU width is rounded up to a multiple of this."""
-    block_size: _Positive = 1024
+    block_size: Annotated[int, Range(1, 2**24)] = 1024
     """Sequence length in tokens."""
-    vocab_size: _Positive = 50304
+    vocab_size: Annotated[int, Range(1, 2**24)] = 50304
     """Number of token ids in the vocabulary."""
-    vocab_multiple: _Positive = 1
+    vocab_multiple: Annotated[int, Range(1, 2**20)] = 1
     """The embedding and lm_head are padded to a multiple of this number of rows."""
     normalization: Annotated[str, Component("normalization")] = "layernorm_nobias"
     """Norm: layernorm, layernorm_nobias, rmsnorm, or one that a plugin registers."""
@@ -139,7 +139,7 @@ class DataConfig(_Section):
     """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
-    prefetch: _Positive = 4
+    prefetch: Annotated[int, Range(1, 10_000)] = 4
     """Number of batches that the loader reads ahead."""
     loader_timeout_s: _Seconds = 120.0
     """Seconds without a batch after which the run fails because storage does not respond."""
@@ -155,9 +155,9 @@ class OptimizerConfig(_Section):
     """Learning rate at the end of the decay."""
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up. wsd: constant, then a linear decay over the last wsd_decay_fraction."""
-    warmup_iters: _Count = 2000
+    warmup_iters: Annotated[int, Range(0, 10**12)] = 2000
     """Number of iterations of linear warm-up."""
-    lr_decay_iters: _Positive | None = None
+    lr_decay_iters: _Iterations | None = None
     """Iteration at which the learning rate reaches min_lr; default: max_iters."""
     wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.2
     """Fraction of lr_decay_iters over which wsd decays."""
@@ -177,21 +177,21 @@ class OptimizerConfig(_Section):
 class TrainConfig(_Section):
     """The training loop: batches, length, evaluations and checkpoints."""
 
-    batch_size: _Positive = 12
+    batch_size: Annotated[int, Range(1, 2**20)] = 12
     """Number of sequences in a micro-batch on one GPU."""
-    gradient_accumulation_steps: _Positive = 40
+    gradient_accumulation_steps: Annotated[int, Range(1, 2**20)] = 40
     """Number of micro-batches in an iteration of the whole job; the GPUs share them."""
-    max_iters: _Positive = 600000
+    max_iters: _Iterations = 600000
     """Number of iterations (optimizer steps) of the run."""
-    eval_interval: _Positive = 2000
+    eval_interval: _Iterations = 2000
     """Iterations between evaluations; the last iteration is always evaluated."""
-    eval_iters: _Positive = 200
+    eval_iters: Annotated[int, Range(1, 10**9)] = 200
     """Number of validation batches per evaluation, limited by the size of the validation split."""
-    save_interval: _Positive | None = None
+    save_interval: _Iterations | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True
     """Write checkpoints in the background while training continues."""
-    keep_checkpoints: _Positive = 3
+    keep_checkpoints: Annotated[int, Range(1, 10**6)] = 3
     """Number of newest checkpoints to keep; the best one is kept too."""
     init_from: str = "scratch"
     """scratch, resume, auto (resume if there is a checkpoint), or the path of a run or checkpoint to start from."""
@@ -225,7 +225,7 @@ class SystemConfig(_Section):
     """Shard the optimizer states over the GPUs (ZeRO-1)."""
     use_fsdp: bool = False
     """Shard parameters, gradients and optimizer states over the GPUs (FSDP)."""
-    fsdp_min_num_params: _Count = 100_000
+    fsdp_min_num_params: Annotated[int, Range(0, 10**15)] = 100_000
     """FSDP: minimum number of parameters in a unit; a smaller block shares a unit with the next one."""
     fsdp_reduce_once: bool = False
     """FSDP: keep full gradients between micro-batches and reduce them once; less communication, more memory."""
@@ -268,7 +268,7 @@ class SystemConfig(_Section):
 class LogConfig(_Section):
     """Logs, console, profiler and trackers."""
 
-    log_interval: _Positive = 10
+    log_interval: _Iterations = 10
     """Iterations between log lines; the GPU is not synchronised between them."""
     profile: str = ""
     """Iterations START:STOP to profile; writes a trace for Perfetto and a breakdown of the step time."""
@@ -276,7 +276,7 @@ class LogConfig(_Section):
     """Record the stack of every GPU allocation, for the snapshots that SIGUSR2 and an out-of-memory error write."""
     console: Annotated[str, Choice(("auto", "live", "plain"))] = "auto"
     """live: a panel that is redrawn; plain: lines; auto: live if stdout is a terminal."""
-    sample_tokens: _Count = 200
+    sample_tokens: Annotated[int, Range(0, 10**6)] = 200
     """Number of tokens to generate as a sample at the end of the run; 0 disables it."""
     trigram_baseline: bool = False
     """At the end, print the loss of a trigram model on the same tokens (byte vocabularies only)."""
@@ -333,9 +333,10 @@ class Config:
         """Returns a line for each choice that is valid but may surprise."""
         lines = []
         end = self.optimizer.lr_decay_iters or self.train.max_iters
-        if self.optimizer.lr_schedule != "constant" and self.optimizer.warmup_iters >= end:
+        if self.optimizer.warmup_iters >= end:
             lines.append(
-                f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations)"
+                f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations), so "
+                "the learning rate never reaches its peak"
             )
         model = self.model
         if model.own_activation is not None and model.activation != KEYS["activation"].default:

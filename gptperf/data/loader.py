@@ -5,6 +5,7 @@ save: a run resumes at step k by starting at step k, and the tokens of a step ar
 """
 
 import collections
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from gptperf.data.order import BatchOrder, Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
-__all__ = ["Loader", "validation_batches"]
+__all__ = ["Loader", "validation_batches", "validation_count"]
 
 _ORDER_CHUNK = 4096
 """Number of samples whose order is computed at once: the overhead of ~150 us per call is then 0.04 us per sample."""
@@ -169,6 +170,12 @@ class Loader:
             first += chunk
 
 
+def validation_count(source: TokenSource, *, block_size: int, batch_size: int, max_batches: int) -> int:
+    """Returns the number of batches that `validation_batches` gives to all ranks together."""
+    available = (len(source) - 1) // block_size
+    return min(max_batches, available // min(batch_size, available)) if available else 0
+
+
 def validation_batches(
     source: TokenSource,
     *,
@@ -194,14 +201,27 @@ def validation_batches(
     if available < 1:
         raise DataError(
             f"{source.path}: found {len(source)} tokens in the split {source.split!r}, wanted at least "
-            f"block_size + 1 = {block_size + 1}; use more text, a larger --val_fraction or a smaller block_size"
+            f"block_size + 1 = {block_size + 1}; {_longer_split(source, block_size)}"
         )
+    count = validation_count(source, block_size=block_size, batch_size=batch_size, max_batches=max_batches)
     batch_size = min(batch_size, available)
-    count = min(max_batches, available // batch_size) * batch_size
+    count *= batch_size
     blocks = np.arange(count, dtype=np.int64) * available // count
     offsets = (blocks * block_size).reshape(-1, batch_size)[rank::world_size]
     rows = np.empty((batch_size, block_size + 1), source.dtype)
     return (_read_batch(source, batch, rows, pin_memory=False) for batch in offsets)
+
+
+def _longer_split(source: TokenSource, block_size: int) -> str:
+    """Returns what to do about a validation split that has no block."""
+    total = sum(split.tokens for split in source.manifest.splits.values())
+    advice = ["use more text"]
+    if len(source) > 1:
+        advice.append(f"--block_size={len(source) - 1}")
+    share = math.ceil(1100 * (block_size + 1) / total) / 1000  # a tenth more, because it is a share of the bytes
+    if share * total + 2 * block_size < total:
+        advice.append(f"prepare it again with --val_fraction={share:.3f} --overwrite=True")
+    return " or ".join([", ".join(advice[:-1]), advice[-1]]) if len(advice) > 1 else advice[0]
 
 
 def _read_batch(source: TokenSource, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool) -> torch.Tensor:

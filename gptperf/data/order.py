@@ -44,9 +44,10 @@ class BatchOrder:
         self.block_size = block_size
         self.n_blocks = (tokens - block_size) // block_size
         if self.n_blocks < 1:
+            shorter = f" or --block_size={tokens // 2}" if tokens > 1 else ""
             raise DataError(
                 f"training data: found {tokens} tokens, wanted at least 2 * block_size = {2 * block_size}; "
-                f"use more text or block_size <= {tokens // 2}"
+                f"use more text{shorter}"
             )
         self._seed = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))
         bits = (self.n_blocks - 1).bit_length()  # the network permutes [0, 2**bits), less than twice n_blocks

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
+import math
 import os
 import re
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from gptperf.data import sources
 from gptperf.data.format import SPLITS, read_manifest
+from gptperf.data.sources import KNOWN, not_text
 from gptperf.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from gptperf.data.train_tokenizer import PREFIX, train_tokenizer, vocabulary_size
 from gptperf.data.vocabulary import Tokens, as_text, pieces
@@ -28,13 +30,12 @@ from gptperf.errors import DataError
 
 __all__ = ["KNOWN", "prepare", "summary"]
 
-KNOWN = ("python_stdlib", "shakespeare", *sources.HUGGING_FACE)
-"""Names of the data sets that are prepared by name instead of by path."""
 DEFAULT_VAL_FRACTION = {"documents": 0.05, "tail": 0.1, "hub": 0.0005}
 """Kind of source -> default fraction. 5% of a few hundred documents are several documents; the other two are nanoGPT's
 fractions for Shakespeare and OpenWebText."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TAIL, _HASH = "the tail of the text", "documents whose SHA-256 falls below val_fraction"
+_OTHER_TOKENIZER = ", or use --tokenizer=byte, which needs no vocabulary"
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 8 << 20
 
@@ -83,7 +84,7 @@ def prepare(
         name: Name of the data set; None: derived from `what`.
         tokenizer: "train:N" for a BPE of N ids that is trained on the training split, or a name of `load_tokenizer`.
         eot: Token of the tokenizer that ends a document; None: the one that it names itself.
-        val_fraction: Fraction of the validation split, 0 to below 1; None: see `DEFAULT_VAL_FRACTION`.
+        val_fraction: Fraction of the validation split, above 0 and below 1; None: see `DEFAULT_VAL_FRACTION`.
         overwrite: Whether an existing data set is replaced.
         shard_tokens: Number of tokens in a full shard.
         quiet: Whether nothing is printed.
@@ -125,7 +126,7 @@ def prepare(
 def _tokenizer(name: str, eot: str | None, found: _Source, fraction: float, quiet: bool) -> Tokenizer:
     """Returns the tokenizer; a vocabulary that is to be trained never sees the validation split."""
     if not name.startswith(PREFIX):
-        return load_tokenizer(name, eot=eot)
+        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER)
     vocabulary_size(name)
     if eot is not None:
         raise DataError(f"--eot: found {eot!r}, wanted none: {name} has <|endoftext|>")
@@ -155,8 +156,11 @@ def _check_options(
         raise DataError(
             f"--name: found {name!r}, wanted a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
         )
-    if not 0 <= fraction < 1:
-        raise DataError(f"--val_fraction: found {fraction}, wanted 0 <= val_fraction < 1")
+    if not 0 < fraction < 1:
+        raise DataError(
+            f"--val_fraction: found {fraction}, wanted 0 < val_fraction < 1, as training needs a validation split; "
+            f"nearest: --val_fraction={0.999 if fraction >= 1 else 0.001}"
+        )
 
 
 def summary(path: str | os.PathLike[str], seconds: float) -> str:
@@ -207,6 +211,9 @@ def _find_source(what: str, data_dir: str | os.PathLike[str], shakespeare_url: s
         )
     if os.path.isfile(path) and not os.access(path, os.R_OK):
         raise DataError(f"{path}: cannot be read: permission denied")
+    other = not_text(path) if os.path.isfile(path) else None
+    if other is not None:
+        raise DataError(other)
     if os.path.isfile(path) and path.suffix == ".jsonl":
         return _Source(
             name=path.stem,
@@ -229,12 +236,17 @@ def _write(
     if found.text_file:
         _write_tail_split(writer, tokenizer, found.text_file(), fraction, progress)
     else:
-        _write_documents(writer, tokenizer, found.documents(skipped), fraction, progress)
+        _write_documents(writer, tokenizer, found.documents(skipped), fraction, progress, skipped)
     return skipped
 
 
 def _write_documents(
-    writer: ShardWriter, tokenizer: Tokenizer, documents: Iterable[bytes], fraction: float, progress: Progress
+    writer: ShardWriter,
+    tokenizer: Tokenizer,
+    documents: Iterable[bytes],
+    fraction: float,
+    progress: Progress,
+    skipped: sources.Skipped,
 ) -> None:
     """Writes documents to both splits; the docstring of the module says how validation documents are chosen."""
     count, low, high = 0, 1.0, 0.0
@@ -259,14 +271,42 @@ def _write_documents(
         if before is not None:
             write(*before)
     if count == 0:
-        raise DataError("prepare: found no document, wanted at least one")
-    if high < fraction or (0 < fraction <= low):
-        empty, limit = ("training", high - 1e-4) if high < fraction else ("validation", low + 1e-4)
-        raise DataError(
-            f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, wanted at least "
-            f"one document in each; --val_fraction={min(max(limit, 0.0), 0.9999):.4f} puts one there, or give the text "
-            "as a single file, whose tail is the validation split"
-        )
+        why = ", ".join(f"{number} x {reason}" for reason, number in sorted(skipped.items()))
+        raise DataError(f"prepare: found no document, wanted at least two{f'; skipped: {why}' if why else ''}")
+    if not low < fraction <= high:
+        raise DataError(_empty_split(count, low, high, fraction))
+
+
+def _empty_split(count: int, low: float, high: float, fraction: float) -> str:
+    """Returns the error of documents that are all in one split.
+
+    Args:
+        count: number of documents.
+        low: lowest position of a document; `fraction` must be above it.
+        high: highest position of a document; `fraction` must not be above it.
+        fraction: what the user gave.
+    """
+    single = "give the text as a single .txt file, whose tail is the validation split"
+    if low == high:
+        found = "1 document" if count == 1 else f"{count} copies of one document"
+        return f"prepare: found {found}, wanted different ones for training and validation; {single}"
+    empty = "training" if high < fraction else "validation"
+    near = _between(low, high, nearer_low=fraction <= low)
+    return (
+        f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, wanted at least one "
+        f"document in each; --val_fraction={near} puts one there, or {single}"
+    )
+
+
+def _between(low: float, high: float, *, nearer_low: bool) -> str:
+    """Returns a number with few digits that is above `low` and not above `high`, next to one of them."""
+    for digits in range(3, 18):
+        scale = 10**digits
+        near = math.floor(low * scale) + 1 if nearer_low else math.floor(high * scale)
+        text = f"{near / scale:.{digits}f}"
+        if low < float(text) <= high:
+            return text
+    return repr(high)
 
 
 def _write_tail_split(
@@ -308,12 +348,12 @@ def _tail_begin(path: Path, fraction: float) -> int:
     if size < 2:
         raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
     # nanoGPT cuts at int(n * 0.9) characters; this is the same place for ASCII, where a character is a byte.
-    return size if fraction == 0 else sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
+    return sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
 
 
 def _threads(tokenizer: Tokenizer) -> int:
     """Returns the number of threads that encode: the libraries encode without the GIL; bytes need no encoding."""
-    return 1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1
+    return 1 if isinstance(tokenizer, ByteTokenizer) else len(os.sched_getaffinity(0))
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:

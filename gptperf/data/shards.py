@@ -5,8 +5,10 @@ mapped: resident memory stays constant, and a shard that is truncated during a r
 """
 
 import difflib
+import errno
 import hashlib
 import os
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -16,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
+from gptperf.data.sources import KNOWN
 from gptperf.data.tokenizers import read_vocabulary
 from gptperf.errors import DataError
 
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
 
 MAX_OPEN_SHARDS = 512
-"""Most files that one source keeps open, half of the usual limit of a process; other shards are opened at each read."""
+"""Most files that one source keeps open, where the limit of the process (`ulimit -n`) allows four times as many. Other
+shards are opened at each read."""
 
 
 class _OpenFile:
@@ -42,8 +46,8 @@ class _OpenFile:
 class TokenSource:
     """The tokens of one split as one array on disk. Create an instance with `TokenSource.open`.
 
-    Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open; a shard that is opened again
-    must be the same file (size, mtime, inode).
+    Several threads may read at the same time. At most `MAX_OPEN_SHARDS` files are open, and at most a quarter of what
+    the process may open; a shard that is opened again must be the same file (size, mtime, inode).
 
     Attributes:
         manifest: Manifest of the data set.
@@ -65,6 +69,8 @@ class TokenSource:
         self._tokens = manifest.splits[split].tokens
         self._identity: list[tuple[int, int, int]] = []
         self._files: dict[int, _OpenFile] = {}
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_SHARDS, soft // 4))
         self._lock = threading.Lock()
         digest = hashlib.sha256(b"gptperf data set 1\n")
         for index, shard in enumerate(self._shards):
@@ -92,7 +98,7 @@ class TokenSource:
         if len(source) == 0:
             raise DataError(
                 f"{Path(path) / MANIFEST}: the split {split!r} is empty, wanted at least one document; "
-                "prepare the data set with another --val_fraction"
+                "prepare the data set again, with --overwrite=True and another --val_fraction"
             )
         wanted = source.vocab_size if vocab_size is None else vocab_size
         for shard in source._shards:
@@ -100,7 +106,7 @@ class TokenSource:
                 raise DataError(
                     f"{Path(path) / shard.file}: found token id {shard.max_id}, wanted ids below "
                     f"vocab_size = {wanted}; the tokenizer {source.manifest.tokenizer.name!r} needs "
-                    f"vocab_size >= {max(source.vocab_size, shard.max_id + 1)}"
+                    f"--vocab_size={max(source.vocab_size, shard.max_id + 1)}"
                 )
         return source
 
@@ -207,20 +213,32 @@ class TokenSource:
 
     def _keep(self, index: int, file: _OpenFile) -> None:
         with self._lock:
-            if len(self._files) >= MAX_OPEN_SHARDS:
+            if len(self._files) >= self._most_open:
                 self._files.pop(next(iter(self._files)))
             self._files[index] = file
 
     def _open_shard(self, index: int) -> tuple[_OpenFile, tuple[int, int, int]]:
         where = self.path / self._shards[index].file
         try:
-            file = _OpenFile(where)
+            file = self._open_file(where)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror}; the manifest names this shard") from error
         found = os.fstat(file.fd)
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{where}: this is not a regular file, wanted a shard")
         return file, (found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def _open_file(self, where: Path) -> _OpenFile:
+        """Opens a shard; if the process has too many files open, it first closes the others and keeps fewer open."""
+        try:
+            return _OpenFile(where)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            self._most_open = max(1, len(self._files) // 2)
+            self._files.clear()
+        return _OpenFile(where)
 
     def _check_shard(self, index: int) -> bytes:
         shard, where = self._shards[index], self.path / self._shards[index].file
@@ -241,7 +259,7 @@ class TokenSource:
         if identity[0] != shard.bytes:
             raise DataError(f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens")
         self._identity.append(identity)
-        if index < MAX_OPEN_SHARDS:
+        if index < self._most_open:
             self._keep(index, file)
         return data
 
@@ -306,7 +324,8 @@ def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
         hint = f"prepared: {', '.join(prepared[:10])}"
     else:
         hint = f"nothing is prepared in {data_dir}"
+    what = dataset if dataset in KNOWN else f"PATH --name={where.name}"
     raise DataError(
         f"dataset: found no data set {dataset!r} at {where}; {hint}; to prepare it: "
-        f"python -m gptperf.prepare {dataset} --data_dir={data_dir}"
+        f"python -m gptperf.prepare {what} --data_dir={where.parent}"
     )

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import stat
 import sysconfig
 import urllib.error
@@ -23,6 +24,7 @@ from gptperf.files import replacing
 
 __all__ = [
     "HUGGING_FACE",
+    "KNOWN",
     "SHAKESPEARE_SHA256",
     "SHAKESPEARE_URL",
     "Skipped",
@@ -31,6 +33,7 @@ __all__ = [
     "folder_documents",
     "hub_documents",
     "jsonl_documents",
+    "not_text",
     "parse_hub_name",
     "python_stdlib",
     "python_version",
@@ -45,8 +48,39 @@ HUGGING_FACE: dict[str, tuple[str, str | None]] = {
     "slimpajama_627b": ("cerebras/SlimPajama-627B", None),
 }
 """Name of a data set -> its repository and configuration on the Hugging Face hub; the text is in the field "text"."""
+KNOWN = ("python_stdlib", "shakespeare", *HUGGING_FACE)
+"""Names of the data sets that are prepared by name instead of by path."""
 _PIECE_BYTES = 1 << 24
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+_PANDAS = "python -c \"import pandas; pandas.{}('FILE').to_json('JSONL', orient='records', lines=True)\""
+_FORMATS: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x1f\x8b", "gzip", "gzip -dc FILE > NEW"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc FILE > NEW"),
+    (b"\xfd7zXZ\0", "xz", "xz -dc FILE > NEW"),
+    (b"BZh", "bzip2", "bzip2 -dc FILE > NEW"),
+    (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc FILE > NEW"),
+    (b"PK\x03\x04", "zip", "python -m zipfile -e FILE FOLDER"),
+    (b"7z\xbc\xaf\x27\x1c", "7-Zip", "7z x FILE -oFOLDER"),
+    (b"Rar!", "rar", "unrar x FILE FOLDER/"),
+    (b"PAR1", "Parquet", _PANDAS.format("read_parquet")),
+    (b"ARROW1", "Arrow", _PANDAS.format("read_feather")),
+    (b"%PDF-", "PDF", "pdftotext FILE NEW"),
+    (b"SQLite format 3\0", "SQLite", "sqlite3 FILE .dump > NEW"),
+    (b"\xd0\xcf\x11\xe0", "old Microsoft Office", "libreoffice --headless --convert-to txt:Text FILE"),
+    (b"\xff\xfe\0\0", "UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > NEW"),
+    (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    (b"\x93NUMPY", "NumPy", ""),
+    (b"\x89HDF", "HDF5", ""),
+    (b"\x89PNG", "PNG", ""),
+    (b"\xff\xd8\xff", "JPEG", ""),
+    (b"\x7fELF", "executable", ""),
+)
+"""First bytes of a file that is not text, its format, and the command that makes text of it. FILE stands for the file,
+and NEW, JSONL or FOLDER for what the command makes."""
+_TAR_AT = 257
+_COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".lz4")
 
 Skipped = dict[str, int]
 """Reason -> number of files that were skipped for it."""
@@ -113,9 +147,15 @@ def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
                 decoder.decode(data, final=begin == end)
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}: found bytes that are not UTF-8 near offset {begin - len(data) + error.start}, "
-                    "wanted a text; convert it first, e.g. with iconv"
+                    f"{path}: found bytes that are not UTF-8 near offset {begin - len(data) + error.start}, wanted a "
+                    "text; if its encoding is Latin-1, for example, convert it: "
+                    + _with_names("iconv -f LATIN1 -t UTF-8 FILE > NEW", path)
                 ) from error
+            if b"\0" in data:
+                raise DataError(
+                    f"{path}: found a zero byte at offset {begin - len(data) + data.index(0)}, wanted a text; if it is "
+                    "UTF-16, convert it: " + _with_names("iconv -f UTF-16LE -t UTF-8 FILE > NEW", path)
+                )
             cut = len(data) if begin == end else data.rfind(b"\n") + 1
             if cut:
                 yield rest + data[:cut]
@@ -124,6 +164,40 @@ def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
                 rest += data
     if rest:
         yield rest
+
+
+def not_text(path: Path) -> str | None:
+    """Returns the format of a file that is not text, with the command that makes text of it; None for all others."""
+    with path.open("rb") as file:
+        start = file.read(_TAR_AT + 5)
+    name, command = _format(start)
+    if name is None:
+        return None
+    remedy = f"; make a text of it: {_with_names(command, path)}" if command else ""
+    return f"{path}: found {name} data, wanted text{remedy}"
+
+
+def _format(start: bytes) -> tuple[str | None, str]:
+    """Returns the format that the first bytes of a file are of, and the command that makes text of it."""
+    if start[_TAR_AT:] == b"ustar":
+        return "tar", "mkdir -p FOLDER && tar -xf FILE -C FOLDER"
+    return next(((name, command) for magic, name, command in _FORMATS if start.startswith(magic)), (None, ""))
+
+
+def _with_names(command: str, path: Path) -> str:
+    """Returns a command for a file, in which every name is quoted for the shell."""
+    new = path.with_suffix("") if path.suffix in _COMPRESSED else path.with_name(f"{path.name}.txt")
+    if new.suffix in ("", *_COMPRESSED):
+        new = new.with_name(f"{new.name}.txt")
+    names = {
+        "FILE": path,
+        "NEW": new,
+        "JSONL": path.with_suffix(".jsonl"),
+        "FOLDER": path.with_name(f"{path.stem}.files"),
+    }
+    for word, name in names.items():
+        command = command.replace(f"'{word}'", repr(str(name))).replace(word, shlex.quote(str(name)))
+    return command
 
 
 def character_start(path: Path, offset: int) -> int:
@@ -251,7 +325,8 @@ def _text_document(path: Path, skipped: Skipped) -> Iterator[bytes]:
     if not data:
         _count(skipped, "empty")
     elif not _is_text(data):
-        _count(skipped, "binary or not UTF-8")
+        name, _ = _format(data[: _TAR_AT + 5])
+        _count(skipped, "binary or not UTF-8" if name is None else f"{name} data")
     else:
         yield data
 

@@ -57,13 +57,18 @@ class TiktokenTokenizer:
         self._dtype = token_dtype(self.vocab_size)
 
     @classmethod
-    def download(cls, name: str, eot: str | None = None) -> "TiktokenTokenizer":
+    def download(cls, name: str, eot: str | None = None, instead: str = "") -> "TiktokenTokenizer":
         """Returns a vocabulary by its name ("gpt2", "cl100k_base", ...), from tiktoken's cache or the network.
+
+        Args:
+            name: The name.
+            eot: The special token that ends a document; None: <|endoftext|>.
+            instead: What else the user can do if the vocabulary is not available, for the end of the message.
 
         Raises:
             DataError: The vocabulary is neither in the cache nor can it be downloaded, or it has no token `eot`.
         """
-        return cls(name, _get_encoding(name), eot or _END_OF_TEXT)
+        return cls(name, _get_encoding(name, instead), eot or _END_OF_TEXT)
 
     @classmethod
     def from_files(cls, name: str, files: Mapping[str, bytes]) -> "TiktokenTokenizer":
@@ -154,22 +159,23 @@ def vocabulary_fingerprint(vocabulary: Iterable[bytes | None], eot: int) -> str:
     return digest.hexdigest()
 
 
-def _get_encoding(name: str) -> "tiktoken.Encoding":
+def _get_encoding(name: str, instead: str) -> "tiktoken.Encoding":
     import tiktoken
 
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # every error of requests is an OSError, and so is an unreadable cache
+        where = f": {error.filename}" if error.filename else ""
         raise NoVocabularyError(
             f"tokenizer {name!r}: its vocabulary is not in tiktoken's cache and cannot be downloaded "
-            f"({type(error).__name__}). {_by_hand(error)}Or use --tokenizer=byte, which needs no vocabulary"
+            f"({type(error).__name__}{where}). {_by_hand(error)}{instead}"
         ) from error
     except ValueError as error:  # an unknown name, or a download whose checksum is not the one that tiktoken expects
         raise NoVocabularyError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error
 
 
 def _by_hand(error: OSError) -> str:
-    """Returns what to fetch elsewhere, and under which name tiktoken finds it, as sentences."""
+    """Returns what to fetch elsewhere, and under which name tiktoken finds it."""
     # tiktoken's own rule for the folder; set to "", its cache is off.
     variables = (os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
     folder = next((value for value in variables if value is not None), None)
@@ -184,7 +190,5 @@ def _by_hand(error: OSError) -> str:
         f"{folder}, or any folder that TIKTOKEN_CACHE_DIR names" if folder else "a folder; TIKTOKEN_CACHE_DIR names it"
     )
     if not names:
-        return (
-            f"Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (now: {folder or 'off'}). "
-        )
-    return f"By hand: fetch {' and '.join(names)} into {where}. "
+        return f"Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (now: {folder or 'off'})"
+    return f"By hand: fetch {' and '.join(names)} into {where}"

@@ -63,13 +63,14 @@ class ByteTokenizer:
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-def load_tokenizer(name: str, *, eot: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str, *, eot: str | None = None, instead: str = "") -> Tokenizer:
     """Returns the tokenizer called `name`, whose vocabulary may be downloaded.
 
     Args:
         name: "byte", an encoding of tiktoken, "hf:REPO", or a path: a tokenizer.json, a folder that has one, or a data
             set, whose tokenizer it is.
         eot: The token that ends a document; None: the one that the tokenizer names itself.
+        instead: What else the caller's user can do if the vocabulary is not available, for the end of the message.
 
     Raises:
         DataError: The name is unknown, the vocabulary is not available offline, or no token ends a document.
@@ -87,7 +88,7 @@ def load_tokenizer(name: str, *, eot: str | None = None) -> Tokenizer:
 
     known = tiktoken.list_encoding_names()
     if name in known:
-        return TiktokenTokenizer.download(name, eot)
+        return TiktokenTokenizer.download(name, eot, instead)
     if os.path.exists(name) or os.sep in name or name.endswith(".json"):
         return JsonTokenizer.find(name, eot)
     near = difflib.get_close_matches(name, ["byte", *known], n=1, cutoff=0.4)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -24,7 +23,7 @@ from gptperf.data.format import (
 )
 from gptperf.data.tokenizers import Tokenizer, token_dtype, write_vocabulary
 from gptperf.errors import DataError, DiskError
-from gptperf.files import sync_directory, sync_file
+from gptperf.files import keep_locked, make_temporary, remove_leftovers, sync_directory, sync_file
 
 __all__ = ["SHARD_TOKENS", "ShardWriter", "check_target"]
 
@@ -36,7 +35,8 @@ class ShardWriter:
     """Writes one data set into a temporary folder, and renames the folder at the end.
 
     It is a context manager. Leaving it without an error syncs each file, then the folder, and renames the folder;
-    leaving it with an error removes what was written. The memory use is constant.
+    leaving it with an error removes what was written, and entering it what killed processes have left in the parent
+    folder. The memory use is constant.
 
     Args:
         path: Folder of the data set; its last part is the name of the data set.
@@ -77,14 +77,16 @@ class ShardWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eot = np.array([tokenizer.eot], self._dtype)
         self._folder: Path | None = None
+        self._locks = contextlib.ExitStack()
         self._splits: dict[str, _SplitWriter] = {}
 
     def __enter__(self) -> Self:
+        remove_leftovers(self.path.parent)
         check_target(self.path, self._overwrite)
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._name}.tmp-", dir=self.path.parent))
-            self._folder.chmod(0o755)
+            self._folder, lock = make_temporary(self.path, folder=True)
+            self._locks.callback(os.close, lock)
         self._splits = {split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS}
         return self
 
@@ -98,6 +100,7 @@ class ShardWriter:
             for split in self._splits.values():
                 split.abandon()
             shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is no such folder
+            self._locks.close()
 
     def add(self, split: str, tokens: npt.NDArray[Any]) -> None:
         """Adds one document, (n,) integer ids without `eot`, to the split "train" or "val"."""
@@ -147,7 +150,9 @@ class ShardWriter:
         check_target(self.path, self._overwrite)  # again, because another process may have written it in the meantime
         if self.path.exists():
             # rename(2) does not replace a folder with entries. A crash between these two renames leaves both data sets
-            # complete, the old one under the name `aside`.
+            # complete, the old one under the name `aside`, and `remove_leftovers` gives it its name back. The lock
+            # keeps other processes from doing so now.
+            self._locks.callback(os.close, keep_locked(self.path))
             aside = folder.with_name(folder.name.replace(".tmp-", ".old-"))
             self.path.rename(aside)
             try:

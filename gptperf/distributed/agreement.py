@@ -2,12 +2,16 @@
 
 import contextlib
 import errno
+import hashlib
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from gptperf.errors import DiskError, GptperfError
 
-__all__ = ["Ranks", "SingleRank", "fail_together"]
+__all__ = ["Ranks", "SingleRank", "fail_together", "told_once"]
 
 
 class Ranks(Protocol):
@@ -64,3 +68,29 @@ def fail_together(ranks: Ranks, what: str) -> Iterator[None]:
             error = DiskError(text, full=full) if kind is DiskError else kind(text)
     if error is not None:
         raise error
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Lets one rank of this host alone report an error of the body that several ranks meet, before they join the job.
+
+    The ranks cannot talk to each other yet. Under torchrun they share a folder, in which the first rank with an error
+    makes a file that is named after the error. Without torchrun every rank reports its error.
+
+    Raises:
+        GptperfError: the error of this rank, if no other rank has reported it.
+        SystemExit: another rank has reported the same error.
+    """
+    try:
+        yield
+    except GptperfError as error:
+        given = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_N/LOCAL_RANK/error.json, removed by torchrun
+        if given:
+            claim = Path(given).parents[1] / f"gptperf-{hashlib.sha256(str(error).encode()).hexdigest()}"
+            try:
+                claim.touch(exist_ok=False)
+            except FileExistsError:
+                sys.exit(error.exit_code)
+            except OSError:
+                pass  # the folder cannot be written, so this rank reports too
+        raise

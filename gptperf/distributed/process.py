@@ -66,12 +66,16 @@ class Process:
 
     def highest(self, value: int) -> int:
         """Returns the largest value over all ranks."""
+        return self.highest_of(value)[0]
+
+    def highest_of(self, *values: int) -> list[int]:
+        """Returns the largest of each value over all ranks, with one collective."""
         if self.world_size == 1:
-            return value
-        found = torch.tensor(value)
+            return list(values)
+        found = torch.tensor(values)
         with self.progress.collective("all_reduce"):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
-        return int(found)
+        return [int(value) for value in found]
 
     def merged(self, found: dict[str, str]) -> dict[str, str]:
         """Returns the union of what all ranks found; for a key that several have, the value of the lowest rank."""

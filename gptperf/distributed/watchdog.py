@@ -30,11 +30,12 @@ import torch.distributed as dist
 
 from gptperf.distributed.judge import BEAT_S, GRACE_S, LOST_S, Beat, Fault, Judge, State, View
 from gptperf.distributed.progress import Progress
-from gptperf.errors import GptperfError, PeerError, report
+from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError, PeerError, report
 
 __all__ = ["Watchdog", "process_state"]
 
 _FAILED = "failed: "
+_MISTAKES = tuple(f"{_FAILED}E{kind.exit_code}: " for kind in (ConfigError, DataError, CheckpointError))
 
 
 def process_state(pid: int, started: str | None = None) -> State:
@@ -255,7 +256,8 @@ class Watchdog:
     def _say(self, fault: Fault) -> None:
         """Prints, publishes and logs a fault before this process ends."""
         line = fault.text.partition("\n")[0]
-        report(PeerError(f"{line}; rank {self.rank} was in {self.progress.where}"))
+        if not self._is_reported_mistake(fault):
+            report(PeerError(f"{line}; rank {self.rank} was in {self.progress.where}"))
         with contextlib.suppress(RuntimeError, OSError):
             if self.judge.store_silent_s <= 2 * BEAT_S:
                 self._publish(fault)
@@ -267,6 +269,12 @@ class Watchdog:
                 time.sleep(1.5 * BEAT_S)
             sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # a progress bar hides the cursor
             sys.stdout.flush()
+
+    def _is_reported_mistake(self, fault: Fault) -> bool:
+        """Returns whether the fault is a mistake of the user that a rank on this host has printed already."""
+        beats = [self.view.beats.get(rank) for rank in fault.ranks]
+        near = all(beat is not None and beat.place == self.identity[-1] for beat in beats)
+        return near and any(f" {mistake}" in fault.text for mistake in _MISTAKES)
 
     def _kill(self, ranks: Sequence[int]) -> None:
         """Kills ranks on this host that hang and do not end by themselves; torchrun would wait 30 s for each."""

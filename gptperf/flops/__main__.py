@@ -6,15 +6,16 @@ all of them from the configuration.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from gptperf import flops
 from gptperf.cards import element_bytes
 from gptperf.config import Config, ModelConfig, command_line
-from gptperf.errors import main_guard
+from gptperf.config.flags import Flags, take
+from gptperf.errors import run_main
 from gptperf.flops.tables import report_lines
 
 __all__ = ["count_all", "main"]
@@ -22,21 +23,24 @@ __all__ = ["count_all", "main"]
 _Number = int | float
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _FlopsFlags(Flags):
+    """How to print the counts."""
+
+    json: bool = False
+    """Print the counts as JSON."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the counts of the model that a command line describes.
 
     Raises:
-        ConfigError: files or flags are wrong, with `--debug`; without it the command prints the error and exits.
+        ConfigError: files or flags are wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip())
-        return
-    with main_guard("--debug" in arguments or "--debug=True" in arguments):
-        as_json = "--json" in arguments
-        resolved = command_line.resolve([argument for argument in arguments if argument != "--json"])
-        counts = count_all(resolved.config)
-        print(json.dumps(counts, indent=2) if as_json else "\n".join(report_lines(counts)), flush=True)
+    taken = take(_FlopsFlags, argv, "gptperf.flops", __doc__.partition("\n\n")[2])
+    counts = count_all(command_line.resolve(taken.rest, taken=taken).config)
+    print(json.dumps(counts, indent=2) if taken.flags.json else "\n".join(report_lines(counts)))
+    return 0
 
 
 def count_all(config: Config) -> dict[str, Any]:
@@ -146,4 +150,4 @@ def _bytes(model: ModelConfig, size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,20 +3,41 @@
 With `--measure [CONFIG.toml ...] [--key=value ...]` it measures what this GPU reaches (`gptperf.hardware.measure`).
 """
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptperf.errors import ConfigError, main_guard
+from gptperf.config import command_line
+from gptperf.config.flags import COMMAND_LINE, Flags, take
+from gptperf.errors import mistakes, run_main
 from gptperf.hardware import measure_command
 from gptperf.hardware.gpu_table import DOCUMENTS, GPUS
 from gptperf.hardware.peaks import match_gpu, no_peak_hint
 from gptperf.hardware.state import GpuState, gpu_states
 
 __all__ = ["main"]
+
+_ABOUT = """Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.
+
+With --measure, CONFIG and keys name the model, batch_size and dtype."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _HardwareFlags(Flags):
+    """What to print."""
+
+    json: bool = False
+    """Print JSON."""
+    measure: bool = False
+    """Print the ceilings of copies, GEMMs and attention on this GPU; they are measured once and kept in a cache."""
+    again: bool = False
+    """With --measure: measure even where the cache has them."""
+
+    def problems(self) -> Sequence[str]:
+        """Returns which flags do not go together."""
+        wrong = self.again and not self.measure
+        return [f"{COMMAND_LINE}: --again goes with --measure; nearest: --measure --again"] if wrong else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,21 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         GptperfError: the command line is wrong, or the measurement failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m gptperf.hardware",
-        description="Print the GPU table and the state of this machine's GPUs, or measure what this GPU reaches.",
-        epilog="With --measure: [CONFIG.toml ...] [--key=value ...] name the model, batch_size and dtype.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--measure", action="store_true", help="copy, GEMM and attention ceilings, kept in a cache")
-    parser.add_argument("--again", action="store_true", help="with --measure: measure even where the cache has them")
-    arguments, rest = parser.parse_known_args(argv)
+    taken = take(_HardwareFlags, argv, "gptperf.hardware", _ABOUT)
+    arguments = taken.flags
+    config = command_line.resolve(taken.rest, taken=taken).config
     if arguments.measure:
-        return measure_command.command(rest, as_json=arguments.json, again=arguments.again)
-    if rest or arguments.again:
-        found = " ".join(rest) or "--again"
-        raise ConfigError(f"command line: found {found!r} without --measure; nearest: --measure {found}")
+        return measure_command.command(config, as_json=arguments.json, again=arguments.again)
+    unused = [text for text in taken.rest if not text.startswith("--debug")]
+    if unused:
+        found = " ".join(unused)
+        raise mistakes([f"{COMMAND_LINE}: found {found!r} without --measure; nearest: --measure {found}"])
     states, reason = gpu_states()
     report = _report(states, reason)
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report, states)), flush=True)
@@ -57,15 +72,15 @@ def _report(states: Sequence[GpuState], reason: str | None) -> dict[str, Any]:
 
 
 def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
-    yield f"{'':<19}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
+    yield f"{'':<24}{'dense TFLOP/s':^40}{'sparse':>8}{'memory':>8}{'bandwidth':>11}"
     dtypes = "".join(f"{dtype:>8}" for dtype in ("bf16", "fp16", "tf32", "fp32", "fp8", "bf16"))
-    yield f"  {'GPU':<17}{dtypes}{'GB':>8}{'TB/s':>11}  source"
+    yield f"  {'GPU':<22}{dtypes}{'GB':>8}{'TB/s':>11}  source"
     for gpu, row in zip(GPUS, report["table"], strict=True):
         rates = [gpu.dense_tflops.get(dtype) for dtype in ("bfloat16", "float16", "tf32", "float32", "fp8")]
         rates.append(gpu.sparse_tflops.get("bfloat16"))
         figures = "".join(f"{'-' if rate is None else f'{rate:g}':>8}" for rate in rates)
         mark = "*" if row["here"] else " "
-        yield f"{mark} {gpu.name:<17}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
+        yield f"{mark} {gpu.name:<22}{figures}{gpu.memory_gb:>8g}{gpu.hbm_byte_s / 1e12:>11.3f}  {gpu.source}"
     yield ""
     for index, (state, here) in enumerate(zip(states, report["this_machine"], strict=True)):
         yield f"{'*' if here['row'] else ' '} GPU {index}: {state.name}; {state}"
@@ -79,5 +94,4 @@ def _lines(report: dict[str, Any], states: Sequence[GpuState]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,19 @@ __all__ = ["cache_path", "load", "save"]
 
 def cache_path(model: ModelConfig, batch_size: int, dtype: str, device: str, driver: str | None, torch: str) -> Path:
     """Returns the path of the file with a model's ceilings on a GPU. See `load` for the arguments."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     parts = (device, dtype, f"driver {driver}", f"torch {torch}", workload_key(model, batch_size))
     name = "-".join(re.sub(r"[^A-Za-z0-9.+]+", "_", part) for part in parts)
-    return root / "gptperf" / "ceilings" / f"{name}.json"
+    return _root() / "gptperf" / "ceilings" / f"{name}.json"
+
+
+def _root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a process without HOME whose number of user has no name
+        return Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
 
 
 def save(ceilings: Ceilings, path: Path) -> None:

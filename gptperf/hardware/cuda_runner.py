@@ -7,6 +7,7 @@ import torch
 import gptperf.model  # noqa: F401 - registers the built-in attention backends
 from gptperf.config import ModelConfig
 from gptperf.errors import DeviceError, OutOfMemoryError
+from gptperf.formats import byte_text
 from gptperf.hardware.ceilings import Machine
 from gptperf.hardware.peaks import has_bfloat16
 from gptperf.hardware.state import gpu_state
@@ -65,8 +66,8 @@ class CudaRunner:
         try:
             self.a, self.b, self.c = (self._random(size) for size in sizes)
         except torch.OutOfMemoryError as error:
-            needed_gb = sum(sizes) * self.dtype.itemsize / 1e9
-            raise OutOfMemoryError(f"the GEMMs' operands need {needed_gb:.1f} GB; lower --batch_size") from error
+            needed = byte_text(sum(sizes) * self.dtype.itemsize)
+            raise OutOfMemoryError(f"the GEMMs' operands need {needed}; lower --batch_size") from error
 
     def machine(self) -> Machine:
         """Returns the device that runs the workloads."""

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 
 from gptperf import flops
-from gptperf.config import ModelConfig, command_line
+from gptperf.config import Config, ModelConfig
 from gptperf.hardware import ceiling_cache
 from gptperf.hardware.ceilings import Ceilings, Spread, ceiling_flop_s
 from gptperf.hardware.measure import current_machine, measure
@@ -15,13 +14,12 @@ from gptperf.hardware.workload import COPY_BYTES, copy_name
 __all__ = ["command", "report"]
 
 
-def command(argv: Sequence[str], *, as_json: bool, again: bool) -> int:
+def command(config: Config, *, as_json: bool, again: bool) -> int:
     """Prints the ceilings. If the cache has none, or with `again`, it measures them and writes them to the cache.
 
     Raises:
-        GptperfError: the configuration is wrong, the GPU cannot be measured, or the cache cannot be written.
+        GptperfError: the GPU cannot be measured, or the cache cannot be written.
     """
-    config = command_line.resolve(argv).config
     model, batch_size, dtype = config.model, config.train.batch_size, config.system.compute_dtype
     machine = current_machine()
     where = (model, batch_size, dtype, machine.device, machine.driver, machine.versions["torch"] or "")

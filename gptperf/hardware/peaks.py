@@ -1,9 +1,10 @@
 """Finds the row of a GPU in the table, and its peak. A GPU that is not in the table has no peak and no MFU."""
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gptperf.errors import DeviceError
+from gptperf.formats import SHORT_DTYPES
 from gptperf.hardware.gpu_table import GPUS, Gpu
 
 __all__ = ["BASES", "GPUS", "Gpu", "Peak", "has_bfloat16", "match_gpu", "no_peak_hint", "peak_flop_s"]
@@ -11,7 +12,6 @@ __all__ = ["BASES", "GPUS", "Gpu", "Peak", "has_bfloat16", "match_gpu", "no_peak
 Basis = Literal["dense", "sparse"]
 BASES: tuple[Basis, ...] = ("dense", "sparse")
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "fp8": "fp8"}
 _BRANDS = {"NVIDIA", "TESLA", "GEFORCE"}
 # CUDA reports up to 7% more than the table has (whose GB are GiB less the driver's share); ECC takes up to 6%.
 _MEMORY_TOLERANCE = 0.15
@@ -26,6 +26,13 @@ class Peak(NamedTuple):
     """dense, sparse, or given (by the user)."""
     source: str
     """The peak and its origin, as text for people."""
+    dtype: str = ""
+    """Dtype whose peak this is."""
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields of a log record that name this peak."""
+        named = {"peak_dtype": self.dtype} if self.dtype else {}
+        return {"hardware_peak_tflops": self.flop_s / 1e12, **named, "peak_basis": self.basis}
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -37,7 +44,7 @@ _ROWS = {_words(cuda_name): gpu for gpu in GPUS for cuda_name in gpu.cuda_names}
 
 
 def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
-    """Returns the row of a device, or None. Similar names are not enough (RTX A1000, H20 and a MIG slice have no row).
+    """Returns the row of a device, or None. A similar name is not enough: RTX A1000, H20-3e and MIG slices have no row.
 
     Args:
         device_name: name from `torch.cuda.get_device_name()` or nvidia-smi, such as "NVIDIA H100 80GB HBM3".
@@ -50,9 +57,9 @@ def match_gpu(device_name: str, memory_gb: float | None = None) -> Gpu | None:
     return gpu
 
 
-def has_bfloat16(capability: tuple[int, int]) -> bool:
-    """Returns whether GPUs of this compute capability have bfloat16 units (Ampere and later)."""
-    return capability >= _BFLOAT16_CAPABILITY
+def has_bfloat16(capability: tuple[int, int] | None) -> bool:
+    """Returns whether GPUs of this compute capability have bfloat16 units (Ampere and later; one that is not known)."""
+    return capability is None or capability >= _BFLOAT16_CAPABILITY
 
 
 def peak_flop_s(
@@ -70,21 +77,25 @@ def peak_flop_s(
         DeviceError: the dtype is bfloat16, and the GPU does not have it.
         ValueError: the dtype or the basis is unknown.
     """
-    if dtype not in _SHORT:
-        raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(_SHORT)}")
+    if dtype not in SHORT_DTYPES:
+        raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(SHORT_DTYPES)}")
     if basis not in BASES:
         raise ValueError(f"peak_basis: found {basis!r}, wanted one of {', '.join(BASES)}")
     if gpu is not None and dtype == "bfloat16" and not has_bfloat16(gpu.capability):
         raise DeviceError(f"dtype = 'bfloat16': {gpu.name} has no bfloat16 units; nearest: --dtype=float16")
+    short = SHORT_DTYPES[dtype]
     if peak_tflops is not None:
-        return Peak(peak_tflops * 1e12, "given", f"{peak_tflops:,.1f} TFLOPS (given by --peak_tflops)")
+        return Peak(peak_tflops * 1e12, "given", f"{peak_tflops:,.1f} TFLOPS ({short}, given by --peak_tflops)", dtype)
+    if gpu is not None and gpu.capability is None:
+        rate = gpu.dense_tflops[dtype]
+        return Peak(rate * 1e12, "given", f"{rate:,.1f} TFLOPS ({gpu.name} {short}, given by --gpu_tflops)", dtype)
     rates = {} if gpu is None else gpu.dense_tflops if basis == "dense" else gpu.sparse_tflops
     if gpu is None or dtype not in rates:
         return None
-    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {_SHORT[dtype]}, {basis})")
+    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {short}, {basis})", dtype)
 
 
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:
     """Returns one line for a device whose peak is not known, which says how to set it."""
-    known = f"no {basis} {_SHORT[dtype]} peak is known for {device_name}, so no MFU"
-    return f"{known}; set it in TFLOP/s with --peak_tflops=X"
+    known = f"no {basis} {SHORT_DTYPES[dtype]} peak is known for {device_name}, so no MFU"
+    return f"{known}; give it to a run, in TFLOP/s: --peak_tflops=X"

@@ -1,5 +1,7 @@
 """Text generation with a key-value cache."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def generate(
     temperature: float,
     top_k: int,
     generator: torch.Generator,
+    before_token: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Continues a prompt.
 
@@ -31,6 +34,7 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: number of the most likely tokens to draw from; 0 draws from all.
         generator: the source of random numbers, on the model's device.
+        before_token: called before each token; what it raises ends the generation.
 
     Returns:
         The generated tokens `(tokens,)` int64, without the prompt.
@@ -39,6 +43,7 @@ def generate(
     ids = prompt
     feed, caches = ids[-block:], [KVCache() for _ in model.blocks]
     for _ in range(tokens):
+        before_token()
         logits = model(feed[None], caches=caches)[0, -1, :vocab_size].float()
         if temperature == 0:
             chosen = logits.argmax(keepdim=True)

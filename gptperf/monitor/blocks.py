@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gptperf.formats import duration, number, with_unit
+from gptperf.formats import byte_text, count_text, duration, mfu_scale, number, percent, with_unit
 
 __all__ = [
     "WIDTH",
@@ -59,7 +59,8 @@ def _architecture(info: Mapping[str, Any]) -> list[str]:
     }
     for key, label in labels.items():
         if info.get(key) is not None:
-            lines.append(_row(label, f"{info[key]:,} ({info[key] / 1e6:.2f}M)"))
+            short = f" ({info[key] / 1e6:.2f}M)" if info[key] >= 100_000 else ""
+            lines.append(_row(label, f"{info[key]:,}{short}"))
     lines += _rows(info, {"n_layer": "Layers", "n_embd": "Hidden size", "n_head": "Attention heads"})
     if info.get("kv_heads") != info.get("n_head"):
         lines += _rows(info, {"kv_heads": "Key/value heads"})
@@ -89,7 +90,8 @@ def _training(info: Mapping[str, Any]) -> list[str]:
 
 def _hardware(info: Mapping[str, Any]) -> list[str]:
     lines = [" HARDWARE:", *_rows(info, {"device": "Device", "num_gpus": "GPUs"})]
-    lines += _rows(info, {"memory_gb": "Memory per GPU"}, "{:.1f} GB")
+    if info.get("memory_gb") is not None:
+        lines.append(_row("Memory per GPU", byte_text(1e9 * info["memory_gb"])))
     labels = {"dtype": "Precision", "parallelism": "Parallelism", "attention_backend": "Attention"}
     lines += _rows(info, labels | {"compile": "torch.compile"})
     if info.get("versions"):
@@ -103,7 +105,8 @@ def _theory(info: Mapping[str, Any]) -> list[str]:
         _row("Hardware peak", info.get("peak_source") or f"unknown ({info.get('peak_hint', 'no peak given')})")
     )
     per_token = info.get("flops_per_token")
-    lines += [] if per_token is None else [_row("FLOPs per token", with_unit(per_token, "FLOPs"))]
+    convention = f" ({info['convention']})" if "convention" in info else ""
+    lines += [] if per_token is None else [_row("FLOPs per token", with_unit(per_token, "FLOPs") + convention)]
     lines += _rows(info, {"attention_ffn_ratio": "Attention/FFN ratio"}, "{:.2f}")
     return lines + _rows(info, {"expected_tokens_per_sec": "Expected tokens/s @50% MFU"}, "{:,.0f}")
 
@@ -128,6 +131,7 @@ def iteration_lines(
     eta_s: float | None,
     width: int = WIDTH,
     planned_gb: float | None = None,
+    unicode: bool = False,
 ) -> list[str]:
     """Returns the block of one iteration.
 
@@ -137,20 +141,26 @@ def iteration_lines(
         eta_s: seconds until the end of the run.
         width: columns of the rules.
         planned_gb: memory that the plan predicts, if there is a plan.
+        unicode: whether to draw rules and separators with box characters, for a terminal that shows them.
     """
-    rule = "-" * width
+    rule, bar = ("\u2500" * width, " \u2502 ") if unicode else ("-" * width, " | ")
     head = f" Iter {record['iter']:>6}  Loss: {number(record['loss'], '.4f', 'nan')}  "
-    head += f"Time: {record['time_ms']:.0f}ms  LR: {record['lr']:.2e}"
-    left = "" if eta_s is None else f" | Time left: {duration(eta_s)}"
+    head += f"Time: {count_text(record['time_ms']).replace(',', '')}ms  LR: {record['lr']:.2e}"
+    left = "" if eta_s is None else f"{bar}Time left: {duration(eta_s)}"
     lines = [rule, head, rule, f" Progress: {record['iter']:,}/{max_iters:,}{left}"]
     mfu = record.get("mfu") or {}
-    speeds = [f"MFU: {mfu['mfu_percent']:.2f}%"] if "mfu_percent" in mfu else []
+    convention = f" {mfu['convention']}" if "convention" in mfu else ""
+    speeds = [f"MFU: {percent(mfu['mfu_percent'])}{convention}"] if "mfu_percent" in mfu else []
     speeds += [f"Of ceiling: {mfu['of_ceiling_percent']:.1f}%"] if "of_ceiling_percent" in mfu else []
     speeds += [f"Achieved: {with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
-    speeds += [f"Peak: {mfu['hardware_peak_tflops']:,.1f} TF"] if "hardware_peak_tflops" in mfu else []
-    rates = [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}"] if "tokens_per_sec" in mfu else []
+    peak = mfu_scale({**mfu, "convention": None}).removeprefix("of ").replace("TFLOP/s", "TF")
+    speeds += [f"Peak: {peak}"] if "hardware_peak_tflops" in mfu else []
+    rates = [f"Tokens/s: {count_text(mfu['tokens_per_sec'])}"] if "tokens_per_sec" in mfu else []
     rates += [f"FLOPs/token: {with_unit(mfu['flops_per_token'], 'F')}"] if "flops_per_token" in mfu else []
-    lines += [" " + " | ".join(parts) for parts in (speeds, rates) if parts]
+    if unicode:
+        lines += [start + bar.join(parts) for start, parts in (("\u26a1 ", speeds), ("   ", rates)) if parts]
+    else:
+        lines += [" " + bar.join(parts) for parts in (speeds, rates) if parts]
     memory = record.get("memory") or {}
     names = {
         "allocated_gb": "alloc",
@@ -159,9 +169,9 @@ def iteration_lines(
         "rss_gb": "resident",
         "peak_rss_gb": "peak resident",
     }
-    sizes = [f"{memory[key]:.2f} GB {name}" for key, name in names.items() if key in memory]
+    sizes = [f"{byte_text(1e9 * memory[key])} {name}" for key, name in names.items() if key in memory]
     if planned_gb is not None and "peak_gb" in memory:
-        sizes.append(f"{planned_gb:.2f} GB planned")
+        sizes.append(f"{byte_text(1e9 * planned_gb)} planned")
     lines += [" Memory: " + "  ".join(sizes)] if sizes else []
     stability = stability_parts(record)
     return lines + _gradient_lines(record) + ([" Stability: " + "  ".join(stability)] if stability else [])
@@ -195,7 +205,7 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     """
     parts = [f"loss {number(record['val_loss'], '.4f', 'nan')}"]
     parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
-    parts += [f"{record['time_ms'] / 1e3:.1f} s"] if record.get("time_ms") is not None else []
+    parts += [duration(record["time_ms"] / 1e3)] if record.get("time_ms") is not None else []
     return [f" Evaluation at {record['iter']:,}: " + "  ".join(parts)]
 
 
@@ -205,7 +215,7 @@ def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:
     Args:
         record: a `Checkpoint`.
     """
-    took = f"  {record['time_ms'] / 1e3:.1f} s" if record.get("time_ms") is not None else ""
+    took = f"  {duration(record['time_ms'] / 1e3)}" if record.get("time_ms") is not None else ""
     return [f" Checkpoint at {record['iter']:,}: {record['path']}{took}"]
 
 
@@ -222,7 +232,9 @@ def profile_lines(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"   {record['step_ms']:.2f} ms per iteration: {', '.join(parts)}")
     if points_lost is not None:
         points = [f"{name} {value:.2f}" for name, value in points_lost.items() if value]
-        lines.append(f"   100 points of MFU: {', '.join(points)}, left {record['mfu_percent']:.2f}")
+        lines.append(
+            f"   100 points of MFU ({mfu_scale(record)}): {', '.join(points)}, left {record['mfu_percent']:.2f}"
+        )
     for kernel in record.get("kernels", [])[:_KERNELS]:
         lines.append(f"   {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x {kernel['part']:<14}{kernel['name'][:70]}")
     return lines
@@ -237,19 +249,29 @@ def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
     """
     lines = ["", *_title("TRAINING STOPPED" if summary.get("stopped") else "TRAINING FINISHED", width)]
     lines += _rows(summary, {"stopped": "Reason"})
-    lines += _rows(summary, {"iterations": "Iterations"}, "{:,}")
+    lines += _rows(summary, {"iterations": "Iterations", "tokens": "Tokens"}, "{:,}")
+    if summary.get("train_loss") is not None:
+        over = f" (mean of the last {summary['train_loss_iterations']} iterations)"
+        lines.append(_row("Training loss", f"{number(summary['train_loss'], '.4f')}{over}"))
     lines += _rows(summary, {"val_loss": "Validation loss"}, "{:.4f}")
     if summary.get("best_val_loss") is not None:
         where = f" (iteration {summary['best_iter']:,})" if summary.get("best_iter") is not None else ""
         lines.append(_row("Best validation loss", f"{summary['best_val_loss']:.4f}{where}"))
     lines += _rows(summary, {"trigram_loss": "Trigram model's loss"}, "{:.4f}")
-    lines += _rows(summary, {"tokens_per_sec": "Tokens/s"}, "{:,.0f}")
-    lines += _rows(summary, {"mfu_percent": "MFU"}, "{:.2f}%")
-    lines += _rows(
-        summary.get("plan") or {}, {"peak_gb": "Peak memory", "planned_memory_gb": "as planned"}, "{:.1f} GB"
-    )
+    if summary.get("tokens_per_sec") is not None:
+        lines.append(_row("Tokens/s", count_text(summary["tokens_per_sec"])))
+    if summary.get("mfu_percent") is not None:
+        lines.append(_row("MFU", f"{percent(summary['mfu_percent'])}, {mfu_scale(summary)}".removesuffix(", ")))
+    for key, label in {"peak_gb": "Peak memory", "planned_memory_gb": "as planned"}.items():
+        if (summary.get("plan") or {}).get(key) is not None:
+            lines.append(_row(label, byte_text(1e9 * summary["plan"][key])))
     if summary.get("wall_time_s") is not None:
-        lines.append(_row("Wall time", duration(summary["wall_time_s"])))
+        starts = f" in {summary['starts']} starts" if summary.get("starts", 1) > 1 else ""
+        lines.append(_row("Wall time", f"{duration(summary['wall_time_s'])}{starts}"))
+    added = summary.get("this_start")
+    if added:
+        part = f"{added['iterations']:,} iterations from {added['first_iter']:,} on, {added['tokens']:,} tokens"
+        lines.append(_row("Added by this start", f"{part}, {duration(added['wall_time_s'])}"))
     lines += _rows(summary, {"log_path": "Log", "checkpoint_dir": "Checkpoints"})
     if summary.get("sample"):
         lines += ["", " SAMPLE:", *(f"  {line}" for line in summary["sample"].split("\n"))]

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from rich.text import Text
 
+from gptperf.distributed.progress import Progress
 from gptperf.monitor.blocks import (
     WIDTH,
     checkpoint_lines,
@@ -45,9 +46,18 @@ class Console:
         mode: "live" or "plain"; "auto" is live on a terminal.
         enabled: False on every rank except rank 0.
         stream: where to print; stdout by default.
+        progress: position of the main thread, which the panel shows between log lines.
     """
 
-    def __init__(self, *, max_iters: int, mode: str = "auto", enabled: bool = True, stream: TextIO | None = None):
+    def __init__(
+        self,
+        *,
+        max_iters: int,
+        mode: str = "auto",
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        progress: Progress | None = None,
+    ):
         self.max_iters = max_iters
         self.enabled = enabled
         """Whether lines are printed; becomes False when the reader of the stream is gone."""
@@ -61,7 +71,7 @@ class Console:
         self._flagged = ""
         self._rich: RichConsole | None = None
         self._live: Live | None = None
-        self._panel = Panel(max_iters)
+        self._panel = Panel(max_iters, progress)
         if self.stream is None:  # stdout was closed before the start
             self.enabled = False
         elif enabled and _draws(mode, self.stream):
@@ -76,9 +86,11 @@ class Console:
         self._stop()
 
     def startup(self, info: Mapping[str, Any]) -> None:
-        """Prints the blocks of a `StartupInfo`."""
+        """Prints the blocks of a `StartupInfo`; on a terminal the panel then shows the first iteration."""
         self._planned_gb = self._panel.planned_gb = (info.get("plan") or {}).get("memory_gb")
         self._print(startup_lines(info, self._width))
+        if self._panel.progress is not None:
+            self._start()
 
     def iteration(self, record: Mapping[str, Any], eta_s: float | None = None) -> None:
         """Prints an `Iteration`, or shows it in the panel.
@@ -90,14 +102,12 @@ class Console:
         if not self.enabled:
             return
         if self._rich is None:
-            self._print(iteration_lines(record, self.max_iters, eta_s, self._width, self._planned_gb))
+            unicode = _shows_unicode(self.stream)
+            self._print(iteration_lines(record, self.max_iters, eta_s, self._width, self._planned_gb, unicode))
             return
         self._panel.iteration(record, eta_s)
         self._print_flags(record)
-        if self._live is None:
-            with self._while_read():
-                self._live = Live(self._rich, self._panel, self._silence)
-                self._live.start()
+        self._start()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Prints an `Eval`."""
@@ -159,6 +169,12 @@ class Console:
             self._print([f" WARNING: iteration {record['iter']:,}: {flags}"])
         self._flagged = flags
 
+    def _start(self) -> None:
+        if self._rich is not None and self._live is None and self.enabled:
+            with self._while_read():
+                self._live = Live(self._rich, self._panel, self._silence)
+                self._live.start()
+
     def _stop(self) -> None:
         if os.getpid() != self._pid:  # this is a forked child, and the panel belongs to its parent
             return
@@ -172,10 +188,9 @@ class Console:
             return
         encoding = self.stream.encoding or "utf-8"
         text = printable("\n".join(lines)).encode(encoding, "replace").decode(encoding)
-        with self._while_read():
+        with self._while_read(), DRAWING:  # the answer to a signal comes from another thread
             if self._rich is not None:
-                with DRAWING:
-                    self._rich.print(Text("\n").join(_styled(text)))
+                self._rich.print(Text("\n").join(_styled(text)))
             else:
                 self.stream.write(text + "\n")
                 self.stream.flush()
@@ -199,8 +214,17 @@ class Console:
 
 def _draws(mode: str, stream: TextIO) -> bool:
     """Returns whether there is a live panel."""
-    able = os.environ.get("TERM") not in ("dumb", "unknown")
-    return able and mode != "plain" and (mode == "live" or stream.isatty())
+    return _able() and mode != "plain" and (mode == "live" or stream.isatty())
+
+
+def _able() -> bool:
+    """Returns whether a terminal, if there is one, can do more than print lines."""
+    return os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _shows_unicode(stream: TextIO) -> bool:
+    """Returns whether a stream is a terminal that shows box characters."""
+    return _able() and stream.isatty() and (stream.encoding or "").lower().startswith("utf")
 
 
 def _styled(text: str) -> Iterator[Text]:
@@ -210,7 +234,12 @@ def _styled(text: str) -> Iterator[Text]:
             yield Text(line, "dim")
         elif line.startswith(" WARNING:"):
             yield Text(line, "bold yellow")
-        elif line.startswith(" Evaluation ") or (line.isupper() and line.startswith(" ") and line[1] != " "):
+        elif line.startswith(" Evaluation "):
             yield Text(line, "bold")
+        elif line.isupper() and line.startswith(" ") and line[1] != " ":
+            yield Text(line, "bold cyan")
+        elif line.startswith(("  ", " Note:")):
+            label, colon, rest = line.partition(": ")
+            yield Text.assemble((label + colon, "dim"), rest) if colon else Text(line)
         else:
             yield Text(line)

@@ -81,6 +81,7 @@ class StartupInfo(TypedDict, total=False):
     """Versions of gptperf, torch and python."""
     hardware_peak_tflops: float
     """Peak of one GPU. This field and the next ones come from `gptperf.monitor.throughput.theoretical`."""
+    peak_dtype: str
     peak_basis: str
     peak_source: str
     peak_hint: str
@@ -89,6 +90,10 @@ class StartupInfo(TypedDict, total=False):
     convention: str
     attention_ffn_ratio: float
     expected_tokens_per_sec: float
+    expected_iteration_s: float
+    """Estimated seconds of an iteration: on a CPU from a short measurement before the run, on a GPU from the plan."""
+    expected_total_s: float
+    """Estimated seconds of the remaining iterations with their evaluations and the sample, without compilation."""
     plan: dict[str, Any]
     """The plan of the run, from `gptperf.plan.plan_record`."""
     notes: list[str]
@@ -116,8 +121,9 @@ class Mfu(TypedDict, total=False):
     flops_per_token: float
     convention: str
     """Name of the convention by which `flops_per_token` counts."""
+    peak_dtype: str
     peak_basis: str
-    """"dense" or "sparse"."""
+    """"dense", "sparse", or "given" by the user."""
     hfu_percent: float
     of_ceiling_percent: float
     """Achieved speed as a percentage of the speed measured for this card on the model's matmuls alone."""
@@ -231,6 +237,10 @@ class Profile(TypedDict, total=False):
     waterfall: Mapping[str, float] | None
     """Points of MFU that each part costs; None without a peak."""
     mfu_percent: float | None
+    convention: str
+    hardware_peak_tflops: float
+    peak_dtype: str
+    peak_basis: str
     kernels: Sequence[Mapping[str, Any]]
     """The kernels that take the most time, each with name, part, ms per step and calls per step."""
 
@@ -243,7 +253,9 @@ class Message(TypedDict, total=False):
     text: Required[str]
     iter: int
     time: str
-    """Time at which the line was logged, which the journal adds."""
+    """Time at which the line was logged, in UTC. The journal adds this field and the next one."""
+    elapsed_s: float
+    """Seconds since this process opened the journal, by a clock that is never set."""
 
 
 class Resume(TypedDict):
@@ -251,12 +263,23 @@ class Resume(TypedDict):
 
     iter: int
     time: str
+    """In UTC."""
 
 
 class Summary(TypedDict, total=False):
-    """Event `summary`: how a run ended."""
+    """Event `summary`: how a run ended. The figures are those of the whole run, over all its starts."""
 
     iterations: int
+    tokens: int
+    """Number of tokens trained on."""
+    starts: int
+    """Number of processes that have trained the run."""
+    this_start: Mapping[str, float]
+    """What the last process added, if the run was resumed: first_iter, iterations, tokens, wall_time_s."""
+    train_loss: float
+    """Mean training loss of the last iterations."""
+    train_loss_iterations: int
+    """Number of iterations in that mean."""
     val_loss: float | None
     best_val_loss: float | None
     best_iter: int | None
@@ -264,7 +287,12 @@ class Summary(TypedDict, total=False):
     """Loss of a trigram model trained on the same data: a baseline for the language model."""
     tokens_per_sec: float | None
     mfu_percent: float | None
+    convention: str
+    hardware_peak_tflops: float
+    peak_dtype: str
+    peak_basis: str
     wall_time_s: float
+    """Time of all processes. One that was killed counts up to the checkpoint from which the next one resumed."""
     sample: str
     """Text that the model generated."""
     log_path: str
@@ -293,6 +321,7 @@ class RunLog(TypedDict):
     schema_version: int
     run_name: str
     start_time: str
+    """Time of the first start, in UTC: YYYY-mm-ddTHH:MM:SSZ."""
     config: dict[str, Any]
     startup_info: dict[str, Any]
     training_iterations: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""The journal of a run, `run_YYYYmmdd_HHMMSS.jsonl`, and the JSON file that is assembled from it.
+"""The journal of a run, `run_YYYYmmdd_HHMMSS.jsonl` in UTC, and the JSON file that is assembled from it.
 
 Each line is an event, and lines are only appended, so a killed run loses at most its last line. `Journal` writes and
 `assemble` reads; `gptperf.monitor.events` declares the fields. Numbers that are not finite become null, because JSON
@@ -20,10 +20,10 @@ from gptperf.errors import ConfigError, DataError, DiskError
 from gptperf.files import replace_text
 from gptperf.monitor.events import EVENTS, SCHEMA_VERSION, Resume, RunLog
 
-__all__ = ["Journal", "assemble", "find_journal", "new_run_name", "write_json"]
+__all__ = ["Journal", "assemble", "find_journal", "new_run_name", "newest_log", "write_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-_RUN = re.compile(r"run_(\d{8})_(\d{6})(?:_(\d{1,6}))?\.jsonl", re.ASCII)
+_RUN = re.compile(r"run_(\d{8}_\d{6})(?:_(\d{1,6}))?\.(jsonl?)", re.ASCII)
 _WITH_ITER = ("iteration", "eval", "checkpoint", "profile", "resume")
 
 
@@ -58,14 +58,15 @@ class Journal:
         self.run_name = run_name
         self.path = Path(out_dir) / f"{run_name}.jsonl"
         self.lost = 0
+        self._opened = time.monotonic()
         self._unreported = 0
         self._warned = False
         self._warn = warn or (lambda text: print(text, file=sys.stderr))
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         flags |= os.O_EXCL if resume_from is None else 0
         try:
-            Path(out_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd: int | None = os.open(self.path, flags, 0o644)
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            self._fd: int | None = os.open(self.path, flags, 0o666)
         except OSError as error:
             if isinstance(error, FileExistsError) and os.path.lexists(self.path):
                 raise ConfigError(f"{self.path} exists already; wanted a new run name") from None
@@ -106,7 +107,7 @@ class Journal:
         if event == "start":
             fields = {"run_name": self.run_name, "start_time": _now(), **fields}
         elif event == "message":
-            fields = {**fields, "time": _now()}
+            fields = {**fields, "time": _now(), "elapsed_s": round(time.monotonic() - self._opened, 3)}
         self._append(event, fields)
         if event == "checkpoint":
             self._sync()
@@ -165,24 +166,37 @@ class Journal:
 
 
 def new_run_name(out_dir: Path, now: time.struct_time | None = None) -> str:
-    """Returns `run_YYYYmmdd_HHMMSS` in local time, with _2, _3, ... if that name is taken."""
-    stem = time.strftime("run_%Y%m%d_%H%M%S", now or time.localtime())
-    name, count = stem, 1
-    while any(os.path.lexists(Path(out_dir) / f"{name}{end}") for end in (".jsonl", ".json")):
-        count += 1
-        name = f"{stem}_{count}"
-    return name
+    """Returns `run_YYYYmmdd_HHMMSS`, the time in UTC, with _2, _3, ... if a log of that time exists.
+
+    The name is later than that of every run in the folder. If the clock is behind the newest one, because it was set
+    back or because an older version named runs in local time, the new run gets the time of that one and the next
+    number.
+    """
+    stem, count = time.strftime("%Y%m%d_%H%M%S", now or time.gmtime()), 1
+    newest = max(_runs(out_dir), default=None)
+    if newest is not None and newest[0] >= stem:
+        stem, count = newest[0], newest[1] + 1
+    return f"run_{stem}" + (f"_{count}" if count > 1 else "")
 
 
 def find_journal(out_dir: Path) -> Path | None:
     """Returns the journal of the run that started last, by its name, or None if there is no journal."""
+    return newest_log(out_dir, "jsonl")
+
+
+def newest_log(out_dir: Path, suffix: str) -> Path | None:
+    """Returns the log, "jsonl" or "json", of the run that started last, by its name, or None if there is none."""
+    newest = max((run for run in _runs(out_dir) if run[2] == suffix), default=None)
+    return Path(out_dir) / newest[3] if newest else None
+
+
+def _runs(out_dir: Path) -> list[tuple[str, int, str, str]]:
+    """Returns time, number, suffix and file name of every log in a folder, which sort in the order of the starts."""
     try:
         names = os.listdir(out_dir)
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    runs = [match for match in map(_RUN.fullmatch, names) if match]
-    newest = max(runs, key=lambda match: (match[1], match[2], int(match[3] or 1)), default=None)
-    return Path(out_dir) / newest[0] if newest else None
+        return []
+    return [(match[1], int(match[2] or 1), match[3], match[0]) for match in map(_RUN.fullmatch, names) if match]
 
 
 def assemble(jsonl_path: Path) -> RunLog:
@@ -311,4 +325,4 @@ def _plain(value: Any) -> Any:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

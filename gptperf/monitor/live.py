@@ -1,7 +1,8 @@
 """The panel at the bottom of a terminal that shows the state of a run.
 
-The training thread only assigns new values, and another thread draws them at most four times a second. The cursor stays
-visible on the empty line below the panel, so that a process that is killed leaves the terminal usable.
+The training thread only assigns new values, and another thread draws them at most four times a second. Between log
+lines it draws the position of the main thread (`Progress`) more than once a second, which no GPU waits for. The cursor
+stays visible on the empty line below the panel, so that a process that is killed leaves the terminal usable.
 """
 
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +19,8 @@ import rich.console
 import rich.live
 from rich.text import Text
 
-from gptperf.formats import duration, number, with_unit
+from gptperf.distributed.progress import Progress
+from gptperf.formats import byte_text, count_text, duration, number, percent, with_unit
 from gptperf.monitor.blocks import WIDTH, printable, stability_parts
 
 __all__ = ["DRAWING", "Live", "Panel", "RichConsole", "sparkline"]
@@ -27,6 +30,7 @@ DRAWING = threading.RLock()
 os.register_at_fork(before=DRAWING.acquire, after_in_parent=DRAWING.release, after_in_child=DRAWING.release)
 
 _PAUSE_S = 0.25
+_TICK_S = 0.7  # longest time between two drawings of the position
 _LOSSES = 60  # losses in the sparkline
 _LABEL = 14  # columns of a label
 _NO_PADDING = 36  # columns of a terminal below which labels are not padded
@@ -70,10 +74,11 @@ class Panel:
 
     Args:
         max_iters: number of iterations of the run.
+        progress: position of the main thread; without it the panel shows log entries alone.
     """
 
-    def __init__(self, max_iters: int):
-        self.max_iters = max_iters
+    def __init__(self, max_iters: int, progress: Progress | None = None):
+        self.max_iters, self.progress = max_iters, progress
         self.planned_gb: float | None = None
         self.record: Mapping[str, Any] = {}
         self.eta_s: float | None = None
@@ -82,10 +87,18 @@ class Panel:
         self.best: tuple[float, int] | None = None
         self.saved: Mapping[str, Any] = {}
         self.changed = False
+        self.drawn_at = 0.0
+        """Monotonic time of the last drawing."""
         self.closed = False
         """Whether the next drawing is the last one, which has no empty line below it."""
         self.rows: list[int] = []
         """Width in columns of each line of the last drawing."""
+
+    @property
+    def due(self) -> bool:
+        """Whether the panel should be drawn: a value is new, or the main thread moves on."""
+        moves = self.progress is not None and not self.closed
+        return self.changed or (moves and time.monotonic() - self.drawn_at >= _TICK_S)
 
     def iteration(self, record: Mapping[str, Any], eta_s: float | None) -> None:
         """Stores an `Iteration` and the seconds until the end of the run."""
@@ -107,28 +120,36 @@ class Panel:
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
-        self.changed = False
+        self.changed, self.drawn_at = False, time.monotonic()
         width = max(1, min(WIDTH, options.size.width - 1))
         lines = list(self._lines(width, options.encoding))[: max(1, options.size.height - 4)]
         for line in lines:
             line.truncate(width, overflow="crop")
         self.rows = [line.cell_len for line in lines]
-        yield Text("\n", no_wrap=True).join([Text(), *lines] if self.closed else [Text(), *lines, Text()])
+        above = Text("\u2500" * width, "dim") if options.encoding.startswith("utf") else Text()
+        self.rows = [above.cell_len, *self.rows]
+        yield Text("\n", no_wrap=True).join([above, *lines] if self.closed else [above, *lines, Text()])
 
     def _lines(self, width: int, encoding: str) -> Iterator[Text]:
         blocks = encoding.startswith("utf")
         yield self._bar(width, blocks)
+        if self.progress is not None and not self.closed:
+            yield _cell("Now", _now(self.progress), width)
+        if not self.record:
+            return
         yield self._loss(width, blocks)
         cells = [_cell(label, value, width) for label, value in self._cells()]
         left, right = (max(cell.cell_len for cell in cells[i::2]) for i in (0, 1))
-        start = max(width // 2, left + 1)
+        bar = " \u2502" if blocks else "  "
+        start = max(width // 2, left + len(bar))
         if start + right > width:
-            start = left + 1
+            start = left + len(bar)
         if start + right <= width:
-            for i in range(0, len(cells), 2):
-                line = cells[i]
-                line.pad_right(start - line.cell_len)
-                yield line.append_text(Text().join(cells[i + 1 : i + 2]))
+            for first, second in zip(cells[::2], [*cells[1::2], *[None] * (len(cells) % 2)], strict=True):
+                if second is not None:
+                    first.pad_right(start - first.cell_len - len(bar))
+                    first.append(bar, "dim").append_text(second)
+                yield first
         else:
             yield from cells
         if self.saved:
@@ -138,12 +159,13 @@ class Panel:
 
     def _bar(self, width: int, blocks: bool) -> Text:
         """Returns the progress bar: "  60/2,500 ====----  2%  34.0 s left"."""
-        done = self.record.get("iter", 0)
+        done, left_s = self.record.get("iter", 0), self.eta_s
+        if self.progress is not None:
+            done, left_s = max(done, self.progress.finished), self.progress.run_left_s()
         share = min(1.0, done / max(1, self.max_iters))
         before = f" {done:,}/{self.max_iters:,} "
-        after = f" {math.floor(100 * share)}%" + (
-            "" if self.eta_s is None or share == 1 else f"  {duration(self.eta_s)} left"
-        )
+        left = "" if left_s is None or share == 1 else f"  {duration(left_s)} left"
+        after = f" {math.floor(100 * share)}%{left}"
         cells = max(0, width - len(before) - len(after))
         full = round(share * cells)
         heavy, light = ("\u2501", "\u2500") if blocks else ("=", "-")
@@ -166,16 +188,21 @@ class Panel:
         norm = (record.get("gradients") or {}).get("global_norm")
         found = [("Learning rate", f"{record.get('lr', 0.0):.2e}"), ("Gradient norm", number(norm, ".4f", "nan"))]
         if "mfu_percent" in mfu or not mfu:
-            speed = ("MFU", f"{mfu['mfu_percent']:.2f}%" if mfu else "-")
+            peak = f" of {mfu['hardware_peak_tflops']:,.0f} TF" if "hardware_peak_tflops" in mfu else ""
+            peak += f" {mfu.get('peak_basis', '')}"
+            label = f"MFU, {mfu['convention']}" if "convention" in mfu else "MFU"
+            speed = (label, f"{percent(mfu['mfu_percent'])}{peak}".rstrip() if mfu else "-")
         else:
             speed = ("Achieved", with_unit(mfu["achieved_tflops"] * 1e12, "FLOP/s"))
-        found += [speed, ("Tokens/s", f"{mfu['tokens_per_sec']:,.0f}" if mfu else "-")]
+        found += [speed, ("Tokens/s", count_text(mfu["tokens_per_sec"]) if mfu else "-")]
         if "peak_gb" in memory:
-            plan = "" if self.planned_gb is None else f", {self.planned_gb:.1f} planned"
-            found.append(("Memory", f"{memory['peak_gb']:.1f} GB peak{plan}"))
+            plan = "" if self.planned_gb is None else f", {byte_text(1e9 * self.planned_gb)} planned"
+            found.append(("Memory", f"{byte_text(1e9 * memory['peak_gb'])} peak{plan}"))
         else:
-            found.append(("Memory", f"{memory['rss_gb']:.2f} GB resident" if "rss_gb" in memory else "-"))
-        found.append(("Time", f"{record.get('time_ms', 0.0):,.0f} ms/iteration"))
+            found.append(("Memory", f"{byte_text(1e9 * memory['rss_gb'])} resident" if "rss_gb" in memory else "-"))
+        iteration_s = None if self.progress is None else self.progress.iteration_s
+        time_ms = record.get("time_ms", 0.0) if iteration_s is None else 1e3 * iteration_s
+        found.append(("Time", f"{count_text(time_ms)} ms/iteration"))
         if self.evaluation:
             found.append(
                 ("Validation", f"{number(self.evaluation['val_loss'], '.4f', 'nan')} at {self.evaluation['iter']:,}")
@@ -183,6 +210,15 @@ class Panel:
         if self.best is not None:
             found.append(("Best", f"{self.best[0]:.4f}" + (f" at {self.best[1]:,}" if self.best[1] else "")))
         return found
+
+
+def _now(progress: Progress) -> str:
+    """Returns what the main thread does: "iteration 42, micro-batch 3 of 40, 12.3 s"."""
+    kind, part, parts, seconds = progress.kind, progress.part, progress.parts, progress.seconds
+    what = {"iteration": f"iteration {progress.number:,}", "end": "end of the run"}.get(kind, kind)
+    name = {"iteration": "micro-batch", "evaluation": "batch"}.get(kind, "part")
+    within = f", {name} {part + 1:,} of {parts:,}" if part < parts and parts > 1 else ""
+    return f"{what}{within}, {duration(seconds)}"
 
 
 def _cell(label: str, value: str, width: int) -> Text:
@@ -245,7 +281,7 @@ class Live(rich.live.Live):
         """Draws the panel if something has changed. If the terminal is gone, the drawing ends and the run continues."""
         with DRAWING:
             width = self.console.width
-            if not self.panel.changed and (width == self._drawn_width or self.panel.closed):
+            if not self.panel.due and (width == self._drawn_width or self.panel.closed):
                 return
             try:
                 if width < self._drawn_width:

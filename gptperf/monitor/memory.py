@@ -14,7 +14,7 @@ from gptperf.files import replacing
 
 __all__ = ["MemorySnapshots", "memory_record"]
 
-_STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 
 
 def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, float]:
@@ -33,12 +33,14 @@ def memory_record(device: torch.device, uncounted_bytes: int = 0) -> dict[str, f
             "peak_gb": (torch.cuda.max_memory_allocated(device) + uncounted_bytes) / 1e9,
             "reserved_gb": (torch.cuda.memory_reserved(device) + uncounted_bytes) / 1e9,
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record = {"peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9}  # bytes on macOS, KiB elsewhere
-    if _STATM.exists():
-        resident_pages = int(_STATM.read_text().split()[1])
-        record["rss_gb"] = resident_pages * resource.getpagesize() / 1e9
-    return record
+    if not _STATUS.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_rss_gb": (peak if sys.platform == "darwin" else peak * 1024) / 1e9}  # bytes on macOS, else KiB
+    # A child begins with the `ru_maxrss` of its parent, but with a VmHWM of its own.
+    kib = dict(line.split()[:2] for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    peak_gb, rss_gb = (int(kib[name]) * 1024 / 1e9 for name in ("VmHWM:", "VmRSS:"))
+    # The kernel updates the peak at intervals only, so the present value may be above it.
+    return {"peak_rss_gb": max(peak_gb, rss_gb), "rss_gb": rss_gb}
 
 
 class MemorySnapshots:

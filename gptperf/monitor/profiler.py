@@ -75,7 +75,8 @@ class StepProfiler:
         if self.peak is not None and flops.uncountable_flops(self.config.model) is None:
             work = step_flops(self.config, self.num_gpus)
             fall = waterfall(parts, work, self.peak.flop_s, parts.step_ms)
-            found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent}
+            found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent, "convention": "strict"}
+            found |= self.peak.record()  # type: ignore[typeddict-item]
         return found
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from gptperf.errors import DataError
 from gptperf.monitor.events import RunLog
-from gptperf.monitor.journal import assemble, find_journal
+from gptperf.monitor.journal import assemble, find_journal, newest_log
 
 __all__ = ["entries_of", "find_log", "finite", "gaps", "load", "mapping", "series", "value_at"]
 
@@ -37,7 +37,7 @@ def find_log(run: Path) -> Path:
     """
     if os.path.isdir(run):
         try:
-            found = find_journal(run) or max(run.glob("run_*.json"), default=None)
+            found = find_journal(run) or newest_log(run, "json")
         except OSError as error:
             raise DataError(f"{run}: cannot be read: {error.strerror}") from error
         if found is None:

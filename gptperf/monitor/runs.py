@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.formats import one_line
+from gptperf.formats import mfu_scale, one_line
+from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, finite, load, mapping
+from gptperf.run_lock import is_locked
 
-__all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "read_run", "read_runs"]
+__all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "is_running", "read_run", "read_runs"]
 
 _QUIET_S = 600.0
-"""A run that is not finished counts as stopped when its log was not written for this many seconds, or for three times
-the usual interval between entries if that is longer."""
+"""Without a lock to ask, a run that is not finished counts as stopped when its log was not written for this many
+seconds, or for three times the usual interval between entries if that is longer."""
 
 
 class LoggedStep(NamedTuple):
@@ -66,12 +68,12 @@ class LoggedRun:
     """finished, running or stopped."""
     tokens_per_sec: float | None
     mfu_percent: float | None
-    mfu_convention: str | None
-    """Name of the convention that counts the FLOPs, and the basis of the peak if it is not dense."""
+    mfu_scale: str | None
+    """What the MFU is relative to: convention of the FLOP count, and peak with dtype and basis."""
     peak_gb: float | None
     """Peak memory of the GPU; on a CPU, of the process."""
     wall_s: float | None
-    """Time from the start of the process to its end; None for a resumed run and for a run that has not ended."""
+    """Time of all processes of the run; None for a run that has not ended, or whose log has only the last process."""
     damaged_lines: int
     resumes: int
 
@@ -193,7 +195,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
     per_iter = _tokens_per_iter(info, config, entries)
     steps = _steps(entries, per_iter)
     evals = _evals(log["eval_steps"], steps, per_iter)
-    speed, mfu, convention = _speed(entries, summary)
+    speed, mfu, scale = _speed(entries, summary)
     resumes = len(log["resumes"])
     return LoggedRun(
         name=name,
@@ -203,12 +205,12 @@ def read_run(path: Path, name: str) -> LoggedRun:
         summary=summary,
         steps=steps,
         evals=evals,
-        state=("stopped" if summary.get("stopped") else "finished") if summary else _unfinished(path, entries),
+        state=_state(path, log),
         tokens_per_sec=speed,
         mfu_percent=mfu,
-        mfu_convention=convention,
+        mfu_scale=scale,
         peak_gb=_peak_gb(entries),
-        wall_s=None if resumes else finite(summary.get("wall_time_s")),
+        wall_s=None if resumes and "starts" not in summary else finite(summary.get("wall_time_s")),
         damaged_lines=log["damaged_lines"],
         resumes=resumes,
     )
@@ -279,19 +281,17 @@ def _evals(
 def _speed(
     entries: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
-    """Returns tokens per second, MFU in percent, and the convention of the MFU, over all timed iterations."""
+    """Returns tokens per second, MFU in percent, and what the MFU is relative to, over all timed iterations."""
     records = [mapping(entry.get("mfu")) for entry in entries]
     rates = [rate for record in records if (rate := finite(record.get("tokens_per_sec"))) and rate > 0]
     speed = finite(summary.get("tokens_per_sec")) or (statistics.harmonic_mean(rates) if rates else None)
     known = [r for r in records if finite(r.get("mfu_percent")) is not None]
-    mfu, convention = finite(summary.get("mfu_percent")), None
+    mfu, scale = finite(summary.get("mfu_percent")), None
     if known:
         if mfu is None:
             mfu = statistics.fmean(r["mfu_percent"] for r in known)
-        basis = known[-1].get("peak_basis")
-        convention = one_line(str(known[-1].get("convention", "unknown")), 20)
-        convention += "" if basis in (None, "dense") else f", {one_line(str(basis), 20)} peak"
-    return speed, mfu, convention
+        scale = mfu_scale({"convention": "unknown", **known[-1]})
+    return speed, mfu, scale
 
 
 def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
@@ -303,15 +303,33 @@ def _peak_gb(entries: Sequence[Mapping[str, Any]]) -> float | None:
     return None
 
 
-def _unfinished(path: Path, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns "running" or "stopped" for a run without a summary, by the time of the last write to its log."""
+def _state(path: Path, log: RunLog) -> str:
+    if log["summary"]:
+        return "stopped" if log["summary"].get("stopped") else "finished"
+    return "running" if is_running(path, log) else "stopped"
+
+
+def is_running(path: Path, log: RunLog) -> bool:
+    """Returns whether the process of a run is still there.
+
+    The lock of the run's folder tells it. In a folder without a lock, such as a copy, the time of the last write does.
+
+    Args:
+        path: Where the log was read from.
+        log: Its content.
+    """
+    if log["summary"]:
+        return False
+    locked = is_locked(path.parent)
+    if locked is not None:
+        return locked and find_log(path.parent).stem == path.stem  # the lock belongs to the newest log
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
-        return "stopped"
+        return False
     pauses = [
         (late["iter"] - early["iter"]) * ms / 1e3
-        for early, late in itertools.pairwise(entries)
+        for early, late in itertools.pairwise(log["training_iterations"])
         if (ms := _timed(late)) is not None
     ]
-    return "running" if age < max(_QUIET_S, 3 * statistics.median(pauses or [0.0])) else "stopped"
+    return age < max(_QUIET_S, 3 * statistics.median(pauses or [0.0]))

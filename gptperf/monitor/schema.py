@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from gptperf.errors import DataError
+from gptperf.config.flags import Flags, parse
+from gptperf.errors import DataError, run_main
 from gptperf.monitor.events import EVENTS, SCHEMA_VERSION, RunLog
 
-__all__ = ["read_run", "schema"]
+__all__ = ["main", "read_run", "schema"]
 
 _ENTRIES = {
     "training_iterations": "iteration",
@@ -27,6 +28,13 @@ _ENTRIES = {
     "resumes": "resume",
 }
 _PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the schema."""
+    parse(Flags, argv, "gptperf.monitor.schema", "Print the JSON Schema of a run's log, run_*.json.")
+    print(json.dumps(schema(), indent=2))
+    return 0
 
 
 def schema() -> dict[str, Any]:
@@ -144,4 +152,4 @@ def _line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(schema(), indent=2))
+    run_main(main)

@@ -53,8 +53,8 @@ class Throughput:
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
-            flops_per_token, convention, peak_basis; of_ceiling_percent, the share of the measured ceiling; if backward
-            computes anything again, hfu_percent, which includes the recomputed FLOPs.
+            flops_per_token, convention, peak_dtype, peak_basis; of_ceiling_percent, the share of the measured ceiling;
+            if backward computes anything again, hfu_percent, which includes the recomputed FLOPs.
         """
         record: dict[str, Any] = {}
         mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
@@ -64,13 +64,11 @@ class Throughput:
             record["hfu_percent"] = 100 * mfu * self.hardware_flops_per_token / self.flops_per_token
         if achieved is not None:
             record["achieved_tflops"] = achieved / 1e12
-        if self.peak is not None:
-            record["hardware_peak_tflops"] = self.peak.flop_s / 1e12
         record["tokens_per_sec"] = self._tokens_s(step_ms)
         if self.flops_per_token is not None:
             record |= {"flops_per_token": self.flops_per_token, "convention": _CONVENTION}
         if self.peak is not None:
-            record["peak_basis"] = self.peak.basis
+            record |= self.peak.record()
         if achieved is not None and self.ceiling_flop_s is not None:
             record["of_ceiling_percent"] = 100 * achieved / self.ceiling_flop_s
         return record
@@ -99,16 +97,12 @@ def theoretical(model: ModelConfig, peak: Peak | None, num_gpus: int) -> dict[st
     """Returns the figures that follow from model and hardware alone, without those that are unknown.
 
     Returns:
-        hardware_peak_tflops (of one GPU), peak_basis, peak_source, flops_per_token, convention,
+        hardware_peak_tflops (of one GPU), peak_dtype, peak_basis, peak_source, flops_per_token, convention,
         attention_ffn_ratio, expected_tokens_per_sec (of the job, at 50% MFU).
     """
     facts: dict[str, Any] = {}
     if peak is not None:
-        facts |= {
-            "hardware_peak_tflops": peak.flop_s / 1e12,
-            "peak_basis": peak.basis,
-            "peak_source": peak.source,
-        }
+        facts |= peak.record() | {"peak_source": peak.source}
     per_token = _flops_per_token(model)
     if per_token is not None:
         ratio = flops.attention_ffn_ratio(model)

@@ -1,17 +1,19 @@
-"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: predicts memory and speed of a run on any known GPU."""
+"""`python -m gptperf.plan CONFIG --gpu=H200 --num_gpus=4`: predicts memory and speed of a run on any GPU."""
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 from gptperf import flops
 from gptperf.config import Config, command_line
-from gptperf.errors import ConfigError, main_guard
-from gptperf.formats import number
+from gptperf.config.flags import Flags, take
+from gptperf.config.keys import Range
+from gptperf.errors import ConfigError, run_main
+from gptperf.formats import mfu_scale, number
 from gptperf.hardware import Gpu
 from gptperf.plan.fit import largest_batch, refusal
-from gptperf.plan.gpu_lookup import find_gpu
+from gptperf.plan.gpu_lookup import FIGURES, described_gpu, find_gpu
 from gptperf.plan.memory import RECOMPUTE, STRATEGIES, strategy_of
 from gptperf.plan.predict import Plan, plan, unplannable
 from gptperf.plan.text import STRATEGY_NAMES, plan_lines, plan_record
@@ -35,7 +37,41 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
                 f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
                 f"{number(row.mfu, '.1%'):>8}"
             )
-    return lines
+    return [*lines, f"MFU: {mfu_scale(chosen.peak)}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFlags(Flags):
+    """What to predict."""
+
+    gpu: str | None = None
+    """Row of the GPU table (python -m gptperf.hardware); default: this machine's GPU."""
+    gpu_tflops: str | None = None
+    """Dense peak in TFLOP/s, in the dtype of the run, of a GPU that is not in the table; --gpu is then its name."""
+    gpu_memory_gb: str | None = None
+    """Memory of that GPU in GB, as its data sheet prints it."""
+    gpu_bandwidth_gb_s: str | None = None
+    """Memory bandwidth of that GPU in GB/s."""
+    num_gpus: Annotated[int, Range(1)] = 1
+    """Number of GPUs."""
+    tokens: Annotated[float, Range(0, exclude_low=True)] | None = None
+    """Tokens to predict the days for; default: those of the run."""
+    json: bool = False
+    """Print the plan as JSON."""
+
+    @property
+    def figures(self) -> dict[str, str | None]:
+        """The figures of a described GPU, as the user wrote them."""
+        return {name: getattr(self, name) for name in FIGURES}
+
+    def problems(self) -> Sequence[str]:
+        """Returns what is wrong with the GPU."""
+        try:
+            if described_gpu(self.gpu, self.figures, "bfloat16") is None and self.gpu is not None:
+                find_gpu(self.gpu)
+        except ConfigError as error:
+            return error.problems or [str(error)]
+        return []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: files or flags are wrong, or there is no plan for this model or GPU.
     """
-    parser = argparse.ArgumentParser(prog="python -m gptperf.plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--gpu", help="row of the GPU table (python -m gptperf.hardware); default: this machine's GPU")
-    parser.add_argument("--num_gpus", type=int, default=1)
-    parser.add_argument("--tokens", type=float, default=None, help="tokens to predict the days for; default: the run's")
-    parser.add_argument("--json", action="store_true")
-    args, rest = parser.parse_known_args(argv)
-    if args.num_gpus < 1:
-        raise ConfigError(f"command line: num_gpus: found {args.num_gpus}, wanted a whole number >= 1; nearest: 1")
-    config, gpu = command_line.resolve(rest, world_size=args.num_gpus).config, find_gpu(args.gpu)
+    taken = take(_PlanFlags, argv, "gptperf.plan", "Predict memory and speed of a run on any GPU.")
+    args = taken.flags
+    config = command_line.resolve(taken.rest, world_size=args.num_gpus, taken=taken).config
+    gpu = described_gpu(args.gpu, args.figures, config.system.peak_dtype) or find_gpu(args.gpu)
     reason = unplannable(config, gpu)
     if reason is not None:
         raise ConfigError(f"no plan: {reason}")
@@ -77,5 +108,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with main_guard():
-        sys.exit(main())
+    run_main(main)

@@ -4,10 +4,11 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from gptperf import flops, hardware
 from gptperf.config import Config
-from gptperf.hardware import Gpu
+from gptperf.hardware import Gpu, has_bfloat16
 from gptperf.plan.memory import (
     Footprint,
     Recompute,
@@ -39,9 +40,9 @@ class Plan:
     """Relative error that the predicted step time may have."""
     tokens_per_iter: int
     mfu: float | None
-    """Strict MFU, 0..1; None where the peak is not known."""
-    peak_basis: str
-    """The peak that the MFU is relative to: dense, sparse or given."""
+    """MFU, 0..1; None where the peak is not known."""
+    peak: dict[str, Any]
+    """What the MFU is relative to: `convention` and, where the peak is known, the fields of `hardware.Peak.record`."""
 
     @property
     def fits(self) -> bool:
@@ -71,8 +72,8 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
     if gpu is None:
         return "this GPU is not in the table"
     if config.system.peak_dtype not in gpu.dense_tflops:
-        nearest = "; nearest: --dtype=float16" if "float16" in gpu.dense_tflops else ""
-        return f"the table has no {config.system.peak_dtype} peak of {gpu.name}{nearest}"
+        has = "has no bfloat16 units" if not has_bfloat16(gpu.capability) else "has none in the table"
+        return f"dtype = {config.system.peak_dtype!r}: {gpu.name} {has}; nearest: --dtype=float16"
     return None
 
 
@@ -117,5 +118,5 @@ def plan(
         band=rates_of(gpu).band,
         tokens_per_iter=config.tokens_per_iter,
         mfu=None if peak is None else achieved / peak.flop_s,
-        peak_basis=system.peak_basis if peak is None else peak.basis,
+        peak={"convention": "strict"} | ({} if peak is None else peak.record()),
     )

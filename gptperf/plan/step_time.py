@@ -51,14 +51,21 @@ _ASSUMED = 0.25
 # the NVLink of that generation.
 _BY_CAPABILITY = {
     (7, 0): Rates(0.70, 0.12, 0.88, 130e9, _ASSUMED),
+    (7, 5): Rates(0.50, 0.12, 0.85, 10e9, _ASSUMED),  # a T4 at its 70 W does not hold its clocks
     (8, 0): Rates(0.80, 0.45, 0.88, 230e9, _ASSUMED),
+    (8, 6): Rates(0.75, 0.42, 0.88, 20e9, _ASSUMED),
     (8, 9): Rates(0.75, 0.42, 0.88, 20e9, _ASSUMED),
     (9, 0): Rates(0.705, 0.342, 0.885, 355e9, _ASSUMED),
     (10, 0): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
     (10, 3): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
     (12, 0): Rates(0.80, 0.42, 0.88, 20e9, _ASSUMED),
 }
+_GIVEN = Rates(0.70, 0.34, 0.88, 20e9, 0.35)
+"""The shares of a GPU that the user describes: the middle of the table, and no NVLink."""
 _PCIE_BUS_BYTE_S = 20e9
+_WITHOUT_NVLINK = ("A30",)
+_NVLINK_SHARE = {"A800 SXM 80 GB": 400 / 600, "H800": 400 / 900}
+"""GPU with slower NVLink -> its share of that of the others of its generation."""
 _BESIDE_COMPUTE = 0.75
 """Share of a collective's time that the step loses even if compute covers it, because the collective takes bandwidth,
 power and, with NCCL, multiprocessors, and because GPUs wait for each other. Four H200s lose 0.5 under DDP, 0.7 under
@@ -72,10 +79,12 @@ _OPTIMIZER_OF_COPY = 0.98
 
 def rates_of(gpu: Gpu) -> Rates:
     """Returns the shares that training reaches on this GPU."""
+    if gpu.capability is None:
+        return _GIVEN
     rates = _BY_CAPABILITY[gpu.capability]
-    changes: dict[str, float] = {}
-    if "PCIe" in gpu.name:
-        changes["bus_byte_s"] = _PCIE_BUS_BYTE_S
+    changes: dict[str, float] = {"bus_byte_s": rates.bus_byte_s * _NVLINK_SHARE.get(gpu.name, 1)}
+    if "PCIe" in gpu.name or gpu.name in _WITHOUT_NVLINK:
+        changes["bus_byte_s"] = min(rates.bus_byte_s, _PCIE_BUS_BYTE_S)
     if gpu.name in _MEASURED_ON:
         changes["band"] = _MEASURED
     return dataclasses.replace(rates, **changes)
@@ -86,7 +95,7 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
 
     Args:
         config: the run.
-        gpu: a row of the GPU table that has a peak for the compute dtype.
+        gpu: a GPU that has a peak for the compute dtype.
         num_gpus: GPUs that share the iteration.
         strategy: what the GPUs shard.
         recompute: what backward recomputes.

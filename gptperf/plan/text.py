@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gptperf.formats import number
+from gptperf.formats import mfu_scale, number
 from gptperf.plan.memory import Footprint
 from gptperf.plan.predict import Plan
 
@@ -35,7 +35,7 @@ def plan_record(given: Plan) -> dict[str, Any]:
         "band": given.band,
         "tokens_per_sec": given.tokens_per_sec,
         "mfu_percent": None if given.mfu is None else 100 * given.mfu,
-        "peak_basis": given.peak_basis,
+        **given.peak,
     }
 
 
@@ -44,9 +44,8 @@ def plan_lines(given: Plan) -> list[str]:
     fit = "fits" if given.fits else "does NOT fit"
     low, high = given.tokens_per_sec / (1 + given.band), given.tokens_per_sec / (1 - given.band)
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in given.parts_ms.items())
-    basis = "" if given.peak_basis == "dense" else f" of the {given.peak_basis} peak"
     return [
         f"{given.memory.total_gb:.1f} GB of {given.limit_gb:.1f} a GPU, {fit}: {memory_text(given.memory)}",
         f"{given.step_ms:.1f} ms an iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
-        f"MFU {number(given.mfu, '.1%')}{basis}: {parts} ms",
+        f"MFU {number(given.mfu, '.1%')} ({mfu_scale(given.peak)}): {parts} ms",
     ]

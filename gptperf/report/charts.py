@@ -8,7 +8,20 @@ from typing import Any
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import entries_of, finite, mapping, series, value_at
 from gptperf.monitor.waterfall import PARTS
-from gptperf.report.figures import BLUE, COLORS, GRAY, ORANGE, RED, TEXT_COLOR, logarithmic, pyplot, svg, waterfall
+from gptperf.report.figures import (
+    BLUE,
+    COLORS,
+    GRAY,
+    ORANGE,
+    RED,
+    TEXT_COLOR,
+    WIDTH,
+    legend,
+    logarithmic,
+    pyplot,
+    svg,
+    waterfall,
+)
 from gptperf.report.page import clean
 
 __all__ = ["CAPTIONS", "draw", "layer_order"]
@@ -33,7 +46,9 @@ _COLUMNS, _ROWS = 48, 64
 """Largest numbers of columns and rows of the heat map."""
 _LINES = 8
 """Largest number of layers that are drawn as lines; more layers are drawn as a heat map."""
-_SIZE, _LOW = (7.2, 3.0), (7.2, 2.2)
+_SIZE, _LOW = (WIDTH, 2.7), (WIDTH, 2.1)
+_LABELS = 8
+"""Largest number of labels of the histogram's axis."""
 
 
 def draw(name: str, log: RunLog) -> str | None:
@@ -53,7 +68,7 @@ def draw(name: str, log: RunLog) -> str | None:
 def _axes(plots: Any, size: tuple[float, float] = _SIZE, label: str = "iteration") -> tuple[Any, Any]:
     found, axes = plots.subplots(figsize=size, layout="constrained")
     axes.set_xlabel(label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
     return found, axes
 
@@ -85,11 +100,6 @@ def _wide(values: Sequence[float], factor: float) -> bool:
     return bool(values) and min(values) > 0 and max(values) > factor * min(values)
 
 
-def _legend(axes: Any) -> None:
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, fontsize=8, columnspacing=1.2, borderpad=0)
-
-
 def _dashed(axes: Any, value: float | None, label: str, color: str = TEXT_COLOR, style: str = "--") -> None:
     if value is not None:
         axes.axhline(value, color=color, linewidth=0.9, linestyle=style, label=label)
@@ -107,9 +117,7 @@ def _loss(plots: Any, log: RunLog, first: int = 0, scale: str = "log") -> Any:
     if eval_xs:
         axes.plot(eval_xs, eval_ys, color=ORANGE, marker="o", markersize=3.5, linewidth=1, label="validation")
         best = min(range(len(eval_ys)), key=eval_ys.__getitem__)
-        axes.plot(
-            eval_xs[best], eval_ys[best], "o", markersize=9, fillstyle="none", color=ORANGE, label="best validation"
-        )
+        axes.plot(eval_xs[best], eval_ys[best], "o", markersize=9, fillstyle="none", color=ORANGE, label="best")
     spikes = [entry for entry in entries if value_at(entry, "stability", "spike") is True]
     spike_xs, spike_ys = series(spikes, "loss")
     if spike_xs:
@@ -125,7 +133,7 @@ def _loss(plots: Any, log: RunLog, first: int = 0, scale: str = "log") -> Any:
     if scale == "log" and _wide([*ys, *eval_ys], 2):
         logarithmic(axes.yaxis)
     axes.set_ylabel("loss")
-    _legend(axes)
+    legend(axes)
     return found
 
 
@@ -155,7 +163,7 @@ def _gradient_norm(plots: Any, log: RunLog) -> Any:
         _dashed(axes, clip, "grad_clip")
     if _wide(ys, 10):
         logarithmic(axes.yaxis)
-    _legend(axes)
+    legend(axes)
     return found
 
 
@@ -176,7 +184,7 @@ def _several(plots: Any, log: RunLog, path: str, names: Sequence[str]) -> Any:
     for color, (name, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
         _line(axes, xs, ys, color, name)
     logarithmic(axes.yaxis)
-    _legend(axes)
+    legend(axes)
     return found
 
 
@@ -196,7 +204,7 @@ def _layers(plots: Any, log: RunLog) -> Any:
     if not known:
         return None
     colors = importlib.import_module("matplotlib.colors")
-    found, axes = plots.subplots(figsize=(7.2, 1.2 + 0.13 * len(names)), layout="constrained")
+    found, axes = plots.subplots(figsize=(WIDTH, 1.2 + 0.11 * len(names)), layout="constrained")
     edges = [group[0]["iter"] for group in groups]
     edges.append(max(entries[-1]["iter"], edges[-1] + 1))
     cmap = plots.get_cmap("viridis", 32)  # with more colours matplotlib draws the colour bar as a bitmap
@@ -249,7 +257,7 @@ def _histogram(plots: Any, log: RunLog) -> Any:
     if len(histograms) > 1 and first[0] == edges:
         ends = [place - 0.5 for place in range(len(shares) + 1)]
         axes.stairs([100 * share for share in first[1]], ends, color=TEXT_COLOR, linewidth=0.9)
-    step = math.ceil(len(edges) / 14)
+    step = math.ceil(len(edges) / _LABELS)
     axes.set_xticks([i + 0.5 for i in range(0, len(edges), step)], [f"2^{edge:g}" for edge in edges[::step]])
     axes.set_ylabel("% of the elements")
     return found
@@ -273,7 +281,7 @@ def _speed(plots: Any, log: RunLog) -> Any:
     lines = [line for line in lines if line[2]]
     if not lines:
         return None
-    size = {"figsize": (7.2, 2.1 * len(lines)), "layout": "constrained"}
+    size = {"figsize": (WIDTH, 2.0 * len(lines)), "layout": "constrained"}
     found, grid = plots.subplots(len(lines), sharex=True, squeeze=False, **size)
     for axes, (key, label, xs, ys) in zip(grid[:, 0], lines, strict=True):
         axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
@@ -282,9 +290,9 @@ def _speed(plots: Any, log: RunLog) -> Any:
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.margins(y=0.25)
-        _legend(axes)
+        legend(axes)
     grid[-1, 0].set_xlabel("iteration")
-    grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    grid[-1, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return found
 
 
@@ -307,7 +315,7 @@ def _memory(plots: Any, log: RunLog) -> Any:
         top = max(top, limit)
     axes.set_ylim(0, 1.08 * max(top, planned or 0) or 1)
     axes.set_ylabel("GB")
-    _legend(axes)
+    legend(axes)
     return found
 
 

@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 from gptperf.errors import DeviceError
 
-__all__ = ["BLUE", "COLORS", "GRAY", "GREEN", "ORANGE", "PURPLE", "RED", "TEXT_COLOR", "Line"]
-__all__ += ["lines_for", "logarithmic", "pyplot", "required", "svg", "waterfall"]
+__all__ = ["BLUE", "COLORS", "GRAY", "GREEN", "ORANGE", "PURPLE", "RED", "TEXT_COLOR", "WIDTH", "Line"]
+__all__ += ["legend", "lines_for", "logarithmic", "pyplot", "required", "svg", "waterfall"]
+
+WIDTH = 5.4
+"""Width of a chart in inches. Scaled to a phone or to half of a screen, its text of 9 points is readable on both."""
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = "#2a8fbd", "#d9822b", "#4c9f50", "#c2504f", "#8b6cc0", "#7f8c8d"
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#9a7b4f", "#d16ba5", GRAY, "#a9a32a", "#2fa8a0")
@@ -102,8 +105,26 @@ def logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
+def legend(axes: Any) -> None:
+    """Draws the legend above the axes: in one row if it fits into the figure, else in rows of equal length.
+
+    matplotlib fills a legend by columns, so the entries are put in an order in which the rows read from left to right.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "fontsize": 8, "borderpad": 0}
+    place |= {"columnspacing": 1.1, "handlelength": 1.3, "handletextpad": 0.5}
+    for rows in range(1, len(labels) + 1):
+        columns = -(-len(labels) // rows)
+        order = [i for column in range(columns) for i in range(column, len(labels), columns)]
+        drawn = axes.legend([handles[i] for i in order], [labels[i] for i in order], ncols=columns, **place)
+        if drawn.get_window_extent().width <= 0.88 * axes.figure.bbox.width:  # the rest is for the axis on the left
+            return
+
+
 def waterfall(title: str, points: Mapping[str, float], timed: float | None = None, basis: str = "dense") -> Any:
-    """Draws the bars from 100% of the peak down to the MFU, and returns the figure.
+    """Draws the bars from 100% of the peak down to the MFU, one below the other, and returns the figure.
 
     Args:
         title: Title of the figure.
@@ -111,23 +132,23 @@ def waterfall(title: str, points: Mapping[str, float], timed: float | None = Non
         timed: MFU in percent of the steps without a profiler, drawn as a dotted line.
         basis: Basis of the peak, "dense" or "sparse".
     """
-    labels, left = ["peak"], 100.0
-    figure, axes = pyplot().subplots(figsize=(8.5, 3.6))
-    axes.bar(0, 100, color=GRAY)
-    for place, (part, lost) in enumerate(points.items(), 1):
-        axes.bar(place, -lost, bottom=left, color=RED)
+    left, last = 100.0, len(points) + 1
+    figure, axes = pyplot().subplots(figsize=(WIDTH, 0.9 + 0.24 * last), layout="constrained")
+    axes.barh(0, 100, color=GRAY)
+    for place, lost in enumerate(points.values(), 1):
+        axes.barh(place, -lost, left=left, color=RED)
+        axes.plot([left, left], [place - 1.4, place + 0.4], color=TEXT_COLOR, linewidth=0.5)
+        axes.text(max(left, left - lost) + 1, place, f"{0 - round(lost, 1):.1f}", va="center")
         left -= lost
-        axes.text(place, left - 1.5, f"{0 - round(lost, 1):.1f}", ha="center", va="top")
-        axes.plot([place - 1.4, place + 0.4], [left + lost] * 2, color=TEXT_COLOR, linewidth=0.5)
-        labels.append(part.replace("_", "\n").replace("communication", "communi-\ncation"))
-    axes.bar(len(points) + 1, left, color=BLUE)
-    axes.text(len(points) + 1, left + 1, f"{left:.1f}%", ha="center", va="bottom", fontweight="bold")
+    axes.barh(last, left, color=BLUE)
+    axes.plot([left, left], [last - 1.4, last + 0.4], color=TEXT_COLOR, linewidth=0.5)
+    axes.text(max(left, timed or 0, 0) + 1, last, f"{left:.1f}%", va="center", fontweight="bold")
     if timed is not None:
-        ends = [len(points) + 0.5, len(points) + 1.5]
-        axes.plot(ends, [timed] * 2, color=TEXT_COLOR, linewidth=1.2, linestyle=":")
-    axes.set_xticks(range(len(points) + 2), [*labels, "MFU"])
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylabel(f"% of the {basis} peak")
-    axes.set_ylim(0, 105)
-    axes.set_title(title, loc="left")
+        axes.plot([timed, timed], [last - 0.5, last + 0.5], color=TEXT_COLOR, linewidth=1.2, linestyle=":")
+    axes.set_yticks(range(last + 1), ["peak", *(part.replace("_", " ") for part in points), "MFU"])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"% of the {basis} peak")
+    axes.set_xlim(min(0, left), 114)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure

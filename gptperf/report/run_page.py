@@ -6,6 +6,7 @@ from gptperf.errors import ConfigError
 from gptperf.files import replace_text
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, load
+from gptperf.monitor.runs import is_running
 from gptperf.report.charts import CAPTIONS, draw
 from gptperf.report.page import clean, render
 from gptperf.report.sections import sections
@@ -13,13 +14,17 @@ from gptperf.report.sections import sections
 __all__ = ["html", "write_report"]
 
 
-def html(log: RunLog) -> str:
+def html(log: RunLog, running: bool = False) -> str:
     """Returns the page of a run.
+
+    Args:
+        log: Log of the run.
+        running: Whether the process of the run is still there.
 
     Raises:
         DeviceError: jinja2 or matplotlib is not installed.
     """
-    found = sections(log)
+    found = sections(log, running)
     charts = {name: draw(name, log) for section in found for name in section.charts}
     kept = [s for s in found if s.tiles or s.lines or s.tables or s.code or any(charts[name] for name in s.charts)]
     return render(clean(log["run_name"], 100), kept, charts, CAPTIONS)
@@ -42,5 +47,6 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         raise ConfigError(f"command line: out: found {str(out)!r}, wanted a name that ends in .html")
     path = find_log(run)
     out = path.parent / "report.html" if out is None else out
-    replace_text(out, html(load(path)))
+    log = load(path)
+    replace_text(out, html(log, is_running(path, log)))
     return out

@@ -14,6 +14,7 @@ __all__ = ["sections", "state"]
 
 _CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
 """Largest number of characters in a cell, and largest numbers of rows in tables of texts and of keys."""
+_EVALUATION = (("val_loss", 4), ("best_val_loss", 4), ("time_ms", 0))
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
 
 
@@ -26,19 +27,36 @@ def _figure(value: Any, digits: int = 2) -> str:
     return formats.number(finite(value), f",.{digits}f")
 
 
-def state(log: RunLog) -> tuple[str, bool]:
-    """Returns the state of the run in words, and whether it is finished."""
-    stopped = log["summary"].get("stopped")
-    if not log["summary"]:
-        return "running or killed", False
-    return (clean(f"stopped: {stopped}", 80), False) if stopped else ("finished", True)
+def state(log: RunLog, running: bool = False) -> Tile:
+    """Returns the state of a run: green if it is finished, red if an error or a kill ended it.
+
+    Args:
+        log: Log of the run.
+        running: Whether the process of the run is still there; a log with a summary has ended.
+    """
+    stopped, started = log["summary"].get("stopped"), log["start_time"][:40].replace("T", " ").replace("Z", " UTC")
+    started = f"started {started}" if started else ""
+    if log["summary"] and not stopped:
+        return Tile("State", "finished", started, good=True)
+    if stopped == "asked to":
+        return Tile("State", "stopped", f"asked to; {started}")
+    if log["summary"] or not running:
+        return Tile("State", "stopped", started, good=False)
+    return Tile("State", "running", started)
 
 
-def sections(log: RunLog) -> list[Section]:
-    """Returns all sections. A section may have only charts, and the log may lack the data to draw them."""
-    found = [_verdict(log)]
-    makers = (_loss, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
-    for make in (*makers, _built, _configuration, _environment, _messages, _checkpoints, _sample):
+def sections(log: RunLog, running: bool = False) -> list[Section]:
+    """Returns all sections: first what the run did, then what it was made of.
+
+    A section may have only charts, and the log may lack the data to draw them.
+
+    Args:
+        log: Log of the run.
+        running: Whether the process of the run is still there.
+    """
+    found = [_verdict(log, running)]
+    makers = (_loss, _sample, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
+    for make in (*makers, _messages, _checkpoints, _built, _configuration, _environment):
         found += make(log)
     return found
 
@@ -69,45 +87,49 @@ def _training_s(log: RunLog) -> float | None:
     return sum(y * (x - before) for x, y, before in zip(xs, ys, [0, *xs[:-1]], strict=True)) / 1e3 if xs else None
 
 
-def _verdict(log: RunLog) -> Section:
+def _verdict(log: RunLog, running: bool) -> Section:
     info, summary, entries = log["startup_info"], log["summary"], log["training_iterations"]
-    ended, good = state(log)
-    started = log["start_time"][:40].replace("T", " ") or "at an unknown time"
-    tiles = [Tile("State", ended, f"started {started}", good)]
+    tiles = [state(log, running)]
     last, most = (entries[-1]["iter"] if entries else 0), finite(info.get("max_iters"))
     tiles.append(Tile("Iterations", f"{last:,}", "" if most is None else f"of {most:,.0f}"))
     tokens = _last(entries, "tokens")
     if tokens is not None:
         tiles.append(Tile("Tokens", formats.short_count(tokens), f"{tokens:,.0f}"))
-    loss = _last(entries, "loss")
-    if loss is not None:
-        tiles.append(Tile("Training loss", f"{loss:.4f}", "last entry"))
-    val, best = _last(log["eval_steps"], "val_loss"), _best(log)
-    if val is not None:
-        tiles.append(Tile("Validation loss", f"{val:.4f}", "last evaluation"))
+    best = _best(log)
+    loss, over = finite(summary.get("train_loss")), finite(summary.get("train_loss_iterations"))
+    if loss is not None and over is not None:
+        tiles.append(Tile("Training loss", f"{loss:.4f}", f"mean of the last {over:,.0f} iterations"))
+    for label, of, key in (("Training loss", entries, "loss"), ("Validation loss", log["eval_steps"], "val_loss")):
+        xs, ys = series(of, key)
+        if ys and not (key == "loss" and loss is not None and over is not None):
+            tiles.append(Tile(label, f"{ys[-1]:.4f}", f"iteration {xs[-1]:,}"))
     if best is not None:
         tiles.append(Tile("Best validation loss", f"{best[1]:.4f}", f"iteration {best[0]:,}"))
     mfu, how = _of_run(log, "mfu_percent")
     if mfu is not None:
-        convention, basis, peak = (info.get(key) for key in ("convention", "peak_basis", "hardware_peak_tflops"))
-        note = f"{how}; {text(convention)}, of {_figure(peak, 1)} TFLOP/s {text(basis)}"
-        tiles.append(Tile("MFU", f"{mfu:.2f}%", clean(note, 120)))
+        tiles.append(Tile("MFU", f"{mfu:.2f}%", clean(f"{how}; {formats.mfu_scale(info)}".removesuffix("; "), 120)))
     speed, how = _of_run(log, "tokens_per_sec")
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", f"{how}, of the job"))
     wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
-        tiles.append(Tile("Wall time", formats.duration(wall), "of the last process" if log["resumes"] else ""))
+        starts = finite(summary.get("starts"))
+        which = "of the last process" if starts is None else f"in {starts:,.0f} starts"
+        tiles.append(Tile("Wall time", formats.duration(wall), which if log["resumes"] else ""))
     elif training is not None:
         tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
     peaks = [y for key in ("peak_gb", "peak_rss_gb") for y in series(entries, "memory", key)[1]]
     if peaks:
-        tiles.append(Tile("Peak memory", f"{max(peaks):.2f} GB", clean(text(info.get("device")), 60)))
-    return Section("Verdict", _remarks(log), tiles=tiles)
+        tiles.append(Tile("Peak memory", formats.byte_text(1e9 * max(peaks)), clean(text(info.get("device")), 60)))
+    return Section("Verdict", _remarks(log, running), tiles=tiles)
 
 
-def _remarks(log: RunLog) -> list[str]:
-    lines = []
+def _remarks(log: RunLog, running: bool) -> list[str]:
+    lines, stopped = [], log["summary"].get("stopped")
+    if stopped and stopped != "asked to":
+        lines.append(f"Stopped by an error: {text(stopped)}")
+    if not log["summary"] and not running:
+        lines.append("The log has no end: the process was killed, or its machine failed.")
     if not log["training_iterations"]:
         lines.append("No iteration was logged.")
     if log["damaged_lines"]:
@@ -139,12 +161,12 @@ def _loss(log: RunLog) -> Iterator[Section]:
         lines.append(f"A trigram model of the same data has {_figure(log['summary']['trigram_loss'], 4)}.")
     yield Section("Loss", lines, charts=["loss", "loss_tail"])
     rows = [
-        (text(e["iter"]), _figure(e.get("val_loss"), 4), _figure(e.get("best_val_loss"), 4), _figure(e.get("time_ms")))
+        (text(e["iter"]), *(_figure(e.get(key), digits) for key, digits in _EVALUATION))
         for e in log["eval_steps"][-_TEXT_ROWS:]
     ]
     if rows:
         columns = ("iteration", "validation loss", "best so far", "ms")
-        yield Section("Evaluations", tables=[Table(columns, rows)], folded=True)
+        yield Section("Evaluations", tables=[Table(columns, rows)], folded=len(rows) > 12)
 
 
 def _learning_rate(log: RunLog) -> Iterator[Section]:
@@ -180,7 +202,14 @@ def _speed(log: RunLog) -> Iterator[Section]:
         if ys:
             rows.append((label, *map(text, (*formats.percentiles(ys), min(ys), max(ys)))))
     columns = ("without the first entry", "p10", "median", "p90", "smallest", "largest")
-    yield Section("Speed", tables=[Table(columns, rows)] if rows else [], charts=["speed"])
+    lines = _scale(log) if any("MFU" in row[0] for row in rows) else []
+    yield Section("Speed", lines, [Table(columns, rows)] if rows else [], charts=["speed"])
+
+
+def _scale(log: RunLog) -> list[str]:
+    """Returns a line that says what the MFU of a run is relative to; none if its log does not tell."""
+    scale = formats.mfu_scale(log["startup_info"])
+    return [clean(f"MFU: {scale}.", 120)] if scale else []
 
 
 def _memory(log: RunLog) -> Iterator[Section]:
@@ -198,7 +227,7 @@ def _stability(log: RunLog) -> Iterator[Section]:
     spikes = [e["iter"] for e in entries if value_at(e, "stability", "spike") is True]
     flat = sum(value_at(e, "stability", "plateau") is True for e in entries)
     lines = [f"Spikes at iteration {_listed(spikes)}." if spikes else "No spike."]
-    lines.append(f"{flat:,} of {len(entries):,} entries see no progress within their window.")
+    lines.append(f"Plateau in {flat:,} of {len(entries):,} entries." if flat else "No plateau.")
     names = {"window": "entries in the window", "loss_mean": "mean loss", "loss_variance": "variance of the loss"}
     names |= {"non_finite": "steps left out: gradient not finite"}
     rows = [(label, text(last[key])) for key, label in names.items() if key in last]
@@ -220,8 +249,9 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
             (text(k.get("name"))[:90], text(k.get("part")), _figure(k.get("ms"), 3), text(k.get("calls")))
             for k in kernels
         ]
-        tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed))
+        tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed, frozenset({0, 1})))
     lines = [f"{text(last.get('steps'))} steps to iteration {last['iter']:,}; trace: {text(last.get('trace'))}"]
+    lines += _scale(log) if finite(last.get("mfu_percent")) is not None else []
     yield Section("Where the time goes", lines, tables, ["waterfall"])
 
 
@@ -251,6 +281,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
     tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
     band = finite(plan.get("band"))
     lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
+    lines += _scale(log) if any("MFU" in row[0] for row in rows) else []
     if tables:
         yield Section("Plan against actual", lines, tables)
 
@@ -259,7 +290,7 @@ def _flat(given: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str,
     """Returns a row for each value of a mapping and of the mappings inside it."""
     rows = []
     for key, value in given.items():
-        name = clean(str(key), 80).replace("_", " ")
+        name = clean(str(key), 80)
         if isinstance(value, Mapping) and key not in skip:
             rows += [(f"{name}: {clean(str(inner), 80)}", text(item)) for inner, item in value.items()]
         elif key not in skip:
@@ -335,7 +366,7 @@ def _checkpoints(log: RunLog) -> Iterator[Section]:
     ]
     if rows:
         columns = ("iteration", "validation loss", "ms", "path")
-        yield Section("Checkpoints", tables=[Table(columns, rows)], folded=len(rows) > 12)
+        yield Section("Checkpoints", tables=[Table(columns, rows, frozenset({0, 3}))], folded=len(rows) > 12)
 
 
 def _sample(log: RunLog) -> Iterator[Section]:

@@ -11,6 +11,8 @@ from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.process import Process
 from gptperf.distributed.replicated import Replicated
 from gptperf.distributed.zero1 import Sharded
+from gptperf.errors import DeviceError
+from gptperf.hardware.compiler import compiler_problem
 from gptperf.model import GPT
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
@@ -94,13 +96,30 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
     return Replicated(*where, single=single)
 
 
-def compile_engine(engine: Engine) -> str:
+def compile_engine(engine: Engine, *, must: bool = False) -> str:
     """Compiles model and optimizer, if the configuration asks for it and a compiler is available.
+
+    Collective: every rank must call it, because either all ranks compile or none does.
+
+    Args:
+        engine: model and optimizer.
+        must: whether the user has asked for it on the command line, so that training without it is no answer.
 
     Returns:
         "model", "block", or "off" with the reason, for the log.
+
+    Raises:
+        DeviceError: this machine cannot compile, and `must` is set.
     """
-    scope = build.compile_model(engine.model, engine.config.system, engine.process.device)
-    if not scope.startswith("off"):
+    if not engine.config.system.compile:
+        return "off"
+    problem = compiler_problem(engine.process.device.type)
+    found = engine.process.merged({} if problem is None else {"problem": problem})
+    if found and must:
+        raise DeviceError(f"compile = True: {found['problem']}; --compile=False runs without it")
+    if found:
+        return f"off: {found['problem']}"
+    with build.compiler_errors():
+        scope = build.compile_model(engine.model, engine.config.system)
         engine.optimizer.compile()
     return scope

@@ -6,7 +6,8 @@ the break.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,13 +16,58 @@ from gptperf.errors import CheckpointError
 from gptperf.training.engine import Engine
 from gptperf.training.kernel_digest import kernel_digest
 
-__all__ = ["DERIVED", "changed_keys", "changed_versions", "versions"]
+__all__ = ["DERIVED", "Told", "changed_keys", "changed_versions", "keep_schedule", "versions"]
 
 DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 """Sizes that follow from several keys. They are compared in place of those keys."""
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = ("init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s")
+
+
+class Told(NamedTuple):
+    """A configuration, and what is told of it."""
+
+    config: Config
+    origins: Mapping[str, str]
+    """Key -> where its value comes from."""
+    changes: Mapping[str, str]
+    """Key -> a line about how a value of a higher layer, or the checkpoint, changed its value."""
+
+
+def keep_schedule(told: Told, saved: Mapping[str, Any], path: object) -> Told:
+    """Gives a run that resumes the warm-up and the decay of its checkpoint, unless a flag of this start sets them.
+
+    Neither another `max_iters` nor an edited file changes the schedule of a run in its middle.
+
+    Args:
+        told: the configuration of this start.
+        saved: the checkpoint's state.
+        path: the checkpoint, for messages.
+    """
+    before, now = _saved_values(saved), told.config.optimizer
+    end, recorded_end = now.lr_decay_iters or told.config.train.max_iters, _decay_end(before)
+    kept, flags = {}, {"warmup_iters": now.warmup_iters, "lr_decay_iters": end}
+    if before["warmup_iters"] != now.warmup_iters:
+        kept["warmup_iters"] = before["warmup_iters"]
+    if recorded_end != end and now.lr_schedule != "constant":
+        kept["lr_decay_iters"] = recorded_end
+    kept = {key: value for key, value in kept.items() if told.origins[key] not in ("command line", "Python")}
+    lines = {key: f"{key} = {value} as in {path}; --{key}={flags[key]} changes it" for key, value in kept.items()}
+    config = replace(told.config, optimizer=replace(now, **kept))
+    return Told(config, {**told.origins, **dict.fromkeys(kept, str(path))}, {**told.changes, **lines})
+
+
+def _saved_values(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns key -> value of a checkpoint's configuration, and its `DERIVED` sizes."""
+    # A key that the checkpoint lacks came after it: the run had what is the default now.
+    defaults = {name: key.default for name, key in KEYS.items()}
+    return defaults | {name: v for section in saved["config"].values() for name, v in section.items()} | saved["model"]
+
+
+def _decay_end(values: Mapping[str, Any]) -> int:
+    """Returns the iteration at which the learning rate has fallen to min_lr."""
+    return int(values["lr_decay_iters"] or values["max_iters"])
 
 
 def versions(engine: Engine) -> dict[str, str]:
@@ -51,12 +97,11 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     Raises:
         CheckpointError: a key that must be equal differs; the message names all such keys.
     """
-    # A key that the checkpoint lacks came after it: the run had what is the default now.
-    before: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
-    before |= {name: value for section in saved["config"].values() for name, value in section.items()} | saved["model"]
-    now = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
+    before = _saved_values(saved)
+    now: dict[str, Any] = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
     for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by the sizes in `DERIVED`
         before[name] = now[name] = None
+    before["lr_decay_iters"], now["lr_decay_iters"] = _decay_end(before), _decay_end(now)
     must = _MUST_MATCH | set(DERIVED)
     # The number of samples per iteration determines the order of the data; their split into micro-batches does not.
     per_iter = ("batch_size", "gradient_accumulation_steps")

@@ -18,13 +18,14 @@ from gptperf.data.shards import TokenSource, resolve_dataset
 from gptperf.data.tokenizers import NoVocabularyError, Tokenizer, read_vocabulary, restore_tokenizer
 from gptperf.distributed.process import Process
 from gptperf.errors import DataError, DeviceError, OutOfMemoryError
-from gptperf.files import RunLock, check_space
+from gptperf.files import check_space
 from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
 from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.monitor.console import Console
 from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
+from gptperf.run_lock import RunLock
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.resume import find_checkpoint
 
@@ -106,7 +107,7 @@ def check_device(system: SystemConfig, device: torch.device) -> None:
         if major < 8:
             name = torch.cuda.get_device_name(device)
             raise DeviceError(
-                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) does not support bfloat16; nearest: 'float16'"
+                f"dtype = 'bfloat16': {name} (sm_{major}{minor}) does not support bfloat16; nearest: --dtype=float16"
             )
 
 

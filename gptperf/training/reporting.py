@@ -63,6 +63,7 @@ class Reporter:
         self._out_dir = Path(engine.config.train.out_dir)
         self._journal: Journal | None = None
         self._trackers = Trackers()
+        self._first_step, self._first_tokens = state.step, state.tokens
         self._losses = LossWindow()
         self._waited_s = 0.0
 
@@ -114,8 +115,7 @@ class Reporter:
         for rank, warnings in enumerate(self._process.gather(self._console.pending())):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
-        left = self._config.train.max_iters - self._state.step
-        self._console.iteration(record, left * lap.step_ms / 1e3 if lap.steps else None)
+        self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
 
     def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> Iteration:
         engine, state = self._engine, self._state
@@ -177,13 +177,21 @@ class Reporter:
         record: Message = {"level": "warning", "text": str(error), "iter": step}
         self._record("message", record)
 
-    def stopped(self) -> None:
-        """Reports that the run ends because it was asked to stop. A checkpoint of this iteration is on disk."""
+    def stopped(self, dropped: str, loss: tuple[float, int] | None) -> None:
+        """Reports that the run ends because it was asked to stop. A checkpoint of the last iteration is on disk.
+
+        Args:
+            dropped: name of the work that was dropped, or "".
+            loss: see `summary`.
+        """
         overwrite = " --overwrite=False" if self._config.train.overwrite else ""
-        self.message(
-            f"asked to stop: iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
-        )
-        summary = self.summary() | {"stopped": "asked to"}
+        text = f"asked to stop: {dropped} is dropped, " if dropped else "asked to stop: "
+        if self._state.step:
+            text += f"iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
+        else:
+            text += "no iteration is finished, so there is nothing to save; start the run again"
+        self.message(text)
+        summary = self.summary(loss) | {"stopped": "asked to"}
         self._end_log(summary)
         self._console.finish(summary)
 
@@ -202,22 +210,41 @@ class Reporter:
         self._end_log(summary)
         self._console.finish(summary)
 
-    def summary(self) -> Summary:
-        """Returns the summary of the run so far."""
-        state = self._state
+    def summary(self, loss: tuple[float, int] | None = None) -> Summary:
+        """Returns the summary of the run so far, over all its starts.
+
+        Args:
+            loss: mean training loss of the last iterations, and their number.
+        """
+        state, age_s = self._state, process_age_s()
         summary: Summary = {
             "iterations": state.step,
+            "tokens": state.tokens,
+            "starts": state.starts,
             "best_val_loss": state.best_val_loss,
             "best_iter": state.best_step,
-            "wall_time_s": process_age_s(),
-            "checkpoint_dir": str(self._out_dir / "checkpoints"),
+            "wall_time_s": state.wall_s + age_s,
         }
+        if loss is not None:
+            summary["train_loss"], summary["train_loss_iterations"] = loss
+        checkpoints = self._out_dir / "checkpoints"
+        if checkpoints.exists():
+            summary["checkpoint_dir"] = str(checkpoints)
+        if self._first_step:
+            summary["this_start"] = {
+                "first_iter": self._first_step + 1,
+                "iterations": state.step - self._first_step,
+                "tokens": state.tokens - self._first_tokens,
+                "wall_time_s": age_s,
+            }
         if self._journal is not None:
             summary["log_path"] = str(self._journal.path.with_suffix(".json"))
         if state.timed_tokens > 0:
             speed = self._throughput.record(1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
+            named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
+            summary |= {key: speed[key] for key in named if key in speed}  # type: ignore[typeddict-item]
         if self._plan is not None:
             uncounted_bytes = self._engine.weights.collectives.uncounted_bytes
             peak_gb = memory_record(self._process.device, uncounted_bytes)["peak_gb"]
@@ -318,7 +345,8 @@ def _moved_by(collectives: Collectives) -> str:
 def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
     """Returns the fields of the startup info that describe the device."""
     if process.device.type != "cuda":
-        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
     properties = torch.cuda.get_device_properties(process.device)
     backend = config.model.attention_backend

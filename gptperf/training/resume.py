@@ -43,7 +43,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
             path = "" if chosen is None else str(chosen.path)
             if chosen is None and how == "resume":
                 raise CheckpointError(
-                    f"{folder}: found no checkpoint to resume; wanted init_from = 'scratch' or 'auto'"
+                    f"{folder}: found no checkpoint to resume; wanted --init_from=scratch or --init_from=auto"
                 )
         else:
             lies = bool(checkpoints.checkpoints(folder, strict=True)) or any(folder.glob("step-*"))
@@ -56,7 +56,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
             path = "" if chosen is None else str(chosen.path.resolve())
             if lies:
                 folder = folder.resolve()
-                aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S')}.{os.getpid()}")
+                aside = folder.with_name(f"checkpoints.{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}.{os.getpid()}")
                 folder.rename(aside)
                 path = path.replace(f"{folder}{os.sep}", f"{aside}{os.sep}")  # the chosen one may have been moved too
                 chosen = chosen and dataclasses.replace(chosen, path=Path(path))

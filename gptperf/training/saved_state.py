@@ -14,7 +14,7 @@ ranks under any strategy.
 
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ from gptperf.errors import CheckpointError, DataError
 from gptperf.training.engine import Engine
 from gptperf.training.matching import DERIVED, versions
 
-__all__ = ["LARGE", "VOCABULARY", "TrainState", "restore", "restore_weights", "saved_vocabulary", "snapshot"]
-__all__ += ["vocabulary_tensors"]
+__all__ = ["LARGE", "VOCABULARY", "TrainState", "changed_by_forward", "restore", "restore_weights"]
+__all__ += ["saved_vocabulary", "snapshot", "vocabulary_tensors"]
 
 VOCABULARY = "tokenizer"
 """Stem of the file with the files of the tokenizer."""
@@ -58,6 +58,38 @@ class TrainState:
     """Stem of the file name of the run's journal."""
     validation: str = ""
     """Fingerprint of the validation data on which `best_val_loss` was computed."""
+    wall_s: float = 0.0
+    """Seconds from the start of each process to the checkpoint with which it ended, of all starts of the run together.
+    """
+    starts: int = 0
+    """Number of processes that have trained the run."""
+    unevaluated: bool = False
+    """Whether the evaluation of iteration `step` was dropped, so that it is the first thing to do."""
+
+
+def changed_by_forward(engine: Engine) -> Callable[[], None]:
+    """Records the state that micro-batches change before the optimizer's step: random states and plugins' buffers.
+
+    Returns:
+        A function that restores it, so that a checkpoint does not depend on an iteration that was dropped.
+    """
+    on_gpu = engine.process.device.type == "cuda"
+    torch_rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+    numpy_rng, python_rng = np.random.get_state(), random.getstate()
+    kept = engine.model.state_dict(keep_vars=True)
+    buffers = [(tensor, tensor.clone()) for tensor in kept.values() if not isinstance(tensor, nn.Parameter)]
+
+    def restore_all() -> None:
+        torch.set_rng_state(torch_rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng)
+        np.random.set_state(numpy_rng)
+        random.setstate(python_rng)
+        with torch.no_grad():
+            for tensor, before in buffers:
+                tensor.copy_(before)
+
+    return restore_all
 
 
 def snapshot(
@@ -215,7 +247,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     random.setstate((version, tuple(internal), gauss))
     kind, *position = saved["rng"]["numpy"]
     np.random.set_state((kind, rng["numpy"].numpy().astype(np.uint32), *position))
-    state = TrainState(**saved["train_state"])
+    # A checkpoint of an older version does not say how often it was started; its time is at least that of training.
+    older = {"wall_s": saved["train_state"].get("train_s", 0.0), "starts": 1}
+    state = TrainState(**(older | saved["train_state"]))
     for name, usual in dataclasses.asdict(TrainState()).items():
         value, kind = getattr(state, name), str if isinstance(usual, str) else (int, float)
         if not (isinstance(value, kind) or value is usual is None):

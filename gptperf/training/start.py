@@ -2,26 +2,33 @@
 
 import contextlib
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config
 from gptperf.distributed.process import Process
-from gptperf.errors import DataError
+from gptperf.errors import CheckpointError, DataError
 from gptperf.monitor.console import Console
+from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
 from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.estimate import estimate, slow_warning
+from gptperf.training.matching import Told, keep_schedule
 from gptperf.training.preflight import Inputs, check_disk, check_inputs, find_peak, throughput_of
 from gptperf.training.reporting import Reporter, startup_info
 from gptperf.training.resume import take_up
 from gptperf.training.saved_state import TrainState
 
-__all__ = ["TrainingRun", "start_run"]
+__all__ = ["LOSSES", "TrainingRun", "start_run"]
+
+LOSSES = 50
+"""Largest number of iterations whose mean is the training loss of the summary."""
 
 
 @dataclass
@@ -35,8 +42,12 @@ class TrainingRun:
     saver: Saver
     profiler: StepProfiler
     snapshots: MemorySnapshots
+    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES))
+    """Losses of the last iterations on this rank, scalars on the device."""
     failed_saves: int = 0
     """Number of failed saves since the last one that succeeded."""
+    saved_step: int = 0
+    """Iteration of the last checkpoint on disk, or 0 before the first one."""
 
     @property
     def config(self) -> Config:
@@ -44,37 +55,85 @@ class TrainingRun:
         return self.engine.config
 
 
-def start_run(
-    config: Config, origins: Mapping[str, str], process: Process, console: Console, stack: contextlib.ExitStack
-) -> TrainingRun:
+def start_run(told: Told, process: Process, console: Console, stack: contextlib.ExitStack) -> TrainingRun | None:
     """Checks the inputs, builds the engine, restores a checkpoint, and reports what was built.
+
+    Returns None if the run has finished already: its checkpoint is of the last iteration or a later one.
 
     Collective: every rank must call it. Objects that must be closed at the end of the run are entered into `stack`,
     which closes them in reverse order: the saver finishes first, then trackers and journal close, then the lock is
     released.
     """
-    out_dir = Path(config.train.out_dir)
-    inputs = check_inputs(config, process, console, stack)
+    inputs = check_inputs(told.config, process, console, stack)
+    told = _resumed(told, inputs)
+    config, out_dir = told.config, Path(told.config.train.out_dir)
+    if _has_finished(config, inputs):
+        assert inputs.checkpoint is not None
+        console.message(
+            f"nothing was left to do: {inputs.checkpoint.path} is at iteration {inputs.checkpoint.step:,} of max_iters "
+            f"= {config.train.max_iters:,}; to train on, give a larger --max_iters"
+        )
+        return None
+    expected = estimate(config, process.world_size, process.device, inputs.plan, len(inputs.val_tokens))
+    slow = None if expected is None else slow_warning(expected, config, process.device)
+    if slow is not None and process.is_main:  # before anything large is built
+        console.warning(slow)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
     state = _restore(inputs, engine, console)
     engine.weights.share()
-    compiled = compile_engine(engine)
+    compiled = compile_engine(engine, must=told.origins.get("compile") == "command line")
     peak = find_peak(config, process.device)
     info = startup_info(engine, inputs.manifest, peak, compiled, inputs.plan)
+    info["notes"] = [*told.changes.values(), *info["notes"]]
+    if expected is not None:
+        info["expected_iteration_s"] = expected.iteration_s
+        info["expected_total_s"] = expected.total_s(config, state.step)
+        info["notes"].append(expected.line(config, state.step))
     if process.is_main:
         check_disk(out_dir, engine.weights.numel, config.train.keep_checkpoints, console.warning)
     notes: list[str] = []  # printed below the blocks of `reporter.start`
     reporter = Reporter(engine, state, inputs.plan, throughput_of(config, process, peak, notes.append), console)
-    reporter.start(origins, info, stack)
+    reporter.start(told.origins, info, stack)
     for note in notes:
         reporter.warning(note)
     saver = Saver(out_dir / "checkpoints", config.train.keep_checkpoints, process, config.train.async_save)
     stack.callback(saver.wait)  # after an error too, a save that has begun is completed
     profiler = StepProfiler(config, process.world_size, peak, process.is_main)
     snapshots = MemorySnapshots(out_dir, process.device, process.rank, config.log.memory_history)
-    return TrainingRun(inputs, engine, state, reporter, saver, profiler, stack.enter_context(snapshots.listening()))
+    snapshots = stack.enter_context(snapshots.listening())
+    return TrainingRun(inputs, engine, state, reporter, saver, profiler, snapshots, saved_step=state.step)
+
+
+def _has_finished(config: Config, inputs: Inputs) -> bool:
+    """Returns whether a run that resumes has nothing left to do, not even an evaluation or its summary."""
+    found = inputs.checkpoint
+    if found is None or config.train.init_from not in ("resume", "auto") or found.step < config.train.max_iters:
+        return False
+    state = found.state.get("train_state")
+    if not isinstance(state, dict):
+        return False  # `take_up` refuses it
+    if found.step > config.train.max_iters:
+        return True
+    # A process that was killed after its last save may have left these out.
+    journal = Path(config.train.out_dir) / f"{state.get('run_name')}.jsonl"
+    return not state.get("unevaluated") and (not journal.exists() or bool(assemble(journal)["summary"]))
+
+
+def _resumed(told: Told, inputs: Inputs) -> Told:
+    """Returns the configuration of a run, with the schedule of the checkpoint that it resumes from, if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold a configuration that this version of gptperf can read.
+    """
+    found = inputs.checkpoint
+    if found is None or told.config.train.init_from not in ("resume", "auto") or "train_state" not in found.state:
+        return told
+    try:
+        return keep_schedule(told, found.state, found.path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
 
 
 def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
@@ -91,4 +150,5 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
             f"{engine.config.train.out_dir}: found validation losses of other validation data; wanted the same shards"
         )
     state.validation = inputs.val_tokens.fingerprint
+    state.starts += 1
     return state

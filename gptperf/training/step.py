@@ -1,6 +1,6 @@
 """The training step: forward, backward, clipping and update."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from gptperf.distributed.buckets import Bucket, gradient_of
 from gptperf.training.engine import Engine
 from gptperf.training.optimizers.base import clip_scale
 from gptperf.training.optimizers.schedule import learning_rate
+from gptperf.training.stopping import Dropped
 
 __all__ = ["StepResult", "train_step"]
 
@@ -30,7 +31,14 @@ class StepResult:
     watched."""
 
 
-def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched: bool = False) -> StepResult:
+def train_step(
+    engine: Engine,
+    batches: Iterator[Tensor],
+    step: int,
+    *,
+    watched: bool = False,
+    drops: Callable[[], bool] | None = None,
+) -> StepResult:
     """Runs one iteration: forward and backward over the micro-batches, reduction, clipping, update.
 
     The host never waits for the device here.
@@ -40,9 +48,13 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
         batches: yields int64 `(2, B, T)` per micro-batch, inputs and targets.
         step: iterations done before this one.
         watched: whether to measure gradients and update.
+        drops: called before each micro-batch but the first one; if it returns True, the iteration is dropped.
+
+    Raises:
+        Dropped: the iteration was dropped. The weights and the optimizer are as before it.
     """
     config, weights, process = engine.config, engine.weights, engine.process
-    loss = _forward_and_backward(engine, batches, step)
+    loss = _forward_and_backward(engine, batches, step, drops)
     with process.progress.collective("all_reduce of the gradients"):
         weights.finish_gradients()
     # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
@@ -58,13 +70,18 @@ def train_step(engine: Engine, batches: Iterator[Tensor], step: int, *, watched:
     return StepResult(loss, norm, rate, figures)
 
 
-def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) -> Tensor:
+def _forward_and_backward(
+    engine: Engine, batches: Iterator[Tensor], step: int, drops: Callable[[], bool] | None
+) -> Tensor:
     """Runs all micro-batches of a step, and returns their mean loss, a float32 scalar on the device."""
     config, weights, process = engine.config, engine.weights, engine.process
     total = torch.zeros((), device=process.device)
-    process.progress.start_iteration(step + 1)
+    process.progress.start_iteration(step + 1, engine.micro_batches)
     weights.start_step()
     for micro in range(engine.micro_batches):
+        if micro and drops is not None and drops():
+            weights.finish_gradients()  # completes the reductions that have begun
+            raise Dropped
         _seed_micro_batch(config.train.seed, step, micro * process.world_size + process.rank)
         tokens, targets = next(batches).to(process.device, non_blocking=True)
         weights.start_micro_batch(last=micro == engine.micro_batches - 1)
@@ -74,7 +91,7 @@ def _forward_and_backward(engine: Engine, batches: Iterator[Tensor], step: int) 
         # ranks.
         engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
         total += loss.detach()
-        process.progress.count += 1
+        process.progress.end_part()
     return total / engine.micro_batches
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ablate_helpers import GPT2, finish, made
 from run_helpers import ROOT
 
 from gptperf import flops, train
@@ -22,26 +23,6 @@ from gptperf.ablate import page, results, runner, variants
 from gptperf.config import command_line
 from gptperf.errors import PREEMPTED, ConfigError
 from gptperf.monitor.journal import Journal, find_journal
-
-GPT2 = ["configs/gpt2_124m.toml", "--max_iters=5000", "--warmup_iters=100", "--lr_decay_iters=4000"]
-
-
-def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out") -> list[variants.Variant]:
-    return variants.variants(GPT2, vary, seeds, equal, Path(out))
-
-
-def finish(job: variants.Job, loss: float, *, end: bool = True) -> None:
-    """The log of a run that has come to its end."""
-    last = job.config.train.max_iters
-    with Journal(job.out_dir, "run_20260102_030405") as journal:
-        info = {"tokens_per_iter": job.config.tokens_per_iter}
-        journal.write("start", {"config": job.config.sections() | {"origins": {}}, "startup_info": info})
-        mfu = {"mfu_percent": 40.0, "tokens_per_sec": 5e5, "convention": "strict"}
-        for step in (1, last):
-            journal.write("iteration", {"iter": step, "loss": loss, "time_ms": 1.0, "mfu": {} if step == 1 else mfu})
-        journal.write("eval", {"iter": last, "val_loss": loss})
-        if end:
-            journal.write("summary", {"iterations": last, "val_loss": loss})
 
 
 def test_variants_and_their_commands() -> None:
@@ -113,30 +94,20 @@ def test_folders_have_plain_names_that_differ() -> None:
     assert all("/" not in name for name in names)
 
 
-def test_differences_are_paired_by_seed() -> None:
-    baseline = {1: 3.0, 2: 3.2, 3: 3.4}
-    found = results.difference({1: 2.9, 2: 3.09, 3: 3.31}, baseline)  # -0.10, -0.11, -0.09
-    assert found is not None
-    assert found.mean == pytest.approx(-0.10)
-    assert found.standard_error == pytest.approx(0.01 / math.sqrt(3))
-    assert found.interval == pytest.approx(4.303 * 0.01 / math.sqrt(3))
-    assert (found.low, found.high) == pytest.approx((-0.11, -0.09))
-    assert found.verdict == "better"  # though the seeds lie further apart than the variants
-    noisy = results.difference({1: 2.9, 2: 3.3, 3: 3.2}, baseline)
-    assert noisy is not None
-    assert noisy.verdict == "within the spread"
-    worse = results.difference({2: 3.3, 3: 3.501}, baseline)
-    assert worse is not None
-    assert (worse.verdict, list(worse.by_seed)) == ("worse", [2, 3])
-    single = results.difference({1: 2.0}, baseline)
-    assert single is not None
-    assert (single.standard_error, single.verdict) == (None, "one seed, no spread")
-    assert results.difference({9: 1.0}, baseline) is None
-
-
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)])
-def test_quantiles_of_t(freedom: int, t: float) -> None:
-    assert results._t95(freedom) == pytest.approx(t, rel=2e-3)
+def test_a_loss_before_the_last_iteration_is_no_final_loss(tmp_path: Path) -> None:
+    baseline, variant = made(["n_layer=6"], out=str(tmp_path))
+    finish(baseline.jobs[0], 3.0)
+    job = variant.jobs[0]
+    with Journal(job.out_dir, "run_20260102_030405") as journal:
+        journal.write("start", {"config": job.config.sections() | {"origins": {}}, "startup_info": {}})
+        last = job.config.train.max_iters
+        for iteration in (last // 2, last):
+            journal.write("iteration", {"iter": iteration, "loss": 3.0, "time_ms": 1.0})
+        journal.write("eval", {"iter": last // 2, "val_loss": 3.5})
+        journal.write("summary", {"iterations": last})
+    assert baseline.jobs[0].val_loss() == 3.0
+    assert job.finished()
+    assert job.val_loss() is None
 
 
 def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
@@ -156,6 +127,11 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
     assert list(reached[2].losses) == [1337, 1338]
     text = page.text(reached, "tokens", failed)
     assert "-0.0480 +- 0.0012" in text
+    assert "Learning rate not tuned per arm" in text
+    assert "0.0006, not tuned" in text
+    assert rope.p is not None
+    assert rope.adjusted_p == pytest.approx(2 * rope.p)  # the smaller of two
+    assert f"  {rope.adjusted_p:.4f}  " in text
     assert "2 of 3" in text
     assert "exit code 5" in text
     assert "1 of 9 runs are not finished" in text
@@ -170,6 +146,10 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
     assert "| position_encoding=rope | 3 of 3 | 3.0520 |" in page.markdown(reached, "tokens", failed)
     html = page.html(reached, "tokens", failed)
     assert html.count("<figure>") > 3
+    assert html.count("<table") == 2  # side by side a screen does not show all columns
+    assert all(f">{column}</th>" in html for column in page.table(reached).columns)
+    assert "Learning rate not tuned per arm" in html
+    assert "adjusted by Holm" in html
     assert "http:" not in html
     assert "https:" not in html
 
@@ -307,7 +287,7 @@ def test_no_more_at_a_time_than_there_are_runs(
     assert ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--seeds=1", "--parallel=8")) == 1
     assert sorted(seen) == ["5", "7"]
     assert "share" not in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="parallel: found 0, wanted 1 or more"):
+    with pytest.raises(ConfigError, match="parallel: found 0, wanted a whole number >= 1; nearest: 1"):
         ablate.main(command(corpus, tmp_path, "--vary", "n_layer=1", "--parallel=0"))
 
 

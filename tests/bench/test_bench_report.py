@@ -256,7 +256,7 @@ def test_the_verdict_is_of_what_a_run_does() -> None:
     slow = {**step_record(0.3 * predicted(), "eager"), "cell": f"step/{MODEL}/eager"}
     checks = [crosscheck.check(slow["cell"], slow, crosscheck.gpu_of(slow))]
     assert crosscheck.verdict_line(checks) == f"cross-check: none, no step of {VARIANT} was measured"
-    unknown = {**step_record(1e5), "cell": f"waterfall/{MODEL}", "environment": {**HERE, "device": "NVIDIA H20"}}
+    unknown = {**step_record(1e5), "cell": f"waterfall/{MODEL}", "environment": {**HERE, "device": "NVIDIA GB10"}}
     check = crosscheck.check(unknown["cell"], unknown, crosscheck.gpu_of(unknown))
     assert (check.ratio, check.passed) == (None, False)
     assert "not in the table" in crosscheck.verdict_line([check])

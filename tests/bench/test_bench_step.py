@@ -11,7 +11,7 @@ import torch
 from bench.measure import monitoring, step, timing
 from bench.measure.models import resolve
 from gptperf import flops
-from gptperf.config import Config
+from gptperf.config import Config, command_line
 from gptperf.distributed.process import start_process
 from gptperf.hardware import Peak
 from gptperf.monitor import step_timing, trace
@@ -159,3 +159,12 @@ def test_what_monitoring_costs_is_by_watched_steps(without_gpu: list[int], monke
     assert found["watched"]["ms"] == pytest.approx(10.4)
     assert found["cost_percent"] == pytest.approx(4)
     assert found["watched_step_ms"] == {"ms": 4.0, "p10_ms": 4.0, "p90_ms": 4.0}
+
+
+def test_recomputed_matmuls_count_in_hfu_alone() -> None:
+    config = command_line.resolve(["tiny", "--recompute=full"]).config
+    found = step.conventions(config, 1e6, Peak(1e12, "dense", ""))
+    for name, recompute in (("strict", "none"), ("hfu", "full")):
+        per_token = float(flops.flops_per_token(config.model, name, recompute=recompute).training_per_token)
+        assert found[name]["tflops"] == pytest.approx(per_token * 1e6 / 1e12)
+        assert found[name]["mfu_percent"] == pytest.approx(100 * per_token * 1e6 / 1e12)

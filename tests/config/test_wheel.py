@@ -87,6 +87,10 @@ def test_a_shipped_configuration_is_found_by_the_installed_command(installed: Pa
     assert "# preset llama (llama_124m)" in shown
 
 
+def test_the_console_script_lists_the_commands(installed: Path, tmp_path: Path) -> None:
+    assert "hugging_face" in _run(tmp_path, str(installed / "bin" / "gptperf"), path=installed)
+
+
 def test_every_installed_module_can_be_imported(installed: Path, tmp_path: Path) -> None:
     names = [
         ".".join(path.relative_to(installed).with_suffix("").parts).removesuffix(".__init__")

@@ -115,7 +115,7 @@ def test_no_global_random_state_is_touched(corpora: dict[int, TokenSource]) -> N
         ({"block_size": 0}, "block_size: found 0"),
         ({"prefetch": 0}, "prefetch: found 0"),
         ({"start_step": -1}, "start_step: found -1"),
-        ({"block_size": 21}, "found 40 tokens, wanted at least 2 . block_size = 42; .*block_size <= 20"),
+        ({"block_size": 21}, "found 40 tokens, wanted at least 2 . block_size = 42; .*--block_size=20"),
     ],
 )
 def test_arguments(corpora: dict[int, TokenSource], kwargs: dict[str, int], message: str) -> None:

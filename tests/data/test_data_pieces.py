@@ -97,4 +97,4 @@ def test_a_document_that_is_refused_in_every_size_is_named(tmp_path: Path, monke
     with pytest.raises(
         DataError, match=r"document 3: tokenizer 'gpt2': cannot encode .* at character 69632 .*found a q"
     ):
-        prepare(str(tmp_path / "x.jsonl"), data_dir=tmp_path, tokenizer="gpt2", val_fraction=0, quiet=True)
+        prepare(str(tmp_path / "x.jsonl"), data_dir=tmp_path, tokenizer="gpt2", val_fraction=0.1, quiet=True)

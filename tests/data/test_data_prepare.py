@@ -17,7 +17,7 @@ from gptperf.data import sources
 from gptperf.data.format import read_manifest
 from gptperf.data.prepare import KNOWN, prepare, summary
 from gptperf.data.shards import TokenSource, verify
-from gptperf.errors import DataError
+from gptperf.errors import ConfigError, DataError, run_main
 
 
 @pytest.fixture(autouse=True)
@@ -61,33 +61,6 @@ def test_tail_never_cuts_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
             assert 0 <= int(len(text.encode()) * (1 - percent / 100)) - len(train[0]) <= 3
 
 
-def test_val_fraction_zero_gives_no_validation() -> None:
-    Path("text.txt").write_text("hello")
-    path = prepare("text.txt", val_fraction=0, quiet=True)
-    assert documents(path, "train") == [b"hello"]
-    assert documents(path, "val") == []
-    assert documents(prepare(str(write_jsonl(Path("b.jsonl"), TEXTS)), val_fraction=0, quiet=True), "val") == []
-
-
-def test_empty_split_is_an_error_whose_remedy_works() -> None:
-    file = str(write_jsonl(Path("few.jsonl"), TEXTS[:4]))
-    for fraction, empty in ((1e-6, "validation"), (0.999999, "training")):
-        with pytest.raises(DataError, match=f"the {empty} split of 4 documents is empty") as caught:
-            prepare(file, val_fraction=fraction, overwrite=True, quiet=True)
-        remedy = float(str(caught.value).split("; --val_fraction=")[1].split()[0])
-        path = prepare(file, val_fraction=remedy, overwrite=True, quiet=True)
-        assert documents(path, "val")
-        assert documents(path, "train")
-    assert [entry.name for entry in Path("data").iterdir()] == ["few"]
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
-def test_val_fraction_out_of_range(fraction: float) -> None:
-    Path("text.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"--val_fraction: found .*, wanted 0 <= val_fraction < 1"):
-        prepare("text.txt", val_fraction=fraction)
-
-
 def test_python_stdlib() -> None:
     path = prepare("python_stdlib", quiet=True)
     train, val = documents(path, "train"), documents(path, "val")
@@ -114,7 +87,7 @@ def test_folder(capsys: pytest.CaptureFixture[str]) -> None:
         "a-b/c.txt": b"sea",
         ".hidden": b"no",
         ".git/config": b"no",
-        "image.png": b"\x89PNG\0",
+        "image.png": b"\x89PNG\r\n\0",
         "latin1.txt": b"caf\xe9",
         "nul.txt": b"a\0b",
         "empty": b"",
@@ -123,18 +96,21 @@ def test_folder(capsys: pytest.CaptureFixture[str]) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     os.mkfifo(root / "pipe")
-    path = prepare("notes", val_fraction=0, data_dir="notes/data")
+    path = prepare("notes", val_fraction=0.5, data_dir="notes/data")
     assert path == Path("notes/data/notes")
-    assert documents(path, "train") == [b"sea", b"ay", b"zed", b"bee"]  # sorted by relative path
+    texts = [b"sea", b"ay", b"zed", b"bee"]  # sorted by relative path
+    assert documents(path, "train") == [text for text in texts if not below(text, 0.5)]
+    assert documents(path, "val") == [text for text in texts if below(text, 0.5)]
     out = capsys.readouterr().out
     for line in (
         "1 files: hidden",
-        "3 files: binary or not UTF-8",
+        "2 files: binary or not UTF-8",
+        "1 files: PNG data",
         "1 files: empty",
         "1 files: not a regular file",
     ):
         assert f"skipped {line}" in out
-    assert "4 documents" in out
+    assert all(f" {len(documents(path, split))} documents" in out for split in ("train", "val"))
 
 
 @pytest.mark.parametrize(
@@ -181,13 +157,14 @@ def test_tiktoken_in_threads_keeps_the_order(monkeypatch: pytest.MonkeyPatch) ->
         "gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    path = prepare(str(write_jsonl(Path("a.jsonl"), TEXTS)), tokenizer="gpt2", val_fraction=0, quiet=True)
+    path = prepare(str(write_jsonl(Path("a.jsonl"), TEXTS)), tokenizer="gpt2", val_fraction=0.3, quiet=True)
     manifest = read_manifest(path)
     assert (manifest.dtype, manifest.tokenizer.name, manifest.tokenizer.eot) == ("uint32", "gpt2", 70_000)
     with TokenSource.open(path, "train") as source:
         tokens = np.empty(len(source), source.dtype)
         source.read_into(0, tokens)
-    expected = [token for text in TEXTS for token in [*encoding.encode_ordinary(text), 70_000]]
+    train = [text for text in TEXTS if not below(text.encode(), 0.3)]
+    expected = [token for text in train for token in [*encoding.encode_ordinary(text), 70_000]]
     assert tokens.tolist() == expected
 
 
@@ -208,7 +185,7 @@ def test_bad_names(name: str) -> None:
 
 
 def run(*args: str) -> None:
-    command.main(args)
+    assert command.main(args) == 0
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,15 +212,14 @@ def test_command_errors(capsys: pytest.CaptureFixture[str]) -> None:
         (("missing", "--verify"), "no data set 'missing'"),
     ):
         with pytest.raises(SystemExit) as caught:
-            run(*args)
+            run_main(command.main, args)
         assert caught.value.code == 3
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("gptperf: E3: ")
         assert message in lines[0]
-    with pytest.raises(SystemExit) as caught:
-        run("text.txt", "--overwrite=yes")
-    assert caught.value.code == 2
+    with pytest.raises(ConfigError, match="overwrite: found 'maybe', wanted true or false"):
+        run("text.txt", "--overwrite=maybe")
     with pytest.raises(DataError):
         run("text.txt", "--debug")
 

@@ -246,7 +246,7 @@ def test_missing_unreadable_and_odd_shards(data: Path) -> None:
 def test_ids_beyond_the_vocabulary(data: Path) -> None:
     TokenSource.open(data, "train", vocab_size=257).close()
     TokenSource.open(data, "train", vocab_size=50304).close()
-    with pytest.raises(DataError, match=r"token id 256, wanted ids below vocab_size = 256; .*vocab_size >= 257"):
+    with pytest.raises(DataError, match=r"token id 256, wanted ids below vocab_size = 256; .*--vocab_size=257"):
         TokenSource.open(data, "train", vocab_size=256)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_helpers import restored
 
+from gptperf.data.prepare import prepare
 from gptperf.data.tokenizers import ByteTokenizer, TiktokenTokenizer, load_tokenizer, token_dtype
 from gptperf.errors import DataError
 
@@ -116,8 +117,8 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
     monkeypatch.setattr(tiktoken.load, "read_file", offline)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    with pytest.raises(DataError, match=r"By hand: fetch .*TIKTOKEN_CACHE_DIR.*--tokenizer=byte") as caught:
-        load_tokenizer(name)
+    with pytest.raises(DataError, match=r"By hand: fetch .* TIKTOKEN_CACHE_DIR names$") as caught:
+        load_tokenizer(name)  # train and sample have no --tokenizer
     assert caught.value.exit_code == 3
     files = re.findall(r"(https://\S+) as ([0-9a-f]{40})", str(caught.value))
     assert len(files) == (2 if name == "gpt2" else 1)
@@ -125,6 +126,8 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
         (tmp_path / file).write_bytes(url.encode())
         assert tiktoken.load.read_file_cached(url) == url.encode()  # tiktoken finds it there
     assert asked == [files[0][0]]
+    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR names, or use --tokenizer=byte"):
+        prepare("python_stdlib", tokenizer="p50k_base", data_dir=tmp_path)
 
 
 def test_offline_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +136,7 @@ def test_offline_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreadable)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    with pytest.raises(DataError, match=r"PermissionError.*set TIKTOKEN_CACHE_DIR to a folder.*now: off"):
+    with pytest.raises(DataError, match=r"PermissionError: /cache/file.*set TIKTOKEN_CACHE_DIR to a folder.*now: off"):
         load_tokenizer("gpt2")
 
 

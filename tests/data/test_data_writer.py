@@ -1,11 +1,14 @@
 """A data set is written completely or not at all, and is found by its name or path."""
 
+import itertools
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_helpers import in_child
 
 from gptperf.data import writer
 from gptperf.data.format import read_manifest
@@ -32,6 +35,35 @@ def data(tmp_path: Path) -> Path:
 
 
 # Writing: all or nothing.
+
+
+@pytest.mark.parametrize("rename", range(3))
+def test_the_next_writer_cleans_up_after_a_killed_one(data: Path, monkeypatch: pytest.MonkeyPatch, rename: int) -> None:
+    """Killed before or between the renames of a commit, a writer leaves the old data set to the next one."""
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    real, count = Path.rename, itertools.count()
+
+    def killed(source: Path, target: Path) -> Path:
+        if next(count) == rename:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(source, target)
+
+    def replace() -> None:
+        monkeypatch.setattr(Path, "rename", killed)
+        if rename == 2:  # after both renames, before the old data set is removed
+            monkeypatch.setattr(writer.shutil, "rmtree", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        write(data, [[1, 2]], [[3]], overwrite=True)
+
+    assert in_child(replace) == -signal.SIGKILL
+    assert len(list(data.parent.iterdir())) == 2  # the other data set, and the old one if that was set aside
+    with pytest.raises(DataError, match="this data set exists"):
+        write(data, [[5]], [[6]])
+    assert list(data.parent.iterdir()) == [data]
+    if rename < 2:
+        assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    else:
+        assert verify(data) == 5
+    write(data.parent / "other", [[1, 2]], [[3]])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -134,7 +166,7 @@ def test_resolve_by_name_and_by_path(data: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_resolve_names_the_command_and_the_nearest(data: Path) -> None:
     root = data.parent
-    with pytest.raises(DataError, match=f"nearest prepared: set; .*gptperf.prepare sett --data_dir={root}"):
+    with pytest.raises(DataError, match=f"nearest prepared: set; .*gptperf.prepare PATH --name=sett --data_dir={root}"):
         resolve_dataset("sett", str(root))
     with pytest.raises(DataError, match="prepared: set"):
         resolve_dataset("openwebtext", root)

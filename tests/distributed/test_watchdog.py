@@ -334,10 +334,16 @@ def test_one_error_of_every_rank_is_said_once(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_the_others_hear_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _two(None, DataError("torn\nhere")) == {0: 9, 1: 3}
+    assert _two(None, NonFiniteError("torn\nhere")) == {0: 9, 1: 5}
     assert capsys.readouterr().err == (
-        "gptperf: E3: torn\nhere\ngptperf: E9: rank 1 failed: E3: torn; rank 0 was in start\n"
+        "gptperf: E5: torn\nhere\ngptperf: E9: rank 1 failed: E5: torn; rank 0 was in start\n"
     )
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_rank_sees_is_said_by_that_rank_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _two(None, DataError("torn")) == {0: 9, 1: 3}
+    assert capsys.readouterr().err == "gptperf: E3: torn\n"
 
 
 @pytest.mark.slow

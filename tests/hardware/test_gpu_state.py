@@ -140,7 +140,7 @@ def test_a_lowered_power_cap_is_noted() -> None:
 def test_the_table_marks_this_machines_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unknown = SMI_LINE.replace("NVIDIA H200", "NVIDIA H20")
+    unknown = SMI_LINE.replace("NVIDIA H200", "NVIDIA GB10")
     fake_smi(tmp_path, monkeypatch, f"echo '{SMI_LINE}'\necho '{unknown}'")
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -148,7 +148,7 @@ def test_the_table_marks_this_machines_gpu(
     row = next(line for line in lines if line.startswith("* H200")).split()
     assert row[2:10] == ["989.4", "989.4", "494.7", "66.9", "1978.9", "1979", "141", "4.800"]
     assert any("power cap of 500 W" in line for line in lines)
-    assert any("no dense bf16 peak is known for NVIDIA H20" in line and "--peak_tflops" in line for line in lines)
+    assert any("no dense bf16 peak is known for NVIDIA GB10" in line and "--peak_tflops" in line for line in lines)
     assert all(any(f" {gpu.name} " in line for line in lines) for gpu in hardware.GPUS)
     main(["--json"])
     report = json.loads(capsys.readouterr().out)

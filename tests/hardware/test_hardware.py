@@ -9,11 +9,12 @@ import torch
 
 from gptperf import flops, hardware
 from gptperf.config import ModelConfig
-from gptperf.errors import DeviceError
+from gptperf.errors import ConfigError, DeviceError
 from gptperf.hardware import peaks
 from gptperf.hardware.gpu_table import DOCUMENTS
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.throughput import Throughput, theoretical
+from gptperf.plan import find_gpu
 
 # Device names as CUDA and nvidia-smi give them, the row each belongs to, and the memory that CUDA reports (1e9 bytes).
 KNOWN = {
@@ -46,6 +47,23 @@ KNOWN = {
     "GeForce RTX 4090": ("RTX 4090", 25.4),
     "NVIDIA GeForce RTX 5090": ("RTX 5090", 33.7),
     "NVIDIA RTX 6000 Ada Generation": ("RTX 6000 Ada", 51.0),
+    "Tesla V100S-PCIE-32GB": ("V100S PCIe 32 GB", 34.1),
+    "Tesla T4": ("T4", 15.8),
+    "NVIDIA A800-SXM4-80GB": ("A800 SXM 80 GB", 85.1),
+    "NVIDIA A800 80GB PCIe": ("A800 PCIe 80 GB", 85.1),
+    "NVIDIA A10": ("A10", 23.8),
+    "NVIDIA A10G": ("A10G", 23.8),
+    "NVIDIA A30": ("A30", 25.2),
+    "NVIDIA A40": ("A40", 47.7),
+    "NVIDIA RTX A6000": ("RTX A6000", 51.0),
+    "NVIDIA H800": ("H800", 85.0),
+    "NVIDIA H800 PCIe": ("H800 PCIe", 85.0),
+    "NVIDIA H20": ("H20", 102.1),
+    "NVIDIA L20": ("L20", 47.7),
+    "NVIDIA L40": ("L40", 47.7),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": ("RTX PRO 6000 Blackwell", 102.0),
+    "NVIDIA GeForce RTX 3090": ("RTX 3090", 25.4),
+    "NVIDIA T4": ("T4", 15.8),
 }
 # Real names, all but the empty ones, that a search for a known name inside them, or the first word of them, takes for
 # another card.
@@ -56,7 +74,6 @@ ALIKE = [
     "Tesla V100-DGXS-16GB",
     "Tesla V100-DGXS-32GB",
     "Tesla V100-FHHL-16GB",
-    "Tesla V100S-PCIE-32GB",
     "GRID V100-4C",
     "NVIDIA A100",
     "NVIDIA A100X",
@@ -64,18 +81,11 @@ ALIKE = [
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
     "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
     "GRID A100D-20C",
-    "NVIDIA A800-SXM4-80GB",
-    "NVIDIA A800 80GB PCIe",
     "NVIDIA A2",
-    "NVIDIA A10",
-    "NVIDIA A10G",
     "NVIDIA A10M",
     "NVIDIA A16",
-    "NVIDIA A30",
-    "NVIDIA A40",
     "NVIDIA RTX A1000",
     "NVIDIA RTX A1000 6GB Laptop GPU",
-    "NVIDIA RTX A6000",
     "NVIDIA DGX Display",
     "NVIDIA H100",
     "NVIDIA H100 96GB HBM3",
@@ -84,17 +94,12 @@ ALIKE = [
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
     "NVIDIA H100 PCIe MIG 2g.20gb",
     "NVIDIA H200 MIG 1g.18gb",
-    "NVIDIA H20",
     "NVIDIA H20-3e",
     "NVIDIA H20 NVL16",
-    "NVIDIA H800",
-    "NVIDIA H800 PCIe",
     "NVIDIA H800 NVL",
     "NVIDIA B200 MIG 1g.23gb",
     "NVIDIA GB10",
     "NVIDIA L2",
-    "NVIDIA L20",
-    "NVIDIA L40",
     "NVIDIA GeForce RTX 4090 D",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
     "NVIDIA GeForce RTX 5090 D",
@@ -104,11 +109,40 @@ ALIKE = [
     "NVIDIA RTX 6000D",
     "Quadro RTX 6000",
     "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
     "NVIDIA RTX 5000 Ada Generation",
     "NVIDIA RTX 5880 Ada Generation",
-    "Tesla T4",
     "AMD Instinct MI300X",
+    "NVIDIA A800 40GB Active",
+    "NVIDIA A10-24Q",
+    "GRID A10-24Q",
+    "NVIDIA A10 Laptop GPU",
+    "NVIDIA A30X",
+    "NVIDIA A30 MIG 1g.6gb",
+    "NVIDIA A40-8Q",
+    "NVIDIA A40-48C",
+    "GRID T4-16Q",
+    "NVIDIA T4G",
+    "NVIDIA T400 4GB",
+    "NVIDIA T40",
+    "NVIDIA RTX A6000-48Q",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 3080",
+    "NVIDIA GeForce RTX 3080 Ti Laptop GPU",
+    "NVIDIA GeForce RTX 4080 SUPER",
+    "NVIDIA GeForce RTX 4070 Ti SUPER",
+    "NVIDIA H20 MIG 1g.12gb",
+    "NVIDIA H800 MIG 1g.10gb",
+    "NVIDIA L40G",
+    "NVIDIA L40-48Q",
+    "NVIDIA L40S-48Q",
+    "NVIDIA RTX PRO 6000 Blackwell",
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition MIG 1g.24gb",
+    "NVIDIA RTX PRO 6000D Blackwell",
+    "NVIDIA RTX PRO 5000 Blackwell",
+    "NVIDIA GeForce RTX 2080 with Max-Q Design",
+    "AMD Radeon RX 7900 XTX",
+    "AMD Instinct MI250X",
     "NVIDIA",
     "",
 ]
@@ -127,6 +161,18 @@ BF16 = [
     ("NVIDIA H100 80GB HBM3", "dense", 989.4),
     ("NVIDIA H100 PCIe", "dense", 756),
     ("NVIDIA H100 NVL", "dense", 835),
+    ("NVIDIA H800", "dense", 989.4),
+    ("NVIDIA A800-SXM4-80GB", "dense", 312),
+    ("NVIDIA H20", "dense", 148),
+    ("NVIDIA L20", "dense", 119.5),
+    ("NVIDIA L40", "dense", 181.05),
+    ("NVIDIA A10", "dense", 125),
+    ("NVIDIA A10G", "dense", 70),
+    ("NVIDIA A30", "dense", 165),
+    ("NVIDIA A40", "dense", 149.7),
+    ("NVIDIA RTX A6000", "dense", 154.8),
+    ("NVIDIA GeForce RTX 3090", "dense", 71),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "dense", 503.8),
 ]
 
 
@@ -141,11 +187,14 @@ def test_known_cards_with_and_without_memory(device_name: str) -> None:
 @pytest.mark.parametrize("device_name", ALIKE)
 def test_cards_named_alike_have_no_row(device_name: str) -> None:
     assert hardware.match_gpu(device_name) is None
+    with pytest.raises(ConfigError, match="wanted one of"):
+        find_gpu(device_name)
 
 
 def test_a_slice_of_a_card_is_not_the_card() -> None:
     assert hardware.match_gpu("NVIDIA H200", memory_gb=18) is None
     assert hardware.match_gpu("Tesla V100-SXM2-32GB", memory_gb=16.9) is None
+    assert hardware.match_gpu("NVIDIA H20", memory_gb=150.0) is None
 
 
 @pytest.mark.parametrize(("device_name", "basis", "tflops"), BF16)
@@ -205,14 +254,15 @@ def test_float32_is_not_tf32() -> None:
     assert peak.flop_s == pytest.approx(19.5e12)
 
 
-def test_v100() -> None:
-    sxm2, pcie = hardware.match_gpu("Tesla V100-SXM2-16GB"), hardware.match_gpu("Tesla V100-PCIE-32GB")
-    for gpu, tflops in ((sxm2, 125), (pcie, 112)):
+def test_cards_without_bfloat16() -> None:
+    rates = {"V100-SXM2-16GB": 125, "V100-PCIE-32GB": 112, "V100S-PCIE-32GB": 130, "T4": 65}
+    for name, tflops in rates.items():
+        gpu = hardware.match_gpu(f"Tesla {name}")
         peak = hardware.peak_flop_s(gpu, "float16")
         assert peak is not None
         assert peak.flop_s == tflops * 1e12
-    with pytest.raises(DeviceError, match="V100 SXM2 16 GB has no bfloat16 units; nearest: --dtype=float16"):
-        hardware.peak_flop_s(sxm2, "bfloat16", peak_tflops=125)
+        with pytest.raises(DeviceError, match="has no bfloat16 units; nearest: --dtype=float16"):
+            hardware.peak_flop_s(gpu, "bfloat16", peak_tflops=125)
 
 
 def test_no_peak_is_said_and_never_guessed() -> None:

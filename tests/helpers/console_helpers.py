@@ -58,7 +58,7 @@ def info(peak: Peak | None = PEAK) -> dict[str, Any]:
         "notes": ["the warm-up is long"],
     }
     if peak is None:
-        facts["peak_hint"] = no_peak_hint("NVIDIA H20", "bfloat16")
+        facts["peak_hint"] = no_peak_hint("NVIDIA GB10", "bfloat16")
     return facts | theoretical(ModelConfig(), peak, 1)
 
 
@@ -82,14 +82,14 @@ def read_all(master: int) -> str:
     return b"".join(parts).decode()
 
 
-def on_terminal(action: Callable[[Console], None]) -> str:
+def on_terminal(action: Callable[[Console], None], encoding: str = "utf-8", **keys: Any) -> str:
     """Returns what a console writes to a terminal; rich takes the width from COLUMNS or the process's own streams."""
     master, slave = pty.openpty()
     texts: list[str] = []
     reader = threading.Thread(target=lambda: texts.append(read_all(master)))
     reader.start()
-    with os.fdopen(slave, "w") as stream:
-        action(Console(max_iters=600, stream=stream))
+    with os.fdopen(slave, "w", encoding=encoding) as stream:
+        action(Console(max_iters=600, stream=stream, **keys))
         stream.flush()
     reader.join()
     return texts[0]

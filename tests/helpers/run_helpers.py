@@ -61,7 +61,7 @@ def run_argv(corpus: Path, out: Path, *flags: str) -> list[str]:
 
 def run(corpus: Path, out: Path, *flags: str) -> int:
     resolved = command_line.resolve(run_argv(corpus, out, *flags))
-    return trainer.train(resolved.config, resolved.origins)
+    return trainer.train(resolved.config, resolved.origins, resolved.changes)
 
 
 def run_command(corpus: Path, out: Path, *flags: str, launcher: Sequence[str] = ()) -> list[str]:

@@ -1,5 +1,6 @@
 """The model: its modules, its parameters, and the same numbers as float64 and as Hugging Face."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from gptperf import flops, hugging_face, registry
 from gptperf.config import ModelConfig, command_line
 from gptperf.config.presets import PRESETS
+from gptperf.errors import CheckpointError
 from gptperf.model import GPT, KVCache
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +245,9 @@ def _hugging_face_llama(**changed: Any) -> Any:
     keys |= {
         "num_key_value_heads": 2,
         "max_position_embeddings": 16,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 0.1,  # like the base of RoPE, far from the default: a default in its place is seen
+        "rope_theta": 50.0,
+        "initializer_range": 0.5,  # with small weights all scores are nearly equal, whatever RoPE does to them
         "attn_implementation": "eager",
     }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(keys | {"vocab_size": 50} | changed)))
@@ -251,7 +255,8 @@ def _hugging_face_llama(**changed: Any) -> Any:
 
 def _hugging_face_gpt2(**changed: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    keys = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    keys: dict[str, Any] = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40}
+    keys |= {"layer_norm_epsilon": 0.1, "initializer_range": 0.5}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(keys | changed)))
 
 
@@ -262,7 +267,22 @@ def test_llama_is_hugging_faces(tied: bool) -> None:
     tokens = torch.randint(0, 50, (2, 16))
     with torch.no_grad():
         # Hugging Face keeps norms' statistics and RoPE's tables in float32 even for a float64 model.
-        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(_copied(theirs)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig"])
+def test_a_key_that_a_description_lacks_has_hugging_faces_default(name: str) -> None:
+    described = getattr(pytest.importorskip("transformers"), name)().to_dict()
+    wanted, may_lack = hugging_face.model_config(described), set()
+    wanted = dataclasses.replace(wanted, n_kv_head=wanted.kv_heads)
+    for key in described:
+        try:
+            found = hugging_face.model_config({k: value for k, value in described.items() if k != key})
+        except CheckpointError:
+            continue
+        may_lack.add(key)
+        assert dataclasses.replace(found, n_kv_head=found.kv_heads) == wanted, key
+    assert "tie_word_embeddings" in may_lack
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])

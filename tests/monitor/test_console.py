@@ -2,16 +2,18 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
-from console_helpers import RECORD, info, play
+from console_helpers import RECORD, info, on_terminal, play
 
 from gptperf.config import ModelConfig
-from gptperf.monitor.blocks import evaluation_lines, iteration_lines, startup_lines
+from gptperf.monitor.blocks import checkpoint_lines, evaluation_lines, iteration_lines, startup_lines, summary_lines
 from gptperf.monitor.console import Console
 from gptperf.monitor.throughput import Throughput
 
@@ -31,7 +33,7 @@ def test_startup_blocks_and_fields() -> None:
         "  Learning rate:         6.00e-04 -> 6.00e-05 (cosine, warm-up 2,000)",
         "  Memory per GPU:        150.1 GB",
         "  Hardware peak:         989.4 TFLOPS (H200 bf16, dense)",
-        "  FLOPs per token:       0.7981 GFLOPs",
+        "  FLOPs per token:       0.7981 GFLOPs (strict)",
         "  Attention/FFN ratio:   0.67",
         "  Expected tokens/s @50% MFU: 619,857",
         " Note: the warm-up is long",
@@ -58,11 +60,29 @@ def test_iteration_block() -> None:
         " Iter      5  Loss: 10.6456  Time: 4298ms  LR: 1.50e-06",
         "-" * 80,
         " Progress: 5/600 | Time left: 42:39",
-        " MFU: 9.22% | Achieved: 91.26 TF | Peak: 989.4 TF",
+        " MFU: 9.22% strict | Achieved: 91.26 TF | Peak: 989.4 TF bf16 dense",
         " Tokens/s: 114,350 | FLOPs/token: 0.7981 GF",
         " Memory: 12.34 GB alloc  15.67 GB peak  16.00 GB reserved",
         " Gradients: norm=2.3456  mean=-1.23e-05  std=3.45e-04",
     ]
+
+
+def test_iteration_block_on_a_terminal_that_shows_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    play_plain = partial(on_terminal, lambda console: console.iteration(RECORD), mode="plain")
+    text = play_plain()
+    rule = "\u2500" * 80
+    assert text.split("\r\n")[:6] == [
+        rule,
+        " Iter      5  Loss: 10.6456  Time: 4298ms  LR: 1.50e-06",
+        rule,
+        " Progress: 5/600",
+        "\u26a1 MFU: 9.22% strict \u2502 Achieved: 91.26 TF \u2502 Peak: 989.4 TF bf16 dense",
+        "   Tokens/s: 114,350 \u2502 FLOPs/token: 0.7981 GF",
+    ]
+    assert play_plain(encoding="ascii").isascii()
+    monkeypatch.setenv("TERM", "dumb")
+    assert play_plain().isascii()
 
 
 def test_iteration_without_peak_has_no_mfu() -> None:
@@ -86,6 +106,31 @@ def test_iteration_with_the_least() -> None:
 def test_evaluation_line() -> None:
     record = {"iter": 2000, "val_loss": 3.5, "best_val_loss": 3.25, "time_ms": 1250.0}
     assert evaluation_lines(record) == [" Evaluation at 2,000: loss 3.5000  best 3.2500  1.2 s"]
+
+
+def test_small_figures_keep_their_digits() -> None:
+    """A short step, a slow machine and a tiny model must not read as 0."""
+    mfu = {"mfu_percent": 0.0012, "achieved_tflops": 3e-6, "tokens_per_sec": 0.42, "flops_per_token": 1234}
+    memory = {"rss_gb": 3e-4, "peak_rss_gb": 0.34}
+    record = RECORD | {"time_ms": 0.4, "mfu": mfu, "memory": memory}
+    lines = iteration_lines(record, 600, 0.02, planned_gb=None)
+    lines += evaluation_lines({"iter": 1, "val_loss": 1.0, "time_ms": 4.0})
+    lines += checkpoint_lines({"iter": 1, "path": "x", "time_ms": 4.0})
+    lines += summary_lines({"iterations": 1, "tokens_per_sec": 0.42, "mfu_percent": 0.0012, "wall_time_s": 0.004})
+    lines += startup_lines({"total_parameters": 1234})
+    text = "\n".join(lines)
+    assert not re.search(r"(?<![\d.])0(\.0+)?(ms| s\b| GB|%|M\)|$)", text, re.MULTILINE), text
+    for expected in ("Time: 0.4ms", "Time left: 20 ms", "MFU: 0.0012%", "Tokens/s: 0.42", "300.0 kB resident", "4 ms"):
+        assert expected in text
+
+
+def test_the_summary_of_a_resumed_run_says_what_this_start_added() -> None:
+    added = {"first_iter": 11, "iterations": 10, "tokens": 2560, "wall_time_s": 3.0}
+    whole = {"iterations": 20, "tokens": 5120, "starts": 2, "wall_time_s": 7.0, "this_start": added}
+    text = "\n".join(summary_lines(whole | {"train_loss": 1.5, "train_loss_iterations": 5}))
+    assert "  Wall time:             7.0 s in 2 starts\n" in text
+    assert "  Added by this start:   10 iterations from 11 on, 2,560 tokens, 3.0 s" in text
+    assert "  Training loss:         1.5000 (mean of the last 5 iterations)\n" in text
 
 
 def test_a_pipe_gets_plain_ascii_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def _engine(*flags: str) -> Engine:
 def test_figures_are_those_of_the_gradients(preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = _engine(f"--arch_preset={preset}", f"--dtype={dtype}")
     batches = iter(lambda: torch.randint(0, 97, (2, 2, 16)), None)
-    train_step(engine, batches, 0)
+    train_step(engine, batches, 0, watched=True)  # of which the next step must keep nothing
     before = {name: master.clone() for name, master in masters(engine.weights)}
     gradients: dict[str, torch.Tensor] = {}
     measure = engine.monitor.measure
@@ -94,6 +94,16 @@ def test_what_is_not_finite_is_counted() -> None:
     assert found["non_finite"] == 3
     assert found["zero_share"] == pytest.approx(1 / 6)
     assert sum(found["histogram"]["shares"]) == pytest.approx(2 / 6)
+
+
+def test_a_mean_that_is_not_small_is_in_no_deviation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = 2 + torch.randn(5000, generator=generator)
+    gradient[::4] = 0
+    monitor = GradientMonitor(["wte.weight"], 5000, torch.device("cpu"))
+    found = monitor.record(1.0, monitor.measure([("wte.weight", gradient.shape, 0, gradient)]).tolist(), None)
+    assert found["grad_mean"] == pytest.approx(gradient.double().mean().item(), rel=1e-6)
+    assert found["grad_std"] == pytest.approx(gradient.double().std(correction=0).item(), rel=1e-6)
 
 
 def test_every_parameter_has_a_component_and_a_layer() -> None:

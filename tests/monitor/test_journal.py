@@ -1,6 +1,8 @@
 """The journal: torn lines, resumed runs, strict JSON, a disk that fails."""
 
+import datetime
 import errno
+import functools
 import json
 import math
 import os
@@ -15,9 +17,11 @@ import pytest
 
 from gptperf.errors import ConfigError, DataError, DiskError
 from gptperf.monitor.events import EVENTS, SCHEMA_VERSION, RunLog
-from gptperf.monitor.journal import Journal, assemble, find_journal, new_run_name, write_json
+from gptperf.monitor.journal import Journal, assemble, find_journal, new_run_name, newest_log, write_json
 
 NAME = "run_20250103_143022"
+ZONES = ("UTC", "Pacific/Kiritimati", "America/Los_Angeles")
+GMTIME = time.gmtime
 
 
 def iteration(log: Journal, step: int, **fields: Any) -> None:
@@ -53,7 +57,7 @@ def strict(text: str) -> Any:
 def test_the_description_schema(tmp_path: Path) -> None:
     log = assemble(fill(tmp_path))
     assert log["run_name"] == NAME
-    time.strptime(log["start_time"], "%Y-%m-%dT%H:%M:%S")
+    time.strptime(log["start_time"], "%Y-%m-%dT%H:%M:%SZ")
     assert log["config"] == {"n_layer": 12, "origins": {"n_layer": "file"}}
     assert log["startup_info"] == {"params": 124_373_760}
     assert log["training_iterations"][1] == {
@@ -310,6 +314,46 @@ def test_names_never_collide(tmp_path: Path) -> None:
     assert new_run_name(tmp_path, later) == "run_20250103_143023_2"
     assert find_journal(tmp_path / "absent") is None
     assert new_run_name(tmp_path / "absent", now) == NAME
+
+
+def test_the_newest_run_is_the_newest_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 1_767_225_600.0  # 2026-01-01 00:00:00 UTC
+    names = []
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the name of a run comes from UTC alone"))
+    # A clock that runs, stands still, and is set back by an hour and by years; time zones around the world.
+    for zone, seconds in zip(ZONES * 3, (0, 5, 5, 3000, -600, -599, 86_400, -(10**8), 9), strict=True):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        monkeypatch.setattr(time, "gmtime", functools.partial(GMTIME, clock + seconds))
+        names.append(new_run_name(tmp_path))
+        with Journal(tmp_path, names[-1]):
+            pass
+        assert find_journal(tmp_path) == tmp_path / f"{names[-1]}.jsonl"
+        (tmp_path / f"{names[-1]}.json").write_text("{}")
+        assert newest_log(tmp_path, "json") == tmp_path / f"{names[-1]}.json"
+        if len(names) == 5:
+            (tmp_path / f"{names[0]}.jsonl").unlink()  # a deleted log does not free a number before the newest one
+            (tmp_path / f"{names[0]}.json").unlink()
+    assert names[:2] == ["run_20260101_000000", "run_20260101_000005"]
+    assert len(set(names)) == len(names)
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_times_of_the_log_do_not_depend_on_the_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = time.time()
+    for number, zone in enumerate(ZONES):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        with Journal(tmp_path, f"zone{number}", resume_from=3) as journal:
+            journal.write("start", {"config": {}, "startup_info": {}})
+            journal.write("message", {"level": "info", "text": "x"})
+        log = assemble(journal.path)
+        for text in (log["start_time"], log["messages"][0]["time"], log["resumes"][0]["time"]):
+            assert before - 1 <= datetime.datetime.fromisoformat(text).timestamp() <= time.time() + 1
+        assert 0 <= log["messages"][0]["elapsed_s"] < 60
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_a_new_run_never_writes_into_an_old_journal(tmp_path: Path) -> None:

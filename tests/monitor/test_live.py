@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+import itertools
 import math
 import re
 import time
+from typing import Any
 
 import pytest
 from console_helpers import RECORD, in_a_terminal, on_terminal, play, screen
 
+from gptperf.distributed.progress import Progress
 from gptperf.monitor.console import Console
 from gptperf.monitor.live import Panel, sparkline
 
@@ -27,11 +30,12 @@ def one_iteration(console: Console) -> None:
 
 
 PANEL = [
+    "\u2500",
     " 5/600 \u2500 0%  42:39 left",
     " Loss           10.6456  \u2581",
-    " Learning rate  1.50e-06                 Gradient norm  2.3456",
-    " MFU            9.22%                    Tokens/s       114,350",
-    " Memory         15.7 GB peak             Time           4,298 ms/iteration",
+    " Learning rate  1.50e-06               \u2502 Gradient norm  2.3456",
+    " MFU, strict    9.22% of 989 TF dense  \u2502 Tokens/s       114,350",
+    " Memory         15.67 GB peak          \u2502 Time           4,298 ms/iteration",
 ]
 
 
@@ -42,7 +46,7 @@ def without_repeats(line: str) -> str:
 @pytest.mark.usefixtures("terminal")
 def test_a_terminal_has_a_panel_and_no_blocks() -> None:
     text = on_terminal(one_iteration)
-    assert [without_repeats(line) for line in screen(text)] == ["", *PANEL, ""]
+    assert [without_repeats(line) for line in screen(text)] == [*PANEL, ""]
     assert "\x1b[?25l" not in text  # the cursor is never hidden
     assert " Iter " not in text
 
@@ -65,12 +69,12 @@ def test_lines_stay_above_the_panel() -> None:
         " WARNING: iteration 20: LOSS SPIKE",
         " Evaluation at 30: loss 10.5000  best 10.5000",
         " Checkpoint at 30: out/checkpoints/step-00000030",
-        "",
+        "\u2500" * 80,
     ]
     assert lines[5].startswith(" 30/600 \u2501")
     assert re.fullmatch(" Loss           10.0000  \u2588[\u2581-\u2588]{28}\u2581", lines[6])
     assert lines[-3:] == [
-        " Validation     10.5000 at 30            Best           10.5000 at 30",
+        " Validation     10.5000 at 30          \u2502 Best           10.5000 at 30",
         " Checkpoint     30: out/checkpoints/step-00000030",
         "",
     ]
@@ -99,6 +103,53 @@ def test_the_panel_is_redrawn_four_times_a_second_at_most() -> None:
 
 
 @pytest.mark.usefixtures("terminal")
+def test_the_panel_moves_between_log_lines() -> None:
+    """The training thread only counts, and each second the panel shows where it is."""
+    progress = Progress()
+    progress.max_iters = 600
+    seen: list[tuple[float, int, str]] = []
+    draw = Panel.__rich_console__
+
+    def act(console: Console) -> None:
+        with console:
+            console.startup({})  # before the first log line, and with a first iteration that takes long
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                progress.start_iteration(progress.finished + 1, 40)
+                for _ in range(20):
+                    progress.end_part()
+                    time.sleep(0.02)
+                progress.end_iteration()
+                progress.finished += 1
+
+    def watched(self: Panel, *args: Any) -> Any:
+        seen.append((time.monotonic(), progress.finished, "".join(line.plain for line in self._lines(80, "utf-8"))))
+        return draw(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Panel, "__rich_console__", watched)
+        text = on_terminal(act, progress=progress)
+    during = [entry for entry in seen[:-1] if entry[1]]
+    assert len(during) >= 2
+    for _, finished, lines in during:
+        assert f" {finished}/600 " in lines
+        assert re.search(rf"Now +iteration {finished + 1}, micro-batch \d+ of 40, ", lines)
+    assert " left" in during[-1][2]
+    assert all(later - earlier < 1.0 + 0.5 for (earlier, *_), (later, *_) in itertools.pairwise(seen))
+    assert "Now" not in screen(text)[-3:]
+
+
+def test_nothing_moves_on_a_pipe() -> None:
+    progress, stream = Progress(), io.StringIO()
+    progress.start_iteration(1, 40)
+    with Console(max_iters=600, stream=stream, progress=progress) as console:
+        console.startup({})
+        before = stream.getvalue()
+        time.sleep(0.8)
+        assert stream.getvalue() == before
+
+
+@pytest.mark.usefixtures("terminal")
 def test_an_error_comes_below_the_panel() -> None:
     def fail(console: Console) -> None:
         with contextlib.suppress(ZeroDivisionError), console:
@@ -107,7 +158,7 @@ def test_an_error_comes_below_the_panel() -> None:
         console.stream.write("gptperf: E5: what was wrong\n")
 
     lines = [without_repeats(line) for line in screen(on_terminal(fail))]
-    assert lines == ["", *PANEL, "gptperf: E5: what was wrong", ""]
+    assert lines == [*PANEL, "gptperf: E5: what was wrong", ""]
 
 
 CHILDREN = f"""
@@ -159,8 +210,8 @@ with Console(max_iters=600) as console:
 """
     status, text = in_a_terminal(code)
     assert status == 0
-    # At 50 columns each of the panel's five lines wraps once, except that of the loss.
-    assert "\x1b[4A\x1b[J" in text
+    # At 50 columns each of the panel's six lines wraps once, except that of the loss.
+    assert "\x1b[5A\x1b[J" in text
     last = screen(text[text.index("\x1b[J") :])
     assert max(map(len, last)) < 50
     assert " Gradient norm  2.3456" in last
@@ -251,14 +302,14 @@ with Console(max_iters=600) as console:
     if columns == 20:
         assert lines[-11:-1] == [
             " caf\u00e9" if encoding == "utf-8" else " caf?",
-            "",
+            "\u2500" * 19 if encoding == "utf-8" else "",
             " 3/600  0%  42:39 l",
             " Loss 10.6456" + ("  \u2581\u2581\u2581" if encoding == "utf-8" else ""),
             " Learning rate 1.50",
             " Gradient norm 2.34",
-            " MFU 9.22%",
+            " MFU, strict 9.22%",
             " Tokens/s 114,350",
-            " Memory 15.7 GB pea",
+            " Memory 15.67 GB pe",
             " Time 4,298 ms/iter",
         ]
 

@@ -13,6 +13,8 @@ from gptperf.config import command_line
 from gptperf.errors import ConfigError
 from gptperf.monitor.blocks import profile_lines
 from gptperf.monitor.events import Profile
+from gptperf.monitor.profiler import _longest
+from gptperf.monitor.trace import Kernel
 
 
 def test_a_profile_of_some_iterations(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,12 +44,29 @@ def test_lines_of_a_profile() -> None:
         "parts_ms": {"gemm": 1.5, "attention": 0.0, "host_gaps": 0.5},
         "waterfall": {"gemm": 10.0, "host_gaps": 25.0},
         "mfu_percent": 65.0,
+        "convention": "strict",
+        "hardware_peak_tflops": 989.4,
+        "peak_dtype": "bfloat16",
+        "peak_basis": "dense",
         "kernels": kernels,
     }
     lines = profile_lines(found)
     assert lines[1] == "   2.00 ms per iteration: gemm 1.50 ms, host_gaps 0.50 ms"
-    assert lines[2] == "   100 points of MFU: gemm 10.00, host_gaps 25.00, left 65.00"
+    assert (
+        lines[2]
+        == "   100 points of MFU (strict, of 989.4 TFLOP/s bf16 dense): gemm 10.00, host_gaps 25.00, left 65.00"
+    )
     assert "nvjet_x" in lines[3]
+
+
+def test_times_and_calls_of_kernels_are_those_of_an_iteration() -> None:
+    """Two iterations, each with three short kernels and a long one, the longest first."""
+    short = [Kernel("_norm_kernel", 0.0, 100.0, 7) for _ in range(6)]
+    found = _longest([*short, Kernel("nvjet_x", 0.0, 900.0, 7), Kernel("nvjet_x", 0.0, 700.0, 7)], 2)
+    assert found == [
+        {"name": "nvjet_x", "part": "gemm", "ms": pytest.approx(0.8), "calls": 1},
+        {"name": "_norm_kernel", "part": "memory_bound", "ms": pytest.approx(0.3), "calls": 3},
+    ]
 
 
 @pytest.mark.parametrize("value", ["5", "4:3", "0:3", "1:7", "1:5000", "a:b", "-1:2"])

@@ -79,6 +79,7 @@ FROZEN: dict[int, dict[str, dict[str, str]]] = {
             "tokens_per_sec": "number",
             "flops_per_token": "number",
             "convention": "string",
+            "peak_dtype": "string",
             "peak_basis": "string",
             "hfu_percent": "number",
             "of_ceiling_percent": "number",

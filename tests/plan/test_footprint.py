@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptperf import ops
+from gptperf import flops, ops
+from gptperf.cards import BUCKET_NUMEL
 from gptperf.config import Config, command_line
 from gptperf.distributed.replicated import Replicated
+from gptperf.kernels.logit_chunks import chunk_rows
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops
 from gptperf.plan import memory
@@ -139,6 +141,43 @@ def test_rows_of_logits_are_padded() -> None:
     odd, even = (config_of(f"--vocab_size={V}", "--kernels=triton") for V in (97, 104))
     copy = 104 * 48 * 2  # of the weight, with rows of zeros
     assert round(1e9 * (memory.footprint(odd).logits_gb - memory.footprint(even).logits_gb)) == copy
+
+
+def large(*flags: str, gpus: int = 1) -> Config:
+    return command_line.resolve(["configs/llama_1.36b.toml", "--batch_size=16", *flags], world_size=gpus).config
+
+
+def test_the_loss_holds_a_chunk_of_logits_and_the_gradient_of_its_weight() -> None:
+    """Rows of logits in bfloat16, the input with its gradient, and the weight's gradient in float32."""
+    config = large("--vocab_size=32768")
+    V, C, tokens = 32768, config.model.n_embd, 16 * config.model.block_size
+    rows = min(tokens, chunk_rows(V, 2))
+    assert rows < tokens
+    wanted = rows * V * 2 + 2 * tokens * C * 2 + V * C * 4
+    assert 1e9 * memory.footprint(config).logits_gb == pytest.approx(wanted)
+
+
+def test_the_gradient_of_a_tied_head_waits_for_that_of_the_embedding() -> None:
+    flags = ["--vocab_size=1024", "--gradient_accumulation_steps=1"]
+    tied, untied = (memory.footprint(large(*flags, f"--weight_tying={x}")) for x in (True, False))
+    waits = 1024 * large().model.n_embd * 2
+    assert 1e9 * (tied.buffers_gb - untied.buffers_gb) == pytest.approx(waits, rel=1e-3)
+
+
+def test_dropout_keeps_a_byte_for_each_element_of_a_branch() -> None:
+    config = large("--dropout=0.1")
+    kept = memory.saved_bytes(config, "none") - memory.saved_bytes(large(), "none")
+    assert kept == 2 * config.model.n_embd * config.model.n_layer
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_copy_engines_hold_the_shares_that_they_pull(gpus: int) -> None:
+    """A bucket's share of each other GPU, in float32; with one micro-batch three buckets more, all in bfloat16."""
+    bucket, others = max(BUCKET_NUMEL, flops.parameters(large().model).embedding), (gpus - 1) / gpus
+    for micro_batches, wanted in ((1, 2 * (3 + others) * bucket), (2, 4 * others * bucket)):
+        steps = (f"--gradient_accumulation_steps={n * micro_batches}" for n in (gpus, 1))
+        many, one = (memory.footprint(large(flag, gpus=n), n) for flag, n in zip(steps, (gpus, 1), strict=True))
+        assert 1e9 * (many.buffers_gb - one.buffers_gb) == pytest.approx(wanted)
 
 
 def test_sharding_leaves_its_share() -> None:

@@ -11,7 +11,7 @@ import torch
 from bench.measure import models
 from gptperf import flops, hardware, plan
 from gptperf.config import Config, command_line
-from gptperf.errors import ConfigError, OutOfMemoryError
+from gptperf.errors import ConfigError, DeviceError, OutOfMemoryError
 from gptperf.hardware import GPUS
 from gptperf.plan.__main__ import main
 from gptperf.training import preflight
@@ -81,6 +81,15 @@ def test_the_largest_batch_fits_and_one_more_does_not(strategy: Any, recompute: 
         assert plan.plan(dataclasses.replace(config, train=train), gpu, **how).fits == fits
 
 
+@pytest.mark.parametrize("gpu", ["RTX 4090", "RTX 3090", "A10", "A10G", "A30", "L4"])
+def test_the_configuration_for_24_gb_fits_one_card_of_24_gb(gpu: str) -> None:
+    config, card = config_of("llama_0.41b_24gb"), plan.find_gpu(gpu)
+    planned = plan.plan(config, card)
+    assert card.memory_gb == 24
+    assert planned.memory.total_gb < 0.9 * planned.limit_gb  # with room for a desktop
+    assert planned.memory.total_gb > 0.5 * planned.limit_gb
+
+
 def test_remedies_fit_and_their_flags_make_them() -> None:
     config, gpu = config_of("configs/llama_1.36b.toml"), plan.find_gpu("A100 SXM 40")
     given = plan.plan(config, gpu)
@@ -142,6 +151,52 @@ def test_no_gpu_or_several(name: str) -> None:
         plan.find_gpu(name)
 
 
+FIGURES = ["--gpu_tflops=989.4", "--gpu_memory_gb=141", "--gpu_bandwidth_gb_s=4800"]
+
+
+def test_a_gpu_that_is_not_in_the_table_is_described_by_three_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs/gpt2_124m.toml", "--gpu=A card", *FIGURES, "--num_gpus=2", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert main(["configs/gpt2_124m.toml", "--gpu=H200", "--num_gpus=2", "--json"]) == 0
+    h200 = json.loads(capsys.readouterr().out)
+    for key in ("memory_gb", "memory_parts_gb", "limit_gb", "hardware_peak_tflops", "peak_dtype", "convention"):
+        assert card[key] == h200[key], key
+    assert (card["gpu"], card["peak_basis"], h200["peak_basis"]) == ("A card", "given", "dense")
+    assert card["step_ms"] == pytest.approx(h200["step_ms"], rel=card["band"])
+    assert main(["configs/gpt2_124m.toml", *FIGURES, "--gpu_tflops=98.94", "--json"]) == 0
+    slow = json.loads(capsys.readouterr().out)
+    assert slow["parts_ms"]["gemm"] == pytest.approx(20 * card["parts_ms"]["gemm"])
+    assert slow["parts_ms"]["memory_bound"] == pytest.approx(2 * card["parts_ms"]["memory_bound"])
+
+
+WRONG = {
+    "gpu_tflops": {"120e12": 120, "120000": 120, "0.05": 50, "1e30": 100_000, "-3": 0.1, "0": 0.1, "inf": 100_000},
+    "gpu_memory_gb": {"24576": 24, "24e9": 24, "0": 1, "-24": 1},
+    "gpu_bandwidth_gb_s": {"3.35": 3350, "900e9": 900, "9e5": 900, "-1": 10},
+}
+
+
+@pytest.mark.parametrize(("flag", "text"), [(flag, text) for flag, texts in WRONG.items() for text in texts])
+def test_a_wrong_figure_has_a_nearest_one_that_is_right(flag: str, text: str) -> None:
+    others = [given for given in FIGURES if not given.startswith(f"--{flag}=")]
+    with pytest.raises(
+        ConfigError, match=rf"{flag}: found .*wanted a number of .* from .* to .*; nearest: --{flag}="
+    ) as e:
+        main([*others, f"--{flag}={text}"])
+    advice = str(e.value).rpartition("nearest: ")[2]
+    assert float(advice.partition("=")[2]) == pytest.approx(WRONG[flag][text])
+    assert main([*others, advice, "--batch_size=1", "--json"]) in (0, OutOfMemoryError.exit_code)
+
+
+def test_all_wrong_figures_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as e:
+        main(["--gpu=RTX 3090", "--gpu_tflops=fast", "--gpu_memory_gb=nan"])
+    lines = str(e.value).splitlines()
+    assert lines[0] == "3 mistakes"
+    assert "gpu_bandwidth_gb_s: found none" in lines[3]
+    assert lines[3].endswith("nearest: --gpu_bandwidth_gb_s=936")  # that of the row
+
+
 @pytest.mark.parametrize(
     ("flag", "basis", "factor"), [("--peak_basis=sparse", "sparse", 2), ("--peak_tflops=500", "given", 500 / 989.4)]
 )
@@ -150,8 +205,8 @@ def test_the_peak_is_that_of_the_run(flag: str, basis: str, factor: float) -> No
     dense, other = (plan.plan(config_of(*LLAMA, *flags), gpu) for flags in ([], [flag]))
     assert dense.mfu is not None
     assert other.mfu == pytest.approx(dense.mfu / factor, rel=1e-3)
-    assert (dense.peak_basis, other.peak_basis) == ("dense", basis)
-    assert f"% of the {basis} peak: gemm" in plan.plan_lines(other)[1]
+    assert (dense.peak["peak_basis"], other.peak["peak_basis"]) == ("dense", basis)
+    assert f"TFLOP/s bf16 {basis}): gemm" in plan.plan_lines(other)[1]
     assert other.step_ms == dense.step_ms
 
 
@@ -171,8 +226,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(record["memory_parts_gb"].values()) == pytest.approx(record["memory_gb"])
     assert main(["configs/llama_1.36b.toml", "--gpu=RTX 4090"]) == OutOfMemoryError.exit_code
     assert "does NOT fit" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="bfloat16 peak of V100 SXM2 16 GB; nearest: --dtype=float16"):
-        main(["--gpu=V100 SXM2 16"])
+    for gpu in ("V100 SXM2 16", "T4"):
+        with pytest.raises(ConfigError, match="has no bfloat16 units; nearest: --dtype=float16"):
+            main([f"--gpu={gpu}"])
+        for dtype in ("float16", "float32"):
+            assert main([f"--gpu={gpu}", f"--dtype={dtype}"]) == 0
+        assert "MFU: strict, of " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_gpus"):
         main(["--num_gpus=0"])
 
@@ -198,8 +257,27 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.M
     small = preflight.check_plan(config_of("configs/llama_1.36b.toml", "--batch_size=1"), process)
     assert small is not None
     assert small.fits
-    card.name = "NVIDIA H20"
+    card.name = "NVIDIA GB10"
     assert preflight.check_plan(config_of("configs/llama_1.36b.toml"), process) is None
+
+
+@pytest.mark.parametrize(("name", "capability"), [("Tesla T4", (7, 5)), ("Tesla V100S-PCIE-32GB", (7, 0))])
+def test_a_run_on_a_card_without_bfloat16_is_told_the_dtype_that_works(
+    name: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    card = SimpleNamespace(name=name, total_memory=1e9 * hardware.match_gpu(name).memory_gb)  # type: ignore[union-attr]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    process: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    with pytest.raises(DeviceError, match=f"{name} .*does not support bfloat16; nearest: --dtype=float16$") as e:
+        preflight.check_device(config_of().system, process.device)
+    config = config_of(str(e.value).rpartition("nearest: ")[2])
+    preflight.check_device(config.system, process.device)
+    planned, peak = preflight.check_plan(config, process), preflight.find_peak(config, process.device)
+    assert planned is not None
+    assert peak is not None
+    assert (peak.dtype, planned.peak["peak_dtype"]) == ("float16", "float16")
 
 
 NCCL, GATHER_ONCE = "--communication=process_group", "--fsdp_gather_once=True"

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import stat
 import sys
@@ -19,14 +20,15 @@ from gptperf.report import __main__ as command
 from gptperf.report import run_page as report
 from gptperf.report.charts import CAPTIONS, draw, layer_order
 from gptperf.report.sections import sections
+from gptperf.run_lock import RunLock, is_locked
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 EVIL = "</title></script><script>alert(1)</script>$\\frac{1}{0}$--><img src=x onerror=alert(1)>\x00\x1b[31m\u202e\ud800"
-TITLES = ["Verdict", "Loss", "Evaluations", "Learning rate", "Gradient norms", "Gradient distribution", "Speed"]
-TITLES += ["Memory", "Stability", "Where the time goes", "Plan against actual", "What was built", "Configuration"]
-TITLES += ["Configuration: defaults", "Environment", "Messages", "Checkpoints", "Sample"]
+TITLES = ["Verdict", "Loss", "Evaluations", "Sample", "Learning rate", "Gradient norms", "Gradient distribution"]
+TITLES += ["Speed", "Memory", "Stability", "Where the time goes", "Plan against actual", "Messages", "Checkpoints"]
+TITLES += ["What was built", "Configuration", "Configuration: defaults", "Environment"]
 
 
 class Page(html.parser.HTMLParser):
@@ -91,9 +93,10 @@ def test_a_whole_log_has_every_section_and_chart(whole: Page) -> None:
         assert words in whole.words, words
     for words in ("Spikes at iteration 3,000, 3,050", "-0.3%", "nvjet_hsh_256x128", "power cap 500 W", "return x"):
         assert words in whole.words, words
+    assert whole.words.count("MFU: strict, of 989.4 TFLOP/s dense.") == 3  # speed, waterfall, plan
     assert "preset llama (configs/llama_1.36b.toml)" in whole.words
     assert "grad_clip" in whole.words
-    for words in ("spike", "plateau", "best validation", "embedding", "23", "2^-20", "reserved", "plan", "memory"):
+    for words in ("spike", "plateau", "best", "embedding", "23", "2^-18", "reserved", "plan", "memory bound"):
         assert re.search(rf"<text[^>]*>\s*{re.escape(words)}\s*</text>", whole.text), words
     assert "currentColor" in whole.text
 
@@ -103,7 +106,6 @@ def test_what_the_log_lacks_has_no_section(tmp_path: Path) -> None:
     bare = [{key: line[key] for key in ("event", "iter", "loss", "time_ms")} for line in lines]
     page = page_of(tmp_path / "a", bare)
     assert page.headings == ["Verdict", "Loss", "Speed"]
-    assert "running or killed" in page.words
     page = page_of(tmp_path / "b", [{"event": "start", "config": {}, "startup_info": {}}])
     assert page.headings == ["Verdict"]
     assert "No iteration was logged." in page.words
@@ -129,9 +131,60 @@ def test_a_damaged_journal_of_a_running_run(tmp_path: Path) -> None:
     assert command.main([str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "3 lines of the journal could not be read." in page.words
-    assert "running or killed" in page.words
+    assert "<b>running</b>" in page.text
     assert "of 6,000" in page.words
     assert "Training time" in page.words
+
+
+ENDS = {
+    "finished": ({}, True, "finished"),
+    "asked to stop": ({"stopped": "asked to"}, None, "stopped"),
+    "an error": ({"stopped": "E5: the loss is not finite"}, False, "stopped"),
+}
+
+
+@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.parametrize("how", ENDS)
+def test_only_an_error_or_a_kill_is_red(how: str, tmp_path: Path) -> None:
+    summary, good, word = ENDS[how]
+    lines = events(600, 12)
+    lines[-1] |= summary
+    log = load(write_journal(tmp_path, lines))
+    for running in (False, True):  # the summary decides, though the process may still be there
+        verdict = sections(log, running)[0]
+        assert (verdict.tiles[0].value, verdict.tiles[0].good) == (word, good)
+        assert any("E5: the loss is not finite" in line for line in verdict.lines) == (how == "an error")
+    log = load(write_journal(tmp_path, lines[:-1]))
+    assert sections(log, running=True)[0].tiles[0].good is None
+    killed = sections(log, running=False)[0]
+    assert killed.tiles[0].good is False
+    assert any("was killed" in line for line in killed.lines)
+    live, dead = (Page(report.html(log, running)).text for running in (True, False))
+    assert "<b>running</b>" in live
+    assert '<b class="fail">stopped</b>' in dead
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_a_page_knows_whether_the_run_is_still_there(tmp_path: Path) -> None:
+    """The lock decides at once; without it the age of the log does."""
+    lines = events(600, 12)[:-1]
+    older, newer = write_journal(tmp_path, lines, "run_20250102_030405"), write_journal(tmp_path, lines)
+
+    def state(path: Path) -> str:
+        return re.findall(r"<b[^>]*>(\w+)</b>", report.write_report(path, tmp_path / "p.html").read_text())[0]
+
+    assert (state(older), state(newer)) == ("running", "running")
+    with RunLock(tmp_path):
+        assert (state(older), state(newer)) == ("stopped", "running")
+        lock = (tmp_path / "run.lock").read_bytes()
+        os.utime(newer, (0, 0))
+        assert state(newer) == "running"  # one iteration may take very long
+    os.utime(newer)  # just written, but nobody holds the lock
+    assert (state(newer), is_locked(tmp_path)) == ("stopped", False)
+    (tmp_path / "run.lock").write_bytes(lock)  # as a killed process leaves it
+    assert (state(newer), is_locked(tmp_path)) == ("stopped", False)
+    (tmp_path / "run.lock").unlink()
+    assert is_locked(tmp_path) is None
 
 
 def test_a_resumed_run_says_where(tmp_path: Path) -> None:
@@ -299,6 +352,7 @@ def test_of_a_run(corpus: Path, tmp_path: Path) -> None:
     for words in ("finished", "no MFU without a GPU", "small.toml", "command line", "torch", "step-00000006"):
         assert words in page.words, words
     assert page.tags.count("svg") >= 5
+    assert re.search(r"CPU \(\w+\), (1 thread|\d+ threads)</small>", page.text)
 
 
 @pytest.mark.slow
@@ -312,6 +366,7 @@ def test_in_a_browser(width: int, lines: Callable[[], list[dict[str, Any]]], tmp
         browser.open(page, width)
         boxes = "[...document.querySelectorAll('svg')].map(e => { const b = e.getBoundingClientRect();"
         sizes = browser.evaluate(boxes + " return [b.width, b.height, e.querySelectorAll('text').length]; })")
+        ends = browser.evaluate(boxes + " return b.right; })")
         tags = browser.evaluate("document.querySelectorAll('script, img, title').length")
         page_width = browser.evaluate("document.documentElement.scrollWidth")
     finally:
@@ -320,6 +375,7 @@ def test_in_a_browser(width: int, lines: Callable[[], list[dict[str, Any]]], tmp
     assert all(min(size) > 5 for size in sizes), sizes
     assert tags == 1  # the title
     assert page_width <= width
+    assert max(ends) <= width  # no chart is cut off
     assert browser.complaints() == []
     loaded = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
     assert loaded == [page.as_uri()]

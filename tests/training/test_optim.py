@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -302,6 +303,20 @@ def test_schedule_stays_within_its_bounds_and_falls_after_the_warm_up(config: Op
     assert warm == sorted(warm)
     after = rates[config.warmup_iters :]
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(after))
+
+
+@given(schedules, st.integers(1, 100))
+def test_schedule_is_interpolation_between_its_corners(config: OptimizerConfig, max_iters: int) -> None:
+    peak, low, warm = config.learning_rate, config.min_lr, config.warmup_iters
+    end = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    start = max(warm, round(end * (1 - config.wsd_decay_fraction))) if config.lr_schedule == "wsd" else warm
+    at = np.arange(120)
+    left = np.where(at >= end, 0, np.interp(at, [start, max(end, start + 1)], [1, 0]))
+    if config.lr_schedule == "cosine":
+        left = np.sin(np.pi / 2 * left) ** 2
+    after = low + left * (peak - low) if config.lr_schedule != "constant" else np.full(120, peak)
+    wanted = np.where(at < warm, np.interp(at, [-1, warm], [0, peak]), after)
+    np.testing.assert_allclose([learning_rate(int(i), config, max_iters) for i in at], wanted, rtol=1e-6)
 
 
 def test_schedule_values() -> None:

@@ -19,7 +19,7 @@ from gptperf.checkpoint import write
 from gptperf.config import KEYS, command_line
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import matching
+from gptperf.training import matching, reporting, trainer
 from gptperf.training.kernel_digest import kernel_digest
 from gptperf.training.optimizers.adamw import AdamW
 
@@ -122,6 +122,55 @@ def test_init_from(corpus: Path, tmp_path: Path) -> None:
     assert b["eval_steps"][-1]["val_loss"] == pytest.approx(a["eval_steps"][-1]["val_loss"], rel=1e-5)
 
 
+def test_a_summary_covers_all_starts_of_a_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ages = iter(10.0 * (i + 1) for i in range(100))
+    for module in (trainer, reporting):
+        monkeypatch.setattr(module, "process_age_s", lambda: age)
+    age = next(ages)
+    assert run(corpus, tmp_path, "--max_iters=10") == 0
+    first = run_log(tmp_path)["summary"]
+    assert (first["starts"], first["iterations"], first["tokens"], first["wall_time_s"]) == (1, 10, 2560, 10.0)
+    assert "this_start" not in first
+    age = next(ages)
+    assert run(corpus, tmp_path, "--max_iters=16", "--init_from=resume") == 0
+    both = run_log(tmp_path)["summary"]
+    assert (both["starts"], both["iterations"], both["tokens"], both["wall_time_s"]) == (2, 16, 4096, 30.0)
+    assert both["this_start"] == {"first_iter": 11, "iterations": 6, "tokens": 1536, "wall_time_s": 20.0}
+    assert both["tokens_per_sec"] > 0
+    losses = [entry["loss"] for entry in run_log(tmp_path)["training_iterations"]]
+    assert (both["train_loss"], both["train_loss_iterations"]) == (pytest.approx(np.mean(losses[-5:]), rel=1e-6), 5)
+    assert "Added by this start:   6 iterations from 11 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["resume", "auto"])
+def test_a_run_that_is_done_says_so_and_stays_as_it_is(
+    how: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus, tmp_path, "--max_iters=4")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    for max_iters in (2, 4):
+        capsys.readouterr()
+        assert run(corpus, tmp_path, f"--max_iters={max_iters}", f"--init_from={how}") == 0
+        text = capsys.readouterr().out
+        assert f"nothing was left to do: {tmp_path}/checkpoints/step-00000004 is at iteration 4 of" in text
+        assert f"max_iters = {max_iters};" in text
+        assert "TRAINING" not in text
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert after == before
+
+
+def test_a_run_that_was_killed_after_its_last_save_gets_its_summary(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path, "--max_iters=2")
+    (journal,) = tmp_path.glob("run_*.jsonl")
+    lines = [line for line in journal.read_text().splitlines(True) if '"event":"summary"' not in line]
+    journal.write_text("".join(lines))
+    journal.with_suffix(".json").unlink()
+    assert run(corpus, tmp_path, "--max_iters=2", "--init_from=resume") == 0
+    assert run_log(tmp_path)["summary"]["iterations"] == 2
+
+
 def test_another_model_or_data_set_is_not_resumed(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path, "--max_iters=2")
     with pytest.raises(CheckpointError, match=r"\(saved -> now\): n_layer: 2 -> 3$"):
@@ -163,6 +212,27 @@ def test_a_full_disk_on_the_way_does_not_end_the_run(
     saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert saved == ["step-00000005", "step-00000015", "step-00000020"]
     assert [m["iter"] for m in run_log(tmp_path)["messages"]] == [10]
+
+
+@pytest.mark.parametrize(("failing", "ends"), [((2, 4, 6), False), ((2, 3, 4), True)])
+def test_failed_saves_in_a_row_end_a_run(
+    failing: tuple[int, ...], ends: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = write.save
+
+    def full(*args: Any, step: int, **keys: Any) -> Path:
+        if step in failing:
+            raise DiskError("full", full=True)
+        return save(*args, step=step, **keys)
+
+    monkeypatch.setattr(write, "save", full)
+    flags = ["--save_interval=1", "--max_iters=7", "--eval_iters=1", "--async_save=False"]
+    if ends:
+        with pytest.raises(DiskError, match="full"):
+            run(corpus, tmp_path, *flags)
+    else:
+        assert run(corpus, tmp_path, *flags) == 0
+        assert [message["iter"] for message in run_log(tmp_path)["messages"]] == [2, 4, 6]
 
 
 def test_buffers_and_draws_of_a_plugin_are_resumed(
@@ -231,6 +301,32 @@ def test_a_key_that_came_after_the_checkpoint_had_its_default() -> None:
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True))
     with pytest.raises(CheckpointError, match="qk_norm: False -> True"):
         matching.changed_keys(saved, changed)
+
+
+def test_what_may_differ_at_a_resume() -> None:
+    """What changes the function of the weights, the data order or the bits is refused; other keys give a warning."""
+    config = command_line.resolve(["tiny"]).config
+    sizes = {name: getattr(config.model, name) for name in matching.DERIVED}
+
+    def told(key: str, value: object = "another") -> list[str] | None:
+        """Returns the warnings about a checkpoint that was made with another value, or None if it is refused."""
+        sections = {name: dict(section) for name, section in config.sections().items()}
+        saved = {"config": sections, "model": dict(sizes)}
+        (saved["model"] if key in sizes else sections[KEYS[key].section])[key] = value
+        try:
+            return matching.changed_keys(saved, config)
+        except CheckpointError:
+            return None
+
+    warnings = {key: told(key) for key in (*KEYS, *sizes)}
+    same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
+    by_size = {"d_ff", "n_kv_head"}
+    refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
+    refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
+    assert {key for key, lines in warnings.items() if lines is None} == refused
+    of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s"}
+    assert {key for key, lines in warnings.items() if lines == []} == of_the_process | by_size
+    assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
 
 
 def _engine_for_versions(kernels: str) -> Any:

@@ -1,5 +1,6 @@
 """Whole runs: components and log, requests to stop, and mistakes that are found before the first step."""
 
+import functools
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from gptperf import registry
 from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
-from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError
+from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError, run_main
 from gptperf.monitor.runs import read_runs
 from gptperf.ops import OPS, resolve_ops
 from gptperf.train import main
@@ -89,6 +90,8 @@ def test_every_described_option_is_built_and_logged(
     assert re.search(rf"^  {label}: +{value}$", capsys.readouterr().out, re.MULTILINE)
     model = built[0].model
     assert info["total_parameters"] == sum(p.numel() for p in model.parameters())
+    table = model.position.wpe.weight.numel() if value == "learned_absolute" else 0
+    assert info["non_embedding_parameters"] == info["total_parameters"] - table
     made = {
         "normalization": type(model.norm),
         "position_encoding": type(model.position),
@@ -164,6 +167,15 @@ def test_float16_scales(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert losses[-1] < losses[0]
 
 
+def test_a_loss_scale_below_one_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step overflows, so the scale, which starts at 4 here, halves in each one."""
+    scale = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scale(self, loss) * float("inf"))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=4.0))
+    with pytest.raises(NonFiniteError, match=r"iteration 3: the loss scale fell to 0\.5"):
+        run(corpus, tmp_path, "--dtype=float16", "--save_interval=100", "--eval_interval=100")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_commits_a_checkpoint(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
@@ -208,13 +220,13 @@ def test_exit_codes_and_one_line_errors(corpus: Path, tmp_path: Path, capsys: py
     for flags, code in cases.items():
         argv = [f for f in run_argv(corpus, tmp_path) if not f.startswith("--device")]
         with pytest.raises(SystemExit) as ended:
-            main([*argv, *flags.split()])
+            run_main(main, [*argv, *flags.split()])
         assert ended.value.code == code
         error = capsys.readouterr().err
         assert error.startswith(f"gptperf: E{code}: ")
         assert "Traceback" not in error
     with pytest.raises(ConfigError):
-        main(["--n_layer=0", "--debug"])
+        run_main(main, ["--n_layer=0", "--debug"])
 
 
 def test_asking_for_triton_names_the_cause() -> None:

@@ -1,0 +1,101 @@
+"""Machines whose compiler or whose cache folders are broken, and runs that never need the compiler."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import run, run_command, run_log
+
+from gptperf.errors import DeviceError
+from gptperf.hardware.compiler import compiler_problem
+from gptperf.training.build import compiler_errors
+
+BROKEN = {
+    "CXX": shutil.which("false") or "/bin/false",  # a compiler that is there and does not compile
+    "TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache",
+    "TRITON_CACHE_DIR": "/dev/null/cache",
+    "TMPDIR": "",
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Breaks one thing, and returns what a message must name."""
+    if request.param == "TMPDIR":  # the cache folder in it belongs to nobody who could write it
+        import tempfile
+
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr("getpass.getuser", lambda: "me")
+        (tmp_path / "tmp" / "torchinductor_me").write_text("not a folder")
+    else:
+        monkeypatch.setenv(request.param, BROKEN[request.param])
+    return BROKEN[request.param] if request.param == "CXX" else request.param
+
+
+def test_a_run_says_why_it_does_not_compile(broken: str, corpus: Path, tmp_path: Path) -> None:
+    """Exit code 0 where a file or the default asks for the compiler."""
+    (tmp_path / "compiled.toml").write_text("[system]\ncompile = true\n")
+    assert run(corpus, tmp_path / "run", str(tmp_path / "compiled.toml"), "--max_iters=1", "--warmup_iters=0") == 0
+    said = run_log(tmp_path / "run")["startup_info"]["compile"]
+    assert said.startswith("off: ")
+    assert broken in said
+
+
+def test_a_flag_that_cannot_be_honoured_is_refused(broken: str, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"compile = True: .*--compile=False runs without it") as error:
+        run(corpus, tmp_path / "run", "--max_iters=1", "--warmup_iters=0", "--compile=True")
+    assert broken in str(error.value)
+    assert error.value.exit_code == 6
+
+
+def test_a_compiler_without_python_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    assert compiler_problem("cpu") is None
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in (compiler_problem("cpu") or "")
+
+
+@pytest.mark.slow
+def test_errors_of_the_compiler_are_one_line_and_others_pass() -> None:
+    """At the first step, which calls the compiler."""
+
+    def no_backend(graph: object, inputs: object) -> None:
+        raise OSError("no space left in the cache\nand many more lines")
+
+    failed = pytest.raises(DeviceError, match=r"torch\.compile failed \(BackendCompilerFailed: .*--compile=False")
+    with failed as error, compiler_errors():
+        torch.compile(lambda x: x + 1, backend=no_backend)(torch.ones(2))
+    assert "\n" not in str(error.value)
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        raise FileNotFoundError("of the model's own code")
+
+    for given in (wrong, torch.compiler.disable(wrong)):
+        with pytest.raises(FileNotFoundError), compiler_errors():
+            given(torch.ones(2))
+    with pytest.raises(RuntimeError, match="CUDA error"), compiler_errors():
+        raise RuntimeError("CUDA error")
+
+
+@pytest.mark.slow
+def test_an_eager_run_never_loads_the_compiler(corpus: Path, tmp_path: Path) -> None:
+    """Its import takes seconds, and fails where its cache folder cannot be made."""
+    command = run_command(corpus, tmp_path / "run", "--max_iters=2", "--warmup_iters=0")
+    code = f"""
+import os, sys
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = os.environ["HOME"] = "/dev/null/none"
+from gptperf.train import main
+assert main({command[3:]}) == 0
+from gptperf import api
+api.generate(api.load_model({str(tmp_path / "run")!r}, device="cpu"), "ab", tokens=2)
+sys.exit(", ".join(name for name in sys.modules if name in ("torch._dynamo", "torch._inductor")) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
