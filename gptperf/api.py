@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptperf.config import KEYS, Config, ModelConfig, command_line
-from gptperf.errors import CheckpointError, mistakes, nearest
+from gptperf.errors import CheckpointError, DataError, mistakes, nearest
 from gptperf.ops import resolve_ops, without_triton
 
 if TYPE_CHECKING:
     import torch
 
+    from gptperf.checkpoint import Checkpoint
     from gptperf.data.tokenizers import Tokenizer
     from gptperf.model import GPT
 
@@ -116,8 +117,8 @@ def load_model(
     Raises:
         CheckpointError: There is no checkpoint, or it is corrupt.
         ConfigError: The model has a component that is not registered.
-        DataError: The tokenizer is unknown, or its vocabulary is not available.
-        DeviceError: `device` is "cuda", and there is no usable GPU.
+        DataError: The checkpoint has no tokenizer, or one that is corrupt or does not fit the model.
+        DeviceError: `device` is "cuda", and there is no usable GPU; or a package of the tokenizer is not installed.
 
     Example:
         >>> loaded = load_model("out/tiny", checkpoint="best", device="cpu")
@@ -128,26 +129,44 @@ def load_model(
     import torch
 
     from gptperf.checkpoint import load
-    from gptperf.data.tokenizers import load_tokenizer
     from gptperf.distributed.process import start_process
     from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
     from gptperf.training import selftest
     from gptperf.training.build import DTYPES
-    from gptperf.training.resume import restore_weights
+    from gptperf.training.saved_state import VOCABULARY, restore_weights
 
-    found = load(_checkpoint_path(Path(run), checkpoint), only=("model", "buffers"))
+    found = load(_checkpoint_path(Path(run), checkpoint), only=("model", "buffers", VOCABULARY))
     saved = found.state["config"]
     here = start_process(device).device
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
     config = ModelConfig(**saved["model"])
+    tokenizer = _tokenizer(found, config)
     ops = resolve_ops("auto", here.type)
     ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
-    tokenizer = load_tokenizer(found.state["tokenizer"]["name"])
     return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
+
+
+def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
+    """Returns the tokenizer of a checkpoint, from the files in it; an earlier version has saved its name alone."""
+    from gptperf.data.format import TokenizerInfo
+    from gptperf.data.tokenizers import restore_tokenizer
+    from gptperf.training.saved_state import saved_vocabulary
+
+    saved = found.state["tokenizer"]
+    if saved["name"] == "unknown":
+        raise DataError(f"{found.path}: found no tokenizer, wanted one; convert the model with --tokenizer=...")
+    info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
+    tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
+            f"{model.vocab_size:,}; wanted at most as many ids as the model has"
+        )
+    return tokenizer
 
 
 def _checkpoint_path(run: Path, which: str) -> Path:
@@ -207,6 +226,7 @@ def generate(
     tokenizer = loaded.tokenizer
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.eot], device=loaded.device)
     generator = torch.Generator(loaded.device).manual_seed(seed)
+    start = tokenizer.decode(ids.tolist())
     texts = []
     with torch.no_grad(), torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
         for _ in range(num_samples):
@@ -219,7 +239,10 @@ def generate(
                 top_k=top_k,
                 generator=generator,
             )
-            texts.append(prompt + tokenizer.decode(new.tolist()))
+            # Some tokenizers drop the space at the start of a text, so the new tokens are decoded after the prompt's.
+            whole = tokenizer.decode([*ids.tolist(), *new.tolist()])
+            own = whole.removeprefix(start) if whole.startswith(start) else tokenizer.decode(new.tolist())
+            texts.append(prompt + own)
     return texts
 
 

@@ -4,9 +4,10 @@ The command writes a checkpoint with the weights of a GPT-2 or LLaMA, and its ar
 commands then use the checkpoint:
 
     python -m gptperf.train OUT_DIR/model.toml --init_from=OUT_DIR --out_dir=OTHER --dataset=...
-    python -m gptperf.sample OUT_DIR --prompt="..."    # GPT-2 only: gptperf has no LLaMA tokenizer
+    python -m gptperf.sample OUT_DIR --prompt="..."
 
 The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]').
+A tokenizer.json in the folder goes into the checkpoint.
 """
 
 import importlib
@@ -23,15 +24,18 @@ from torch import Tensor
 from gptperf import checkpoint
 from gptperf.config import Config, ModelConfig
 from gptperf.config.flags import Flags, parse
+from gptperf.data.hub import CACHE, by_hand
+from gptperf.data.json_tokenizer import TOKENIZER_JSON
 from gptperf.data.tokenizers import load_tokenizer
-from gptperf.errors import CheckpointError, DeviceError, GptperfError, run_main
+from gptperf.errors import CheckpointError, DataError, DeviceError, GptperfError, run_main
 from gptperf.files import replace_text
 from gptperf.model import GPT
 from gptperf.run_lock import RunLock
+from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
 __all__ = ["convert", "main", "model_config", "weights"]
 
-_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
+_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Suffixes of the names of masks and tables that some files hold and that are not weights."""
@@ -54,7 +58,10 @@ class _ConvertFlags(Flags):
     out_dir: Path
     """Folder for the checkpoint."""
     tokenizer: str = ""
-    """Tokenizer of the model; default: gpt2 for a vocabulary of 50257, else unknown."""
+    """Tokenizer of the model, a name as for prepare, or unknown; default: the folder's tokenizer.json, else gpt2 for a
+    vocabulary of 50257, else unknown."""
+    eot: str = ""
+    """Token that ends a document; default: the one that the tokenizer names."""
 
 
 def model_config(described: Described) -> ModelConfig:
@@ -229,20 +236,23 @@ class _StoredTensors:
         return sorted(name for name in left if not name.endswith(_NO_WEIGHTS))
 
 
-def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, ModelConfig]:
+def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> tuple[Path, ModelConfig]:
     """Writes the checkpoint and model.toml of a Hugging Face model.
 
     Args:
         folder: Folder of the Hugging Face model.
         out_dir: Folder for the checkpoint and model.toml.
-        tokenizer: Name of the tokenizer. "" means gpt2 for a vocabulary of 50257, and unknown for any other.
+        tokenizer: Name of the tokenizer for `load_tokenizer`, or "unknown". "" means the folder's tokenizer.json;
+            without one, gpt2 for a vocabulary of 50257, and unknown for any other.
+        eot: Token that ends a document; "": the one that the tokenizer names.
 
     Returns:
         Folder of the checkpoint, and the architecture.
 
     Raises:
         CheckpointError: gptperf does not support the model, its files are corrupt, or `out_dir` has checkpoints.
-        DataError: The tokenizer is unknown, or cannot be loaded.
+        DataError: The tokenizer is unknown, cannot be loaded, or has more ids than the model.
+        DeviceError: A package of the tokenizer is not installed.
         DiskError: The checkpoint cannot be written.
     """
     try:
@@ -261,13 +271,12 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
             raise CheckpointError(f"{folder}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")
     if stored.unused():
         raise CheckpointError(f"{folder}: found weights that the model does not have: {', '.join(stored.unused()[:5])}")
-    tokenizer = tokenizer or ("gpt2" if model.vocab_size == 50257 else "unknown")
-    fingerprint = "" if tokenizer == "unknown" else load_tokenizer(tokenizer).fingerprint
+    described_tokenizer, vocabulary = _tokenizer(folder, model, tokenizer, eot)
     config = Config(model=model)
     state: dict[str, Any] = {
         "config": config.sections(),
         "model": {name: getattr(model, name) for name in ("kv_heads", "ffn_width", "padded_vocab_size")},
-        "tokenizer": {"name": tokenizer, "fingerprint": fingerprint},
+        "tokenizer": described_tokenizer,
         "source": str(folder),
     }
     with RunLock(out_dir):
@@ -277,7 +286,27 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "") -> tuple[Path, Mod
         keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
         lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
         replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
-        return checkpoint.save(out_dir / "checkpoints", step=0, tensors={"model": found}, state=state), model
+        tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
+        return checkpoint.save(out_dir / "checkpoints", step=0, tensors=tensors, state=state), model
+
+
+def _tokenizer(
+    folder: Path, model: ModelConfig, name: str, eot: str
+) -> tuple[dict[str, str | int], Mapping[str, bytes]]:
+    """Returns what a checkpoint's state tells about the tokenizer, and the files of the tokenizer; see `convert`."""
+    if not name:
+        inside = folder / TOKENIZER_JSON
+        name = str(inside) if inside.exists() else "gpt2" if model.vocab_size == 50257 else "unknown"
+    if name == "unknown":
+        return {"name": name, "fingerprint": ""}, {}
+    tokenizer = load_tokenizer(name, eot=eot or None)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{folder}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
+            f"{model.vocab_size:,} in config.json; wanted --tokenizer=PATH of the model's own, or --tokenizer=unknown"
+        )
+    described: dict[str, str | int] = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+    return described | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}, tokenizer.files
 
 
 def _downloaded(name: str) -> Path:
@@ -291,7 +320,10 @@ def _downloaded(name: str) -> Path:
         return Path(hub.snapshot_download(repo, allow_patterns=list(_FILES)))
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{name}: cannot be downloaded ({type(error).__name__}: {line})") from error
+        remedy = by_hand(", ".join(_FILES), f"{repo}/tree/main", "give FOLDER in place of the name")
+        raise CheckpointError(
+            f"{name}: cannot be downloaded ({type(error).__name__}: {line}). {remedy}, {CACHE}"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -303,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "Make a checkpoint of the weights of a Hugging Face GPT-2 or LLaMA."
     flags = parse(_ConvertFlags, argv, "gptperf.hugging_face", about)
     folder = _downloaded(flags.model) if flags.model.startswith("hf:") else Path(flags.model)
-    path, model = convert(folder, flags.out_dir, flags.tokenizer)
+    path, model = convert(folder, flags.out_dir, flags.tokenizer, flags.eot)
     print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
     out = flags.out_dir
     print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")

@@ -27,6 +27,7 @@ examples
   python -m gptperf.prepare python_stdlib
   python -m gptperf.prepare my_notes/ --name=notes --val_fraction=0.1
   python -m gptperf.prepare openwebtext --tokenizer=gpt2
+  python -m gptperf.prepare python_stdlib --tokenizer=train:8192 --name=stdlib_8k
   python -m gptperf.prepare hf:codeparrot/codeparrot-clean --text_field=content
   python -m gptperf.prepare python_stdlib --verify
 """
@@ -43,7 +44,10 @@ class _PrepareFlags(Flags):
     data_dir: str = "data"
     """Folder of data sets."""
     tokenizer: str = "byte"
-    """byte, or tiktoken's gpt2, cl100k_base, ..."""
+    """byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, whose tokenizer it is;
+    hf:REPO; train:N, a BPE of N ids that is trained on the text."""
+    eot: str | None = None
+    """Token that ends a document; default: the one that the tokenizer names."""
     val_fraction: float | None = None
     """Validation fraction, above 0 and below 1; default: see below."""
     split: str | None = None
@@ -78,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_dir=flags.data_dir,
         name=flags.name,
         tokenizer=flags.tokenizer,
+        eot=flags.eot,
         val_fraction=flags.val_fraction,
         overwrite=flags.overwrite,
         split=flags.split,

@@ -1,16 +1,20 @@
 """Models of Hugging Face as checkpoints: the same logits, and what cannot be taken over is refused."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from run_helpers import run, run_argv, run_log
+from tokenizer_helpers import CORPUS
 
 from gptperf import api, checkpoint, hugging_face
+from gptperf.data.train_tokenizer import train_tokenizer
 from gptperf.distributed.replicated import Replicated
-from gptperf.errors import CheckpointError, DataError, GptperfError
+from gptperf.errors import CheckpointError, DataError, DeviceError, GptperfError
 from gptperf.model import GPT
 from gptperf.train import main
 from gptperf.training.saved_state import restore_weights
@@ -51,6 +55,30 @@ def test_a_run_takes_the_weights_up(
     log = run_log(tmp_path / "run")
     assert log["startup_info"]["total_parameters"] == theirs.num_parameters()
     assert api.generate(api.load_model(out, device="cpu"), "ab", tokens=3)[0].startswith("ab")
+
+
+def test_the_tokenizer_of_the_folder_goes_into_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers", reason="the package tokenizers (extra hf) is not installed")
+    saved(tmp_path / "theirs", "llama", vocab_size=300)
+    tokenizer = train_tokenizer("train:300", CORPUS)
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
+    hugging_face.convert(tmp_path / "theirs", tmp_path / "out")
+    shutil.rmtree(tmp_path / "theirs")
+    loaded = api.load_model(tmp_path / "out", device="cpu")
+    assert (loaded.tokenizer.name, loaded.tokenizer.fingerprint) == ("theirs", tokenizer.fingerprint)
+    assert api.generate(loaded, "the ", tokens=3)[0].startswith("the ")
+
+    saved(tmp_path / "theirs", "llama", vocab_size=299)
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
+    with pytest.raises(DataError, match=r"tokenizer theirs with 300 ids, and vocab_size = 299 in config\.json"):
+        hugging_face.convert(tmp_path / "theirs", tmp_path / "small")
+    hugging_face.convert(tmp_path / "theirs", tmp_path / "small", "unknown")
+    with pytest.raises(DataError, match=r"found no tokenizer, wanted one; convert the model with --tokenizer="):
+        api.load_model(tmp_path / "small", device="cpu")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DeviceError, match="needs the package tokenizers"):
+        hugging_face.convert(tmp_path / "theirs", tmp_path / "other")
+    assert not (tmp_path / "other" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The shard format: the header of a shard and the manifest of a data set.
 
-A data set is a folder with `manifest.json` and the shards `train_00000.bin`, `val_00000.bin`, ... A shard is a header
-of 64 bytes and its tokens as uint16 or uint32, all little-endian. The shards of a split, in the manifest's order, are
-one stream of tokens in which the tokenizer's `eot` follows every document. A document may span shards.
+A data set is a folder with `manifest.json`, the shards `train_00000.bin`, `val_00000.bin`, ... and, except for bytes,
+the folder `tokenizer` with the files that define the vocabulary. A shard is a header of 64 bytes and its tokens as
+uint16 or uint32, all little-endian. The shards of a split, in the manifest's order, are one stream of tokens in which
+the tokenizer's `eot` follows every document. A document may span shards.
 
     offset  size  header field
          0     8  magic, b"GPTPERF\\0"
@@ -53,6 +54,7 @@ HEADER_BYTES = 64
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _HEADER = struct.Struct("<8sIIQQQ24s")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SHARD_NAME = re.compile(r"(train|val)_\d{5,}\.bin")
 
 
@@ -128,6 +130,8 @@ class TokenizerInfo:
     vocab_size: int
     fingerprint: str
     eot: int
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> SHA-256 (hex) of the files that define the vocabulary, in the folder `tokenizer`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +183,7 @@ def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
     if set(splits) != set(SPLITS):
         raise DataError(f"{where}: splits: found {sorted(splits)}, wanted {list(SPLITS)}")
     return DatasetManifest(
-        tokenizer=TokenizerInfo(**_fields(TokenizerInfo, _get(data, "tokenizer", dict, where), where)),
+        tokenizer=_read_tokenizer(_get(data, "tokenizer", dict, where), where),
         dtype=dtype,
         splits={name: _read_split(_get(splits, name, dict, where), DTYPES[dtype], where) for name in SPLITS},
         name=_get(data, "name", str, where),
@@ -187,6 +191,17 @@ def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
         val_fraction=_get(data, "val_fraction", float, where),
         split_method=_get(data, "split_method", str, where),
     )
+
+
+def _read_tokenizer(data: dict[str, Any], where: Path) -> TokenizerInfo:
+    data = {"files": {}} | data  # a data set that was prepared before its tokenizer travelled with it has none
+    files = _get(data, "files", dict, where)
+    for name in files:
+        if not _FILE_NAME.fullmatch(name):
+            raise DataError(f"{where}: tokenizer file: found {name!r}, wanted a plain file name")
+        _get(files, name, str, where)
+    kinds = {"name": str, "vocab_size": int, "fingerprint": str, "eot": int, "files": dict}
+    return TokenizerInfo(**{key: _get(data, key, kind, where) for key, kind in kinds.items()})
 
 
 def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Split:

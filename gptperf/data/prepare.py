@@ -23,7 +23,9 @@ from gptperf.data import sources
 from gptperf.data.format import SPLITS, read_manifest
 from gptperf.data.sources import KNOWN, not_text
 from gptperf.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from gptperf.data.writer import SHARD_TOKENS, ShardWriter
+from gptperf.data.train_tokenizer import PREFIX, train_tokenizer, vocabulary_size
+from gptperf.data.vocabulary import Tokens, as_text, pieces
+from gptperf.data.writer import SHARD_TOKENS, ShardWriter, check_target
 from gptperf.errors import DataError
 
 __all__ = ["KNOWN", "prepare", "summary"]
@@ -65,6 +67,7 @@ def prepare(
     data_dir: str | os.PathLike[str] = "data",
     name: str | None = None,
     tokenizer: str = "byte",
+    eot: str | None = None,
     val_fraction: float | None = None,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
@@ -79,7 +82,8 @@ def prepare(
         what: A name of `KNOWN`, "hf:REPO[:CONFIG]", or the path of a text file, a .jsonl file or a folder.
         data_dir: Folder of data sets.
         name: Name of the data set; None: derived from `what`.
-        tokenizer: "byte" or an encoding of tiktoken.
+        tokenizer: "train:N" for a BPE of N ids that is trained on the training split, or a name of `load_tokenizer`.
+        eot: Token of the tokenizer that ends a document; None: the one that it names itself.
         val_fraction: Fraction of the validation split, above 0 and below 1; None: see `DEFAULT_VAL_FRACTION`.
         overwrite: Whether an existing data set is replaced.
         shard_tokens: Number of tokens in a full shard.
@@ -89,8 +93,9 @@ def prepare(
         text_field: Field of a Hugging Face data set or .jsonl file that has the text; None: "text".
 
     Raises:
-        DataError: `what` is unknown, unreadable, too small or lacks the field; the data set exists; a download failed.
-        DeviceError: `what` is a Hugging Face data set, and the package `datasets` is not installed.
+        DataError: `what` or `tokenizer` is unknown or unreadable; `what` is too small or lacks the field; the data set
+            exists; a download failed; the tokenizer refuses a document.
+        DeviceError: A package that `what` or the tokenizer needs is not installed.
         DiskError: The disk is full or cannot be written.
     """
     begin = time.perf_counter()
@@ -98,8 +103,9 @@ def prepare(
     name = found.name if name is None else name
     fraction = DEFAULT_VAL_FRACTION[found.kind] if val_fraction is None else val_fraction
     _check_options(what, found, split, text_field, name, fraction)
-    path, encoder = Path(data_dir) / name, load_tokenizer(tokenizer, instead=_OTHER_TOKENIZER)
-    skipped: sources.Skipped = {}
+    path = Path(data_dir) / name
+    check_target(path.resolve(), overwrite)
+    encoder = _tokenizer(tokenizer, eot, found, fraction, quiet)
     writer = ShardWriter(
         path,
         tokenizer=encoder,
@@ -110,15 +116,33 @@ def prepare(
         overwrite=overwrite,
     )
     with writer, _progress(name, quiet) as progress:
-        if found.text_file:
-            _write_tail_split(writer, encoder, found.text_file(), fraction, progress)
-        else:
-            _write_documents(writer, encoder, found.documents(skipped), fraction, progress, skipped)
+        skipped = _write(writer, encoder, found, fraction, progress)
     if not quiet:
-        for reason, count in sorted(skipped.items()):
-            print(f"skipped {count} files: {reason}")
-        print(summary(path, time.perf_counter() - begin))
+        lines = [f"skipped {count} files: {reason}" for reason, count in sorted(skipped.items())]
+        print("\n".join([*lines, summary(path, time.perf_counter() - begin)]))
     return path
+
+
+def _tokenizer(name: str, eot: str | None, found: _Source, fraction: float, quiet: bool) -> Tokenizer:
+    """Returns the tokenizer; a vocabulary that is to be trained never sees the validation split."""
+    if not name.startswith(PREFIX):
+        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER)
+    vocabulary_size(name)
+    if eot is not None:
+        raise DataError(f"--eot: found {eot!r}, wanted none: {name} has <|endoftext|>")
+    with _progress(f"{name}: the sample of the text", quiet) as progress:
+        if found.text_file:
+            path = found.text_file()
+            documents: Iterator[bytes] = sources.text_pieces(path, 0, _tail_begin(path, fraction))
+        else:
+            documents = (data for data in found.documents({}) if _hash_fraction(data) >= fraction)
+        return train_tokenizer(name, _shown(documents, progress))
+
+
+def _shown(documents: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
+    for number, document in enumerate(documents, 1):
+        progress(number, 0)
+        yield document
 
 
 def _check_options(
@@ -204,6 +228,18 @@ def _find_source(what: str, data_dir: str | os.PathLike[str], shakespeare_url: s
     raise DataError(f"prepare: found {what!r}, wanted a file, a folder, hf:REPO or one of {', '.join(KNOWN)}{hint}")
 
 
+def _write(
+    writer: ShardWriter, tokenizer: Tokenizer, found: _Source, fraction: float, progress: Progress
+) -> sources.Skipped:
+    """Writes both splits, and returns the counts of the skipped files."""
+    skipped: sources.Skipped = {}
+    if found.text_file:
+        _write_tail_split(writer, tokenizer, found.text_file(), fraction, progress)
+    else:
+        _write_documents(writer, tokenizer, found.documents(skipped), fraction, progress, skipped)
+    return skipped
+
+
 def _write_documents(
     writer: ShardWriter,
     tokenizer: Tokenizer,
@@ -214,17 +250,26 @@ def _write_documents(
 ) -> None:
     """Writes documents to both splits; the docstring of the module says how validation documents are chosen."""
     count, low, high = 0, 1.0, 0.0
-    # tiktoken encodes without the GIL, so threads use all cores; bytes need no encoding.
-    threads = 1 if isinstance(tokenizer, ByteTokenizer) else len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool:
+
+    def write(batch: list[bytes], encoded: Iterator[Tokens]) -> None:
+        nonlocal count, low, high
+        for document in batch:
+            count += 1
+            tokens = _next(encoded, f"document {count}")
+            position = _hash_fraction(document)
+            low, high = min(low, position), max(high, position)
+            writer.add("val" if position < fraction else "train", tokens)
+        progress(count, sum(writer.counts(split)[0] for split in SPLITS))
+
+    with ThreadPoolExecutor(_threads(tokenizer)) as pool:
+        before: tuple[list[bytes], Iterator[Tokens]] | None = None
         for batch in _batches(documents):
-            encode = map if threads == 1 else pool.map
-            for document, tokens in zip(batch, encode(tokenizer.encode, batch), strict=True):
-                position = _hash_fraction(document)
-                low, high = min(low, position), max(high, position)
-                writer.add("val" if position < fraction else "train", tokens)
-            count += len(batch)
-            progress(count, sum(writer.counts(split)[0] for split in SPLITS))
+            encoded = pool.map(tokenizer.encode, batch)  # runs while the batch before it is written
+            if before is not None:
+                write(*before)
+            before = batch, encoded
+        if before is not None:
+            write(*before)
     if count == 0:
         why = ", ".join(f"{number} x {reason}" for reason, number in sorted(skipped.items()))
         raise DataError(f"prepare: found no document, wanted at least two{f'; skipped: {why}' if why else ''}")
@@ -268,18 +313,47 @@ def _write_tail_split(
     writer: ShardWriter, tokenizer: Tokenizer, path: Path, fraction: float, progress: Progress
 ) -> None:
     """Writes a single text, its head to the training split and its tail to the validation split."""
+    size, cut = path.stat().st_size, _tail_begin(path, fraction)
+    with ThreadPoolExecutor(_threads(tokenizer)) as pool:
+        for split, begin, end in (("train", 0, cut), ("val", cut, size)):
+            if begin == end:
+                continue
+            for text in sources.text_pieces(path, begin, end):
+                parts = [text]
+                if not isinstance(tokenizer, ByteTokenizer):
+                    parts = [part.encode() for part in pieces(as_text(tokenizer.name, text))]
+                encoded = pool.map(tokenizer.encode, parts)
+                for part in parts:
+                    writer.append(split, _next(encoded, f"{path}, in the {len(part):,} bytes at byte {begin:,}"))
+                    begin += len(part)
+                progress(0, sum(writer.counts(part)[0] for part in SPLITS))
+            writer.end_document(split)
+
+
+def _next(encoded: Iterator[Tokens], where: str) -> Tokens:
+    """Returns the next tokens; an error of the tokenizer names the place of the text."""
+    try:
+        return next(encoded)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _tail_begin(path: Path, fraction: float) -> int:
+    """Returns the offset at which the validation split of a single text begins.
+
+    Raises:
+        DataError: The text is too short to be split.
+    """
     size = path.stat().st_size
     if size < 2:
         raise DataError(f"{path}: found {size} bytes, wanted a text to train on and to validate on")
     # nanoGPT cuts at int(n * 0.9) characters; this is the same place for ASCII, where a character is a byte.
-    cut = sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
-    for split, begin, end in (("train", 0, cut), ("val", cut, size)):
-        if begin == end:
-            continue
-        for piece in sources.text_pieces(path, begin, end):
-            writer.append(split, tokenizer.encode(piece))
-            progress(0, sum(writer.counts(part)[0] for part in SPLITS))
-        writer.end_document(split)
+    return sources.character_start(path, max(1, min(size - 1, int(size * (1 - fraction)))))
+
+
+def _threads(tokenizer: Tokenizer) -> int:
+    """Returns the number of threads that encode: the libraries encode without the GIL; bytes need no encoding."""
+    return 1 if isinstance(tokenizer, ByteTokenizer) else len(os.sched_getaffinity(0))
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:

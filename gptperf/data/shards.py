@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
 from gptperf.data.sources import KNOWN
+from gptperf.data.tokenizers import read_vocabulary
 from gptperf.errors import DataError
 
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
@@ -270,9 +271,11 @@ def verify(path: str | os.PathLike[str]) -> int:
         The number of tokens read.
 
     Raises:
-        DataError: A checksum, largest id or number of documents differs, or a check of `TokenSource.open` fails.
+        DataError: A checksum, largest id or number of documents differs, a file of the tokenizer does, or a check of
+            `TokenSource.open` fails.
     """
     manifest = read_manifest(path)
+    read_vocabulary(Path(path), manifest.tokenizer)
     total = 0
     for split in SPLITS:
         with TokenSource(manifest, Path(path), split) as source:

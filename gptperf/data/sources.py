@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptperf.data.hub import by_hand
 from gptperf.errors import DataError, DeviceError
 from gptperf.files import replacing
 
@@ -221,7 +222,7 @@ def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
     target = Path(data_dir) / ".downloads" / "shakespeare.txt"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
         return target
-    remedy = "fetch the text by other means and run: python -m gptperf.prepare PATH --name=shakespeare"
+    remedy = f"fetch the text by other means as {target}, or run: python -m gptperf.prepare PATH --name=shakespeare"
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             data = reply.read(1 << 24)
@@ -274,7 +275,8 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
             raise DeviceError(f"hf:{repo}: {first_line}: pip install 'gptperf[hf]'") from error
         raise DataError(
             f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); check the network, and the names of "
-            "the data set and its configuration"
+            "the data set and its configuration. "
+            + by_hand("the files", f"datasets/{repo}/tree/main", "use hf:FOLDER in place of the name")
         ) from error
 
 

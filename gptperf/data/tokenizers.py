@@ -1,57 +1,42 @@
-"""Tokenizers for raw bytes and for tiktoken's vocabularies.
+"""Tokenizers by name, and the files of a tokenizer, which travel with a data set and with each checkpoint.
 
-The manifest of a data set names its tokenizer, with a fingerprint of the vocabulary, so that a model is never trained
-on ids whose meaning has changed. The text of a special token in a document is encoded as ordinary text.
+The manifest of a data set has a fingerprint of the vocabulary, so that a model is never trained on ids whose meaning
+has changed. Once a data set is prepared, nothing about its tokenizer is looked up elsewhere. The text of a special
+token in a document is encoded as ordinary text.
 """
 
 import difflib
 import functools
 import hashlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from gptperf.data.format import MANIFEST, TokenizerInfo, read_manifest
+from gptperf.data.json_tokenizer import TOKENIZER_JSON, JsonTokenizer
+from gptperf.data.tiktoken_vocabulary import RANKS, TiktokenTokenizer, vocabulary_fingerprint
+from gptperf.data.train_tokenizer import PREFIX
+from gptperf.data.vocabulary import NoVocabularyError, Tokenizer, Tokens, as_array, token_dtype
 from gptperf.errors import DataError
+from gptperf.files import sync_directory, sync_file
 
-if TYPE_CHECKING:
-    import tiktoken
+__all__ = [
+    "ByteTokenizer",
+    "JsonTokenizer",
+    "NoVocabularyError",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "read_vocabulary",
+    "restore_tokenizer",
+    "token_dtype",
+    "write_vocabulary",
+]
 
-__all__ = ["ByteTokenizer", "TiktokenTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
-
-Tokens = npt.NDArray[Any]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Returns the smallest shard dtype, little-endian uint16 or uint32, that holds ids below `vocab_size`."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-class Tokenizer(Protocol):
-    """The interface of a tokenizer that preparation and sampling use."""
-
-    @property
-    def name(self) -> str:
-        """Name under which `load_tokenizer` finds it."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids; the ids are 0 to `vocab_size - 1`."""
-
-    @property
-    def eot(self) -> int:
-        """Id that ends a document."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the vocabulary: equal if and only if every id has the same bytes."""
-
-    def encode(self, text: bytes | str) -> Tokens:
-        """Returns the ids of one document, (n,) uint16 or uint32, without `eot`."""
-
-    def decode(self, ids: Iterable[int] | Tokens) -> str:
-        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+_FOLDER = "tokenizer"
+"""Folder of the vocabulary's files in a data set."""
 
 
 class ByteTokenizer:
@@ -60,11 +45,12 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     eot = 256
+    files: Mapping[str, bytes] = {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the vocabulary."""
-        return _fingerprint((bytes([i]) for i in range(256)), self.eot)
+        return vocabulary_fingerprint((bytes([i]) for i in range(256)), self.eot)
 
     def encode(self, text: bytes | str) -> Tokens:
         """Returns the bytes of `text` as ids, (n,) uint16; a str is encoded as UTF-8, with "?" for lone surrogates."""
@@ -73,118 +59,128 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int] | Tokens) -> str:
         """Returns the text of `ids`; ids of 256 and above have no bytes and are dropped."""
-        values = _as_array(ids)
+        values = as_array(ids)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-class TiktokenTokenizer:
-    """An encoding of tiktoken, by its name ("gpt2", "cl100k_base", ...).
-
-    Raises:
-        DataError: The vocabulary is not in tiktoken's cache and cannot be downloaded, or it has no end-of-text token.
-    """
-
-    def __init__(self, name: str, instead: str = "") -> None:
-        self.name = name
-        self.encoding = _get_encoding(name, instead)
-        self.vocab_size = self.encoding.n_vocab
-        try:
-            self.eot = self.encoding.eot_token
-        except KeyError as error:
-            raise DataError(
-                f"tokenizer {name!r}: found no <|endoftext|> token, wanted one to end a document"
-            ) from error
-        self._dtype = token_dtype(self.vocab_size)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the vocabulary; an id without bytes has an entry of its own."""
-        return _fingerprint((self._token_bytes(i) for i in range(self.vocab_size)), self.eot)
-
-    def encode(self, text: bytes | str) -> Tokens:
-        """Returns the ids of `text`, (n,) uint16 or uint32.
-
-        The text of a special token is encoded as ordinary text, and a lone surrogate as "?".
-
-        Raises:
-            DataError: `text` is bytes and not UTF-8.
-        """
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"tokenizer {self.name!r}: found byte 0x{text[error.start]:02x} at offset {error.start}, "
-                    "wanted UTF-8 (the tokenizer 'byte' takes any bytes)"
-                ) from error
-        try:
-            ids = self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, as from "\\ud800" in JSON
-            clean = text.encode("utf-8", errors="replace").decode("utf-8")
-            ids = self.encoding.encode_to_numpy(clean, allowed_special=set(), disallowed_special=())
-        return ids.astype(self._dtype)
-
-    def decode(self, ids: Iterable[int] | Tokens) -> str:
-        """Returns the text of `ids`; ids without bytes (padding of the vocabulary) are dropped."""
-        pieces = (self._token_bytes(int(i)) for i in _as_array(ids))
-        return b"".join(piece for piece in pieces if piece is not None).decode("utf-8", errors="replace")
-
-    def _token_bytes(self, token: int) -> bytes | None:
-        try:
-            return self.encoding.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):
-            return None
-
-
-def load_tokenizer(name: str, *, instead: str = "") -> Tokenizer:
-    """Returns the tokenizer called `name`: "byte" or an encoding of tiktoken.
+def load_tokenizer(name: str, *, eot: str | None = None, instead: str = "") -> Tokenizer:
+    """Returns the tokenizer called `name`, whose vocabulary may be downloaded.
 
     Args:
-        name: The name.
+        name: "byte", an encoding of tiktoken, "hf:REPO", or a path: a tokenizer.json, a folder that has one, or a data
+            set, whose tokenizer it is.
+        eot: The token that ends a document; None: the one that the tokenizer names itself.
         instead: What else the caller's user can do if the vocabulary is not available, for the end of the message.
 
     Raises:
-        DataError: The name is unknown, or the vocabulary is not available offline.
+        DataError: The name is unknown, the vocabulary is not available offline, or no token ends a document.
+        DeviceError: A package is not installed.
     """
     if name == ByteTokenizer.name:
+        if eot is not None:
+            raise DataError(f"--eot: found {eot!r}, wanted none: the id 256 ends a document of the tokenizer 'byte'")
         return ByteTokenizer()
+    if name.startswith("hf:"):
+        return JsonTokenizer.find(name, eot)
+    if os.path.isfile(Path(name, MANIFEST)):
+        return _of_data_set(Path(name), eot)
     import tiktoken
 
-    known = ["byte", *tiktoken.list_encoding_names()]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; nearest: {near[0]!r}" if near else ""
-        raise DataError(f"tokenizer: found {name!r}, wanted one of {', '.join(known)}{hint}")
-    return TiktokenTokenizer(name, instead)
+    known = tiktoken.list_encoding_names()
+    if name in known:
+        return TiktokenTokenizer.download(name, eot, instead)
+    if os.path.exists(name) or os.sep in name or name.endswith(".json"):
+        return JsonTokenizer.find(name, eot)
+    near = difflib.get_close_matches(name, ["byte", *known], n=1, cutoff=0.4)
+    hint = f"; nearest: {near[0]!r}" if near else ""
+    raise NoVocabularyError(
+        f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, a data "
+        f"set, hf:REPO or {PREFIX}N{hint}"
+    )
 
 
-def _get_encoding(name: str, instead: str) -> "tiktoken.Encoding":
-    import tiktoken
+def _of_data_set(folder: Path, eot: str | None) -> Tokenizer:
+    info = read_manifest(folder).tokenizer
+    if eot is not None:
+        raise DataError(f"--eot: found {eot!r}, wanted none: {folder} has an end of a document, the id {info.eot}")
+    return restore_tokenizer(info, read_vocabulary(folder, info), folder)
 
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:  # every error of requests is an OSError, and so is an unreadable cache
-        where = f": {error.filename}" if error.filename else ""
+
+def restore_tokenizer(info: TokenizerInfo, files: Mapping[str, bytes], where: Path) -> Tokenizer:
+    """Returns the tokenizer of a data set or checkpoint; needs no network and no cache.
+
+    Args:
+        info: Its entry in the manifest or the state. A checkpoint of an earlier version has the name and the
+            fingerprint alone; its `vocab_size` is 0.
+        files: Its `files`. Where an earlier version has written none, the vocabulary is looked up by its name.
+        where: The data set or checkpoint, for the error.
+
+    Raises:
+        DataError: The files are not the vocabulary of this entry, or the vocabulary of this name cannot be found.
+        DeviceError: A package is not installed.
+    """
+    tokenizer: Tokenizer
+    if TOKENIZER_JSON in files:
+        tokenizer = JsonTokenizer(info.name, files[TOKENIZER_JSON], info.eot)
+    elif RANKS in files:
+        tokenizer = TiktokenTokenizer.from_files(info.name, files)
+    elif files:
         raise DataError(
-            f"tokenizer {name!r}: its vocabulary is not in the cache and cannot be downloaded "
-            f"({type(error).__name__}{where}). Run once with a network, or set TIKTOKEN_CACHE_DIR to a folder that "
-            f"holds it{instead}"
-        ) from error
-    except ValueError as error:  # an unknown name, or a download whose checksum is not the one that tiktoken expects
-        raise DataError(f"tokenizer {name!r}: tiktoken cannot load it: {str(error).splitlines()[0]}") from error
+            f"{where}: tokenizer {info.name!r}: found {', '.join(files)}, wanted {TOKENIZER_JSON} or {RANKS}"
+        )
+    else:
+        tokenizer = load_tokenizer(info.name)
+    what = "its files have" if files else "installed here has"
+    if tokenizer.fingerprint != info.fingerprint:
+        raise DataError(
+            f"{where}: tokenizer {info.name!r}: {what} the fingerprint {tokenizer.fingerprint[:12]}, wanted "
+            f"{info.fingerprint[:12]}, of the version that encoded the data; prepare the data set again"
+        )
+    if info.vocab_size not in (0, tokenizer.vocab_size):
+        raise DataError(
+            f"{where}: tokenizer {info.name!r}: {what} {tokenizer.vocab_size:,} ids, wanted {info.vocab_size:,}"
+        )
+    return tokenizer
 
 
-def _as_array(ids: Iterable[int] | Tokens) -> Tokens:
-    if hasattr(ids, "__array__"):
-        return np.asarray(ids).reshape(-1)
-    return np.fromiter(ids, np.int64)
+def write_vocabulary(tokenizer: Tokenizer, folder: Path) -> TokenizerInfo:
+    """Writes the files of a tokenizer into the data set in `folder` and returns the entry for its manifest.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    target = folder / _FOLDER
+    for name, content in tokenizer.files.items():
+        target.mkdir(exist_ok=True)
+        (target / name).write_bytes(content)
+        sync_file(target / name)
+        sync_directory(target)
+    return TokenizerInfo(
+        name=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint,
+        eot=tokenizer.eot,
+        files={name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()},
+    )
 
 
-def _fingerprint(vocabulary: Iterable[bytes | None], eot: int) -> str:
-    digest = hashlib.sha256(b"gptperf vocabulary 1\n")
-    for piece in vocabulary:
-        # The length before the bytes makes the streams of two vocabularies differ; -1 stands for an id without bytes.
-        size = -1 if piece is None else len(piece)
-        digest.update(size.to_bytes(4, "little", signed=True) + (piece or b""))
-    digest.update(eot.to_bytes(8, "little"))
-    return digest.hexdigest()
+def read_vocabulary(folder: Path, info: TokenizerInfo) -> dict[str, bytes]:
+    """Returns the files of the tokenizer of the data set in `folder`, compared with the checksums of its manifest.
+
+    Raises:
+        DataError: A file is missing or differs.
+    """
+    found = {}
+    for name, wanted in info.files.items():
+        path = folder / _FOLDER / name
+        try:
+            found[name] = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; prepare the data set again") from error
+        digest = hashlib.sha256(found[name]).hexdigest()
+        if digest != wanted:
+            raise DataError(
+                f"{path}: found SHA-256 {digest[:12]}, wanted {wanted[:12]} (the manifest's): the file is corrupt; "
+                "prepare the data set again"
+            )
+    return found

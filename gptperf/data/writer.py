@@ -20,13 +20,12 @@ from gptperf.data.format import (
     Header,
     Shard,
     Split,
-    TokenizerInfo,
 )
-from gptperf.data.tokenizers import Tokenizer, token_dtype
+from gptperf.data.tokenizers import Tokenizer, token_dtype, write_vocabulary
 from gptperf.errors import DataError, DiskError
 from gptperf.files import keep_locked, make_temporary, remove_leftovers, sync_directory, sync_file
 
-__all__ = ["SHARD_TOKENS", "ShardWriter"]
+__all__ = ["SHARD_TOKENS", "ShardWriter", "check_target"]
 
 SHARD_TOKENS = 100_000_000
 """Default number of tokens in a shard: 200 MB of uint16, so 10 billion tokens are 100 files."""
@@ -83,7 +82,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         remove_leftovers(self.path.parent)
-        self._check_target()
+        check_target(self.path, self._overwrite)
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder, lock = make_temporary(self.path, folder=True)
@@ -134,27 +133,11 @@ class ShardWriter:
         """Returns the numbers of tokens and documents written to the split "train" or "val" so far."""
         return self._splits[split].total()
 
-    def _check_target(self) -> None:
-        if not os.path.lexists(self.path):
-            return
-        if not (self.path / MANIFEST).is_file():
-            raise DataError(f"{self.path}: exists and is not a data set (it has no {MANIFEST}); it is never replaced")
-        if not self._overwrite:
-            raise DataError(
-                f"{self.path}: this data set exists; to replace it: --overwrite=True, or choose another --name"
-            )
-
     def _commit(self, folder: Path) -> None:
         splits = {name: writer.finish() for name, writer in self._splits.items()}
-        tokenizer = self._tokenizer
         manifest = DatasetManifest(
             name=self._name,
-            tokenizer=TokenizerInfo(
-                name=tokenizer.name,
-                vocab_size=tokenizer.vocab_size,
-                fingerprint=tokenizer.fingerprint,
-                eot=tokenizer.eot,
-            ),
+            tokenizer=write_vocabulary(self._tokenizer, folder),
             dtype=next(name for name, dtype in DTYPES.items() if dtype == self._dtype),
             source=self._source,
             val_fraction=self._val_fraction,
@@ -164,7 +147,7 @@ class ShardWriter:
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         sync_file(folder / MANIFEST)
         sync_directory(folder)
-        self._check_target()  # again, because another process may have written it in the meantime
+        check_target(self.path, self._overwrite)  # again, because another process may have written it in the meantime
         if self.path.exists():
             # rename(2) does not replace a folder with entries. A crash between these two renames leaves both data sets
             # complete, the old one under the name `aside`, and `remove_leftovers` gives it its name back. The lock
@@ -181,6 +164,20 @@ class ShardWriter:
         else:
             folder.rename(self.path)
         sync_directory(self.path.parent)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Checks that a data set may be written to the folder `path`.
+
+    Raises:
+        DataError: `path` exists and `overwrite` is false, or `path` is not a data set.
+    """
+    if not os.path.lexists(path):
+        return
+    if not (path / MANIFEST).is_file():
+        raise DataError(f"{path}: exists and is not a data set (it has no {MANIFEST}); it is never replaced")
+    if not overwrite:
+        raise DataError(f"{path}: this data set exists; to replace it: --overwrite=True, or choose another --name")
 
 
 class _SplitWriter:

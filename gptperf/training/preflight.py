@@ -15,7 +15,7 @@ from gptperf.data.format import DatasetManifest, read_manifest
 from gptperf.data.loader import validation_batches
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource, resolve_dataset
-from gptperf.data.tokenizers import Tokenizer, load_tokenizer
+from gptperf.data.tokenizers import NoVocabularyError, Tokenizer, read_vocabulary, restore_tokenizer
 from gptperf.distributed.process import Process
 from gptperf.errors import DataError, DeviceError, OutOfMemoryError
 from gptperf.files import check_space
@@ -43,7 +43,10 @@ class Inputs:
     manifest: DatasetManifest
     train_tokens: TokenSource
     val_tokens: TokenSource
-    tokenizer: Tokenizer
+    vocabulary: dict[str, bytes]
+    """The files of the data set's tokenizer, which every checkpoint gets."""
+    tokenizer: Tokenizer | None
+    """The tokenizer for the sample; None if the run prints no sample, and on every rank but the main one."""
     checkpoint: Checkpoint | None
     """The checkpoint that the run starts from."""
 
@@ -62,18 +65,32 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
     """
     planned = check_plan(config, process)
     manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
-    tokenizer = load_tokenizer(manifest.tokenizer.name)
-    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
-        raise DataError(
-            f"{config.data.dataset}: found tokens of another version of the tokenizer {tokenizer.name} than the one "
-            "installed here; prepare the data set again"
-        )
+    vocabulary = read_vocabulary(train_tokens.path, manifest.tokenizer)
+    tokenizer = None
+    if process.is_main and config.log.sample_tokens:
+        tokenizer = _sample_tokenizer(manifest, vocabulary, train_tokens.path, console)
+        vocabulary = vocabulary or dict(tokenizer.files if tokenizer is not None else {})
     out_dir = Path(config.train.out_dir)
     if process.is_main:
         stack.enter_context(RunLock(out_dir))
     validation_batches(val_tokens, **validation_keys(config, process))  # raises if the split is too short
     found = find_checkpoint(config, out_dir / "checkpoints", process, console)
-    return Inputs(planned, manifest, train_tokens, val_tokens, tokenizer, found)
+    return Inputs(planned, manifest, train_tokens, val_tokens, vocabulary, tokenizer, found)
+
+
+def _sample_tokenizer(
+    manifest: DatasetManifest, vocabulary: dict[str, bytes], path: Path, console: Console
+) -> Tokenizer | None:
+    """Returns the tokenizer of a data set, or None with a warning where it cannot be loaded: only the sample needs it.
+
+    Raises:
+        DataError: the vocabulary is not the one that encoded the data.
+    """
+    try:
+        return restore_tokenizer(manifest.tokenizer, vocabulary, path)
+    except (DeviceError, NoVocabularyError) as error:
+        console.warning(f"the run will print no sample of text: {error}")
+        return None
 
 
 def check_device(system: SystemConfig, device: torch.device) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from gptperf import checkpoint as checkpoints
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import Config
-from gptperf.data.tokenizers import Tokenizer
+from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.process import Process
-from gptperf.errors import CheckpointError, GptperfError
+from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
 from gptperf.training.engine import Engine
 from gptperf.training.matching import changed_keys, changed_versions
@@ -67,14 +67,16 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
     return chosen
 
 
-def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Tokenizer, console: Console) -> TrainState:
+def take_up(
+    found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: TokenizerInfo, console: Console
+) -> TrainState:
     """Restores a checkpoint: the whole state for a run that resumes, only the weights for a run that starts from them.
 
     Args:
         found: the checkpoint.
         engine: the objects to restore.
         fingerprint: fingerprint of the training data.
-        tokenizer: tokenizer of this run.
+        tokenizer: tokenizer of the data set.
         console: gets the warnings about differences.
 
     Returns:
@@ -82,7 +84,7 @@ def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Toke
 
     Raises:
         CheckpointError: the checkpoint was made with another configuration, or by a version that saved another state.
-        DataError: the checkpoint was made with another data set.
+        DataError: the checkpoint was made with another data set or another tokenizer.
     """
     resuming = engine.config.train.init_from in ("resume", "auto")
     if resuming and "train_state" not in found.state:
@@ -90,12 +92,22 @@ def take_up(found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: Toke
     try:
         for line in changed_keys(found.state, engine.config, weights_only=not resuming):
             console.warning(f"{found.path} was made with another value (saved -> now): {line}")
+        saved = found.state["tokenizer"]
+        other_ids = saved["fingerprint"] != tokenizer.fingerprint
         if not resuming:
-            if found.state["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-                console.warning(f"{found.path} was made with the tokenizer {found.state['tokenizer']['name']}")
+            if other_ids:
+                console.warning(
+                    f"{found.path} was made with the tokenizer {saved['name']}, the data with {tokenizer.name}: the "
+                    "same ids have another meaning"
+                )
             restore_weights(found, engine.model, engine.weights)
             console.message(f"weights from {found.path}")
             return TrainState()
+        if other_ids:
+            raise DataError(
+                f"{found.path}: found the tokenizer {saved['name']} ({saved['fingerprint'][:12]}), the data has "
+                f"{tokenizer.name} ({tokenizer.fingerprint[:12]}); wanted data of the same tokenizer"
+            )
         for line in changed_versions(found.state, engine):
             console.warning(f"the same numbers, but not the same bits as without the break: {line}")
         state = restore(found, engine, fingerprint)

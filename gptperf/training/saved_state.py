@@ -1,8 +1,8 @@
 """Saves the whole resumable state of a run in a checkpoint, and restores it.
 
 The state consists of master weights, optimizer states and their step count, the loss scale, the random states, buffers
-and frozen parameters of plugins, the position in the run, and everything that a later run is compared with
-(`gptperf.training.matching`).
+and frozen parameters of plugins, the tokenizer's vocabulary, the position in the run, and everything that a later run
+is compared with (`gptperf.training.matching`).
 
 The iteration is the position in the data, because the tokens of a batch and the elements that dropout drops are
 functions of seed and iteration. The random states are saved for plugins that draw from them.
@@ -31,8 +31,11 @@ from gptperf.errors import CheckpointError, DataError
 from gptperf.training.engine import Engine
 from gptperf.training.matching import DERIVED, versions
 
-__all__ = ["LARGE", "TrainState", "changed_by_forward", "restore", "restore_weights", "snapshot"]
+__all__ = ["LARGE", "VOCABULARY", "TrainState", "changed_by_forward", "restore", "restore_weights"]
+__all__ += ["saved_vocabulary", "snapshot", "vocabulary_tensors"]
 
+VOCABULARY = "tokenizer"
+"""Stem of the file with the files of the tokenizer."""
 LARGE = ("model", "optimizer")
 """Stems of the files with most of the bytes. They are read part by part, and each rank reads the parts it needs."""
 
@@ -90,7 +93,11 @@ def changed_by_forward(engine: Engine) -> Callable[[], None]:
 
 
 def snapshot(
-    engine: Engine, state: TrainState, fingerprint: str, tokenizer: Mapping[str, Any]
+    engine: Engine,
+    state: TrainState,
+    fingerprint: str,
+    tokenizer: Mapping[str, Any],
+    vocabulary: Mapping[str, bytes] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Returns this rank's part of the state.
 
@@ -98,7 +105,8 @@ def snapshot(
         engine: the objects whose state is saved.
         state: position of the run.
         fingerprint: fingerprint of the training data.
-        tokenizer: name and fingerprint of the tokenizer.
+        tokenizer: name, vocab_size, fingerprint and eot of the tokenizer.
+        vocabulary: files of the tokenizer, which `saved_vocabulary` reads back.
 
     Returns:
         Named tensors by file stem (views, not copies), and the JSON state.
@@ -122,6 +130,8 @@ def snapshot(
     buffers = dict(_buffers(engine.model))
     if engine.process.is_main:
         tensors |= {"rng": rng} | ({"buffers": buffers} if buffers else {})
+        if vocabulary:
+            tensors[VOCABULARY] = vocabulary_tensors(vocabulary)
     return tensors, {
         "train_state": dataclasses.asdict(state),
         "scaler": engine.scaler.state_dict(),
@@ -132,6 +142,17 @@ def snapshot(
         "tokenizer": dict(tokenizer),
         "versions": versions(engine),
     }
+
+
+def vocabulary_tensors(vocabulary: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """Returns the bytes of each file of a tokenizer as a tensor, (size,) uint8, for the file `VOCABULARY`."""
+    return {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in vocabulary.items()}
+
+
+def saved_vocabulary(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Returns the files of the tokenizer in a checkpoint; a checkpoint of bytes or of an earlier version has none."""
+    named = checkpoint.tensors.get(VOCABULARY, {})
+    return {name: tensor.numpy().tobytes() for name, tensor in named.items()}
 
 
 def _master(bucket: Bucket) -> Tensor:

@@ -144,7 +144,7 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
     """
     state = TrainState()
     if inputs.checkpoint is not None:
-        state = take_up(inputs.checkpoint, engine, inputs.train_tokens.fingerprint, inputs.tokenizer, console)
+        state = take_up(inputs.checkpoint, engine, inputs.train_tokens.fingerprint, inputs.manifest.tokenizer, console)
     if state.validation not in ("", inputs.val_tokens.fingerprint):
         raise DataError(
             f"{engine.config.train.out_dir}: found validation losses of other validation data; wanted the same shards"

@@ -307,8 +307,9 @@ def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
         DiskError: see `_report_save`.
     """
     inputs, state = run.inputs, dataclasses.replace(run.state, wall_s=run.state.wall_s + process_age_s())
-    tokenizer = {"name": inputs.tokenizer.name, "fingerprint": inputs.tokenizer.fingerprint}
-    tensors, saved = snapshot(run.engine, state, inputs.train_tokens.fingerprint, tokenizer)
+    info = inputs.manifest.tokenizer
+    tokenizer = {key: getattr(info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
+    tensors, saved = snapshot(run.engine, state, inputs.train_tokens.fingerprint, tokenizer, inputs.vocabulary)
     _report_save(run, run.saver.save(state.step, tensors, saved, val_loss), must=False)
     if must:
         _report_save(run, run.saver.wait(), must=True)
@@ -359,7 +360,7 @@ def _finish(run: TrainingRun, loss: tuple[float, int] | None, stop: StopRequest)
     summary["val_loss"] = last.metric if last is not None else None
     if log.trigram_baseline and not stop.requested:
         summary["trigram_loss"] = trigram_loss(inputs.train_tokens, inputs.val_tokens)
-    if log.sample_tokens:
+    if inputs.tokenizer is not None:
         with contextlib.suppress(Dropped):
             drops = partial(getattr, stop, "requested")
             summary["sample"] = sample_text(run.engine, inputs.tokenizer, log.sample_tokens, drops)

@@ -31,6 +31,7 @@ class WideTokenizer:
     vocab_size: int = 100_000
     eot: int = 99_999
     fingerprint: str = "0" * 64
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def write(path: Path, train: list[list[int]], val: list[list[int]], tokenizer: Any = BYTE, **kwargs: Any) -> Path:

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, special tokens as plain text, fingerprints, and errors of names and networks."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_helpers import restored
 
 from gptperf.data.prepare import prepare
 from gptperf.data.tokenizers import ByteTokenizer, TiktokenTokenizer, load_tokenizer, token_dtype
@@ -81,11 +83,10 @@ def test_tiktoken_refuses_bytes_that_are_not_utf8(local_gpt2: None) -> None:
         load_tokenizer("gpt2").encode(b"ab\xff")
 
 
-def test_fingerprint_sees_every_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_sees_every_part_of_the_vocabulary() -> None:
     def fingerprint(ranks: dict[bytes, int], eot: int) -> str:
         encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
-        monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-        return TiktokenTokenizer("gpt2").fingerprint
+        return TiktokenTokenizer("gpt2", encoding).fingerprint
 
     swapped = RANKS | {b"he": 257, b"ll": 256}
     found = [fingerprint(RANKS, 260), fingerprint(swapped, 260), fingerprint(RANKS, 261)]
@@ -100,18 +101,72 @@ def test_unknown_name_proposes_the_nearest() -> None:
         load_tokenizer("bytes")
 
 
-def test_offline_names_the_cache_and_the_alternative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "r50k_base", "cl100k_base", "o200k_base"])
+def test_offline_says_what_to_fetch_and_where_to_put_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import requests
+    import tiktoken.load
 
-    def offline(name: str) -> tiktoken.Encoding:
-        raise requests.exceptions.ConnectionError("no route to host")
+    asked = []
 
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR to a folder that holds it$") as caught:
-        load_tokenizer("gpt2")  # train and sample have no --tokenizer
+    def offline(url: str) -> bytes:
+        asked.append(url)
+        raise requests.exceptions.ConnectionError("no route to host", request=requests.Request("GET", url))
+
+    monkeypatch.setattr(tiktoken.load, "read_file", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(DataError, match=r"By hand: fetch .* TIKTOKEN_CACHE_DIR names$") as caught:
+        load_tokenizer(name)  # train and sample have no --tokenizer
     assert caught.value.exit_code == 3
-    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR.*, or use --tokenizer=byte"):
-        prepare("python_stdlib", tokenizer="gpt2", data_dir=tmp_path)
+    files = re.findall(r"(https://\S+) as ([0-9a-f]{40})", str(caught.value))
+    assert len(files) == (2 if name == "gpt2" else 1)
+    for url, file in files:
+        (tmp_path / file).write_bytes(url.encode())
+        assert tiktoken.load.read_file_cached(url) == url.encode()  # tiktoken finds it there
+    assert asked == [files[0][0]]
+    with pytest.raises(DataError, match=r"TIKTOKEN_CACHE_DIR names, or use --tokenizer=byte"):
+        prepare("python_stdlib", tokenizer="p50k_base", data_dir=tmp_path)
+
+
+def test_offline_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(name: str) -> tiktoken.Encoding:
+        raise PermissionError(13, "Permission denied", "/cache/file")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreadable)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    with pytest.raises(DataError, match=r"PermissionError: /cache/file.*set TIKTOKEN_CACHE_DIR to a folder.*now: off"):
+        load_tokenizer("gpt2")
+
+
+def test_tiktoken_comes_back_from_its_files(local_gpt2: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("looked up"))
+    again = restored(tokenizer)
+    for text in ("hello he ll \u00e9 <|endoftext|>", ""):
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert (again.fingerprint, again.vocab_size, again.eot) == (tokenizer.fingerprint, 261, 260)
+    assert again.files == tokenizer.files
+    files = dict(tokenizer.files)
+    lines = files["ranks.tiktoken"].splitlines(keepends=True)
+    for bad in (b"".join(lines[1:]), b"".join(lines) + b"aGVsbA== 7\n", b"x", b"\xff \xff\n"):
+        with pytest.raises(DataError, match=r"ranks\.tiktoken and tiktoken\.json are not a vocabulary"):
+            TiktokenTokenizer.from_files("gpt2", files | {"ranks.tiktoken": bad})
+    for bad in (b"[]", b"{", b'{"pattern": "(", "special_tokens": {"<|endoftext|>": 260}, "eot": 260}'):
+        with pytest.raises(DataError, match=r"are not a vocabulary"):
+            TiktokenTokenizer.from_files("gpt2", files | {"tiktoken.json": bad})
+
+
+def test_another_end_of_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    special = {"<|endoftext|>": 260, "<|stop|>": 261}
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: _encoding(special=special))
+    assert load_tokenizer("gpt2", eot="<|stop|>").eot == 261
+    assert restored(load_tokenizer("gpt2", eot="<|stop|>")).eot == 261
+    with pytest.raises(DataError, match=r"no <eos> token.*--eot= one of <\|endoftext\|>, <\|stop\|>"):
+        load_tokenizer("gpt2", eot="<eos>")
+    with pytest.raises(DataError, match="--eot: found '<eos>', wanted none"):
+        load_tokenizer("byte", eot="<eos>")
 
 
 def test_damaged_download_and_missing_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

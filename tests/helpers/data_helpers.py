@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Counting:
     vocab_size = 1 << 20
     eot = (1 << 20) - 1
     fingerprint = "0" * 64
+    files: Mapping[str, bytes] = {}
 
 
 def write_counting(path: Path, tokens: int, shard_tokens: int = 100) -> Path:

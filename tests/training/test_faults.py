@@ -34,7 +34,7 @@ from gptperf.errors import (
     OutOfMemoryError,
 )
 from gptperf.run_lock import RunLock
-from gptperf.training import evaluation, preflight, trainer
+from gptperf.training import evaluation, trainer
 from gptperf.training.signals import StopRequest
 
 
@@ -318,10 +318,10 @@ def test_a_full_gpu_is_said_with_what_helps(corpus: Path, tmp_path: Path, monkey
 def test_a_tokenizer_whose_ids_have_changed_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = ByteTokenizer()
-    changed.fingerprint = "0" * 64  # type: ignore[misc]
-    monkeypatch.setattr(preflight, "load_tokenizer", lambda name: changed)
-    with pytest.raises(DataError, match="another version of the tokenizer byte than the one installed here"):
+    monkeypatch.setattr(ByteTokenizer, "fingerprint", "0" * 64)
+    with pytest.raises(
+        DataError, match="tokenizer 'byte': installed here has the fingerprint 000000000000, wanted 833d"
+    ):
         run(corpus, tmp_path)
 
 

@@ -1,0 +1,108 @@
+"""Trains a vocabulary of byte pairs (BPE) on a sample of a corpus, with the `tokenizers` library (extra hf)."""
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from gptperf.data.json_tokenizer import JsonTokenizer, tokenizers_library
+from gptperf.data.vocabulary import as_text, pieces
+from gptperf.errors import DataError
+
+__all__ = ["PREFIX", "SAMPLE_BYTES", "train_tokenizer", "vocabulary_size"]
+
+PREFIX = "train:"
+SAMPLE_BYTES = 200_000_000
+"""Bytes of text that the vocabulary is trained on. The memory is this and about as much again."""
+_BYTES = 256
+_END_OF_TEXT = "<|endoftext|>"
+_MOST = 1 << 20
+# Words with the character before them (a space, a quote, a bracket), as in cl100k_base, and an English contraction with
+# its word; its "'" must not end a longer word, so that 'self' of source code is not cut into "'s" and "elf". Digits are
+# in groups of three at most, so that numbers share tokens. Line breaks are apart from the indentation after them.
+_PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?\p{L}+(?:'(?i:[sdmt]|ll|re|ve)(?!\p{L}))?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def vocabulary_size(name: str) -> int:
+    """Returns N of "train:N".
+
+    Raises:
+        DataError: N is not a number from 257 to 1,048,576.
+    """
+    digits = name.removeprefix(PREFIX)
+    size = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else 0
+    if not _BYTES < size <= _MOST:
+        raise DataError(
+            f"tokenizer: found {name!r}, wanted train:N with N from {_BYTES + 1} (256 bytes and the end of a document) "
+            f"to {_MOST}, e.g. train:32768"
+        )
+    return size
+
+
+def train_tokenizer(name: str, documents: Iterable[bytes]) -> JsonTokenizer:
+    """Trains a byte-level BPE and returns its tokenizer. The same documents in any order give the same vocabulary.
+
+    Ids 0 to 255 are the bytes, so every text survives encoding and decoding; the last id is `<|endoftext|>`.
+
+    Args:
+        name: "train:N", with the number of ids.
+        documents: UTF-8 documents; see `_sample` for what is taken of a large corpus.
+
+    Raises:
+        DataError: N is wrong, a document is not UTF-8, or the documents have fewer different tokens; the message names
+            the largest N.
+        DeviceError: The package `tokenizers` is not installed.
+    """
+    size = vocabulary_size(name)
+    library = tokenizers_library(name)
+    byte_level: Any = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained = library.Tokenizer(library.models.BPE())
+    split = library.pre_tokenizers.Split(library.Regex(_PATTERN), "isolated")
+    trained.pre_tokenizer = library.pre_tokenizers.Sequence([split, byte_level])
+    trained.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=size - 1,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(_sample(name, documents), trainer)
+    largest = trained.get_vocab_size() + 1
+    if largest < size:
+        raise DataError(
+            f"tokenizer {name!r}: found text for {largest:,} ids, wanted {size:,}; nearest: {PREFIX}{largest}, or more "
+            "text"
+        )
+    trained.add_special_tokens([library.AddedToken(_END_OF_TEXT, normalized=False, special=True)])
+    return JsonTokenizer(name, trained.to_str().encode(), _END_OF_TEXT)
+
+
+def _sample(name: str, documents: Iterable[bytes], limit: int | None = None) -> Iterator[str]:
+    """Yields pieces of the documents, of at most `limit` bytes together (None: `SAMPLE_BYTES`).
+
+    The pieces are those with the smallest SHA-256, in its order, so the sample does not depend on the order of the
+    documents. All documents are read, and the sample is in memory.
+    """
+    limit = SAMPLE_BYTES if limit is None else limit
+    kept: list[tuple[int, bytes]] = []  # a heap whose first entry has the largest hash
+    total = 0
+    for document in documents:
+        for piece in pieces(as_text(name, document)):
+            data = piece.encode()
+            rank = -int.from_bytes(hashlib.sha256(data).digest(), "big")
+            if total + len(data) > limit and kept and rank < kept[0][0]:
+                continue
+            heapq.heappush(kept, (rank, data))
+            total += len(data)
+            while total > limit and len(kept) > 1:
+                total -= len(heapq.heappop(kept)[1])
+    for _, data in sorted(kept, reverse=True):
+        yield data.decode()
