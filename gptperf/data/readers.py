@@ -89,9 +89,10 @@ def _lines(text: IO[str], path: Path) -> Iterator[Record]:
             yield _json_object(line, f"{path}:{number}")
 
 
-def _readline(text: IO[str], path: Path, number: int) -> str:
+def _readline(text: IO[str], path: Path, number: int, size: int | None = None) -> str:
+    """Returns the next line, or its first `size` characters."""
     try:
-        line = text.readline(_MAX_RECORD_BYTES + 1)
+        line = text.readline(_MAX_RECORD_BYTES + 1 if size is None else size)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not {error.encoding.upper()} ({error.reason})") from error
     if len(line) > _MAX_RECORD_BYTES:
@@ -112,12 +113,14 @@ def _json_object(text: str, where: str) -> Record:
 def _json(file: IO[bytes], path: Path, fields: Sequence[str]) -> Iterator[Record]:
     """Reads an array of objects, one object, or JSON lines under the name .json, which is common."""
     text = _text(file)
-    first = _readline(text, path, 1)
+    first = _readline(text, path, 1, _READ_BYTES)  # an array may be one line of any length
     while first and not first.strip():
-        first = _readline(text, path, 1)
+        first = _readline(text, path, 1, _READ_BYTES)
     if first.lstrip().startswith("["):
         yield from _json_array(first.lstrip()[1:], text, path)
         return
+    if not first.endswith("\n"):
+        first += _readline(text, path, 1)
     record = None
     with contextlib.suppress(DataError):
         record = _json_object(first, str(path))

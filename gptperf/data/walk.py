@@ -51,8 +51,8 @@ def file_documents(path: Path, name: str, fields: Fields, skipped: Skipped, grou
     if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
         raise Refused("not a regular file")
     kind, _ = suffixes_of(path)
-    if kind in _ARCHIVES or path.suffix.lower() in _ARCHIVES:
-        raise Refused(f"format {path.suffix.lower()}", "unpack it first")
+    if kind in _ARCHIVES:
+        raise Refused(f"format {kind}", "unpack it first")
     if kind in _UNREADABLE_FORMATS:
         raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
     if kind in STRUCTURED:
