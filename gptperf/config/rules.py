@@ -36,6 +36,20 @@ def _odd_head_dim(c: Mapping[str, Any]) -> str | None:
     return f"RoPE rotates pairs of elements, but head_dim = n_embd / n_head = {head_dim} is odd{near}"
 
 
+def _window(c: Mapping[str, Any]) -> str | None:
+    parts = c["window"].split(",")
+    for part in parts:
+        if part != "full" and not (part.isascii() and part.isdigit() and int(part) > 0):
+            near = next((int(found) for found in re.findall(r"[1-9]\d*", c["window"])), "full")
+            wanted = "wanted a number of tokens above 0, full, or several of these with commas"
+            return f"window = {c['window']!r}: found {part!r}, {wanted}; nearest: {near}"
+    if len(parts) > c["n_layer"]:
+        return (
+            f"window = {c['window']!r} has {len(parts)} parts for n_layer = {c['n_layer']}; wanted at most one a layer"
+        )
+    return None
+
+
 def _kv_heads(c: Mapping[str, Any]) -> str | None:
     return None if c["n_kv_head"] is None else _divisible(c, "n_head", "n_kv_head")
 
@@ -138,6 +152,7 @@ def _not_empty(c: Mapping[str, Any], key: str) -> str | None:
 _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]], ...] = (
     (("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
     (("n_kv_head", "n_head"), _kv_heads),
+    (("window", "n_layer"), _window),
     (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
     (("attention_backend", "dtype", "device", "dropout"), _flash_attn),
     (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
