@@ -68,6 +68,12 @@ def _flash_attn(c: Mapping[str, Any]) -> str | None:
     return f"attention_backend = 'flash_attn' needs {reason}; nearest: 'sdpa'"
 
 
+def _documents(c: Mapping[str, Any]) -> str | None:
+    if not c["document_mask"] or c["attention_backend"] != "flash_attn":
+        return None
+    return "document_mask = true needs attention_backend = 'sdpa' or 'manual'; nearest: 'sdpa'"
+
+
 def _min_lr(c: Mapping[str, Any]) -> str | None:
     if c["lr_schedule"] == "constant" or c["min_lr"] <= c["learning_rate"]:
         return None
@@ -155,6 +161,7 @@ _COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | 
     (("window", "n_layer"), _window),
     (("position_encoding", "n_embd", "n_head"), _odd_head_dim),
     (("attention_backend", "dtype", "device", "dropout"), _flash_attn),
+    (("document_mask", "attention_backend"), _documents),
     (("min_lr", "learning_rate", "lr_schedule"), _min_lr),
     (("kernels", "device"), _triton_on_cpu),
     (("use_zero1", "use_fsdp"), _both_shardings),

@@ -149,6 +149,8 @@ class DataConfig(_Section):
     """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
+    document_mask: bool = False
+    """Attention stays inside a document, and learned positions count from its first token."""
     prefetch: _Positive = 4
     """Number of batches that the loader reads ahead."""
     loader_timeout_s: _Seconds = 120.0

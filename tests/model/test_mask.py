@@ -12,7 +12,7 @@ from gptperf.cards import causal_pairs
 from gptperf.config import ModelConfig
 from gptperf.errors import ConfigError
 from gptperf.flops import flops_per_token
-from gptperf.model import GPT, KVCache
+from gptperf.model import GPT, SDPA, KVCache
 from gptperf.model.mask import Mask, _block_mask, document_starts, make_masks
 
 END = 7
@@ -203,3 +203,52 @@ def test_wrong_windows_are_refused(window: str, message: str) -> None:
 
     with pytest.raises(ConfigError, match=message):
         command_line.resolve([f"--window={window}", "--n_layer=3"])
+
+
+# On a GPU: FlexAttention.
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("window", "documents"), [(None, True), (200, True), (200, False), (1, False)])
+def test_flex_attention_is_as_exact_as_a_dense_mask(kv_heads: int, window: int | None, documents: bool) -> None:
+    """Output and gradients in bfloat16: at most twice the error of SDPA with a mask of T x T elements."""
+    B, T, H, D = 2, 640, 4, 64
+    x = torch.randint(0, 150, (B, T), device="cuda")
+    starts = document_starts(x, END) if documents else None
+    [mask] = make_masks((window or T,), T, starts, x.device)
+    assert mask is not None
+    config = ModelConfig(arch_preset="custom", n_head=H, n_kv_head=kv_heads, n_embd=H * D)
+    backend = SDPA(config)
+    inputs = [torch.randn(B, T, n, D, device="cuda", dtype=torch.bfloat16) for n in (H, kv_heads, kv_heads)]
+    dy = torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)
+
+    def run(dtype: torch.dtype, mask: Mask) -> list[Tensor]:
+        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
+        y = backend(q, k, v, mask)
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy.to(dtype))]
+
+    dense = mask._replace(blocks=None)
+    exact = run(torch.float64, dense)
+    for found, eager, true in zip(run(torch.bfloat16, mask), run(torch.bfloat16, dense), exact, strict=True):
+        assert error(found, true) <= 2 * error(eager, true) + 1e-4
+
+
+@pytest.mark.gpu
+def test_new_documents_need_no_new_compilation() -> None:
+    from torch._dynamo.utils import counters
+
+    gpt = GPT(ModelConfig(arch_preset="llama", n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=64)).cuda()
+    gpt.document_end = END
+    gpt.compile_blocks()
+    unique = []
+    for _ in range(6):
+        x = torch.randint(0, 64, (2, 256), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            gpt(x, x).backward()
+        unique.append(counters["stats"]["unique_graphs"])
+    assert unique[-1] == unique[1]
