@@ -3,7 +3,6 @@
 Shapes: B batch, T query tokens, S key tokens. The queries are the last T of the S tokens.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 __all__ = ["Mask", "document_starts", "flex", "make_masks"]
 
+_compiled: Any = None
 _BLOCK = 128
 """Tokens in a block of FlexAttention's block masks."""
 
@@ -107,11 +107,9 @@ def _mask_mod(window: int, starts: Tensor | None) -> Callable[..., Tensor]:
     return lambda b, h, query, key: (key <= query) & (key > query - window) & (key >= starts[b, query])
 
 
-@functools.cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, grouped: bool) -> Tensor:
     """Returns attention `(B, H, T, D)` for q `(B, H, T, D)`, k and v `(B, K, T, D)` under a block mask."""
-    return _compiled()(q, k, v, block_mask=blocks, enable_gqa=grouped)
+    global _compiled
+    if _compiled is None:  # not compiled, FlexAttention would keep the matrix of scores
+        _compiled = torch.compile(flex_attention, dynamic=False)
+    return _compiled(q, k, v, block_mask=blocks, enable_gqa=grouped)
