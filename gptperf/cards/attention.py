@@ -33,6 +33,7 @@ def projections(C: int, KD: int) -> tuple[Matmul, Matmul]:
     return Matmul("qkv", C + 2 * KD, C), Matmul("out", C, C)
 
 
-def causal_pairs(T: int) -> int:
-    """Returns the (query, key) pairs per head and sequence: the t-th token attends to t tokens, itself included."""
-    return T * (T + 1) // 2
+def causal_pairs(T: int, window: int) -> int:
+    """Returns the (query, key) pairs per head and sequence: the t-th token attends to min(t, window) tokens."""
+    w = min(T, window)
+    return w * (w + 1) // 2 + (T - w) * w

@@ -56,6 +56,20 @@ def _odd_head_dim(c: _Values) -> str | None:
     return f"RoPE rotates pairs of elements, but head_dim = n_embd / n_head = {head_dim} is odd{near}"
 
 
+def _window(c: _Values) -> str | None:
+    parts = c["window"].split(",")
+    for part in parts:
+        if part != "full" and not (part.isascii() and part.isdigit() and int(part) > 0):
+            near = next((int(found) for found in re.findall(r"[1-9]\d*", c["window"])), "full")
+            wanted = "wanted a number of tokens above 0, full, or several of these with commas"
+            return f"window = {c['window']!r}: found {part!r}, {wanted}; nearest: {near}"
+    if len(parts) > c["n_layer"]:
+        return (
+            f"window = {c['window']!r} has {len(parts)} parts for n_layer = {c['n_layer']}; wanted at most one a layer"
+        )
+    return None
+
+
 def _kv_heads(c: _Values) -> str | None:
     return None if c["n_kv_head"] is None else _divisible(c, "n_head", "n_kv_head")
 
@@ -70,6 +84,12 @@ def _flash_attn_needs(c: _Values, key: str, wanted: str, impossible: object) -> 
     if c["attention_backend"] != "flash_attn" or c[key] != impossible:
         return None
     return f"attention_backend = 'flash_attn' needs {wanted}; nearest: 'sdpa'"
+
+
+def _documents(c: _Values) -> str | None:
+    if not c["document_mask"] or c["attention_backend"] != "flash_attn":
+        return None
+    return "document_mask = true needs attention_backend = 'sdpa' or 'manual'; nearest: 'sdpa'"
 
 
 def _min_lr(c: _Values) -> str | None:
@@ -174,11 +194,13 @@ def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
 RULES: tuple[Rule, ...] = (
     Rule(("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
     Rule(("n_kv_head", "n_head"), _kv_heads),
+    Rule(("window", "n_layer"), _window),
     Rule(("position_encoding", "n_embd", "n_head"), _odd_head_dim),
     Rule(("attention_backend",), _flash_attn),
     _flash_attn_rule("dtype", "dtype = 'bfloat16' or 'float16'", "float32"),
     _flash_attn_rule("device", "a GPU, but device = 'cpu'", "cpu"),
     _flash_attn_rule("dropout", "dropout < 1", 1),
+    Rule(("document_mask", "attention_backend"), _documents, _set(attention_backend="sdpa")),
     Rule(("min_lr", "learning_rate", "lr_schedule"), _min_lr, {"min_lr": lambda c: c["learning_rate"]}),
     Rule(("kernels", "device"), _triton_on_cpu, _set(kernels="auto", device="auto")),
     # The strategies compute the same numbers, so one that is asked for replaces the other.

@@ -77,6 +77,9 @@ class ModelConfig(_Section):
     """Position encoding: learned_absolute, rope or none."""
     attention_backend: Annotated[str, Component("attention_backend")] = "sdpa"
     """Attention: sdpa (cuDNN first where it is fastest), manual, or flash_attn (needs the package flash-attn)."""
+    window: str = "full"
+    """Tokens that a query attends to, itself included: a number or full. Numbers with commas, such as 512,512,full, are
+    for the layers in turn, again and again."""
     norm_position: Annotated[str, Component("norm_position")] = "post"
     """pre: norm before attention and FFN. post: norm after each residual addition."""
     ffn_type: Annotated[str, Component("ffn_type")] = "standard"
@@ -95,6 +98,13 @@ class ModelConfig(_Section):
     """Base of the wavelengths of RoPE."""
     rope_pairs: Literal["half", "interleaved"] = "half"
     """Elements that RoPE rotates together. half: i and i + D/2, as in Hugging Face; interleaved: 2i and 2i + 1."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that a query attends to in each layer; `block_size` where nothing limits it."""
+        parts = self.window.split(",")
+        pattern = [self.block_size if part == "full" else min(int(part), self.block_size) for part in parts]
+        return tuple(pattern[i % len(pattern)] for i in range(self.n_layer))
 
     @property
     def head_dim(self) -> int:
@@ -139,6 +149,8 @@ class DataConfig(_Section):
     """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
+    document_mask: bool = False
+    """Attention stays inside a document, and learned positions count from its first token."""
     prefetch: Annotated[int, Range(1, 10_000)] = 4
     """Number of batches that the loader reads ahead."""
     loader_timeout_s: _Seconds = 120.0

@@ -3,7 +3,8 @@
 A data set is a folder with `manifest.json`, the shards `train_00000.bin`, `val_00000.bin`, ... and, except for bytes,
 the folder `tokenizer` with the files that define the vocabulary. A shard is a header of 64 bytes and its tokens as
 uint16 or uint32, all little-endian. The shards of a split, in the manifest's order, are one stream of tokens in which
-the tokenizer's `eot` follows every document. A document may span shards.
+the tokenizer's `eot` follows every document. A document may span shards. Beside the shards are `checksums.bin`
+(`blocks.py`) and the document index (`documents.py`).
 
     offset  size  header field
          0     8  magic, b"GPTPERF\\0"
@@ -16,9 +17,12 @@ the tokenizer's `eot` follows every document. A document may span shards.
 
 The `sha256` of a shard in the manifest covers its tokens only: the header is known only when the shard is complete, and
 each of its fields is compared with the manifest.
+
+Manifests of version 1, which have no `files`, are still read: their data sets have no block checksums and no index.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -33,6 +37,7 @@ from gptperf.errors import DataError
 __all__ = [
     "DTYPES",
     "FORMAT",
+    "FileInfo",
     "HEADER_BYTES",
     "Header",
     "MANIFEST",
@@ -46,7 +51,9 @@ __all__ = [
 ]
 
 FORMAT = "gptperf-tokens"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version of the manifest that is written."""
+_SHARD_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 MAGIC = b"GPTPERF\0"
@@ -72,7 +79,7 @@ class Header:
 
     def pack(self) -> bytes:
         """Returns the header's 64 bytes."""
-        return _HEADER.pack(MAGIC, SCHEMA_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b"")
+        return _HEADER.pack(MAGIC, _SHARD_VERSION, self.itemsize, self.tokens, self.documents, self.max_id, b"")
 
     @classmethod
     def unpack(cls, data: bytes, where: Path) -> Self:
@@ -86,8 +93,8 @@ class Header:
         magic, version, itemsize, tokens, documents, max_id, zeros = _HEADER.unpack(data[:HEADER_BYTES])
         if magic != MAGIC:
             raise DataError(f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or corrupt")
-        if version != SCHEMA_VERSION:
-            raise DataError(f"{where}: found format version {version}, wanted {SCHEMA_VERSION}")
+        if version != _SHARD_VERSION:
+            raise DataError(f"{where}: found format version {version}, wanted {_SHARD_VERSION}")
         if itemsize not in (2, 4):
             raise DataError(f"{where}: found dtype code {itemsize}, wanted 2 (uint16) or 4 (uint32)")
         if any(zeros):
@@ -135,6 +142,14 @@ class TokenizerInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file of the data set that is not a shard: its size and its SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetManifest:
     """The content of `manifest.json`."""
 
@@ -147,6 +162,30 @@ class DatasetManifest:
     split_method: str
     """How the validation documents were chosen, in words."""
     splits: dict[str, Split]
+    files: dict[str, FileInfo] = dataclasses.field(default_factory=dict)
+    """Name -> description of the files that are not shards; empty for version 1."""
+
+    def check_file(self, folder: Path, name: str) -> None:
+        """Compares one of `files` of the data set in `folder` with its size and checksum.
+
+        Raises:
+            DataError: The file is missing, cannot be read, or is not the one that was written.
+        """
+        wanted, path = self.files[name], folder / name
+        try:
+            with path.open("rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; the manifest names this file") from error
+        if size != wanted.bytes:
+            raise DataError(f"{path}: found {size} bytes, wanted {wanted.bytes}; prepare the data set again")
+        if digest != wanted.sha256:
+            raise DataError(f"{path}: found another SHA-256 than the manifest's: corrupt; prepare the data set again")
+
+    def read_file(self, folder: Path, name: str) -> bytes:
+        """Returns the content of one of `files`, after `check_file`."""
+        self.check_file(folder, name)
+        return (folder / name).read_bytes()
 
     def to_json(self) -> str:
         """Returns the text of `manifest.json`."""
@@ -173,9 +212,9 @@ def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
     if found != FORMAT:
         raise DataError(f"{where}: format: found {found!r}, wanted {FORMAT!r}")
     version = _get(data, "schema_version", int, where)
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         hint = "a newer gptperf wrote it" if version > SCHEMA_VERSION else "prepare the data set again"
-        raise DataError(f"{where}: schema_version: found {version}, wanted {SCHEMA_VERSION}; {hint}")
+        raise DataError(f"{where}: schema_version: found {version}, wanted 1 to {SCHEMA_VERSION}; {hint}")
     dtype = _get(data, "dtype", str, where)
     if dtype not in DTYPES:
         raise DataError(f"{where}: dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -190,6 +229,7 @@ def read_manifest(path: str | os.PathLike[str]) -> DatasetManifest:
         source=_get(data, "source", str, where),
         val_fraction=_get(data, "val_fraction", float, where),
         split_method=_get(data, "split_method", str, where),
+        files=_read_files(data, where) if version > 1 else {},
     )
 
 
@@ -202,6 +242,15 @@ def _read_tokenizer(data: dict[str, Any], where: Path) -> TokenizerInfo:
         _get(files, name, str, where)
     kinds = {"name": str, "vocab_size": int, "fingerprint": str, "eot": int, "files": dict}
     return TokenizerInfo(**{key: _get(data, key, kind, where) for key, kind in kinds.items()})
+
+
+def _read_files(data: dict[str, Any], where: Path) -> dict[str, FileInfo]:
+    files = {}
+    for name, item in _get(data, "files", dict, where).items():
+        if not _FILE_NAME.fullmatch(name):
+            raise DataError(f"{where}: files: found {name!r}, wanted the name of a file in this folder")
+        files[name] = FileInfo(**_fields(FileInfo, item, where))
+    return files
 
 
 def _read_split(data: dict[str, Any], dtype: np.dtype[Any], where: Path) -> Split:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptperf.data.order import BatchOrder, Offsets
+from gptperf.data.mixture import MixedTokens
+from gptperf.data.order import BatchOrder, MixedOrder, Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
@@ -58,7 +59,7 @@ class Loader:
 
     def __init__(
         self,
-        source: TokenSource,
+        source: TokenSource | MixedTokens,
         *,
         block_size: int,
         batch_size: int,
@@ -80,7 +81,11 @@ class Loader:
             raise ValueError(
                 f"micro_batches: found {micro_batches}, wanted a multiple of world_size = {world_size}, e.g. {near}"
             )
-        self.order = BatchOrder(len(source), block_size, seed)
+        self.order: BatchOrder | MixedOrder
+        if isinstance(source, MixedTokens):
+            self.order = MixedOrder([len(part) for part in source.sources], source.weights, block_size, seed)
+        else:
+            self.order = BatchOrder(len(source), block_size, seed)
         self.wait_s = 0.0
         self._source = source
         self._batch_size = batch_size
@@ -224,7 +229,9 @@ def _longer_split(source: TokenSource, block_size: int) -> str:
     return " or ".join([", ".join(advice[:-1]), advice[-1]]) if len(advice) > 1 else advice[0]
 
 
-def _read_batch(source: TokenSource, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool) -> torch.Tensor:
+def _read_batch(
+    source: TokenSource | MixedTokens, offsets: Offsets, rows: npt.NDArray[Any], pin_memory: bool
+) -> torch.Tensor:
     """Reads the blocks at `offsets` through the buffer `rows`, (B, T + 1), into a new tensor (2, B, T) int64."""
     source.read_rows(offsets, rows)
     batch = torch.empty((2, rows.shape[0], rows.shape[1] - 1), dtype=torch.int64, pin_memory=pin_memory)

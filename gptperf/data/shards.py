@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from gptperf.data.blocks import BlockChecksums
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
 from gptperf.data.sources import KNOWN
 from gptperf.data.tokenizers import read_vocabulary
@@ -56,9 +57,10 @@ class TokenSource:
         dtype: Little-endian uint16 or uint32.
         max_id: Largest token id of the split, from the headers.
         fingerprint: SHA-256 (hex) over the names, sizes, headers and checksums of the shards of the split.
+        checksums: Checksums of the blocks, and which of them are verified; None without verification.
     """
 
-    def __init__(self, manifest: DatasetManifest, path: Path, split: str) -> None:
+    def __init__(self, manifest: DatasetManifest, path: Path, split: str, verify: bool = True) -> None:
         self.manifest = manifest
         self.path = path
         self.split = split
@@ -67,6 +69,7 @@ class TokenSource:
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
         self._begins = self._ends - np.array([shard.tokens for shard in self._shards], dtype=np.int64)
         self._tokens = manifest.splits[split].tokens
+        self.checksums = BlockChecksums.read(manifest, path, split) if verify else None
         self._identity: list[tuple[int, int, int]] = []
         self._files: dict[int, _OpenFile] = {}
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -80,13 +83,14 @@ class TokenSource:
         self.max_id = max((shard.max_id for shard in self._shards), default=0)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], split: str, vocab_size: int | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str], split: str, vocab_size: int | None = None, verify: bool = True) -> Self:
         """Opens the split `split` of the data set in the folder `path`, and checks the header of every shard.
 
         Args:
             path: Folder with `manifest.json`.
             split: "train" or "val".
             vocab_size: Vocabulary size of the model; None means the tokenizer's vocabulary size.
+            verify: Whether a block is compared with its checksum before its first use.
 
         Raises:
             DataError: A shard is missing, has the wrong size, magic, version or dtype, or differs from the manifest;
@@ -94,7 +98,7 @@ class TokenSource:
         """
         if split not in SPLITS:
             raise DataError(f"split: found {split!r}, wanted one of {', '.join(SPLITS)}")
-        source = cls(read_manifest(path), Path(path), split)
+        source = cls(read_manifest(path), Path(path), split, verify)
         if len(source) == 0:
             raise DataError(
                 f"{Path(path) / MANIFEST}: the split {split!r} is empty, wanted at least one document; "
@@ -124,7 +128,8 @@ class TokenSource:
 
         Raises:
             ValueError: The range is not within the source, or `out` has another dtype or layout.
-            DataError: A shard was truncated or changed during the run, or holds an id above the maximum of its header.
+            DataError: A shard was truncated or changed during the run, a block does not match its checksum, or a token
+                id is above the maximum of the shard's header.
         """
         self._check_out(out, ndim=1)
         if not 0 <= offset <= self._tokens - len(out):
@@ -148,6 +153,10 @@ class TokenSource:
         spans = offsets + width > self._ends[shards]
         positions = HEADER_BYTES + within * self.dtype.itemsize
         row_bytes = width * self.dtype.itemsize
+        if self.checksums is not None:
+            whole = np.flatnonzero(~spans)
+            for i in whole[self.checksums.unverified(shards[whole], positions[whole], row_bytes)]:
+                self._verify(int(shards[i]), int(positions[i]), row_bytes)
         columns = (offsets.tolist(), shards.tolist(), positions.tolist(), spans.tolist())
         for row, offset, shard, position, spanning in zip(out, *columns, strict=True):
             if spanning or os.preadv(self._file(shard).fd, (row,), position) != row_bytes:
@@ -189,6 +198,7 @@ class TokenSource:
             view = out[done : done + count].data.cast("B")
             position = HEADER_BYTES + begin * self.dtype.itemsize
             file = self._file(index)
+            self._verify(index, position, len(view))
             while view:
                 got = os.preadv(file.fd, (view,), position)
                 if got == 0:
@@ -200,6 +210,12 @@ class TokenSource:
                 view, position = view[got:], position + got
             done += count
             index += 1
+
+    def _verify(self, index: int, position: int, n_bytes: int) -> None:
+        """Verifies the blocks of the shard `index` that the bytes [position, position + n_bytes) touch."""
+        if self.checksums is not None:
+            where = self.path / self._shards[index].file
+            self.checksums.verify(self._file(index).fd, index, position, position + n_bytes, where)
 
     def _file(self, index: int) -> _OpenFile:
         return self._files.get(index) or self._reopen(index)
@@ -265,7 +281,7 @@ class TokenSource:
 
 
 def verify(path: str | os.PathLike[str]) -> int:
-    """Reads every token of the data set in the folder `path` and compares checksums and counts with the manifest.
+    """Reads every file of the data set in the folder `path` and compares checksums and counts with the manifest.
 
     Returns:
         The number of tokens read.
@@ -276,9 +292,11 @@ def verify(path: str | os.PathLike[str]) -> int:
     """
     manifest = read_manifest(path)
     read_vocabulary(Path(path), manifest.tokenizer)
+    for name in manifest.files:
+        manifest.check_file(Path(path), name)
     total = 0
     for split in SPLITS:
-        with TokenSource(manifest, Path(path), split) as source:
+        with TokenSource(manifest, Path(path), split, verify=False) as source:
             begin = 0
             for shard in manifest.splits[split].shards:
                 _verify_shard(source, shard, begin)

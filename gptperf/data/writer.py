@@ -11,12 +11,15 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from gptperf.data.blocks import CHECKSUMS, block_sums
+from gptperf.data.documents import GROUPS, SOURCES, IndexWriter, Origin, index_file, names_text
 from gptperf.data.format import (
     DTYPES,
     HEADER_BYTES,
     MANIFEST,
     SPLITS,
     DatasetManifest,
+    FileInfo,
     Header,
     Shard,
     Split,
@@ -79,6 +82,9 @@ class ShardWriter:
         self._folder: Path | None = None
         self._locks = contextlib.ExitStack()
         self._splits: dict[str, _SplitWriter] = {}
+        self._indexes: dict[str, IndexWriter] = {}
+        self._sources: dict[str, int] = {}
+        self._groups: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         remove_leftovers(self.path.parent)
@@ -87,7 +93,9 @@ class ShardWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder, lock = make_temporary(self.path, folder=True)
             self._locks.callback(os.close, lock)
-        self._splits = {split: _SplitWriter(self._folder, split, self._dtype, self._shard_tokens) for split in SPLITS}
+            for split in SPLITS:
+                self._splits[split] = _SplitWriter(self._folder, split, self._dtype, self._shard_tokens)
+                self._indexes[split] = IndexWriter(self._folder / index_file(split), self._sources, self._groups)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -97,15 +105,21 @@ class ShardWriter:
                 with _disk_errors(self.path):
                     self._commit(self._folder)
         finally:
-            for split in self._splits.values():
-                split.abandon()
+            for split in self._splits:
+                self._splits[split].abandon()
+                self._indexes[split].abandon()
             shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is no such folder
             self._locks.close()
 
-    def add(self, split: str, tokens: npt.NDArray[Any]) -> None:
-        """Adds one document, (n,) integer ids without `eot`, to the split "train" or "val"."""
+    def add(
+        self, split: str, tokens: npt.NDArray[Any], origin: Origin | None = None, digest: int = 0, n_bytes: int = 0
+    ) -> None:
+        """Adds one document, (n,) integer ids without `eot`, to the split "train" or "val".
+
+        The other arguments are those of `end_document`.
+        """
         self.append(split, tokens)
-        self.end_document(split)
+        self.end_document(split, origin, digest, n_bytes)
 
     def append(self, split: str, tokens: npt.NDArray[Any]) -> None:
         """Adds a part of a document, (n,) integer ids; `end_document` ends the document.
@@ -123,11 +137,20 @@ class ShardWriter:
         with _disk_errors(self.path):
             self._splits[split].append(tokens.astype(self._dtype, copy=False), high)
 
-    def end_document(self, split: str) -> None:
-        """Ends the current document of the split "train" or "val" with `eot`."""
+    def end_document(self, split: str, origin: Origin | None = None, digest: int = 0, n_bytes: int = 0) -> None:
+        """Ends the current document of the split "train" or "val" with `eot`, and adds it to the index.
+
+        Args:
+            split: "train" or "val".
+            origin: Where the text came from; None: the source of the data set.
+            digest: First 64 bits of the SHA-256 of the text.
+            n_bytes: Length of the text in UTF-8.
+        """
+        part = self._splits[split]
         with _disk_errors(self.path):
-            self._splits[split].append(self._eot, self._tokenizer.eot)
-        self._splits[split].documents += 1
+            part.append(self._eot, self._tokenizer.eot)
+            self._indexes[split].add(part.total()[0], origin or Origin(self._source), digest, n_bytes)
+        part.documents += 1
 
     def counts(self, split: str) -> tuple[int, int]:
         """Returns the numbers of tokens and documents written to the split "train" or "val" so far."""
@@ -135,6 +158,7 @@ class ShardWriter:
 
     def _commit(self, folder: Path) -> None:
         splits = {name: writer.finish() for name, writer in self._splits.items()}
+        files = self._finish_files(folder, splits)
         manifest = DatasetManifest(
             name=self._name,
             tokenizer=write_vocabulary(self._tokenizer, folder),
@@ -143,6 +167,7 @@ class ShardWriter:
             val_fraction=self._val_fraction,
             split_method=self._split_method,
             splits=splits,
+            files=files,
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         sync_file(folder / MANIFEST)
@@ -164,6 +189,27 @@ class ShardWriter:
         else:
             folder.rename(self.path)
         sync_directory(self.path.parent)
+
+    def _finish_files(self, folder: Path, splits: dict[str, Split]) -> dict[str, FileInfo]:
+        """Writes the checksums and the document index, and returns their entries in the manifest."""
+        for index in self._indexes.values():
+            index.close()
+        names = [shard.file for split in SPLITS for shard in splits[split].shards]
+        sums = [block_sums(folder / name).tobytes() for name in names]
+        contents = {
+            CHECKSUMS: b"".join(sums),
+            SOURCES: names_text(self._sources).encode(),
+            GROUPS: names_text(self._groups).encode(),
+        }
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+            sync_file(folder / name)
+        return {name: _describe(folder / name) for name in (*contents, *map(index_file, SPLITS))}
+
+
+def _describe(path: Path) -> FileInfo:
+    with path.open("rb") as file:
+        return FileInfo(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def check_target(path: Path, overwrite: bool) -> None:

@@ -73,14 +73,14 @@ class FlopCount:
 
 
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
-    """Counts every matmul that the model runs; a head has `pairs` (query, key) pairs per sequence."""
+    """Counts every matmul that the model runs; one head in every layer has `pairs` (query, key) pairs per sequence."""
     t = model.block_size
     return FlopCount(
         convention=convention,
         tokens=t,
         qkv=2 * t * weights(model, "qkv"),
         # The number of query heads counts: grouped keys and values do not reduce the scores.
-        scores=model.n_layer * 2 * 2 * pairs * model.n_head * model.head_dim,
+        scores=2 * 2 * pairs * model.n_head * model.head_dim,
         output=2 * t * weights(model, "output"),
         ffn=2 * t * weights(model, "ffn"),
         lm_head=2 * t * weights(model, "lm_head"),
@@ -88,11 +88,11 @@ def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
 
 
 def _strict(model: ModelConfig) -> FlopCount:
-    return _count("strict", model, causal_pairs(model.block_size))
+    return _count("strict", model, sum(causal_pairs(model.block_size, window) for window in model.windows))
 
 
 def _palm(model: ModelConfig) -> FlopCount:
-    return _count("palm", model, model.block_size**2)
+    return _count("palm", model, model.n_layer * model.block_size**2)
 
 
 def _nanogpt(model: ModelConfig) -> FlopCount:

@@ -89,7 +89,7 @@ def vector_flops(model: ModelConfig) -> VectorCount:
     position = position_of(model)
     ffn = ffn_of(model)
     n, t, c, kv_width = model.n_layer, model.block_size, model.n_embd, model.kv_heads * model.head_dim
-    pairs = n * model.n_head * causal_pairs(t)
+    pairs = model.n_head * sum(causal_pairs(t, window) for window in model.windows)
     elements = {
         "norm": (block.norms * n + 1) * t * c,
         "residual": 2 * n * t * c,

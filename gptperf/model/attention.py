@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptperf.config import ModelConfig
 from gptperf.model.linear import Linear
+from gptperf.model.mask import Mask, flex
 from gptperf.model.position import NoPosition
 from gptperf.registry import built_in, component
 
@@ -30,9 +31,15 @@ def prefers_cudnn(capability: tuple[int, int]) -> bool:
     return capability[0] in (9, 10)
 
 
+_CAUSAL = Mask(None, None, None)
+
+
 @built_in("attention_backend", "sdpa")
 class SDPA(nn.Module):
-    """PyTorch's scaled_dot_product_attention."""
+    """PyTorch's scaled_dot_product_attention; on a GPU, FlexAttention for windows and documents.
+
+    Windows and documents with dropout, or where FlexAttention does not run, use a mask of T x T elements.
+    """
 
     PREFER_CUDNN: ClassVar[list[SDPBackend]] = [
         SDPBackend.CUDNN_ATTENTION,
@@ -46,15 +53,17 @@ class SDPA(nn.Module):
         self.dropout = config.dropout
         self.grouped = config.kv_heads != config.n_head
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = q.shape[2] == k.shape[2]
-        mask = None if causal or q.shape[2] == 1 else _causal_mask(q.shape[2], k.shape[2], q.device)
+        dropout = self.dropout if self.training else 0.0
+        if mask is not None and mask.blocks is not None and dropout == 0:
+            return flex(q, k, v, mask.blocks, self.grouped).transpose(1, 2)
+        T, S = q.shape[2], k.shape[2]
+        causal = T == S and mask is None
+        seen = None if causal or (T == 1 and mask is None) else (mask or _CAUSAL).dense(T, S, q.device)
         with self._backends(q):
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, self.dropout if self.training else 0.0, causal, enable_gqa=self.grouped
-            )
+            y = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal, enable_gqa=self.grouped)
         return y.transpose(1, 2)
 
     def _backends(self, q: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -73,13 +82,13 @@ class ManualAttention(nn.Module):
         super().__init__()
         self.dropout = config.dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         groups = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.shape[-1])
-        scores = scores.masked_fill(~_causal_mask(q.shape[1], k.shape[1], q.device), -torch.inf)
+        scores = scores.masked_fill(~(mask or _CAUSAL).dense(q.shape[1], k.shape[1], q.device), -torch.inf)
         weights = F.dropout(scores.softmax(dim=-1).to(v.dtype), self.dropout, self.training)
         return torch.einsum("bhts,bshd->bthd", weights, v)
 
@@ -95,14 +104,14 @@ class FlashAttention(nn.Module):
         self.function = flash_attn_func
         self.dropout = config.dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
-        return self.function(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True)
-
-
-def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """Returns a mask `(T, S)` that is true where a query attends to a key; the last query attends to every key."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        limits: dict[str, tuple[int, int]] = {}
+        if mask is not None:
+            assert mask.starts is None, "the configuration refuses document_mask with flash_attn"
+            assert mask.window is not None
+            limits = {"window_size": (mask.window - 1, 0)}
+        return self.function(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True, **limits)
 
 
 class KVCache:
@@ -139,10 +148,13 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.backend = component("attention_backend", config.attention_backend)(config)
 
-    def forward(self, x: Tensor, position: NoPosition, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, position: NoPosition, cache: KVCache | None = None, mask: Mask | None = None
+    ) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
         start = 0 if cache is None else cache.length
         q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.out(self.backend(q, k, v).flatten(2))
+        y = self.backend(q, k, v) if mask is None else self.backend(q, k, v, mask)
+        return self.out(y.flatten(2))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
 from gptperf.model.attention import Attention, KVCache
+from gptperf.model.mask import Mask
 from gptperf.model.position import NoPosition
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
@@ -29,7 +30,12 @@ class PreNormBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, position: NoPosition, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        position: NoPosition,
+        cache: KVCache | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the block.
 
@@ -38,12 +44,13 @@ class PreNormBlock(nn.Module):
             residual: `(B, T, C)`, the residual stream, or None in the first block. x + residual is the block's input.
             position: the position encoding.
             cache: keys and values of the tokens before x, or None.
+            mask: window and documents of the attention, or None.
 
         Returns:
             The output of the last branch and the residual stream, whose sum is the block's output.
         """
         x, residual = self.norm1(x, residual)
-        x = self.dropout(self.attention(x, position, cache))
+        x = self.dropout(self.attention(x, position, cache, mask))
         x, residual = self.norm2(x, residual)
         return self.dropout(self.ffn(x)), residual
 
@@ -53,9 +60,14 @@ class PostNormBlock(PreNormBlock):
     """Computes norm(x + attention(x)), then norm(x + ffn(x)); the output of a norm is also the residual stream."""
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, position: NoPosition, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        position: NoPosition,
+        cache: KVCache | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the output of the block `(B, T, C)` from x `(B, T, C)`; the residual is None before and after."""
-        x, _ = self.norm1(self.dropout(self.attention(x, position, cache)), x)
+        x, _ = self.norm1(self.dropout(self.attention(x, position, cache, mask)), x)
         x, _ = self.norm2(self.dropout(self.ffn(x)), x)
         return x, None

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gptperf.config import ModelConfig
 from gptperf.model.attention import KVCache
 from gptperf.model.linear import Linear
+from gptperf.model.mask import document_starts, make_masks
 from gptperf.model.recompute import CHECKPOINT_OPTIONS
 from gptperf.ops import Ops, resolve_ops
 from gptperf.registry import component
@@ -43,6 +44,7 @@ class GPT(nn.Module):
         super().__init__()
         ops = ops or resolve_ops("eager", "cpu")
         self.config = config
+        self.windows = config.windows
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.position = component("position_encoding", config.position_encoding)(config, ops)
         self.dropout = nn.Dropout(config.dropout)
@@ -55,6 +57,8 @@ class GPT(nn.Module):
         self.loss = ops.linear_cross_entropy
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
         """Function that runs a block whose activations backward computes again."""
+        self.document_end: int | None = None
+        """Id of the token that ends a document; attention then stays inside a document. None: documents are mixed."""
         self.units: Units | None = None
         """Provider of the weights of each unit, or None if they are always in memory."""
         self.recompute = "none"
@@ -97,17 +101,26 @@ class GPT(nn.Module):
             The loss as a float32 scalar, or logits `(B, T, V)`.
         """
         start = caches[0].length if caches else 0
+        T = start + tokens.shape[1]
+        starts = document_starts(tokens, self.document_end) if self.document_end is not None and not caches else None
+        flex = tokens.device if tokens.is_cuda and not caches and T % 128 == 0 else None
+        masks = make_masks(self.windows, T, starts, flex)
         if self.units is not None:
             self.units.enter(0)
-        x = self.dropout(self.position.embed(self.wte(tokens), start))  # (B, T, C)
+        x = self.dropout(
+            self.position.embed(self.wte(tokens), start, *(() if starts is None else (starts,)))
+        )  # (B, T, C)
         residual = None
-        for i, block in enumerate(self.blocks):
+        for i, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
+            limits = {} if mask is None else {"mask": mask}
             if self.units is not None:
                 self.units.enter(i + 1)
             if self.recompute != "none" and caches is None and torch.is_grad_enabled():
-                x, residual = self.recomputed(block, x, residual, self.position, **CHECKPOINT_OPTIONS[self.recompute])
+                x, residual = self.recomputed(
+                    block, x, residual, self.position, **limits, **CHECKPOINT_OPTIONS[self.recompute]
+                )
             else:
-                x, residual = block(x, residual, self.position, caches[i] if caches else None)
+                x, residual = block(x, residual, self.position, caches[i] if caches else None, **limits)
             if self.units is not None:
                 self.units.leave(i + 1, (x, residual))
         if self.units is not None:

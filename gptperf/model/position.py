@@ -20,8 +20,11 @@ class NoPosition(nn.Module):
         self.eps = config.norm_eps
         self.norm = ops.rms_norm
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
-        """Returns the model's input `(B, T, C)` from x `(B, T, C)`, the token embeddings of positions start, ..."""
+    def embed(self, x: Tensor, start: int, starts: Tensor | None = None) -> Tensor:
+        """Returns the model's input `(B, T, C)` from x `(B, T, C)`, the token embeddings of positions start, ...
+
+        With `starts`, `(B, T)`, the positions of a document count from its first token, at `starts`.
+        """
         return x
 
     def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
@@ -50,13 +53,18 @@ class LearnedAbsolute(NoPosition):
         super().__init__(config, ops)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
+    def embed(self, x: Tensor, start: int, starts: Tensor | None = None) -> Tensor:
+        if starts is not None:
+            return x + self.wpe(torch.arange(x.shape[1], device=x.device) - starts).to(x.dtype)
         return x + self.wpe.weight[start : start + x.shape[1]].to(x.dtype)
 
 
 @built_in("position_encoding", "rope")
 class RoPE(NoPosition):
-    """Rotary position encoding of queries and keys (Su et al., 2021); the model has one pair of float32 tables."""
+    """Rotary position encoding of queries and keys (Su et al., 2021); the model has one pair of float32 tables.
+
+    Scores depend on the distance of two tokens alone, so a document may start at any position.
+    """
 
     cos: Tensor
     sin: Tensor

@@ -81,6 +81,8 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
+    if config.data.document_mask:
+        engine.model.document_end = inputs.manifest.tokenizer.eot
     state = _restore(inputs, engine, console)
     engine.weights.share()
     compiled = compile_engine(engine, must=told.origins.get("compile") == "command line")

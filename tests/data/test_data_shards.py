@@ -275,8 +275,8 @@ def _set(*keys: Any, value: Any) -> Any:
     ("change", "message"),
     [
         (_set("format", value="other"), "found 'other', wanted 'gptperf-tokens'"),
-        (_set("schema_version", value=2), "found 2, wanted 1; a newer gptperf"),
-        (_set("schema_version", value=0), "found 0, wanted 1; prepare"),
+        (_set("schema_version", value=3), "found 3, wanted 1 to 2; a newer gptperf"),
+        (_set("schema_version", value=0), "found 0, wanted 1 to 2; prepare"),
         (_set("dtype", value="int8"), "found 'int8', wanted one of uint16, uint32"),
         (_set("dtype", value="uint32"), "found bytes = 96, wanted 128"),
         (_set("tokenizer", value=None), "'tokenizer' is missing"),
@@ -321,10 +321,10 @@ def test_verify_finds_every_flipped_bit(data: Path) -> None:
         file = rng.choice(files)
         raw = file.read_bytes()
         damaged = bytearray(raw)
-        bit = rng.randrange(8 * 64, 8 * len(raw))
+        bit = rng.randrange(8 * (64 if "_0" in file.name else 0), 8 * len(raw))
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{file.name}: found sha256"):
+        with pytest.raises(DataError, match=f"{file.name}: found (sha256|another SHA-256)"):
             verify(data)
         file.write_bytes(raw)
     assert verify(data) == 44
@@ -388,7 +388,7 @@ def test_id_above_the_headers_maximum_is_not_handed_out(data: Path) -> None:
     with (data / "val_00000.bin").open("r+b") as file:
         file.seek(64)
         file.write((4000).to_bytes(2, "little"))
-    with TokenSource.open(data, "val") as source:
+    with TokenSource.open(data, "val", verify=False) as source:
         with pytest.raises(DataError, match=r"token id 4000 .* wanted at most 256.*--verify"):
             read(source)
         with pytest.raises(DataError, match="token id 4000"):

@@ -85,7 +85,7 @@ def test_interrupted_writer_leaves_nothing(tmp_path: Path, error: type[BaseExcep
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(13))
 def test_failing_commit_keeps_the_old_data_set(data: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Each fsync and each rename of a commit fails in turn: the old set stays whole, or the new one is."""
     before = {path.name: path.read_bytes() for path in data.iterdir()}
@@ -104,15 +104,15 @@ def test_failing_commit_keeps_the_old_data_set(data: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(writer.os, "fsync", failing(os.fsync))
         patch.setattr(Path, "rename", failing(Path.rename))
-        if call < 7:
+        if call < 12:
             with pytest.raises(DiskError, match="No space left on device"):
                 write(data, [[1]], [[2]], overwrite=True)
         else:
             write(data, [[1]], [[2]], overwrite=True)
-            assert calls == 7  # the two shards, manifest, folder, two renames, parent folder
+            assert calls == 12  # the two shards, five other files, manifest, folder, two renames, parent folder
     after = {path.name: path.read_bytes() for path in data.iterdir()}
-    assert (after == before) == (call < 6)
-    assert verify(data) == (44 if call < 6 else 4)
+    assert (after == before) == (call < 11)
+    assert verify(data) == (44 if call < 11 else 4)
     assert [path.name for path in data.parent.iterdir()] == ["set"]
 
 

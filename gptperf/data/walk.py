@@ -1,0 +1,150 @@
+"""Yields the documents of a file or of every file below a folder, in an order that depends on the names alone."""
+
+import dataclasses
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptperf.data.documents import Origin
+from gptperf.data.readers import STRUCTURED, open_file, read_records, suffixes_of
+from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
+from gptperf.errors import DataError
+
+__all__ = ["Fields", "file_documents", "files_below", "folder_documents"]
+
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".lz4", ".whl", ".jar", ".tbz", ".txz"}
+_UNREADABLE_FORMATS = {".ipynb": "Jupyter notebook", ".pdf": "PDF", ".docx": "Word", ".xlsx": "Excel", ".npy": "NumPy"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Fields of structured text."""
+
+    text: str = "text"
+    """Field that has the text of a document."""
+    group: str | None = None
+    """Field that has the group of a document; None: the group is ""."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that are read."""
+        return (self.text,) if self.group is None else (self.text, self.group)
+
+
+def file_documents(path: Path, name: str, fields: Fields, skipped: Skipped, group: str = "") -> Iterator[Document]:
+    """Yields the documents of one file: a whole text, or the records of structured text.
+
+    Args:
+        path: The file.
+        name: Name of the source in the document index.
+        fields: Fields of structured text.
+        skipped: Counts the records that are no documents, by reason.
+        group: Group of a whole text, and of records without `fields.group`.
+
+    Raises:
+        Refused: No text of the file can be read; the reason is one of a few.
+        DataError: Structured text is corrupt.
+        DeviceError: A package that reads the file is not installed.
+        OSError: The file cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+        raise Refused("not a regular file")
+    kind, _ = suffixes_of(path)
+    if kind in _ARCHIVES:
+        raise Refused(f"format {kind}", "unpack it first")
+    if kind in _UNREADABLE_FORMATS:
+        raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
+    if kind in STRUCTURED:
+        yield from _record_documents(path, name, fields, skipped, group)
+    else:
+        yield file_document(Origin(name, 0, group), lambda: open_file(path))
+
+
+def _record_documents(path: Path, name: str, fields: Fields, skipped: Skipped, group: str) -> Iterator[Document]:
+    records = without_text = 0
+    others: set[str] = set()
+    for number, record in enumerate(read_records(path, fields.names)):
+        where, text, records = f"{name}, record {number}", record.get(fields.text), records + 1
+        if not isinstance(text, str):
+            without_text += 1
+            others.update(list(record)[: 20 - len(others)])
+            continue
+        if fields.group is not None:
+            if fields.group not in record:
+                raise DataError(f"{path}: record {number}: found no field {fields.group!r}, wanted the group")
+            group = str(record[fields.group])
+        try:
+            yield text_document(Origin(name, number, group), text)
+        except Refused as refused:
+            skipped.add(f"records: {refused.reason}", where)
+    if not records:
+        raise Refused(EMPTY)
+    if records == without_text:
+        raise Refused(f"no text in the field {fields.text!r}", f"its fields are {', '.join(sorted(others)) or 'none'}")
+    if without_text:
+        skipped.add(f"records: no text in the field {fields.text!r}", name, without_text)
+
+
+def folder_documents(root: Path, fields: Fields, skipped: Skipped, without: Path) -> Iterator[Document]:
+    """Yields the documents of the files below `root`, sorted by relative path.
+
+    Files that are not read are counted in `skipped`. The folder `without`, where data sets are written, is not entered.
+    """
+    for path in files_below(root, skipped, without=without):
+        name = path.relative_to(root).as_posix()
+        try:
+            yield from file_documents(path, name, fields, skipped)
+        except Refused as refused:
+            skipped.add(f"files: {refused.reason}", name)
+        except OSError as error:
+            skipped.add(f"files: unreadable ({error.strerror})", name)
+        except DataError as error:
+            skipped.add("files: corrupt, or not of the format that the name says", str(error))
+
+
+def files_below(
+    root: Path, skipped: Skipped, without_names: frozenset[str] = frozenset(), without: Path | None = None
+) -> list[Path]:
+    """Returns the files below `root` that are not hidden, sorted by relative path.
+
+    A folder is entered once, however many links lead to it; so a link to a folder above ends nothing in a loop.
+
+    Args:
+        root: Folder where the walk begins.
+        skipped: Counts the hidden and unreadable ones.
+        without_names: Names of folders that are not entered.
+        without: A folder that is not entered.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    excluded = _identity(without) if without is not None else None
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        identity = _identity(folder)
+        if identity is None or identity in seen or identity == excluded:
+            continue
+        seen.add(identity)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            skipped.add(f"folders: unreadable ({error.strerror})", str(folder.relative_to(root)))
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                skipped.add("files and folders: hidden", str(Path(entry.path).relative_to(root)))
+            elif not entry.is_dir():
+                found.append(Path(entry.path))
+            elif entry.name not in without_names:
+                pending.append(Path(entry.path))
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns device and inode of a folder; None if it does not exist."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
