@@ -20,7 +20,7 @@ __all__ = ["Chosen", "Part", "document_parts", "encoded", "text_parts", "threads
 
 _TASK_BYTES = 1 << 18
 """Bytes of short documents that a thread encodes at a time."""
-_IN_FLIGHT_BYTES = 1 << 26
+_IN_FLIGHT_BYTES = 1 << 25
 """Bytes of text that are read but not yet written."""
 _SAVE_SECONDS = 20.0
 """Time after which the progress is saved, so that a killed preparation goes on from there."""

@@ -97,9 +97,13 @@ def record_documents(
                 raise DataError(f"{name}, record {number}: found no field {fields.group!r}, wanted the group")
             group = str(record.get(fields.group, text))
         try:
-            yield text_document(Origin(name, number, group), text)
+            document = text_document(Origin(name, number, group), text)
         except Refused as refused:
             skipped.add(f"records: {refused.reason}", f"{name}, record {number}")
+            continue
+        del text, record  # they may have hundreds of megabytes
+        yield document
+        del document
     if number < 0:
         raise Refused(EMPTY)
     if number + 1 == without_text:
