@@ -66,6 +66,8 @@ class _PrepareFlags(Flags):
     """Leave out copies of documents: exact, near (MinHash) or off; default: exact, for python_stdlib off."""
     shard_tokens: int | None = None
     """Tokens per shard; default: 100000000."""
+    plan: bool = False
+    """Say how many tokens, how much disk and how much time it would take, and write nothing."""
     overwrite: bool = False
     """Replace an existing data set."""
     verify: bool = False
@@ -82,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.verify:
         _verify(flags)
         return 0
+    from gptperf.data.estimate import estimate
+    from gptperf.data.job import Job
     from gptperf.data.prepare import prepare
 
     # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     optional: dict[str, Any] = {} if flags.shard_tokens is None else {"shard_tokens": flags.shard_tokens}
-    prepare(
-        flags.what,
+    optional |= dict(
         data_dir=flags.data_dir,
         name=flags.name,
         tokenizer=flags.tokenizer,
@@ -99,8 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         text_field=flags.text_field,
         group_by=flags.group_by,
         dedup=flags.dedup,
-        **optional,
     )
+    if flags.plan:
+        print(estimate(Job(what=flags.what, **optional)))
+    else:
+        prepare(flags.what, **optional)
     return 0
 
 

@@ -1,0 +1,119 @@
+"""Says what a preparation will take: tokens, disk and time, from the sizes of the files and a sample of the text."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gptperf.data.documents import RECORD
+from gptperf.data.job import Job
+from gptperf.data.pipeline import threads
+from gptperf.data.readers import STRUCTURED, Meter, open_file, suffixes_of
+from gptperf.data.text import Refused, Skipped, clean
+from gptperf.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from gptperf.data.train_tokenizer import PREFIX
+from gptperf.data.vocabulary import token_dtype
+from gptperf.data.walk import Fields, file_documents
+from gptperf.errors import DataError
+from gptperf.files import free_bytes
+from gptperf.formats import byte_text, rough_duration
+
+__all__ = ["estimate"]
+
+_FILES = 64
+_FILE_BYTES = 1 << 17
+"""Text of each file of the sample that is encoded."""
+_TRAINED_BYTES, _TRAINED_RATE = 4.0, 3e6
+"""Bytes of text a token, and bytes of text a second and core, that are assumed for a vocabulary that is not yet
+trained."""
+
+
+def estimate(job: Job) -> str:
+    """Returns a few lines that say what a preparation will take; it writes nothing.
+
+    Raises:
+        DataError: The files are elsewhere, or have no text; the tokenizer is not available.
+    """
+    files = job.source.files
+    if files is None:
+        raise DataError(f"--plan: {job.what} is streamed, its size is not known; wanted files")
+    sizes: dict[Path, int] = {}
+    for path in files():
+        try:
+            sizes[path] = path.stat().st_size
+        except OSError:
+            continue
+    begin = time.perf_counter()
+    samples = [_measure(path, size, job) for path, size in _chosen(sizes)]
+    total = sum(sizes.values())
+    text = total * float(np.mean([expansion for _, expansion, _ in samples])) if samples else 0.0
+    if not text:
+        raise DataError(f"--plan: found no text in {len(sizes)} files of {job.what}, wanted some")
+    read_seconds = (time.perf_counter() - begin) / max(sum(read for _, _, read in samples), 1) * text
+    name, per_token, rate, cores, itemsize = _encoding(job, [sample for sample, _, _ in samples if sample])
+    tokens = text / per_token
+    size = tokens * itemsize + RECORD.itemsize * len(sizes)
+    seconds = max(read_seconds, text / (rate * cores))
+    return "\n".join(
+        [
+            f"{job.path}: {job.source.source}; a plan, nothing is written",
+            f"  text    about {byte_text(text)} in {len(sizes):,} files of {byte_text(total)}",
+            f"  tokens  about {float(f'{tokens:.2g}'):,.0f}, {per_token:.2f} bytes each; tokenizer {name}",
+            f"  disk    about {byte_text(size)}, {byte_text(free_bytes(job.path))} free",
+            f"  time    about {rough_duration(seconds)}; {cores} threads encode {byte_text(rate)} a second each",
+        ]
+    )
+
+
+def _chosen(sizes: dict[Path, int]) -> list[tuple[Path, int]]:
+    """Returns files and their sizes at evenly spaced bytes of all files, so that the large ones are among them."""
+    found = [(path, size) for path, size in sizes.items() if size]
+    ends = np.cumsum([size for _, size in found], dtype=np.int64)
+    if not found:
+        return []
+    middles = (np.arange(_FILES) + 0.5) * ends[-1] / _FILES
+    return [found[i] for i in np.searchsorted(ends, middles, side="right")]
+
+
+def _measure(path: Path, size: int, job: Job) -> tuple[bytes, float, int]:
+    """Returns text from the begin of a file, the bytes of text for each byte on disk, and the bytes of text read."""
+    meter, text, read = Meter(), b"", 0
+    places: list[tuple[int, int]] = []  # bytes on disk and bytes of text: readers read ahead, so differences count
+    try:
+        for piece in _pieces(path, job, meter):
+            read += len(piece)
+            text += piece[: _FILE_BYTES - len(text)] if len(text) < _FILE_BYTES else b""
+            if meter.read() > (places[-1][0] if places else 0):
+                places.append((meter.read(), read))
+            if len(places) == 4:
+                (begin, before), (end, after) = places[0], places[-1]
+                return text, (after - before) / (end - begin), read
+    except (Refused, DataError, OSError):
+        return b"", 0.0, read  # such a file is not read
+    return text, read / size, read
+
+
+def _pieces(path: Path, job: Job, meter: Meter) -> Iterator[bytes]:
+    if suffixes_of(path)[0] in STRUCTURED:
+        for document in file_documents(path, path.name, Fields(job.text_field or "text"), Skipped(), meter=meter):
+            yield from document.pieces
+    else:
+        with open_file(path, meter) as file:
+            yield from clean(iter(lambda: file.read(_FILE_BYTES), b""))
+
+
+def _encoding(job: Job, texts: list[bytes]) -> tuple[str, float, float, int, int]:
+    """Returns name, bytes a token, bytes a second and thread, threads, and bytes of an id."""
+    if job.tokenizer.startswith(PREFIX):
+        size = token_dtype(int(job.tokenizer.removeprefix(PREFIX))).itemsize
+        name = f"{job.tokenizer}, whose rate and bytes are assumed, and whose training takes its own time"
+        return name, _TRAINED_BYTES, _TRAINED_RATE, len(os.sched_getaffinity(0)), size
+    tokenizer: Tokenizer = load_tokenizer(job.tokenizer, eot=job.eot)
+    begin = time.perf_counter()
+    found = sum(len(tokenizer.encode(text)) for text in texts)
+    rate = sum(map(len, texts)) / max(time.perf_counter() - begin, 1e-6)
+    itemsize = token_dtype(tokenizer.vocab_size).itemsize
+    per_token = 1.0 if isinstance(tokenizer, ByteTokenizer) else sum(map(len, texts)) / max(found, 1)
+    return tokenizer.name, per_token, rate, threads(tokenizer), itemsize
