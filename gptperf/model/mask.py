@@ -3,6 +3,7 @@
 Shapes: B batch, T query tokens, S key tokens. The queries are the last T of the S tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-__all__ = ["Mask", "document_starts", "flex", "make_masks"]
+__all__ = ["Mask", "document_pairs", "document_starts", "flex", "make_masks"]
 
 _compiled: Any = None
 _BLOCK = 128
@@ -70,6 +71,19 @@ def document_starts(tokens: Tensor, end: int) -> Tensor:
     first = torch.zeros_like(tokens, dtype=torch.int32)
     first[:, 1:] = (tokens[:, :-1] == end) * torch.arange(1, T, device=tokens.device, dtype=torch.int32)
     return first.cummax(dim=1).values
+
+
+def document_pairs(tokens: Tensor, end: int, windows: tuple[int, ...]) -> Tensor:
+    """Returns the number of (query, key) pairs of one head, over all layers and sequences, an int64 scalar.
+
+    Args:
+        tokens: `(B, T)` int64.
+        end: id of the token that ends a document.
+        windows: window of each layer.
+    """
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) - document_starts(tokens, end)
+    counts = [layers * place.clamp(max=window).sum() for window, layers in Counter(windows).items()]
+    return torch.stack(counts).sum()
 
 
 def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device) -> BlockMask:
