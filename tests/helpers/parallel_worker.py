@@ -103,8 +103,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     collectives, gathers = engine.weights.collectives, []
     held = _watch_what_is_held(engine.weights)
-    scales: list[float] = []
-    pairs: list[int] = []
+    scales, pairs = list[float](), list[int]()
 
     def overflowing(gradient: Tensor) -> Tensor:
         """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
