@@ -1,6 +1,7 @@
 """Windows and documents: masks against loops, logits and gradients against separate documents, counts against masks."""
 
 import dataclasses
+import inspect
 import itertools
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptperf import registry
 from gptperf.cards import causal_pairs
-from gptperf.config import ModelConfig
+from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError
 from gptperf.flops import flops_per_token
 from gptperf.model import GPT, SDPA, KVCache
@@ -199,10 +201,42 @@ def full_config(config: ModelConfig) -> ModelConfig:
     ],
 )
 def test_wrong_windows_are_refused(window: str, message: str) -> None:
-    from gptperf.config import command_line
-
     with pytest.raises(ConfigError, match=message):
         command_line.resolve([f"--window={window}", "--n_layer=3"])
+
+
+KINDS = ("attention_backend", "norm_position", "position_encoding")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cards_say_what_takes_a_mask(kind: str) -> None:
+    for name in registry.KINDS[kind]:
+        card, cls = registry.card(kind, name), registry.component(kind, name)
+        method, argument = (cls.embed, "starts") if kind == "position_encoding" else (cls.forward, "mask")
+        assert (argument in inspect.signature(method).parameters) == (card.documents or getattr(card, "windows", False))
+
+
+@pytest.mark.parametrize("card", [None, False, True])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [(kind, "documents") for kind in KINDS] + [(kind, "windows") for kind in KINDS[:2]]
+)
+def test_a_plugin_without_masks_is_refused(
+    kind: str, variant: str, card: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A component runs windows and documents only if its card says so; without them, any component runs."""
+    for table in ("_components", "_cards"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    built_in = registry.KINDS[kind][0]
+    told = None if card is None else dataclasses.replace(registry.card(kind, built_in), **{variant: card})
+    registry.register(kind, "own", registry.component(kind, built_in), told)
+    flag = "--window=5" if variant == "windows" else "--document_mask=True"
+    argv = ["tiny", f"--{kind}=own"]
+    command_line.resolve([*argv, "--window=100000"])
+    if card:
+        command_line.resolve([*argv, flag])
+        return
+    with pytest.raises(ConfigError, match=f"found {kind} = 'own', which does not run {variant}; wanted .*nearest: "):
+        command_line.resolve([*argv, flag])
 
 
 # On a GPU: FlexAttention.
