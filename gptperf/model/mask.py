@@ -94,8 +94,9 @@ def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device
     n = T // _BLOCK
     query = torch.arange(T, device=device, dtype=torch.int32)
     lowest = query[None] - (window - 1)  # first key of each query; it never falls from one query to the next
-    lowest = (lowest if starts is None else torch.maximum(starts, lowest)).view(-1, n, _BLOCK)
-    first_low, last_low = lowest[:, :, 0, None], lowest[:, :, -1, None]
+    lowest = lowest if starts is None else torch.maximum(starts, lowest)
+    of_block = lowest.view(-1, n, _BLOCK)
+    first_low, last_low = of_block[:, :, 0, None], of_block[:, :, -1, None]
     block = torch.arange(n, device=device, dtype=torch.int32)
     key_begin, query_block = block[None, None, :] * _BLOCK, block[None, :, None]
     read = (key_begin + _BLOCK > first_low) & (block[None, None, :] <= query_block)
@@ -104,7 +105,7 @@ def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device
         *_listed(read & ~whole),
         *_listed(whole),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_mask_mod(window, starts),
+        mask_mod=_mask_mod(window, None if starts is None else lowest),
         seq_lengths=(T, T),
     )
 
@@ -115,14 +116,17 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
-def _mask_mod(window: int, starts: Tensor | None) -> Callable[..., Tensor]:
-    if starts is None:
+def _mask_mod(window: int, lowest: Tensor | None) -> Callable[..., Tensor]:
+    """Returns FlexAttention's mask of a pair. With documents, layers of all windows share a graph."""
+    if lowest is None:
         return lambda b, h, query, key: (key <= query) & (key > query - window)
-    return lambda b, h, query, key: (key <= query) & (key > query - window) & (key >= starts[b, query])
+    return lambda b, h, query, key: (key <= query) & (key >= lowest[b, query])
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, grouped: bool) -> Tensor:
     """Returns attention `(B, H, T, D)` for q `(B, H, T, D)`, k and v `(B, K, T, D)` under a block mask."""
+    if torch.compiler.is_compiling():  # FlexAttention is then a part of the caller's graph
+        return flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped)
     global _compiled
     if _compiled is None:  # not compiled, FlexAttention would keep the matrix of scores
         _compiled = torch.compile(flex_attention, dynamic=False)
