@@ -50,10 +50,6 @@ from gptperf.training.step import StepResult
 
 __all__ = ["Reporter", "startup_info"]
 
-_DOCUMENTS = (
-    "document_mask: the figures before the first iteration assume that a sequence is one document; FLOPs and MFU of a "
-    "log line are those of its documents"
-)
 _COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
 
 
@@ -341,8 +337,6 @@ def startup_info(
     uncountable = flops.uncountable_flops(model)
     if uncountable is not None:
         info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
-    if config.data.document_mask:
-        info["notes"] = [*info["notes"], _DOCUMENTS]
     if planned is not None:
         info["plan"] = plan_record(planned)
         info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]

@@ -71,7 +71,7 @@ def assert_lines_count_the_documents(log: dict[str, Any], config: Config, pairs:
         previous = entry["iter"]
     assert previous == len(pairs)
     assert log["startup_info"]["flops_per_token"] == float(count.training_per_token)
-    assert any(note.startswith("document_mask: ") for note in log["startup_info"]["notes"])
+    assert any(note.startswith("document_mask = true: ") for note in log["startup_info"]["notes"])
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
