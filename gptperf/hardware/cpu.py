@@ -26,8 +26,9 @@ def set_up_threads(environment: MutableMapping[str, str] | None = None, processe
         processes = int(text) if text.isdecimal() and int(text) else 1
     if "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        # Tokens/s of configs/tiny.toml on two CPUs, alone (mean of two runs) and beside one busy process: default 15,800
-        # and no step in 45 s; no spin 13,100 and 9,070; 1,000 turns 16,100 and 7,820; 10,000 turns 16,500 and 3,820.
+        # Tokens/s of configs/tiny.toml on two CPUs, alone (mean of two runs) and beside one busy process: default
+        # 15,800 and no step in 45 s; no spin 13,100 and 9,070; 1,000 turns 16,100 and 7,820; 10,000 turns 16,500 and
+        # 3,820.
         environment.setdefault("GOMP_SPINCOUNT", "1000")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
 
