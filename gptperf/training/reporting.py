@@ -7,7 +7,9 @@ in `gptperf.monitor.events` and filled in one of the functions below.
 import contextlib
 import platform
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,17 @@ from gptperf.hardware import Peak, no_peak_hint
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.clock import Lap, process_age_s
 from gptperf.monitor.console import Console
-from gptperf.monitor.events import Checkpoint, Eval, Gradients, Iteration, Message, Profile, Start, StartupInfo, Summary
+from gptperf.monitor.events import (
+    Checkpoint,
+    Eval,
+    Gradients,
+    Iteration,
+    Message,
+    Profile,
+    Start,
+    StartupInfo,
+    Summary,
+)
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.stability import LossWindow
@@ -38,6 +50,10 @@ from gptperf.training.step import StepResult
 
 __all__ = ["Reporter", "startup_info"]
 
+_DOCUMENTS = (
+    "document_mask: the figures before the first iteration assume that a sequence is one document; FLOPs and MFU of a "
+    "log line are those of its documents"
+)
 _COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
 
 
@@ -99,7 +115,7 @@ class Reporter:
         """Prints a warning; the warning of a rank other than the main rank is printed with the next log line."""
         self._console.warning(text)
 
-    def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> None:
+    def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float, pairs: int) -> None:
         """Reports a logged step. Collective: every rank must call it.
 
         Args:
@@ -107,17 +123,18 @@ class Reporter:
             loss: mean loss of the step over all ranks.
             lap: time since the last log line; if it has no steps, it covers the first iteration of this process.
             waited_s: seconds that this process has waited for the loader so far.
+            pairs: (query, key) pairs of the steps of the lap on all ranks, of one head and over all layers.
         """
         if lap.steps == 0 and not self._losses.losses:
             self.message(f"first iteration: {lap.paused_s:.1f} s, {process_age_s():.1f} s after the start")
-        record = self._iteration(result, loss, lap, waited_s)
+        record = self._iteration(result, loss, lap, waited_s, pairs)
         self._record("iteration", record)
         for rank, warnings in enumerate(self._process.gather(self._console.pending())):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
         self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
 
-    def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> Iteration:
+    def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float, pairs: int) -> Iteration:
         engine, state = self._engine, self._state
         norm = result.gradient_norm.item()
         gradients: Gradients = {"global_norm": norm}
@@ -132,7 +149,7 @@ class Reporter:
             "lr": result.learning_rate,
             "tokens": state.tokens,
             # The first iteration of a process includes compilation, so its time does not show the speed of the run.
-            "mfu": self._throughput.record(lap.step_ms) if lap.steps else {},
+            "mfu": self._speed(lap.step_ms, lap.steps * self._config.tokens_per_iter, pairs) if lap.steps else {},
             "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),
             "gradients": gradients,
             "stability": self._losses.add(loss, int(engine.skipped.item())),
@@ -141,6 +158,11 @@ class Reporter:
         if engine.scaler.is_enabled():
             record["loss_scale"] = engine.scaler.get_scale()
         return record
+
+    def _speed(self, step_ms: float, tokens: int, pairs: int) -> dict[str, Any]:
+        """Returns the speed of iterations of `step_ms`, which have these tokens and (query, key) pairs together."""
+        sequences = Fraction(tokens, self._config.model.block_size)
+        return self._throughput.record(step_ms, pairs / sequences)
 
     def evaluation(self, val_loss: float, time_ms: float) -> None:
         """Reports an evaluation at this iteration, with the best loss so far from the state."""
@@ -240,7 +262,8 @@ class Reporter:
         if self._journal is not None:
             summary["log_path"] = str(self._journal.path.with_suffix(".json"))
         if state.timed_tokens > 0:
-            speed = self._throughput.record(1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens)
+            step_ms = 1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens
+            speed = self._speed(step_ms, state.timed_tokens, state.timed_pairs)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
             named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
@@ -318,6 +341,8 @@ def startup_info(
     uncountable = flops.uncountable_flops(model)
     if uncountable is not None:
         info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
+    if config.data.document_mask:
+        info["notes"] = [*info["notes"], _DOCUMENTS]
     if planned is not None:
         info["plan"] = plan_record(planned)
         info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]

@@ -44,6 +44,8 @@ class TrainingRun:
     snapshots: MemorySnapshots
     losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES))
     """Losses of the last iterations on this rank, scalars on the device."""
+    pairs: Tensor | None = None
+    """`StepResult.pairs` of the timed iterations since the last log line, added up."""
     failed_saves: int = 0
     """Number of failed saves since the last one that succeeded."""
     saved_step: int = 0
