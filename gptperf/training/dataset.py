@@ -17,9 +17,11 @@ from gptperf.formats import byte_text
 from gptperf.monitor.console import Console
 from gptperf.monitor.events import StartupInfo
 
-__all__ = ["compare_data", "data_facts", "data_record", "open_dataset", "source_facts", "verify_all"]
+__all__ = ["compare_data", "data_facts", "data_record", "open_dataset", "repeated", "source_facts", "verify_all"]
 
 BUILT_IN_DATASET = "python_stdlib"
+MOST_EPOCHS = 4
+"""Up to here, repeated data is worth about as much as new data (Muennighoff et al., 2023)."""
 SAMPLED_BLOCKS = 16
 """Blocks of each data set whose content a checkpoint records: 1 MiB, read once at the start of a run."""
 
@@ -105,6 +107,16 @@ def data_facts(config: Config, train: TokenSource | MixedTokens, val: TokenSourc
             "the data is read; prepare it again, or give --verify_data=full"
         ]
     return found
+
+
+def repeated(info: StartupInfo, dataset: str) -> list[str]:
+    """Returns a warning for each data set that a run reads more often than `MOST_EPOCHS` times."""
+    read = {name: source["epochs"] for name, source in info.get("sources", {}).items()} or {dataset: info["epochs"]}
+    return [
+        f"the run reads {name} {epochs:.1f} times; more than {MOST_EPOCHS} epochs teach a model little that is new"
+        for name, epochs in read.items()
+        if epochs > MOST_EPOCHS
+    ]
 
 
 def source_facts(

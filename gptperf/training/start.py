@@ -20,7 +20,7 @@ from gptperf.monitor.console import Console
 from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
-from gptperf.training.dataset import data_facts, data_record
+from gptperf.training.dataset import data_facts, data_record, repeated
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.estimate import estimate, slow_warning
 from gptperf.training.matching import Told, keep_schedule
@@ -103,7 +103,7 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
         info["notes"].append(expected.line(config, state.step))
     if process.is_main:
         check_disk(out_dir, engine.weights.numel, config.train.keep_checkpoints, console.warning)
-    notes: list[str] = []  # printed below the blocks of `reporter.start`
+    notes = repeated(facts, config.data.dataset)  # printed below the blocks of `reporter.start`
     reporter = Reporter(engine, state, inputs.plan, throughput_of(config, process, peak, notes.append), console)
     reporter.start(told.origins, info, stack)
     for note in notes:
