@@ -3,11 +3,11 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from gptperf.config.flags import Flags, parse
-from gptperf.errors import run_main
+from gptperf.errors import DataError, run_main
 
 __all__ = ["main"]
 
@@ -19,6 +19,8 @@ WHAT is one of
                             streamed from Hugging Face; needs pip install 'gptperf[hf]'
   PATH                      a text file, a .jsonl file with a document per line, or a folder whose text files are
                             the documents
+  bin:PATH                  token files of nanoGPT (train.bin, val.bin; see --dtype), llm.c or modded-nanogpt, which are
+                            converted; --tokenizer=gpt2, or ids:N for N ids without a vocabulary
 
 The validation split is 5% of the documents, chosen by their hash (Hugging Face: 0.05%), or the last 10% of a single
 text file.
@@ -56,6 +58,8 @@ class _PrepareFlags(Flags):
     """Text field of a Hugging Face data set or .jsonl file; default: text."""
     shard_tokens: int | None = None
     """Tokens per shard; default: 100000000."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the ids in token files without a header; default: uint16."""
     overwrite: bool = False
     """Replace an existing data set."""
     verify: bool = False
@@ -72,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.verify:
         _verify(flags)
         return 0
+    if flags.what.startswith("bin:"):
+        _convert(flags)
+        return 0
+    if flags.dtype is not None:
+        raise DataError(f"--dtype: found {flags.dtype!r}, wanted none: {flags.what} is text, not bin:PATH")
     from gptperf.data.prepare import prepare
 
     # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
@@ -90,6 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         **optional,
     )
     return 0
+
+
+def _convert(flags: _PrepareFlags) -> None:
+    """Converts token files of another trainer."""
+    from gptperf.data.foreign import convert
+
+    used = ("name", "data_dir", "tokenizer", "eot", "dtype", "val_fraction", "shard_tokens", "overwrite")
+    for field in fields(flags):
+        found = getattr(flags, field.name)
+        if field.name not in ("what", *used) and found != field.default:
+            raise DataError(f"--{field.name}: found {found!r}, wanted none: {flags.what} has ids, no text")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = {name: getattr(flags, name) for name in used}
+    convert(flags.what, **{name: value for name, value in given.items() if value is not None})
 
 
 def _verify(flags: _PrepareFlags) -> None:
