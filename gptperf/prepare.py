@@ -3,11 +3,11 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from gptperf.config.flags import Flags, parse
-from gptperf.errors import run_main
+from gptperf.errors import DataError, run_main
 
 __all__ = ["main"]
 
@@ -17,11 +17,18 @@ WHAT is one of
   shakespeare               tiny Shakespeare, 1 MB, downloaded
   openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
                             streamed from Hugging Face; needs pip install 'gptperf[hf]'
-  PATH                      a text file, a .jsonl file with a document per line, or a folder whose text files are
-                            the documents
+  PATH                      a file or a folder, with everything below it, in any mix of
+                              text: txt, md, source code, ...; a file is a document
+                              records: jsonl, ndjson, json, csv, tsv, parquet, arrow; a record is a document
+                            each also as .gz, .xz or .zst; parquet, arrow and zst need pip install 'gptperf[data]'
+  bin:PATH                  token files of nanoGPT (train.bin, val.bin; see --dtype), llm.c or modded-nanogpt, which are
+                            converted; --tokenizer=gpt2, or ids:N for N ids without a vocabulary
+
+A byte-order mark decides the encoding, otherwise it is UTF-8; CR LF becomes LF; text that is blank, has a zero byte or
+is not valid is not read. What is not read is counted by reason.
 
 The validation split is 5% of the documents, chosen by their hash (Hugging Face: 0.05%), or the last 10% of a single
-text file.
+text file. A preparation that is killed goes on where it was when the same command runs again.
 
 examples
   python -m gptperf.prepare python_stdlib
@@ -29,6 +36,7 @@ examples
   python -m gptperf.prepare openwebtext --tokenizer=gpt2
   python -m gptperf.prepare python_stdlib --tokenizer=train:8192 --name=stdlib_8k
   python -m gptperf.prepare hf:codeparrot/codeparrot-clean --text_field=content
+  python -m gptperf.prepare clones/ --group_by=repo --dedup=near
   python -m gptperf.prepare python_stdlib --verify
 """
 
@@ -53,9 +61,15 @@ class _PrepareFlags(Flags):
     split: str | None = None
     """Split of a Hugging Face data set; default: train."""
     text_field: str | None = None
-    """Text field of a Hugging Face data set or .jsonl file; default: text."""
+    """Field of the records that has the text; default: text."""
+    group_by: str | None = None
+    """Hold out whole groups for validation: top_folder, repo (a folder with .git) or field:NAME of the records."""
+    dedup: str | None = None
+    """Leave out copies of documents: exact, near (MinHash) or off; default: exact, for python_stdlib off."""
     shard_tokens: int | None = None
     """Tokens per shard; default: 100000000."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the ids in token files without a header; default: uint16."""
     overwrite: bool = False
     """Replace an existing data set."""
     verify: bool = False
@@ -72,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.verify:
         _verify(flags)
         return 0
+    if flags.what.startswith("bin:"):
+        _convert(flags)
+        return 0
+    if flags.dtype is not None:
+        raise DataError(f"--dtype: found {flags.dtype!r}, wanted none: {flags.what} is text, not bin:PATH")
     from gptperf.data.prepare import prepare
 
     # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set.
@@ -87,9 +106,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=flags.overwrite,
         split=flags.split,
         text_field=flags.text_field,
+        group_by=flags.group_by,
+        dedup=flags.dedup,
         **optional,
     )
     return 0
+
+
+def _convert(flags: _PrepareFlags) -> None:
+    """Converts token files of another trainer."""
+    from gptperf.data.foreign import convert
+
+    used = ("name", "data_dir", "tokenizer", "eot", "dtype", "val_fraction", "shard_tokens", "overwrite")
+    for field in fields(flags):
+        found = getattr(flags, field.name)
+        if field.name not in ("what", *used) and found != field.default:
+            raise DataError(f"--{field.name}: found {found!r}, wanted none: {flags.what} has ids, no text")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = {name: getattr(flags, name) for name in used}
+    convert(flags.what, **{name: value for name, value in given.items() if value is not None})
 
 
 def _verify(flags: _PrepareFlags) -> None:

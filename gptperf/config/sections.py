@@ -146,9 +146,13 @@ class DataConfig(_Section):
     """The data set and its loader."""
 
     dataset: str = "python_stdlib"
-    """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
+    """Prepared data set: NAME for data_dir/NAME, or a path; or a mixture by weight: NAME:0.7,NAME:0.3. python_stdlib is
+    prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
+    verify_data: Literal["used", "full", "off"] = "used"
+    """Comparison of the data with its checksums. used: each block before its first use; full: all, before training,
+    too; off: none."""
     document_mask: bool = False
     """Attention stays inside a document, and learned positions count from its first token."""
     prefetch: Annotated[int, Range(1, 10_000)] = 4

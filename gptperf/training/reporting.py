@@ -16,7 +16,7 @@ import torch
 from gptperf import __version__, flops
 from gptperf.checkpoint.background import Saved
 from gptperf.config import Config
-from gptperf.data.format import DatasetManifest
+from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
 from gptperf.errors import GptperfError
@@ -160,14 +160,22 @@ class Reporter:
         sequences = Fraction(tokens, self._config.model.block_size)
         return self._throughput.record(step_ms, pairs / sequences)
 
-    def evaluation(self, val_loss: float, time_ms: float) -> None:
-        """Reports an evaluation at this iteration, with the best loss so far from the state."""
+    def evaluation(self, val_loss: float, time_ms: float, sources: Mapping[str, dict[str, float]]) -> None:
+        """Reports an evaluation at this iteration, with the best loss so far from the state.
+
+        Args:
+            val_loss: the validation loss.
+            time_ms: time of the evaluation.
+            sources: figures of each data set of a mixture; empty without a mixture.
+        """
         record: Eval = {
             "iter": self._state.step,
             "val_loss": val_loss,
             "best_val_loss": self._state.best_val_loss,
             "time_ms": time_ms,
         }
+        if sources:
+            record["sources"] = dict(sources)
         self._record("eval", record)
         self._trackers.log("eval", record)
         self._console.evaluation(record)
@@ -292,7 +300,12 @@ def _against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -
 
 
 def startup_info(
-    engine: Engine, manifest: DatasetManifest, peak: Peak | None, compiled: str, planned: Plan | None
+    engine: Engine,
+    tokenizer: TokenizerInfo,
+    data: StartupInfo,
+    peak: Peak | None,
+    compiled: str,
+    planned: Plan | None,
 ) -> StartupInfo:
     """Returns the facts about everything that was built, and the figures that follow without a measurement."""
     config, process = engine.config, engine.process
@@ -324,14 +337,13 @@ def startup_info(
         "weight_decay": optimizer.weight_decay,
         "grad_clip": optimizer.grad_clip,
         "dataset": config.data.dataset,
-        "tokenizer": manifest.tokenizer.name,
-        "train_tokens": manifest.splits["train"].tokens,
-        "val_tokens": manifest.splits["val"].tokens,
+        "tokenizer": tokenizer.name,
+        **data,
         "dtype": config.system.dtype,
         "parallelism": _parallelism(config, engine.weights.collectives),
         "compile": compiled,
         "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "notes": [*config.notes(), *filter(None, [unmeasured_versions(process.device.type)])],
+        "notes": [*config.notes(), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
     }
     info["components"]["activation"] = model.applied_activation
     uncountable = flops.uncountable_flops(model)

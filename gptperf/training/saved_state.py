@@ -14,7 +14,7 @@ ranks under any strategy.
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def snapshot(
     fingerprint: str,
     tokenizer: Mapping[str, Any],
     vocabulary: Mapping[str, bytes] | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Returns this rank's part of the state.
 
@@ -110,6 +111,7 @@ def snapshot(
         fingerprint: fingerprint of the training data.
         tokenizer: name, vocab_size, fingerprint and eot of the tokenizer.
         vocabulary: files of the tokenizer, which `saved_vocabulary` reads back.
+        data: the data sets of the training data, from `gptperf.training.dataset.data_record`.
 
     Returns:
         Named tensors by file stem (views, not copies), and the JSON state.
@@ -142,6 +144,7 @@ def snapshot(
         "config": config.sections(),
         "model": {name: getattr(config.model, name) for name in DERIVED},
         "dataset_fingerprint": fingerprint,
+        "dataset": list(data),
         "tokenizer": dict(tokenizer),
         "versions": versions(engine),
     }

@@ -15,6 +15,7 @@ from gptperf import checkpoint, flops
 from gptperf.checkpoint.background import Saved
 from gptperf.config import Config
 from gptperf.data.loader import Loader
+from gptperf.data.mixture import parts_of
 from gptperf.data.ngram import trigram_loss
 from gptperf.distributed.process import start_process
 from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
@@ -22,6 +23,7 @@ from gptperf.monitor.clock import StepClock, process_age_s
 from gptperf.monitor.console import Console
 from gptperf.monitor.slow_step import SlowSteps
 from gptperf.training.build import compiler_errors
+from gptperf.training.dataset import source_facts
 from gptperf.training.estimate import check_sizes_given
 from gptperf.training.evaluation import evaluate, sample_text
 from gptperf.training.matching import Told
@@ -307,10 +309,14 @@ def _evaluate(run: TrainingRun, points: StopPoints) -> float:
         Dropped: the evaluation was dropped.
     """
     state, start = run.state, time.perf_counter()
-    val_loss = evaluate(run.engine, run.inputs.val_tokens, points.drops)
+    parts = parts_of(run.inputs.val_tokens)
+    losses = {part.name: evaluate(run.engine, part.source, points.drops) for part in parts}
+    val_loss = sum(part.weight * losses[part.name] for part in parts)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
-    run.reporter.evaluation(val_loss, 1e3 * (time.perf_counter() - start))
+    mixed = len(parts) > 1
+    sources = source_facts(run.config, run.inputs.train_tokens, losses, state.step) if mixed else {}
+    run.reporter.evaluation(val_loss, 1e3 * (time.perf_counter() - start), sources)
     return val_loss
 
 
@@ -321,9 +327,9 @@ def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
         DiskError: see `_report_save`.
     """
     inputs, state = run.inputs, dataclasses.replace(run.state, wall_s=run.state.wall_s + process_age_s())
-    info = inputs.manifest.tokenizer
-    tokenizer = {key: getattr(info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
-    tensors, saved = snapshot(run.engine, state, inputs.train_tokens.fingerprint, tokenizer, inputs.vocabulary)
+    tokenizer = {key: getattr(inputs.tokenizer_info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
+    fingerprint = inputs.train_tokens.fingerprint
+    tensors, saved = snapshot(run.engine, state, fingerprint, tokenizer, inputs.vocabulary, run.data)
     _report_save(run, run.saver.save(state.step, tensors, saved, val_loss), must=False)
     if must:
         _report_save(run, run.saver.wait(), must=True)
@@ -373,7 +379,8 @@ def _finish(run: TrainingRun, loss: tuple[float, int] | None, stop: StopRequest)
     summary = run.reporter.summary(loss)
     summary["val_loss"] = last.metric if last is not None else None
     if log.trigram_baseline and not stop.requested:
-        summary["trigram_loss"] = trigram_loss(inputs.train_tokens, inputs.val_tokens)
+        pairs = zip(parts_of(inputs.train_tokens), parts_of(inputs.val_tokens), strict=True)
+        summary["trigram_loss"] = sum(train.weight * trigram_loss(train.source, val.source) for train, val in pairs)
     if inputs.tokenizer is not None:
         with contextlib.suppress(Dropped):
             drops = partial(getattr, stop, "requested")
