@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "predict memory and speed of a run on any known GPU",
     "flops": "count parameters, FLOPs and bytes of a model",
     "hardware": "print the GPU table, or measure what this GPU reaches",
+    "seen": "list the documents that a run read between two iterations",
     "report": "write a page about a run",
     "compare": "rank runs, or compare architectures",
     "ablate": "train changes of a configuration over several seeds, and compare them",

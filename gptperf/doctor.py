@@ -244,7 +244,7 @@ def _training(gpus: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if gpu is None or unplannable(config, gpu) is not None:
                 continue
             planned = plan(config, gpu, reported_gb=gpus[0]["memory_gb"])
-        expected = estimate(config, 1, device, planned, val_tokens=2**62)
+        expected = estimate(config, 1, device, planned, val_tokens=[2**62])
         assert expected is not None  # every component of a shipped configuration has a card
         found["iteration_s"][name] = expected.iteration_s
         found["total_s"][name] = expected.total_s(config)

@@ -3,11 +3,11 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from gptperf.config.flags import Flags, parse
-from gptperf.errors import run_main
+from gptperf.errors import DataError, run_main
 
 __all__ = ["main"]
 
@@ -21,6 +21,8 @@ WHAT is one of
                               text: txt, md, source code, ...; a file is a document
                               records: jsonl, ndjson, json, csv, tsv, parquet, arrow; a record is a document
                             each also as .gz, .xz or .zst; parquet, arrow and zst need pip install 'gptperf[data]'
+  bin:PATH                  token files of nanoGPT (train.bin, val.bin; see --dtype), llm.c or modded-nanogpt, which are
+                            converted; --tokenizer=gpt2, or ids:N for N ids without a vocabulary
 
 A byte-order mark decides the encoding, otherwise it is UTF-8; CR LF becomes LF; text that is blank, has a zero byte or
 is not valid is not read. What is not read is counted by reason.
@@ -66,6 +68,8 @@ class _PrepareFlags(Flags):
     """Leave out copies of documents: exact, near (MinHash) or off; default: exact, for python_stdlib off."""
     shard_tokens: int | None = None
     """Tokens per shard; default: 100000000."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the ids in token files without a header; default: uint16."""
     plan: bool = False
     """Say how many tokens, how much disk and how much time it would take, and write nothing."""
     overwrite: bool = False
@@ -84,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.verify:
         _verify(flags)
         return 0
+    if flags.what.startswith("bin:"):
+        _convert(flags)
+        return 0
+    if flags.dtype is not None:
+        raise DataError(f"--dtype: found {flags.dtype!r}, wanted none: {flags.what} is text, not bin:PATH")
     from gptperf.data.estimate import estimate
     from gptperf.data.job import Job
     from gptperf.data.prepare import prepare
@@ -108,6 +117,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         prepare(flags.what, **optional)
     return 0
+
+
+def _convert(flags: _PrepareFlags) -> None:
+    """Converts token files of another trainer."""
+    from gptperf.data.foreign import convert
+
+    used = ("name", "data_dir", "tokenizer", "eot", "dtype", "val_fraction", "shard_tokens", "overwrite")
+    for field in fields(flags):
+        found = getattr(flags, field.name)
+        if field.name not in ("what", *used) and found != field.default:
+            raise DataError(f"--{field.name}: found {found!r}, wanted none: {flags.what} has ids, no text")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = {name: getattr(flags, name) for name in used}
+    convert(flags.what, **{name: value for name, value in given.items() if value is not None})
 
 
 def _verify(flags: _PrepareFlags) -> None:

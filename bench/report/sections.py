@@ -298,10 +298,11 @@ def _loader(records: Records) -> Iterator[Section]:
                 number(row["tokens_s"] / 1e6, ",.1f"),
                 number(row["spread"], ".1%"),
                 f"{row['rss_before_mb']:.0f} to {row['rss_after_mb']:.0f}",
+                number(row.get("read_amplification"), ".2f"),
             )
             for row in record["results"]["rows"]
         ]
-        columns = ("data set", "GB", "block_size", "million tokens/s", "spread", "resident MB")
+        columns = ("data set", "GB", "block_size", "million tokens/s", "spread", "resident MB", "bytes read / used")
         yield Section("Loader", tables=[Table(columns, rows)])
 
 

@@ -146,9 +146,13 @@ class DataConfig(_Section):
     """The data set and its loader."""
 
     dataset: str = "python_stdlib"
-    """Prepared data set: NAME for data_dir/NAME, or a path. python_stdlib is prepared if it is missing."""
+    """Prepared data set: NAME for data_dir/NAME, or a path; or a mixture by weight: NAME:0.7,NAME:0.3. python_stdlib is
+    prepared if it is missing."""
     data_dir: str = "data"
     """Folder of prepared data sets."""
+    verify_data: Literal["used", "full", "off"] = "used"
+    """Comparison of the data with its checksums. used: each block before its first use; full: all, before training,
+    too; off: none."""
     document_mask: bool = False
     """Attention stays inside a document, and learned positions count from its first token."""
     prefetch: Annotated[int, Range(1, 10_000)] = 4
@@ -356,6 +360,17 @@ class Config:
             lines.append(f"activation = {model.activation!r} has no effect: {applied}")
         if model.arch_preset == "gpt2" and model.norm_position == "post":
             lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
+        if self.data.document_mask:
+            lines.append(
+                "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "
+                "document; a log line counts those of its batches"
+            )
+        masked = self.data.document_mask or min(model.windows) < model.block_size
+        card = registry.card("attention_backend", model.attention_backend)
+        dense = card is not None and card.kept_mask(model.block_size, model.dropout > 0) > 0
+        if masked and dense and self.system.device != "cpu":
+            why = "dropout > 0" if model.dropout else f"block_size = {model.block_size} is not a multiple of 128"
+            lines.append(f"{why}: masks have block_size x block_size elements, because FlexAttention does not run")
         return lines
 
 

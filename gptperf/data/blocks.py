@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gptperf.data.format import SPLITS, DatasetManifest, Shard
 from gptperf.errors import DataError
 
-__all__ = ["BLOCK_BYTES", "BlockChecksums", "CHECKSUMS", "block_sums"]
+__all__ = ["BLOCK_BYTES", "BlockChecksums", "CHECKSUMS", "block_sum", "block_sums"]
 
 BLOCK_BYTES = 1 << 16
 CHECKSUMS = "checksums.bin"
@@ -35,6 +35,11 @@ def block_sums(path: Path) -> Sums:
                 data += more
             sums.append(zlib.crc32(data))
     return np.array(sums, "<u4")
+
+
+def block_sum(fd: int, begin: int) -> int:
+    """Returns the CRC-32 of the block of an open file that begins at the offset `begin`."""
+    return zlib.crc32(_read_bytes(fd, begin, begin + BLOCK_BYTES))
 
 
 class BlockChecksums:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptperf.data.mixture import MixedTokens
-from gptperf.data.order import BatchOrder, MixedOrder, Offsets
+from gptperf.data.mixture import MixedTokens, order_of
+from gptperf.data.order import Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
 
@@ -81,11 +81,7 @@ class Loader:
             raise ValueError(
                 f"micro_batches: found {micro_batches}, wanted a multiple of world_size = {world_size}, e.g. {near}"
             )
-        self.order: BatchOrder | MixedOrder
-        if isinstance(source, MixedTokens):
-            self.order = MixedOrder([len(part) for part in source.sources], source.weights, block_size, seed)
-        else:
-            self.order = BatchOrder(len(source), block_size, seed)
+        self.order = order_of(source, block_size, seed)
         self.wait_s = 0.0
         self._source = source
         self._batch_size = batch_size

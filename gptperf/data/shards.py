@@ -8,6 +8,7 @@ import difflib
 import errno
 import hashlib
 import os
+import random
 import resource
 import stat
 import threading
@@ -17,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gptperf.data.blocks import BlockChecksums
+from gptperf.data.blocks import BLOCK_BYTES, BlockChecksums, block_sum
 from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetManifest, Header, Shard, read_manifest
 from gptperf.data.sources import KNOWN
 from gptperf.data.tokenizers import read_vocabulary
@@ -162,6 +163,45 @@ class TokenSource:
             if spanning or os.preadv(self._file(shard).fd, (row,), position) != row_bytes:
                 self._fill(offset, row)  # several shards, or a short read, whose error `_fill` raises
         self._check_ids(out)
+
+    def verify_share(self, rank: int, world_size: int) -> int:
+        """Compares the share of one of `world_size` ranks with the checksums of the data set.
+
+        The shares are ranges of blocks or, without checksums of blocks, whole shards with their SHA-256.
+
+        Returns:
+            Number of bytes that were compared.
+
+        Raises:
+            DataError: The data is not what was written; the message names the shard.
+        """
+        done = 0
+        if self.checksums is None:
+            for index in range(rank, len(self._shards), world_size):
+                _verify_shard(self, self._shards[index], int(self._begins[index]))
+                done += self._shards[index].bytes
+            return done
+        blocks = len(self.checksums)
+        for block in range(rank * blocks // world_size, (rank + 1) * blocks // world_size):
+            index, begin, end = self.checksums.locate(block)
+            self._verify(index, begin, end - begin)
+            done += end - begin
+        return done
+
+    def sampled_blocks(self, count: int) -> list[tuple[str, int]]:
+        """Returns shard file and offset in bytes of up to `count` blocks, always the same ones for the same shards."""
+        firsts = np.concatenate([[0], np.cumsum([-(-shard.bytes // BLOCK_BYTES) for shard in self._shards])])
+        chosen = random.Random(self.fingerprint).sample(range(int(firsts[-1])), min(count, int(firsts[-1])))
+        shards = np.searchsorted(firsts, chosen, side="right") - 1
+        return [
+            (self._shards[index].file, (block - int(firsts[index])) * BLOCK_BYTES)
+            for block, index in sorted(zip(chosen, shards.tolist(), strict=True))
+        ]
+
+    def block_sum(self, file: str, begin: int) -> int:
+        """Returns the CRC-32 of the block at the offset `begin` of a shard file, read now; an unknown file has 0."""
+        index = next((i for i, shard in enumerate(self._shards) if shard.file == file), None)
+        return 0 if index is None else block_sum(self._file(index).fd, begin)
 
     def close(self) -> None:
         """Closes the shards; a later read opens them again."""
@@ -343,6 +383,8 @@ def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
     else:
         hint = f"nothing is prepared in {data_dir}"
     what = dataset if dataset in KNOWN else f"PATH --name={where.name}"
+    if any(where.glob("*.bin")) and dataset not in KNOWN:  # token files of another trainer
+        what = f"bin:{where} --name={where.name}-tokens --tokenizer=TOKENIZER"
     raise DataError(
         f"dataset: found no data set {dataset!r} at {where}; {hint}; to prepare it: "
         f"python -m gptperf.prepare {what} --data_dir={where.parent}"

@@ -18,7 +18,7 @@ from gptperf.data.format import MANIFEST, TokenizerInfo, read_manifest
 from gptperf.data.json_tokenizer import TOKENIZER_JSON, JsonTokenizer
 from gptperf.data.tiktoken_vocabulary import RANKS, TiktokenTokenizer, vocabulary_fingerprint
 from gptperf.data.train_tokenizer import PREFIX
-from gptperf.data.vocabulary import NoVocabularyError, Tokenizer, Tokens, as_array, token_dtype
+from gptperf.data.vocabulary import IDS, NoVocabularyError, Tokenizer, Tokens, as_array, token_dtype
 from gptperf.errors import DataError
 from gptperf.files import sync_directory, sync_file
 
@@ -80,6 +80,8 @@ def load_tokenizer(name: str, *, eot: str | None = None, instead: str = "") -> T
         if eot is not None:
             raise DataError(f"--eot: found {eot!r}, wanted none: the id 256 ends a document of the tokenizer 'byte'")
         return ByteTokenizer()
+    if name.startswith(IDS):
+        raise NoVocabularyError(f"tokenizer {name!r}: these ids have no vocabulary, so there is no text of them")
     if name.startswith("hf:"):
         return JsonTokenizer.find(name, eot)
     if os.path.isfile(Path(name, MANIFEST)):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gptperf.errors import DataError
 
 __all__ = [
+    "IDS",
     "NoVocabularyError",
     "PIECE_CHARACTERS",
     "RefusedError",
@@ -24,6 +25,8 @@ __all__ = [
 
 Tokens = npt.NDArray[Any]
 
+IDS = "ids:"
+"""Begins the name of a tokenizer that has ids without a vocabulary: `ids:65`."""
 PIECE_CHARACTERS = 1 << 20
 """Characters that a tokenizer encodes at a time. More make some tokenizers slow or fail, and only one thread works."""
 _SMALLEST_PIECE = 1 << 12

@@ -85,7 +85,11 @@ def _training(info: Mapping[str, Any]) -> list[str]:
         lines.append(_row("Learning rate", rate + (f" ({', '.join(details)})" if details else "")))
     lines += _rows(info, {"weight_decay": "Weight decay", "grad_clip": "Gradient clipping", "dataset": "Data set"})
     lines += _rows(info, {"tokenizer": "Tokenizer"})
-    return lines + _rows(info, {"train_tokens": "Training tokens", "val_tokens": "Validation tokens"}, "{:,}")
+    lines += _rows(info, {"train_tokens": "Training tokens", "val_tokens": "Validation tokens"}, "{:,}")
+    for name, source in (info.get("sources") or {}).items():
+        figures = f"{source['weight']:.1%}, {source['epochs']:.2f} epochs of {source['train_tokens']:,} tokens"
+        lines.append(_row(name, figures))
+    return lines + ([] if info.get("sources") else _rows(info, {"epochs": "Epochs"}, "{:.2f}"))
 
 
 def _hardware(info: Mapping[str, Any]) -> list[str]:
@@ -198,7 +202,7 @@ def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the line of an evaluation.
+    """Returns the line of an evaluation, and one for each data set of a mixture.
 
     Args:
         record: an `Eval`.
@@ -206,7 +210,11 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     parts = [f"loss {number(record['val_loss'], '.4f', 'nan')}"]
     parts += [f"best {record['best_val_loss']:.4f}"] if record.get("best_val_loss") is not None else []
     parts += [duration(record["time_ms"] / 1e3)] if record.get("time_ms") is not None else []
-    return [f" Evaluation at {record['iter']:,}: " + "  ".join(parts)]
+    lines = [f" Evaluation at {record['iter']:,}: " + "  ".join(parts)]
+    for name, source in (record.get("sources") or {}).items():
+        loss = f"loss {number(source['val_loss'], '.4f', 'nan')}"
+        lines.append(_row(name, f"{loss}  {source['share']:.1%} of the data read, {source['epochs']:.2f} epochs"))
+    return lines
 
 
 def checkpoint_lines(record: Mapping[str, Any]) -> list[str]:

@@ -64,6 +64,12 @@ class StartupInfo(TypedDict, total=False):
     tokenizer: str
     train_tokens: int
     val_tokens: int
+    dataset_fingerprint: str
+    """Fingerprint of the training data."""
+    epochs: float
+    """How often the whole run reads the training data; of a mixture, the data set that is read most often."""
+    sources: dict[str, dict[str, float]]
+    """Data set of a mixture -> weight, train_tokens, val_tokens, and epochs over the whole run."""
     device: str
     """Name of the GPU or CPU."""
     num_gpus: int
@@ -208,6 +214,9 @@ class Eval(TypedDict, total=False):
     val_loss: Required[float | None]
     best_val_loss: float | None
     time_ms: float
+    sources: dict[str, dict[str, float]]
+    """Data set of a mixture -> its val_loss, and its share and epochs of the training data read so far. The validation
+    loss is the mean of theirs by the weights of the mixture."""
 
 
 class Checkpoint(TypedDict, total=False):
@@ -284,7 +293,8 @@ class Summary(TypedDict, total=False):
     best_val_loss: float | None
     best_iter: int | None
     trigram_loss: float
-    """Loss of a trigram model trained on the same data: a baseline for the language model."""
+    """Loss of a trigram model trained on the same data: a baseline for the language model. Of a mixture, the mean by
+    weight of one model for each data set."""
     tokens_per_sec: float | None
     mfu_percent: float | None
     convention: str

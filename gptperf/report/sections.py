@@ -166,7 +166,20 @@ def _loss(log: RunLog) -> Iterator[Section]:
     ]
     if rows:
         columns = ("iteration", "validation loss", "best so far", "ms")
-        yield Section("Evaluations", tables=[Table(columns, rows)], folded=len(rows) > 12)
+        yield Section("Evaluations", tables=[Table(columns, rows), *_sources(log)], folded=len(rows) > 12)
+
+
+def _sources(log: RunLog) -> Iterator[Table]:
+    """Yields the table of the data sets of a mixture at the last evaluation that has them."""
+    last = next((entry for entry in reversed(log["eval_steps"]) if mapping(entry.get("sources"))), None)
+    if last is None:
+        return
+    figures = (("val_loss", 4), ("share", 4), ("epochs", 2))
+    rows = [
+        (text(name), *(_figure(mapping(source).get(key), digits) for key, digits in figures))
+        for name, source in list(mapping(last["sources"]).items())[:_TEXT_ROWS]
+    ]
+    yield Table((f"data set at {last['iter']:,}", "validation loss", "share of the data read", "epochs"), rows)
 
 
 def _learning_rate(log: RunLog) -> Iterator[Section]:

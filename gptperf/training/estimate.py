@@ -6,7 +6,7 @@ tokens, and scales its time by the FLOPs. It changes no state of the run: it res
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def check_sizes_given(origins: Mapping[str, str], device: torch.device) -> None:
 
 
 def estimate(
-    config: Config, world_size: int, device: torch.device, plan: Plan | None, val_tokens: int
+    config: Config, world_size: int, device: torch.device, plan: Plan | None, val_tokens: Sequence[int]
 ) -> Estimate | None:
     """Estimates the times of a run, or returns None if a component has no card, or on a GPU without a plan.
 
@@ -101,7 +101,7 @@ def estimate(
         world_size: ranks of the job.
         device: device of this rank.
         plan: plan of the run, on a GPU.
-        val_tokens: tokens of the validation split.
+        val_tokens: tokens of the validation split of each data set.
     """
     if flops.uncountable_parameters(config.model) is not None:
         return None
@@ -119,8 +119,9 @@ def estimate(
         iteration_s = micro_batches * (micro_s + _GRADIENT_PASSES * pass_s * parameters)
         iteration_s += _UPDATE_PASSES * pass_s * parameters
         token_s = parameters * pass_s + 5e-4 * config.model.n_layer
-    batches = min(config.train.eval_iters, max(1, val_tokens // (config.train.batch_size * config.model.block_size)))
-    evaluation_s = -(-batches // world_size) * micro_s * _FORWARD
+    batch_tokens = config.train.batch_size * config.model.block_size
+    batches = [min(config.train.eval_iters, max(1, tokens // batch_tokens)) for tokens in val_tokens]
+    evaluation_s = sum(-(-count // world_size) for count in batches) * micro_s * _FORWARD
     return Estimate(iteration_s, evaluation_s, config.log.sample_tokens * token_s)
 
 

@@ -46,7 +46,7 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     batches = validation_batches(val_tokens, **keys)
     rank, world_size = keys.pop("rank"), keys.pop("world_size")
     count = validation_count(val_tokens, **keys)
-    process.progress.parts = len(range(rank, count, world_size))
+    process.progress.parts = process.progress.part + len(range(rank, count, world_size))
     common = count // world_size  # batches that every rank has
     counted: Iterator[tuple[Tensor, int]] = ((batch, batch.shape[1]) for batch in batches)
     if engine.config.system.use_fsdp and process.world_size > 1:

@@ -10,14 +10,14 @@ import torch
 
 from gptperf import flops
 from gptperf.checkpoint import Checkpoint
-from gptperf.config import Config, DataConfig, ModelConfig, SystemConfig
-from gptperf.data.format import DatasetManifest, read_manifest
+from gptperf.config import Config, SystemConfig
+from gptperf.data.format import TokenizerInfo
 from gptperf.data.loader import validation_batches
-from gptperf.data.prepare import prepare
-from gptperf.data.shards import TokenSource, resolve_dataset
+from gptperf.data.mixture import MixedTokens, order_of, parts_of
+from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import NoVocabularyError, Tokenizer, read_vocabulary, restore_tokenizer
 from gptperf.distributed.process import Process
-from gptperf.errors import DataError, DeviceError, OutOfMemoryError
+from gptperf.errors import DeviceError, OutOfMemoryError
 from gptperf.files import check_space
 from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
 from gptperf.hardware.ceilings import ceiling_flop_s
@@ -26,12 +26,11 @@ from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
 from gptperf.run_lock import RunLock
+from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.resume import find_checkpoint
 
 __all__ = ["Inputs", "check_device", "check_disk", "check_inputs", "check_plan", "find_peak", "throughput_of"]
-
-BUILT_IN_DATASET = "python_stdlib"
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ class Inputs:
 
     plan: Plan | None
     """Plan of the run; None without a GPU that `gptperf.plan` can plan for."""
-    manifest: DatasetManifest
-    train_tokens: TokenSource
-    val_tokens: TokenSource
+    tokenizer_info: TokenizerInfo
+    """The tokenizer of the data."""
+    train_tokens: TokenSource | MixedTokens
+    val_tokens: TokenSource | MixedTokens
     vocabulary: dict[str, bytes]
     """The files of the data set's tokenizer, which every checkpoint gets."""
     tokenizer: Tokenizer | None
@@ -64,22 +64,27 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
     """
     planned = check_plan(config, process)
-    manifest, train_tokens, val_tokens = open_dataset(config.data, config.model, process)
-    vocabulary = read_vocabulary(train_tokens.path, manifest.tokenizer)
+    train_tokens, val_tokens = open_dataset(config.data, config.model, process)
+    order_of(train_tokens, config.model.block_size, config.train.seed)  # raises if the data is too short
+    info = parts_of(train_tokens)[0].source.manifest.tokenizer
+    vocabulary = read_vocabulary(train_tokens.path, info)
     tokenizer = None
     if process.is_main and config.log.sample_tokens:
-        tokenizer = _sample_tokenizer(manifest, vocabulary, train_tokens.path, console)
+        tokenizer = _sample_tokenizer(info, vocabulary, train_tokens.path, console)
         vocabulary = vocabulary or dict(tokenizer.files if tokenizer is not None else {})
     out_dir = Path(config.train.out_dir)
     if process.is_main:
         stack.enter_context(RunLock(out_dir))
-    validation_batches(val_tokens, **validation_keys(config, process))  # raises if the split is too short
+    for part in parts_of(val_tokens):
+        validation_batches(part.source, **validation_keys(config, process))  # raises if the split is too short
+    if config.data.verify_data == "full":
+        verify_all([train_tokens, val_tokens], process, console)
     found = find_checkpoint(config, out_dir / "checkpoints", process, console)
-    return Inputs(planned, manifest, train_tokens, val_tokens, vocabulary, tokenizer, found)
+    return Inputs(planned, info, train_tokens, val_tokens, vocabulary, tokenizer, found)
 
 
 def _sample_tokenizer(
-    manifest: DatasetManifest, vocabulary: dict[str, bytes], path: Path, console: Console
+    info: TokenizerInfo, vocabulary: dict[str, bytes], path: Path, console: Console
 ) -> Tokenizer | None:
     """Returns the tokenizer of a data set, or None with a warning where it cannot be loaded: only the sample needs it.
 
@@ -87,7 +92,7 @@ def _sample_tokenizer(
         DataError: the vocabulary is not the one that encoded the data.
     """
     try:
-        return restore_tokenizer(manifest.tokenizer, vocabulary, path)
+        return restore_tokenizer(info, vocabulary, path)
     except (DeviceError, NoVocabularyError) as error:
         console.warning(f"the run will print no sample of text: {error}")
         return None
@@ -138,38 +143,6 @@ def check_plan(config: Config, process: Process) -> Plan | None:
     return planned
 
 
-def open_dataset(
-    data: DataConfig, model: ModelConfig, process: Process
-) -> tuple[DatasetManifest, TokenSource, TokenSource]:
-    """Opens and checks a data set; the main rank first prepares the built-in one if it does not exist.
-
-    Collective: every rank must call it.
-
-    Returns:
-        The manifest, the training tokens and the validation tokens.
-
-    Raises:
-        DataError: the data set is missing or corrupt, or has a token id that is not in the model's vocabulary.
-    """
-    built_in = Path(data.data_dir) / BUILT_IN_DATASET
-    if data.dataset == BUILT_IN_DATASET and process.is_main and not os.path.exists(built_in):
-        try:
-            prepare(BUILT_IN_DATASET, data_dir=data.data_dir)
-        except DataError:
-            if not os.path.exists(built_in):  # if it exists now, another run has prepared it meanwhile
-                raise
-    process.barrier()
-    path = resolve_dataset(data.dataset, data.data_dir)
-    manifest = read_manifest(path)
-    if manifest.tokenizer.vocab_size > model.vocab_size:
-        raise DataError(
-            f"{path}: found tokenizer {manifest.tokenizer.name} with {manifest.tokenizer.vocab_size:,} ids, and "
-            f"vocab_size = {model.vocab_size:,}; wanted --vocab_size={manifest.tokenizer.vocab_size} or more"
-        )
-    train, val = (TokenSource.open(path, split, vocab_size=model.vocab_size) for split in ("train", "val"))
-    return manifest, train, val
-
-
 def check_disk(out_dir: Path, parameters: int, keep_checkpoints: int, warn: Callable[[str], object]) -> None:
     """Checks that the disk has room for two checkpoints, and warns if it has less room than the run will use.
 
@@ -205,6 +178,8 @@ def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], obj
     """
     if device.type != "cuda" or flops.uncountable_flops(config.model) is not None:
         return None
+    if config.data.document_mask or min(config.model.windows) < config.model.block_size:
+        return None  # the attention of the ceilings has neither windows nor documents
     properties = torch.cuda.get_device_properties(device)
     state = gpu_state(f"GPU-{properties.uuid}")
     note = state.note()

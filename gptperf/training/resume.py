@@ -9,9 +9,12 @@ from gptperf import checkpoint as checkpoints
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import Config
 from gptperf.data.format import TokenizerInfo
+from gptperf.data.mixture import MixedTokens
+from gptperf.data.shards import TokenSource
 from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError, GptperfError
 from gptperf.monitor.console import Console
+from gptperf.training.dataset import compare_data
 from gptperf.training.engine import Engine
 from gptperf.training.matching import changed_keys, changed_versions
 from gptperf.training.saved_state import LARGE, TrainState, restore, restore_weights
@@ -68,14 +71,18 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
 
 
 def take_up(
-    found: Checkpoint, engine: Engine, fingerprint: str, tokenizer: TokenizerInfo, console: Console
+    found: Checkpoint,
+    engine: Engine,
+    tokens: TokenSource | MixedTokens,
+    tokenizer: TokenizerInfo,
+    console: Console,
 ) -> TrainState:
     """Restores a checkpoint: the whole state for a run that resumes, only the weights for a run that starts from them.
 
     Args:
         found: the checkpoint.
         engine: the objects to restore.
-        fingerprint: fingerprint of the training data.
+        tokens: the training data.
         tokenizer: tokenizer of the data set.
         console: gets the warnings about differences.
 
@@ -110,7 +117,8 @@ def take_up(
             )
         for line in changed_versions(found.state, engine):
             console.warning(f"the same numbers, but not the same bits as without the break: {line}")
-        state = restore(found, engine, fingerprint)
+        compare_data(found.state, tokens, found.path)
+        state = restore(found, engine, tokens.fingerprint)
     except GptperfError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -3,27 +3,32 @@
 import contextlib
 import random
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config
+from gptperf.data.mixture import parts_of
 from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError
 from gptperf.monitor.console import Console
 from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
+from gptperf.training.dataset import data_facts, data_record, repeated
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.estimate import estimate, slow_warning
 from gptperf.training.matching import Told, keep_schedule
 from gptperf.training.preflight import Inputs, check_disk, check_inputs, find_peak, throughput_of
-from gptperf.training.reporting import Reporter, startup_info
+from gptperf.training.reporting import Reporter
 from gptperf.training.resume import take_up
 from gptperf.training.saved_state import TrainState
+from gptperf.training.startup_info import startup_info
 
 __all__ = ["LOSSES", "TrainingRun", "start_run"]
 
@@ -44,8 +49,12 @@ class TrainingRun:
     snapshots: MemorySnapshots
     losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES))
     """Losses of the last iterations on this rank, scalars on the device."""
+    pairs: Tensor | None = None
+    """`StepResult.pairs` of the timed iterations since the last log line, added up."""
     failed_saves: int = 0
     """Number of failed saves since the last one that succeeded."""
+    data: Sequence[Mapping[str, Any]] = ()
+    """What every checkpoint records of the training data."""
     saved_step: int = 0
     """Iteration of the last checkpoint on disk, or 0 before the first one."""
 
@@ -74,7 +83,8 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
             f"= {config.train.max_iters:,}; to train on, give a larger --max_iters"
         )
         return None
-    expected = estimate(config, process.world_size, process.device, inputs.plan, len(inputs.val_tokens))
+    validation = [len(part.source) for part in parts_of(inputs.val_tokens)]
+    expected = estimate(config, process.world_size, process.device, inputs.plan, validation)
     slow = None if expected is None else slow_warning(expected, config, process.device)
     if slow is not None and process.is_main:  # before anything large is built
         console.warning(slow)
@@ -82,12 +92,13 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     np.random.seed(config.train.seed % (1 << 32))
     engine = build_engine(config, process)
     if config.data.document_mask:
-        engine.model.document_end = inputs.manifest.tokenizer.eot
+        engine.model.document_end = inputs.tokenizer_info.eot
     state = _restore(inputs, engine, console)
     engine.weights.share()
     compiled = compile_engine(engine, must=told.origins.get("compile") == "command line")
     peak = find_peak(config, process.device)
-    info = startup_info(engine, inputs.manifest, peak, compiled, inputs.plan)
+    facts = data_facts(config, inputs.train_tokens, inputs.val_tokens)
+    info = startup_info(engine, inputs.tokenizer_info, facts, peak, compiled, inputs.plan)
     info["notes"] = [*told.changes.values(), *info["notes"]]
     if expected is not None:
         info["expected_iteration_s"] = expected.iteration_s
@@ -95,7 +106,7 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
         info["notes"].append(expected.line(config, state.step))
     if process.is_main:
         check_disk(out_dir, engine.weights.numel, config.train.keep_checkpoints, console.warning)
-    notes: list[str] = []  # printed below the blocks of `reporter.start`
+    notes = repeated(facts, config.data.dataset)  # printed below the blocks of `reporter.start`
     reporter = Reporter(engine, state, inputs.plan, throughput_of(config, process, peak, notes.append), console)
     reporter.start(told.origins, info, stack)
     for note in notes:
@@ -105,7 +116,8 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     profiler = StepProfiler(config, process.world_size, peak, process.is_main)
     snapshots = MemorySnapshots(out_dir, process.device, process.rank, config.log.memory_history)
     snapshots = stack.enter_context(snapshots.listening())
-    return TrainingRun(inputs, engine, state, reporter, saver, profiler, snapshots, saved_step=state.step)
+    data = data_record(inputs.train_tokens)
+    return TrainingRun(inputs, engine, state, reporter, saver, profiler, snapshots, data=data, saved_step=state.step)
 
 
 def _has_finished(config: Config, inputs: Inputs) -> bool:
@@ -146,7 +158,7 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
     """
     state = TrainState()
     if inputs.checkpoint is not None:
-        state = take_up(inputs.checkpoint, engine, inputs.train_tokens.fingerprint, inputs.manifest.tokenizer, console)
+        state = take_up(inputs.checkpoint, engine, inputs.train_tokens, inputs.tokenizer_info, console)
     if state.validation not in ("", inputs.val_tokens.fingerprint):
         raise DataError(
             f"{engine.config.train.out_dir}: found validation losses of other validation data; wanted the same shards"

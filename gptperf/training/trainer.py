@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 
-from gptperf import checkpoint
+from gptperf import checkpoint, flops
 from gptperf.checkpoint.background import Saved
 from gptperf.config import Config
 from gptperf.data.loader import Loader
+from gptperf.data.mixture import parts_of
 from gptperf.data.ngram import trigram_loss
 from gptperf.distributed.process import start_process
 from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
@@ -22,6 +23,7 @@ from gptperf.monitor.clock import StepClock, process_age_s
 from gptperf.monitor.console import Console
 from gptperf.monitor.slow_step import SlowSteps
 from gptperf.training.build import compiler_errors
+from gptperf.training.dataset import source_facts
 from gptperf.training.estimate import check_sizes_given
 from gptperf.training.evaluation import evaluate, sample_text
 from gptperf.training.matching import Told
@@ -192,8 +194,11 @@ def _iterate(
         assert restore is not None
         restore()
         raise
-    clock.steps += not (first or recorded)
-    _report_diagnostics(run, iteration)
+    if not (first or recorded):
+        clock.steps += 1
+        if result.pairs is not None:
+            run.pairs = result.pairs if run.pairs is None else run.pairs + result.pairs
+    _report_diagnostics(run, iteration, result)
     state.step = progress.finished = iteration
     state.tokens += config.tokens_per_iter
     run.losses.append(result.loss)
@@ -240,12 +245,12 @@ def _stop(run: TrainingRun, clock: StepClock, dropped: str) -> None:
     process.barrier()  # torchrun ends all processes of a host when the first one exits
 
 
-def _report_diagnostics(run: TrainingRun, iteration: int) -> None:
+def _report_diagnostics(run: TrainingRun, iteration: int, result: StepResult) -> None:
     """Writes a memory snapshot if one was requested, and reports the profile if this iteration ends one."""
     if run.snapshots.asked:
         run.snapshots.asked = False
         run.reporter.message(f"memory: {run.snapshots.write(f'iter{iteration}')}")
-    profile = run.profiler.after(iteration)
+    profile = run.profiler.after(iteration, result.pairs)
     if profile is not None:
         run.reporter.profile(profile)
 
@@ -254,14 +259,25 @@ def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float
     """Waits for the step and reports it. Collective: every rank must call it."""
     state = run.state
     loss = run.engine.process.mean(result.loss.clone()).item()  # waits for the device, so the lap ends with the step
-    lap = clock.lap()
+    lap, pairs = clock.lap(), 0
     if lap.steps > 0:
         state.train_s += lap.seconds
         state.timed_tokens += lap.steps * run.config.tokens_per_iter
+        pairs = _timed_pairs(run, lap.steps)
+        state.timed_pairs += pairs
         if run.engine.process.device.type == "cuda":
             slow.add(state.step, lap.step_ms)
-    run.reporter.iteration(result, loss, lap, waited_s)
+    run.reporter.iteration(result, loss, lap, waited_s, pairs)
     _check_finite(run)
+
+
+def _timed_pairs(run: TrainingRun, steps: int) -> int:
+    """Returns the (query, key) pairs of the steps since the last log line. Collective: every rank must call it."""
+    counted, run.pairs = run.pairs, None
+    if counted is None:  # a sequence is one document
+        model = run.config.model
+        return steps * run.config.tokens_per_iter // model.block_size * flops.attended_pairs(model)
+    return sum(run.engine.process.gather(int(counted.item())))
 
 
 def _check_finite(run: TrainingRun) -> None:
@@ -293,10 +309,14 @@ def _evaluate(run: TrainingRun, points: StopPoints) -> float:
         Dropped: the evaluation was dropped.
     """
     state, start = run.state, time.perf_counter()
-    val_loss = evaluate(run.engine, run.inputs.val_tokens, points.drops)
+    parts = parts_of(run.inputs.val_tokens)
+    losses = {part.name: evaluate(run.engine, part.source, points.drops) for part in parts}
+    val_loss = sum(part.weight * losses[part.name] for part in parts)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
-    run.reporter.evaluation(val_loss, 1e3 * (time.perf_counter() - start))
+    mixed = len(parts) > 1
+    sources = source_facts(run.config, run.inputs.train_tokens, losses, state.step) if mixed else {}
+    run.reporter.evaluation(val_loss, 1e3 * (time.perf_counter() - start), sources)
     return val_loss
 
 
@@ -307,9 +327,9 @@ def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
         DiskError: see `_report_save`.
     """
     inputs, state = run.inputs, dataclasses.replace(run.state, wall_s=run.state.wall_s + process_age_s())
-    info = inputs.manifest.tokenizer
-    tokenizer = {key: getattr(info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
-    tensors, saved = snapshot(run.engine, state, inputs.train_tokens.fingerprint, tokenizer, inputs.vocabulary)
+    tokenizer = {key: getattr(inputs.tokenizer_info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
+    fingerprint = inputs.train_tokens.fingerprint
+    tensors, saved = snapshot(run.engine, state, fingerprint, tokenizer, inputs.vocabulary, run.data)
     _report_save(run, run.saver.save(state.step, tensors, saved, val_loss), must=False)
     if must:
         _report_save(run, run.saver.wait(), must=True)
@@ -359,7 +379,8 @@ def _finish(run: TrainingRun, loss: tuple[float, int] | None, stop: StopRequest)
     summary = run.reporter.summary(loss)
     summary["val_loss"] = last.metric if last is not None else None
     if log.trigram_baseline and not stop.requested:
-        summary["trigram_loss"] = trigram_loss(inputs.train_tokens, inputs.val_tokens)
+        pairs = zip(parts_of(inputs.train_tokens), parts_of(inputs.val_tokens), strict=True)
+        summary["trigram_loss"] = sum(train.weight * trigram_loss(train.source, val.source) for train, val in pairs)
     if inputs.tokenizer is not None:
         with contextlib.suppress(Dropped):
             drops = partial(getattr, stop, "requested")

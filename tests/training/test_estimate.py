@@ -32,7 +32,7 @@ def rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _estimate(config: Config, world_size: int = 1, val_tokens: int = 10**9) -> estimate.Estimate:
-    found = estimate.estimate(config, world_size, CPU, None, val_tokens)
+    found = estimate.estimate(config, world_size, CPU, None, [val_tokens])
     assert found is not None
     return found
 

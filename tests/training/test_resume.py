@@ -325,7 +325,8 @@ def test_what_may_differ_at_a_resume() -> None:
     refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
     refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
     assert {key for key, lines in warnings.items() if lines is None} == refused
-    of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug", "collective_timeout_s"}
+    of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug"}
+    of_the_process |= {"collective_timeout_s", "verify_data"}
     assert {key for key, lines in warnings.items() if lines == []} == of_the_process | by_size
     assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
 
