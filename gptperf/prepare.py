@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gptperf.data.job import Job
     from gptperf.data.prepare import prepare
 
-    # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set, or keeps what it has
-    # saved for the next call.
+    # SIGTERM ends the process with an exception, so that the writer removes its incomplete data set, or keeps what it
+    # has saved for the next call.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     optional: dict[str, Any] = {} if flags.shard_tokens is None else {"shard_tokens": flags.shard_tokens}
     optional |= dict(

@@ -171,9 +171,9 @@ def test_the_share_of_windows_in_training_is_counted_exactly(monkeypatch: pytest
         writer.add("train", train)
         writer.add("val", val)
     assert measure_leak(Path("set")) == leak.Leak(20, 6, 1.0)
-    with monkeypatch.context() as patch:  # equal hashes are not enough
+    with monkeypatch.context() as patch:  # equal hashes are not enough: of a chunk, its first tokens are compared
         patch.setattr(leak, "_rolling", lambda tokens: np.zeros(len(tokens) - 63, np.uint64))
-        assert measure_leak(Path("set")).found <= 1
+        assert measure_leak(Path("set")).found == 3
     monkeypatch.setattr(leak, "_MOST_TOKENS", 1000)
     part = measure_leak(Path("set"))
     assert part.found <= 6
