@@ -18,10 +18,11 @@ from gptperf.errors import DataError
 
 __all__ = ["Chosen", "Part", "document_parts", "encoded", "text_parts", "threads", "write_parts"]
 
-_TASK_BYTES = 1 << 18
+_TASK_BYTES = 1 << 17
 """Bytes of short documents that a thread encodes at a time."""
-_IN_FLIGHT_BYTES = 1 << 25
-"""Bytes of text that are read but not yet written."""
+_IN_FLIGHT_BYTES = 12 << 20
+"""Bytes of text that are read but not yet written. The tokenizers library takes 130 bytes for each that it encodes, so
+with any number of threads the memory stays below 2 GB."""
 _SAVE_SECONDS = 20.0
 """Time after which the progress is saved, so that a killed preparation goes on from there."""
 
