@@ -12,6 +12,7 @@ from typing import Any
 from gptperf.data.find_source import Source
 from gptperf.data.format import SPLITS, read_manifest
 from gptperf.data.job import Job
+from gptperf.data.leak import measure_leak
 from gptperf.data.pipeline import Chosen, document_parts, text_parts, write_parts
 from gptperf.data.progress import progress_bar
 from gptperf.data.readers import Meter
@@ -49,7 +50,9 @@ def prepare(what: str, **options: Any) -> Path:
     check_target(job.path.resolve(), job.overwrite)
     lines = _write(job, _tokenizer(job))
     if not job.quiet:
-        print("\n".join([*lines, summary(job.path, time.perf_counter() - begin)]))
+        leak = measure_leak(job.path)
+        lines += [summary(job.path, time.perf_counter() - begin), *([f"  {leak.line()}"] if leak.windows else [])]
+        print("\n".join(lines))
     return job.path
 
 

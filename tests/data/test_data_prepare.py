@@ -192,8 +192,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     run("text.txt", "--name=hello", "--data_dir=sets", "--val_fraction=0.25", "--shard_tokens=50")
     out = capsys.readouterr().out
     assert "sets/hello: file text.txt; tokenizer byte, uint16" in out
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["train", "181"], ["val", "61"]]
-    assert [line.split()[-2:] for line in out.splitlines()[1:]] == [["4", "shards"], ["2", "shards"]]
+    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["train", "181"], ["val", "61"]]
+    assert [line.split()[-2:] for line in out.splitlines()[1:3]] == [["4", "shards"], ["2", "shards"]]
     run("hello", "--data_dir=sets", "--verify")
     assert capsys.readouterr().out == "sets/hello: 242 tokens match their checksums\n"
     run("text.txt", "--name=hello", "--data_dir=sets", "--overwrite=True")

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from data_helpers import documents
 
-from gptperf.data import dedup
+from gptperf.data import dedup, leak
 from gptperf.data.dedup import HashSet
 from gptperf.data.documents import DocumentIndex, Origin
 from gptperf.data.format import read_manifest
+from gptperf.data.leak import measure_leak
 from gptperf.data.prepare import prepare
+from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.data.writer import ShardWriter
 from gptperf.errors import DataError
 
 
@@ -152,3 +155,36 @@ def test_a_set_of_hashes_is_a_set_in_8_bytes_each(monkeypatch: pytest.MonkeyPatc
     assert not any(value ^ 1 in found for value in values)
     assert sum(part.nbytes for part in found._sorted) <= 8 * len(values)
     assert len(found._sorted) < 10
+
+
+def test_the_share_of_windows_in_training_is_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leak, "_CHUNK", 50)  # windows lie across chunks
+    draw = np.random.default_rng(1)
+    train, val = draw.integers(0, 256, 5000), draw.integers(0, 256, 64 * 20 + 30)
+    for window, at in ((0, 0), (3, 4936), (4, 117), (11, 2000), (19, 2064)):
+        train[at : at + 64] = val[64 * window : 64 * window + 64]
+    train[3000:3063] = val[64 * 7 : 64 * 7 + 63]  # one token less than a window
+    train[3500:3564] = val[64 * 8 + 1 : 64 * 9 + 1]  # not at the begin of a window
+    val[64 * 12 : 64 * 13] = val[64 * 11 : 64 * 12]  # twice in validation
+    options = {"tokenizer": ByteTokenizer(), "source": "", "val_fraction": 0.2, "split_method": "", "shard_tokens": 999}
+    with ShardWriter("set", **options) as writer:  # type: ignore[arg-type]
+        writer.add("train", train)
+        writer.add("val", val)
+    assert measure_leak(Path("set")) == leak.Leak(20, 6, 1.0)
+    monkeypatch.setattr(leak, "_MOST_TOKENS", 1000)
+    part = measure_leak(Path("set"))
+    assert part.found <= 6
+    assert 0.15 < part.searched < 0.25
+    assert "at least: " in part.line()
+    monkeypatch.setattr(leak, "_MOST_WINDOWS", 7)
+    assert measure_leak(Path("set")).windows == 7
+
+
+def test_the_leak_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = words(1, 500)
+    Path("book.txt").write_text(text + text[: len(text) // 4])
+    prepare("book.txt", val_fraction=0.2)
+    assert "90.00% of 10 validation windows of 64 tokens occur verbatim in training" in capsys.readouterr().out
+    Path("short.txt").write_text("some words")
+    prepare("short.txt")
+    assert "windows" not in capsys.readouterr().out
