@@ -6,6 +6,7 @@ Nothing here knows what the bytes mean. The umask alone decides the permissions 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from gptperf.formats import byte_text
 
 __all__ = [
     "FileRecord",
+    "adopt_temporary",
     "append_line",
     "check_space",
     "delete",
@@ -170,11 +172,29 @@ def keep_locked(path: Path) -> int:
     return fd
 
 
-def remove_leftovers(directory: Path) -> None:
+def adopt_temporary(path: Path, usable: Callable[[Path], bool]) -> tuple[Path, int] | None:
+    """Takes over the temporary folder of `path` that a killed process left, if one is `usable`.
+
+    Returns:
+        What `make_temporary` returns, or None.
+    """
+    for temporary in sorted(path.parent.glob(f".{glob.escape(path.name)}.tmp-????????")):
+        with contextlib.suppress(OSError):
+            lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if usable(temporary):
+                    return temporary, os.dup(lock)  # a copy keeps the lock
+            finally:
+                os.close(lock)
+    return None
+
+
+def remove_leftovers(directory: Path, keep: Callable[[Path], bool] = lambda path: False) -> None:
     """Removes what killed processes left in a directory: the files and folders of `make_temporary`.
 
     A file or folder that was renamed to `.NAME.old-NONCE` gets its name back, unless that exists. What a living process
-    has locked is not touched, and neither is what cannot be locked or removed.
+    has locked is not touched, and neither is what cannot be locked or removed, or what `keep` returns true for.
     """
     names = []
     with contextlib.suppress(OSError):
@@ -187,7 +207,7 @@ def remove_leftovers(directory: Path) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if match[2] == "old" and not os.path.lexists(name):
                 path.rename(name)
-            else:
+            elif not keep(path):
                 delete(path)
 
 

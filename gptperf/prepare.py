@@ -17,13 +17,18 @@ WHAT is one of
   shakespeare               tiny Shakespeare, 1 MB, downloaded
   openwebtext, fineweb_edu, slimpajama_627b, hf:REPO[:CONFIG]
                             streamed from Hugging Face; needs pip install 'gptperf[hf]'
-  PATH                      a text file, a .jsonl file with a document per line, or a folder whose text files are
-                            the documents
+  PATH                      a file or a folder, with everything below it, in any mix of
+                              text: txt, md, source code, ...; a file is a document
+                              records: jsonl, ndjson, json, csv, tsv, parquet, arrow; a record is a document
+                            each also as .gz, .xz or .zst; parquet, arrow and zst need pip install 'gptperf[data]'
   bin:PATH                  token files of nanoGPT (train.bin, val.bin; see --dtype), llm.c or modded-nanogpt, which are
                             converted; --tokenizer=gpt2, or ids:N for N ids without a vocabulary
 
+A byte-order mark decides the encoding, otherwise it is UTF-8; CR LF becomes LF; text that is blank, has a zero byte or
+is not valid is not read. What is not read is counted by reason.
+
 The validation split is 5% of the documents, chosen by their hash (Hugging Face: 0.05%), or the last 10% of a single
-text file.
+text file. A preparation that is killed goes on where it was when the same command runs again.
 
 examples
   python -m gptperf.prepare python_stdlib
@@ -31,6 +36,7 @@ examples
   python -m gptperf.prepare openwebtext --tokenizer=gpt2
   python -m gptperf.prepare python_stdlib --tokenizer=train:8192 --name=stdlib_8k
   python -m gptperf.prepare hf:codeparrot/codeparrot-clean --text_field=content
+  python -m gptperf.prepare clones/ --group_by=repo --dedup=near
   python -m gptperf.prepare python_stdlib --verify
 """
 
@@ -55,7 +61,11 @@ class _PrepareFlags(Flags):
     split: str | None = None
     """Split of a Hugging Face data set; default: train."""
     text_field: str | None = None
-    """Text field of a Hugging Face data set or .jsonl file; default: text."""
+    """Field of the records that has the text; default: text."""
+    group_by: str | None = None
+    """Hold out whole groups for validation: top_folder, repo (a folder with .git) or field:NAME of the records."""
+    dedup: str | None = None
+    """Leave out copies of documents: exact, near (MinHash) or off; default: exact, for python_stdlib off."""
     shard_tokens: int | None = None
     """Tokens per shard; default: 100000000."""
     dtype: Literal["uint16", "uint32"] | None = None
@@ -96,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=flags.overwrite,
         split=flags.split,
         text_field=flags.text_field,
+        group_by=flags.group_by,
+        dedup=flags.dedup,
         **optional,
     )
     return 0

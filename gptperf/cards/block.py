@@ -15,6 +15,10 @@ class Block:
     """Number of norms in a block."""
     passes_residual: bool = True
     """Whether a block passes branch and residual on as two tensors of C elements; otherwise it passes their sum."""
+    windows: bool = False
+    """Whether the block passes a window on to its attention: `forward` takes a mask."""
+    documents: bool = False
+    """Whether the block passes the documents on to its attention: `forward` takes a mask."""
 
     @property
     def inputs(self) -> int:
@@ -43,5 +47,5 @@ class PostNorm(Block):
         return Moved((4 * 2 * L + 2) * C, (3 * (2 * L + 1) + 3 * 2 * L) * C)
 
 
-PRE_NORM = Block()
-POST_NORM = PostNorm(passes_residual=False)
+PRE_NORM = Block(windows=True, documents=True)
+POST_NORM = PostNorm(passes_residual=False, windows=True, documents=True)

@@ -17,6 +17,8 @@ class PositionEncoding:
     cost: Cost
     op: str | None = None
     """The op of `gptperf.ops` that splits, normalises and encodes at once, or None if there is no such op."""
+    documents: bool = False
+    """Whether positions can restart at the documents of a sequence: `embed` takes their first tokens."""
 
     def parameters(self, T: int, C: int) -> int:
         """Returns the number of parameters that the encoding has in the whole model."""
@@ -86,6 +88,6 @@ class RoPE(PositionEncoding):
         return float(C) if compiled else 6.5 * C
 
 
-NO_POSITION = PositionEncoding(cost=Cost(0, "no position encoding"))
-LEARNED_ABSOLUTE = LearnedAbsolute(cost=Cost(1, "plus, of an embedding"))
-ROPE = RoPE(cost=Cost(3, "four products and two sums for two elements of a query or key"), op="rope")
+NO_POSITION = PositionEncoding(cost=Cost(0, "no position encoding"), documents=True)
+LEARNED_ABSOLUTE = LearnedAbsolute(cost=Cost(1, "plus, of an embedding"), documents=True)
+ROPE = RoPE(cost=Cost(3, "four products and two sums for two elements of a query or key"), op="rope", documents=True)

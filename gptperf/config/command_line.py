@@ -53,9 +53,10 @@ def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | Non
     _load_plugins(flags, problems)
     sources = [list(read_file(path, problems)) for path in files]
     sources.append(flags)
-    typed = [[checked for one in source if (checked := _check(one, own, problems, command))] for source in sources]
-    layered = _overlay(typed)
-    bad = {given.name for source in sources for given in source} - {given.name for source in typed for given in source}
+    checked = [[(one.name, _check(one, own, problems, command)) for one in source] for source in sources]
+    layered = _overlay([[given for _, given in source if given is not None] for source in checked])
+    # Also a key that a lower layer sets rightly: a rule on that value would be one on what the user did not ask for.
+    bad = {name for source in checked for name, given in source if given is None}
     layered.adjust(frozenset(bad))
     values, origins = layered.values, layered.origins
     for keys, text in combination_problems(values, frozenset(bad)):

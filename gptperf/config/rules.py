@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from gptperf import registry
 from gptperf.errors import nearest
 
 __all__ = ["RULES", "Problem", "Rule", "combination_problems"]
@@ -86,10 +87,25 @@ def _flash_attn_needs(c: _Values, key: str, wanted: str, impossible: object) -> 
     return f"attention_backend = 'flash_attn' needs {wanted}; nearest: 'sdpa'"
 
 
-def _documents(c: _Values) -> str | None:
-    if not c["document_mask"] or c["attention_backend"] != "flash_attn":
+def _masked(c: _Values, kind: str, variant: str) -> str | None:
+    """Returns why a component cannot run windows or documents, as its card says, if the configuration has them."""
+    limits = [part for part in c["window"].split(",") if part.isdecimal() and int(part) < c["block_size"]]
+    if not (limits if variant == "windows" else c["document_mask"]):
         return None
-    return "document_mask = true needs attention_backend = 'sdpa' or 'manual'; nearest: 'sdpa'"
+    able = [name for name in registry.component_names(kind) if getattr(registry.card(kind, name), variant, False)]
+    if c[kind] in able:
+        return None
+    asked = f"window = {c['window']!r}" if variant == "windows" else "document_mask = true"
+    wanted = f"wanted {' or '.join(able)}"
+    if c[kind] not in registry.KINDS[kind]:
+        wanted += f", or {variant}=True in its card, if it can run them"
+    return f"{asked}: found {kind} = {c[kind]!r}, which does not run {variant}; {wanted}; nearest: {able[0]!r}"
+
+
+def _masked_rule(kind: str, variant: str) -> Rule:
+    keys = ("window", "block_size") if variant == "windows" else ("document_mask",)
+    yields = _set(attention_backend="sdpa") if kind == "attention_backend" else {}
+    return Rule((*keys, kind), partial(_masked, kind=kind, variant=variant), yields)
 
 
 def _min_lr(c: _Values) -> str | None:
@@ -200,7 +216,11 @@ RULES: tuple[Rule, ...] = (
     _flash_attn_rule("dtype", "dtype = 'bfloat16' or 'float16'", "float32"),
     _flash_attn_rule("device", "a GPU, but device = 'cpu'", "cpu"),
     _flash_attn_rule("dropout", "dropout < 1", 1),
-    Rule(("document_mask", "attention_backend"), _documents, _set(attention_backend="sdpa")),
+    _masked_rule("attention_backend", "windows"),
+    _masked_rule("attention_backend", "documents"),
+    _masked_rule("norm_position", "windows"),
+    _masked_rule("norm_position", "documents"),
+    _masked_rule("position_encoding", "documents"),
     Rule(("min_lr", "learning_rate", "lr_schedule"), _min_lr, {"min_lr": lambda c: c["learning_rate"]}),
     Rule(("kernels", "device"), _triton_on_cpu, _set(kernels="auto", device="auto")),
     # The strategies compute the same numbers, so one that is asked for replaces the other.

@@ -360,6 +360,17 @@ class Config:
             lines.append(f"activation = {model.activation!r} has no effect: {applied}")
         if model.arch_preset == "gpt2" and model.norm_position == "post":
             lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
+        if self.data.document_mask:
+            lines.append(
+                "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "
+                "document; a log line counts those of its batches"
+            )
+        masked = self.data.document_mask or min(model.windows) < model.block_size
+        card = registry.card("attention_backend", model.attention_backend)
+        dense = card is not None and card.kept_mask(model.block_size, model.dropout > 0) > 0
+        if masked and dense and self.system.device != "cpu":
+            why = "dropout > 0" if model.dropout else f"block_size = {model.block_size} is not a multiple of 128"
+            lines.append(f"{why}: masks have block_size x block_size elements, because FlexAttention does not run")
         return lines
 
 

@@ -45,24 +45,34 @@ def index_file(split: str) -> str:
 class IndexWriter:
     """Writes the records of one split, and numbers the names of sources and groups.
 
-    The tables of names are shared by the splits of a data set.
+    The tables of names are shared by the splits of a data set. The first `kept` records of an existing file stay.
     """
 
-    def __init__(self, path: Path, sources: dict[str, int], groups: dict[str, int]) -> None:
-        self._file: BinaryIO = path.open("wb", buffering=1 << 16)
+    def __init__(self, path: Path, sources: dict[str, int], groups: dict[str, int], kept: int = 0) -> None:
+        self._file: BinaryIO = path.open("r+b" if kept else "wb", buffering=1 << 16)
+        self._file.truncate(kept * RECORD.itemsize)
+        self._file.seek(kept * RECORD.itemsize)
         self._sources = sources
         self._groups = groups
 
     def add(self, end: int, origin: Origin, digest: int, n_bytes: int) -> None:
         """Adds a document; the arguments are the fields of `RECORD`."""
-        source = self._sources.setdefault(origin.source, len(self._sources))
-        group = self._groups.setdefault(origin.group, len(self._groups))
+        source, group = self.number(origin)
         self._file.write(np.array((end, origin.offset, digest, source, group, n_bytes), RECORD).tobytes())
+
+    def number(self, origin: Origin) -> tuple[int, int]:
+        """Returns the numbers of the names of source and group; new names get the next ones."""
+        source = self._sources.setdefault(origin.source, len(self._sources))
+        return source, self._groups.setdefault(origin.group, len(self._groups))
+
+    def sync(self) -> None:
+        """Writes the records to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Writes the records to the disk and closes the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
     def abandon(self) -> None:

@@ -20,29 +20,64 @@ from typing import IO, Any
 from gptperf.data.text import byte_order_mark
 from gptperf.errors import DataError, DeviceError
 
-__all__ = ["STRUCTURED", "Record", "open_file", "read_records", "suffixes_of"]
+__all__ = ["STRUCTURED", "Meter", "Record", "open_file", "read_records", "suffixes_of"]
 
 Record = dict[str, Any]
 """Field -> value."""
-_MAX_RECORD_BYTES = 1 << 28
-"""Largest record that is read. To parse 256 MB of JSON takes up to 1.5 GB of memory."""
+_MAX_RECORD_BYTES = 200 << 20
+"""Characters of the largest record that is read. To parse it takes up to 1.9 GB of memory, if one is an emoji."""
 _READ_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BATCH_ROWS = 256
 
 
+class Meter:
+    """Counts the bytes on disk that were read, of all files that are opened with it."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._raw: IO[bytes] | None = None
+        self._size = 0
+
+    def begin(self, raw: IO[bytes], size: int) -> None:
+        """Begins a file of `size` bytes."""
+        self.end()
+        self._raw, self._size = raw, size
+
+    def end(self) -> None:
+        """Counts the file that was begun as read."""
+        self._done, self._raw, self._size = self._done + self._size, None, 0
+
+    def read(self) -> int:
+        """Returns the bytes read so far; a file that is read twice counts once."""
+        inside = self._size
+        if self._raw is not None and not self._raw.closed:
+            inside = min(self._raw.tell(), self._size)
+        return self._done + inside
+
+
 def suffixes_of(path: Path) -> tuple[str, str]:
     """Returns the suffixes of a file's format and of its compression in lower case, such as (".jsonl", ".gz").
 
-    The second is "" for a file that is not compressed.
+    The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
-    return (suffixes[-1] if suffixes else ""), compression
+    kind = suffixes[-1] if suffixes else ""
+    if not compression:
+        head = b""
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            head = file.read(6)
+        found = next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), "")
+        if found in _COMPRESSIONS:
+            compression = found
+        elif found:
+            kind = found
+    return kind, compression
 
 
 @contextlib.contextmanager
-def open_file(path: Path) -> Iterator[IO[bytes]]:
+def open_file(path: Path, meter: Meter | None = None) -> Iterator[IO[bytes]]:
     """Opens the content of a file, decompressed, for the body of a `with`.
 
     Raises:
@@ -52,28 +87,34 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     """
     compression = suffixes_of(path)[1]
     damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-    with path.open("rb") as raw, _COMPRESSIONS[compression](raw) if compression else raw as file:
-        if "zstandard" in sys.modules:
-            damage = (*damage, sys.modules["zstandard"].ZstdError)
-        try:
-            yield file
-        except damage as error:
-            raise DataError(f"{path}: the compressed file is truncated or corrupt ({error}); fetch it again") from error
+    with path.open("rb") as raw:
+        if meter is not None:
+            meter.begin(raw, path.stat().st_size)
+        with _COMPRESSIONS[compression](raw) if compression else raw as file:
+            if "zstandard" in sys.modules:
+                damage = (*damage, sys.modules["zstandard"].ZstdError)
+            try:
+                yield file
+            except damage as error:
+                raise DataError(
+                    f"{path}: the compressed file is truncated or corrupt ({error}); fetch it again"
+                ) from error
 
 
-def read_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def read_records(path: Path, fields: Sequence[str], meter: Meter | None = None) -> Iterator[Record]:
     """Yields the records of a file of structured text.
 
     Args:
         path: A file whose format is in `STRUCTURED`.
         fields: Fields that are wanted; a columnar format reads only these.
+        meter: Counts the bytes that are read.
 
     Raises:
         DataError: The file is corrupt, truncated or not of the format that its name says.
         DeviceError: A package that reads the file is not installed.
         OSError: The file cannot be read.
     """
-    with open_file(path) as file:
+    with open_file(path, meter) as file:
         yield from STRUCTURED[suffixes_of(path)[0]](file, path, fields)
 
 
@@ -85,8 +126,11 @@ def _lines(text: IO[str], path: Path) -> Iterator[Record]:
     number = 0
     while line := _readline(text, path, number + 1):
         number += 1
-        if line.strip():
-            yield _json_object(line, f"{path}:{number}")
+        record = None if line.isspace() else _json_object(line, f"{path}:{number}")
+        del line  # it may have hundreds of megabytes, and so may its record
+        if record is not None:
+            yield record
+        del record
 
 
 def _readline(text: IO[str], path: Path, number: int, size: int | None = None) -> str:
@@ -321,6 +365,15 @@ _COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda raw: io.BufferedReader(_Zstandard(raw), _READ_BYTES),
 }
+
+_MAGIC = (
+    (b"\x1f\x8b", ".gz"),
+    (b"\xfd7zXZ\0", ".xz"),
+    (b"\x28\xb5\x2f\xfd", ".zst"),
+    (b"PAR1", ".parquet"),
+    (b"ARROW1", ".arrow"),
+)
+"""First bytes of a file, and the suffix that it should have."""
 
 STRUCTURED: dict[str, Callable[[IO[bytes], Path, Sequence[str]], Iterator[Record]]] = {
     ".jsonl": _json_lines,

@@ -1,24 +1,24 @@
-"""Sources of text: files, folders, the standard library, tiny Shakespeare and Hugging Face data sets.
+"""Sources of text by name, the standard library, tiny Shakespeare and Hugging Face data sets, and files of no use.
 
-A source yields its documents one by one as UTF-8 bytes.
+A source yields its documents (`text.py`) one by one.
 """
 
-import codecs
 import hashlib
 import importlib
-import json
 import os
 import platform
 import shlex
-import stat
 import sysconfig
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptperf.data.hub import by_hand
+from gptperf.data.readers import Meter, Record, open_file, suffixes_of
+from gptperf.data.text import BINARY, Document, Refused, Skipped
+from gptperf.data.walk import Fields, documents_of, files_below, record_documents
 from gptperf.errors import DataError, DeviceError
 from gptperf.files import replacing
 
@@ -27,17 +27,15 @@ __all__ = [
     "KNOWN",
     "SHAKESPEARE_SHA256",
     "SHAKESPEARE_URL",
-    "Skipped",
-    "character_start",
     "download_shakespeare",
-    "folder_documents",
     "hub_documents",
-    "jsonl_documents",
     "not_text",
     "parse_hub_name",
     "python_stdlib",
+    "python_stdlib_files",
     "python_version",
-    "text_pieces",
+    "refusal",
+    "stdlib_folder",
 ]
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -50,27 +48,17 @@ HUGGING_FACE: dict[str, tuple[str, str | None]] = {
 """Name of a data set -> its repository and configuration on the Hugging Face hub; the text is in the field "text"."""
 KNOWN = ("python_stdlib", "shakespeare", *HUGGING_FACE)
 """Names of the data sets that are prepared by name instead of by path."""
-_PIECE_BYTES = 1 << 24
-_STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_STDLIB_WITHOUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 
-_PANDAS = "python -c \"import pandas; pandas.{}('FILE').to_json('JSONL', orient='records', lines=True)\""
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "gzip", "gzip -dc FILE > NEW"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc FILE > NEW"),
-    (b"\xfd7zXZ\0", "xz", "xz -dc FILE > NEW"),
     (b"BZh", "bzip2", "bzip2 -dc FILE > NEW"),
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc FILE > NEW"),
     (b"PK\x03\x04", "zip", "python -m zipfile -e FILE FOLDER"),
     (b"7z\xbc\xaf\x27\x1c", "7-Zip", "7z x FILE -oFOLDER"),
     (b"Rar!", "rar", "unrar x FILE FOLDER/"),
-    (b"PAR1", "Parquet", _PANDAS.format("read_parquet")),
-    (b"ARROW1", "Arrow", _PANDAS.format("read_feather")),
     (b"%PDF-", "PDF", "pdftotext FILE NEW"),
     (b"SQLite format 3\0", "SQLite", "sqlite3 FILE .dump > NEW"),
     (b"\xd0\xcf\x11\xe0", "old Microsoft Office", "libreoffice --headless --convert-to txt:Text FILE"),
-    (b"\xff\xfe\0\0", "UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > NEW"),
-    (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
-    (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     (b"\x93NUMPY", "NumPy", ""),
     (b"\x89HDF", "HDF5", ""),
     (b"\x89PNG", "PNG", ""),
@@ -78,12 +66,9 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x7fELF", "executable", ""),
 )
 """First bytes of a file that is not text, its format, and the command that makes text of it. FILE stands for the file,
-and NEW, JSONL or FOLDER for what the command makes."""
+and NEW or FOLDER for what the command makes."""
 _TAR_AT = 257
 _COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".lz4")
-
-Skipped = dict[str, int]
-"""Reason -> number of files that were skipped for it."""
 
 
 def python_version() -> str:
@@ -91,90 +76,47 @@ def python_version() -> str:
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
-def python_stdlib(skipped: Skipped) -> Iterator[bytes]:
-    """Yields the .py files of the running Python's standard library, without its tests, sorted by relative path."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in _files(root, without_names=_STDLIB_WITHOUT):
-        if path.suffix == ".py":
-            yield from _text_document(path, skipped)
+def stdlib_folder() -> Path:
+    """Returns the folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
-def folder_documents(root: Path, skipped: Skipped, without: Path) -> Iterator[bytes]:
-    """Yields the text files under `root`, sorted by relative path.
-
-    Hidden, empty and binary files are counted in `skipped`. The folder `without`, where data sets are written, is
-    not entered.
-    """
-    for path in _files(root, skipped=skipped, without=without.resolve()):
-        yield from _text_document(path, skipped)
+def python_stdlib_files(skipped: Skipped) -> list[Path]:
+    """Returns the .py files of the standard library, without its tests, sorted by relative path."""
+    return [path for path in files_below(stdlib_folder(), skipped, _STDLIB_WITHOUT) if path.suffix == ".py"]
 
 
-def jsonl_documents(path: Path, field: str = "text") -> Iterator[bytes]:
-    """Yields one field of each line of a JSON lines file.
-
-    Raises:
-        DataError: A line is not a JSON object with a string in that field.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
-            yield _text_field(record, field, f"{path}:{number}")
-
-
-def text_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """Yields the bytes [begin, end) of a UTF-8 text in pieces of about 16 MB, each of which ends with a whole line.
-
-    A line of more than 16 MB is not split.
-
-    Raises:
-        DataError: The text is not UTF-8, or the file shrank.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest = b""
-    with path.open("rb") as file:
-        file.seek(begin)
-        while begin < end:
-            data = file.read(min(_PIECE_BYTES, end - begin))
-            if not data:
-                raise DataError(f"{path}: the file shrank while it was read")
-            begin += len(data)
-            try:
-                decoder.decode(data, final=begin == end)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: found bytes that are not UTF-8 near offset {begin - len(data) + error.start}, wanted a "
-                    "text; if its encoding is Latin-1, for example, convert it: "
-                    + _with_names("iconv -f LATIN1 -t UTF-8 FILE > NEW", path)
-                ) from error
-            if b"\0" in data:
-                raise DataError(
-                    f"{path}: found a zero byte at offset {begin - len(data) + data.index(0)}, wanted a text; if it is "
-                    "UTF-16, convert it: " + _with_names("iconv -f UTF-16LE -t UTF-8 FILE > NEW", path)
-                )
-            cut = len(data) if begin == end else data.rfind(b"\n") + 1
-            if cut:
-                yield rest + data[:cut]
-                rest = data[cut:]
-            else:
-                rest += data
-    if rest:
-        yield rest
+def python_stdlib(skipped: Skipped, meter: Meter, group: Callable[[Path], str]) -> Iterator[Document]:
+    """Yields the documents of `python_stdlib_files`."""
+    yield from documents_of(stdlib_folder(), python_stdlib_files(Skipped()), Fields(), skipped, meter, group)
 
 
 def not_text(path: Path) -> str | None:
-    """Returns the format of a file that is not text, with the command that makes text of it; None for all others."""
-    with path.open("rb") as file:
+    """Returns what a file holds that no reader reads, with the command that makes text of it; None for all others."""
+    with open_file(path) as file:
         start = file.read(_TAR_AT + 5)
     name, command = _format(start)
     if name is None:
         return None
     remedy = f"; make a text of it: {_with_names(command, path)}" if command else ""
     return f"{path}: found {name} data, wanted text{remedy}"
+
+
+def refusal(path: Path, refused: Refused) -> DataError:
+    """Returns the error of a single file that was refused, with the command that makes text of it if one is known."""
+    reason, hint = refused.reason, "wanted a text"
+    if reason == BINARY:
+        reason = "a zero byte"
+        hint += "; if it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8 FILE > NEW"
+    elif reason.startswith("not UTF"):
+        reason = f"bytes that are {reason}"
+        hint += "; if its encoding is Latin-1, for example, convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW"
+    elif reason.startswith("no text in the field"):
+        hint = "wanted another field: --text_field=NAME"
+    if suffixes_of(path)[1]:
+        hint = hint.replace("convert it: ", "decompress and convert it: ")
+    detail = f" {refused.detail}" if refused.detail.startswith("at ") else refused.detail and f" ({refused.detail})"
+    return DataError(f"{path}: found {reason}{detail}, {_with_names(hint, path)}")
 
 
 def _format(start: bytes) -> tuple[str | None, str]:
@@ -192,24 +134,11 @@ def _with_names(command: str, path: Path) -> str:
     names = {
         "FILE": path,
         "NEW": new,
-        "JSONL": path.with_suffix(".jsonl"),
         "FOLDER": path.with_name(f"{path.stem}.files"),
     }
     for word, name in names.items():
         command = command.replace(f"'{word}'", repr(str(name))).replace(word, shlex.quote(str(name)))
     return command
-
-
-def character_start(path: Path, offset: int) -> int:
-    """Returns the offset of the UTF-8 character that holds the byte `offset`: at most 3 less, and at least 1."""
-    begin = max(1, offset - 3)
-    with path.open("rb") as file:
-        file.seek(begin)
-        data = file.read(offset - begin + 1)
-    for back in range(len(data)):
-        if data[len(data) - 1 - back] & 0xC0 != 0x80:
-            return offset - back
-    return offset
 
 
 def download_shakespeare(url: str, data_dir: str | os.PathLike[str]) -> Path:
@@ -250,13 +179,20 @@ def parse_hub_name(what: str) -> tuple[str, str | None]:
     return repo, config or None
 
 
-def hub_documents(repo: str, config: str | None, split: str = "train", field: str = "text") -> Iterator[bytes]:
-    """Streams a split of a Hugging Face data set and yields one field of each record.
+def hub_documents(repo: str, config: str | None, split: str, fields: Fields, skipped: Skipped) -> Iterator[Document]:
+    """Streams a split of a Hugging Face data set and yields the documents of its records.
 
     Raises:
         DeviceError: The package `datasets`, or a package that it needs, is not installed.
         DataError: The data set cannot be reached, does not exist, or has no such split or field.
     """
+    try:
+        yield from record_documents(_hub_records(repo, config, split), f"hf:{repo}", fields, skipped)
+    except Refused as refused:
+        raise DataError(f"hf:{repo}: found {refused}, wanted text; another field: --text_field=NAME") from refused
+
+
+def _hub_records(repo: str, config: str | None, split: str) -> Iterator[Record]:
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -264,11 +200,7 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
             f"hf:{repo} needs the package datasets, which is not installed: pip install 'gptperf[hf]'"
         ) from error
     try:
-        records = datasets.load_dataset(repo, config, split=split, streaming=True)
-        for number, record in enumerate(records):
-            yield _text_field(record, field, f"hf:{repo} record {number}")
-    except DataError:
-        raise
+        yield from datasets.load_dataset(repo, config, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         if "Compression type" in first_line:
@@ -276,70 +208,5 @@ def hub_documents(repo: str, config: str | None, split: str = "train", field: st
         raise DataError(
             f"hf:{repo}: cannot be read ({type(error).__name__}: {first_line}); check the network, and the names of "
             "the data set and its configuration. "
-            + by_hand("the files", f"datasets/{repo}/tree/main", "use hf:FOLDER in place of the name")
+            + by_hand("the files", f"datasets/{repo}/tree/main", "use FOLDER in place of the name")
         ) from error
-
-
-def _text_field(record: object, field: str, where: str) -> bytes:
-    """Returns a field of a record as UTF-8; `where` names the record in the error."""
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        strings = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-        hint = f"; nearest: --text_field={strings[0]}" if strings else ""
-        raise DataError(f'{where}: found no string "{field}", wanted an object with one{hint}')
-    return text.encode("utf-8", errors="replace")
-
-
-def _files(
-    root: Path,
-    without_names: frozenset[str] | set[str] = frozenset(),
-    skipped: Skipped | None = None,
-    without: Path | None = None,
-) -> list[Path]:
-    """Returns the files below `root` that are not hidden, sorted by relative path."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and name not in without_names and Path(folder, name).resolve() != without
-        ]
-        for name in names:
-            if not name.startswith("."):
-                found.append(Path(folder, name))
-            elif skipped is not None:
-                _count(skipped, "hidden")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _text_document(path: Path, skipped: Skipped) -> Iterator[bytes]:
-    """Yields the content of a text file. Any other file yields nothing and is counted in `skipped`."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
-            _count(skipped, "not a regular file")
-            return
-        data = path.read_bytes()
-    except OSError as error:
-        _count(skipped, f"unreadable ({error.strerror})")
-        return
-    if not data:
-        _count(skipped, "empty")
-    elif not _is_text(data):
-        name, _ = _format(data[: _TAR_AT + 5])
-        _count(skipped, "binary or not UTF-8" if name is None else f"{name} data")
-    else:
-        yield data
-
-
-def _is_text(data: bytes) -> bool:
-    if b"\0" in data:
-        return False
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _count(skipped: Skipped, reason: str) -> None:
-    skipped[reason] = skipped.get(reason, 0) + 1

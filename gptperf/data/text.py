@@ -100,7 +100,7 @@ def text_document(origin: Origin, text: str) -> Document:
         Refused: The text is no document.
     """
     data = _unify(text.removeprefix("\ufeff").encode("utf-8", errors="replace"))
-    if not data.strip():
+    if not data or data.isspace():
         raise Refused(EMPTY)
     return Document(origin, hashlib.sha256(data).digest(), len(data), cut(iter([data])))
 
@@ -171,19 +171,20 @@ def cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
     A piece ends with a line; in a longer line it ends before a space, or else with a whole character.
     """
-    rest = b""
+    rest, begin = b"", 0
     for chunk in chunks:
-        rest += chunk
-        while len(rest) > PIECE_BYTES:
-            end = rest.rfind(b"\n", 0, PIECE_BYTES) + 1 or max(rest.rfind(b" ", 1, PIECE_BYTES), 0)
+        rest, begin = rest[begin:] + chunk, 0
+        while len(rest) - begin > PIECE_BYTES:
+            most = begin + PIECE_BYTES
+            end = rest.rfind(b"\n", begin, most) + 1 or max(rest.rfind(b" ", begin + 1, most), 0)
             if not end:
-                end = PIECE_BYTES
+                end = most
                 while rest[end] & 0xC0 == 0x80:  # inside a character
                     end -= 1
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
+            yield rest[begin:end]
+            begin = end
+    if begin < len(rest):
+        yield rest[begin:]
 
 
 def _unify(data: bytes) -> bytes:

@@ -3,17 +3,19 @@
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gptperf.data.documents import Origin
-from gptperf.data.readers import STRUCTURED, open_file, read_records, suffixes_of
+from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_records, suffixes_of
 from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
 from gptperf.errors import DataError
 
-__all__ = ["Fields", "file_documents", "files_below", "folder_documents"]
+__all__ = ["Fields", "documents_of", "file_documents", "files_below", "folder_documents", "record_documents"]
 
-_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".lz4", ".whl", ".jar", ".tbz", ".txz"}
+_ARCHIVES = {".zip", ".tar", ".7z", ".rar", ".bz2", ".lz4", ".whl", ".jar", ".tbz"}
+_PATIENCE = 10_000
+"""Records without a text after which a source has none."""
 _UNREADABLE_FORMATS = {".ipynb": "Jupyter notebook", ".pdf": "PDF", ".docx": "Word", ".xlsx": "Excel", ".npy": "NumPy"}
 
 
@@ -32,7 +34,9 @@ class Fields:
         return (self.text,) if self.group is None else (self.text, self.group)
 
 
-def file_documents(path: Path, name: str, fields: Fields, skipped: Skipped, group: str = "") -> Iterator[Document]:
+def file_documents(
+    path: Path, name: str, fields: Fields, skipped: Skipped, group: str = "", meter: Meter | None = None
+) -> Iterator[Document]:
     """Yields the documents of one file: a whole text, or the records of structured text.
 
     Args:
@@ -41,6 +45,7 @@ def file_documents(path: Path, name: str, fields: Fields, skipped: Skipped, grou
         fields: Fields of structured text.
         skipped: Counts the records that are no documents, by reason.
         group: Group of a whole text, and of records without `fields.group`.
+        meter: Counts the bytes that are read.
 
     Raises:
         Refused: No text of the file can be read; the reason is one of a few.
@@ -56,45 +61,86 @@ def file_documents(path: Path, name: str, fields: Fields, skipped: Skipped, grou
     if kind in _UNREADABLE_FORMATS:
         raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
     if kind in STRUCTURED:
-        yield from _record_documents(path, name, fields, skipped, group)
+        yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
     else:
-        yield file_document(Origin(name, 0, group), lambda: open_file(path))
+        yield file_document(Origin(name, 0, group), lambda: open_file(path, meter))
 
 
-def _record_documents(path: Path, name: str, fields: Fields, skipped: Skipped, group: str) -> Iterator[Document]:
-    records = without_text = 0
+def record_documents(
+    records: Iterable[Record], name: str, fields: Fields, skipped: Skipped, group: str = ""
+) -> Iterator[Document]:
+    """Yields the documents of records.
+
+    Args:
+        records: Records of one source.
+        name: Name of the source.
+        fields: Fields that are read.
+        skipped: Counts the records that are no documents, by reason.
+        group: Group of the documents without `fields.group`.
+
+    Raises:
+        Refused: There is no record, or none of them, or none of the first 10,000, has a text in the field.
+        DataError: A record has no field `fields.group`.
+    """
+    number, without_text = -1, 0
     others: set[str] = set()
-    for number, record in enumerate(read_records(path, fields.names)):
-        where, text, records = f"{name}, record {number}", record.get(fields.text), records + 1
+    for number, record in enumerate(records):
+        text = record.pop(fields.text, None)
         if not isinstance(text, str):
             without_text += 1
             others.update(list(record)[: 20 - len(others)])
+            if number + 1 == without_text == _PATIENCE:
+                break
             continue
         if fields.group is not None:
-            if fields.group not in record:
-                raise DataError(f"{path}: record {number}: found no field {fields.group!r}, wanted the group")
-            group = str(record[fields.group])
+            if fields.group not in (*record, fields.text):
+                raise DataError(f"{name}, record {number}: found no field {fields.group!r}, wanted the group")
+            group = str(record.get(fields.group, text))
         try:
-            yield text_document(Origin(name, number, group), text)
+            document = text_document(Origin(name, number, group), text)
         except Refused as refused:
-            skipped.add(f"records: {refused.reason}", where)
-    if not records:
+            skipped.add(f"records: {refused.reason}", f"{name}, record {number}")
+            continue
+        del text, record  # they may have hundreds of megabytes
+        yield document
+        del document
+    if number < 0:
         raise Refused(EMPTY)
-    if records == without_text:
+    if number + 1 == without_text:
         raise Refused(f"no text in the field {fields.text!r}", f"its fields are {', '.join(sorted(others)) or 'none'}")
     if without_text:
         skipped.add(f"records: no text in the field {fields.text!r}", name, without_text)
 
 
-def folder_documents(root: Path, fields: Fields, skipped: Skipped, without: Path) -> Iterator[Document]:
+def folder_documents(
+    root: Path,
+    fields: Fields,
+    skipped: Skipped,
+    without: Path,
+    meter: Meter | None = None,
+    group: Callable[[Path], str] = lambda path: "",
+) -> Iterator[Document]:
     """Yields the documents of the files below `root`, sorted by relative path.
 
     Files that are not read are counted in `skipped`. The folder `without`, where data sets are written, is not entered.
+    `group` returns the group of a file.
     """
-    for path in files_below(root, skipped, without=without):
+    yield from documents_of(root, files_below(root, skipped, without=without), fields, skipped, meter, group)
+
+
+def documents_of(
+    root: Path,
+    paths: Iterable[Path],
+    fields: Fields,
+    skipped: Skipped,
+    meter: Meter | None = None,
+    group: Callable[[Path], str] = lambda path: "",
+) -> Iterator[Document]:
+    """Yields the documents of files below `root`; the arguments are those of `folder_documents`."""
+    for path in paths:
         name = path.relative_to(root).as_posix()
         try:
-            yield from file_documents(path, name, fields, skipped)
+            yield from file_documents(path, name, fields, skipped, group(path), meter)
         except Refused as refused:
             skipped.add(f"files: {refused.reason}", name)
         except OSError as error:

@@ -2,36 +2,49 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from gptperf.data.blocks import CHECKSUMS, block_sums
-from gptperf.data.documents import GROUPS, SOURCES, IndexWriter, Origin, index_file, names_text
+from gptperf.data.documents import GROUPS, RECORD, SOURCES, IndexWriter, Origin, index_file, names_text
 from gptperf.data.format import (
     DTYPES,
-    HEADER_BYTES,
     MANIFEST,
     SPLITS,
     DatasetManifest,
     FileInfo,
-    Header,
-    Shard,
     Split,
 )
+from gptperf.data.split_writer import SplitWriter
 from gptperf.data.tokenizers import Tokenizer, token_dtype, write_vocabulary
 from gptperf.errors import DataError, DiskError
-from gptperf.files import keep_locked, make_temporary, remove_leftovers, sync_directory, sync_file
+from gptperf.files import (
+    adopt_temporary,
+    keep_locked,
+    make_temporary,
+    remove_leftovers,
+    replace_text,
+    sync_directory,
+    sync_file,
+)
 
-__all__ = ["SHARD_TOKENS", "ShardWriter", "check_target"]
+__all__ = ["SHARD_TOKENS", "ShardWriter", "SourceChangedError", "check_target"]
 
 SHARD_TOKENS = 100_000_000
 """Default number of tokens in a shard: 200 MB of uint16, so 10 billion tokens are 100 files."""
+_STATE = "progress.json"
+"""File of an incomplete data set that says how far it is."""
+
+
+class SourceChangedError(Exception):
+    """The source is not the one from which a killed writer had written."""
 
 
 class ShardWriter:
@@ -39,7 +52,11 @@ class ShardWriter:
 
     It is a context manager. Leaving it without an error syncs each file, then the folder, and renames the folder;
     leaving it with an error removes what was written, and entering it what killed processes have left in the parent
-    folder. The memory use is constant.
+    folder. What was saved by `save` is kept in both cases: a writer with the same `key` goes on from there, with the
+    same bytes at the end. The memory use is constant.
+
+    Attributes:
+        resumed: What the caller gave to the last `save` of the writer whose work goes on; None: there is none.
 
     Args:
         path: Folder of the data set; its last part is the name of the data set.
@@ -49,6 +66,7 @@ class ShardWriter:
         split_method: How the validation documents were chosen, in words, for the manifest.
         shard_tokens: Number of tokens in a full shard.
         overwrite: Whether an existing data set is replaced.
+        key: What decides the content of the data set, but for the documents; None: the work is never taken up.
 
     Raises:
         DataError: On entering or leaving: `path` exists and `overwrite` is false, or `path` is not a data set.
@@ -65,6 +83,7 @@ class ShardWriter:
         split_method: str,
         shard_tokens: int = SHARD_TOKENS,
         overwrite: bool = False,
+        key: Any = None,
     ) -> None:
         if shard_tokens < 1:
             raise DataError(f"shard_tokens: found {shard_tokens}, wanted at least 1")
@@ -77,25 +96,37 @@ class ShardWriter:
         self._split_method = split_method
         self._shard_tokens = shard_tokens
         self._overwrite = overwrite
+        self._key = key
+        self._saved = False
+        self.resumed: Any = None
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eot = np.array([tokenizer.eot], self._dtype)
         self._folder: Path | None = None
         self._locks = contextlib.ExitStack()
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._indexes: dict[str, IndexWriter] = {}
         self._sources: dict[str, int] = {}
         self._groups: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        remove_leftovers(self.path.parent)
+        remove_leftovers(self.path.parent, keep=lambda leftover: (leftover / _STATE).is_file())
         check_target(self.path, self._overwrite)
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder, lock = make_temporary(self.path, folder=True)
+            found = (
+                None if self._key is None else adopt_temporary(self.path, lambda path: self._state(path) is not None)
+            )
+            self._folder, lock = found or make_temporary(self.path, folder=True)
             self._locks.callback(os.close, lock)
+            remove_leftovers(self.path.parent, keep=self._is_work_of_others)
+            state = self._state(self._folder) or {}
+            self.resumed, self._saved = state.get("position"), bool(state)
             for split in SPLITS:
-                self._splits[split] = _SplitWriter(self._folder, split, self._dtype, self._shard_tokens)
-                self._indexes[split] = IndexWriter(self._folder / index_file(split), self._sources, self._groups)
+                part = state.get(split, {})
+                self._splits[split] = SplitWriter(self._folder, split, self._dtype, self._shard_tokens, part)
+                self._indexes[split] = IndexWriter(
+                    self._folder / index_file(split), self._sources, self._groups, self._splits[split].total()[1]
+                )
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -108,8 +139,48 @@ class ShardWriter:
             for split in self._splits:
                 self._splits[split].abandon()
                 self._indexes[split].abandon()
-            shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is no such folder
+            if not self._saved or error is None or isinstance(error, SourceChangedError):
+                shutil.rmtree(self._folder, ignore_errors=True)  # after a commit there is no such folder
             self._locks.close()
+
+    def save(self, position: Any) -> None:
+        """Saves the progress, so that after a kill a writer with the same key goes on from here.
+
+        Args:
+            position: Value of `resumed` for that writer; JSON must be able to represent it.
+        """
+        assert self._folder is not None
+        with _disk_errors(self.path):
+            for index in self._indexes.values():
+                index.sync()
+            splits = {split: part.state() for split, part in self._splits.items()}
+            state = json.dumps({"key": self._key, "position": position} | splits)
+            replace_text(self._folder / _STATE, state)
+            self._saved = True
+
+    def recall(self, origin: Origin) -> None:
+        """Numbers the names of a document that had been written before."""
+        for index in self._indexes.values():
+            index.number(origin)
+
+    def _state(self, folder: Path) -> dict[str, Any] | None:
+        """Returns what was saved in a folder, or None if nothing was, if it has another key, or if it is damaged."""
+        try:
+            state = json.loads((folder / _STATE).read_bytes())
+            if state["key"] != json.loads(json.dumps(self._key)):
+                return None
+            for split in SPLITS:
+                if (folder / index_file(split)).stat().st_size < RECORD.itemsize * SplitWriter.check(
+                    folder, split, state[split], self._dtype
+                ):
+                    return None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return dict(state)
+
+    def _is_work_of_others(self, leftover: Path) -> bool:
+        """Whether a leftover is the saved work on a data set of another name."""
+        return not leftover.name.startswith(f".{self.path.name}.tmp-") and (leftover / _STATE).is_file()
 
     def add(
         self, split: str, tokens: npt.NDArray[Any], origin: Origin | None = None, digest: int = 0, n_bytes: int = 0
@@ -152,11 +223,17 @@ class ShardWriter:
             self._indexes[split].add(part.total()[0], origin or Origin(self._source), digest, n_bytes)
         part.documents += 1
 
+    def tokens(self) -> int:
+        """Returns the number of tokens written so far."""
+        return sum(part.total()[0] for part in self._splits.values())
+
     def counts(self, split: str) -> tuple[int, int]:
         """Returns the numbers of tokens and documents written to the split "train" or "val" so far."""
         return self._splits[split].total()
 
     def _commit(self, folder: Path) -> None:
+        (folder / _STATE).unlink(missing_ok=True)
+        self._saved = False
         splits = {name: writer.finish() for name, writer in self._splits.items()}
         files = self._finish_files(folder, splits)
         manifest = DatasetManifest(
@@ -224,83 +301,6 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise DataError(f"{path}: exists and is not a data set (it has no {MANIFEST}); it is never replaced")
     if not overwrite:
         raise DataError(f"{path}: this data set exists; to replace it: --overwrite=True, or choose another --name")
-
-
-class _SplitWriter:
-    """Writes the shards of one split. It has one open file, the counts of that file and its running checksum."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._digest = hashlib.sha256()
-        self.tokens = self.documents = self._max_id = 0
-
-    def append(self, tokens: npt.NDArray[Any], max_id: int) -> None:
-        """Writes ids of the shard's dtype; `max_id` is the largest of them."""
-        while len(tokens):
-            if self.tokens == self._shard_tokens:
-                self._end_shard()
-            part = tokens[: self._shard_tokens - self.tokens]
-            if self._file is None:
-                path = self._folder / f"{self._split}_{len(self._shards):05d}.bin"
-                self._file = path.open("wb", buffering=1 << 20)
-                self._file.write(bytes(HEADER_BYTES))  # `_end_shard` overwrites it with the header
-            data = np.ascontiguousarray(part).data.cast("B")
-            self._file.write(data)
-            self._digest.update(data)
-            self.tokens += len(part)
-            self._max_id = max(self._max_id, max_id if len(part) == len(tokens) else int(part.max()))
-            tokens = tokens[len(part) :]
-            if len(tokens):
-                max_id = int(tokens.max())
-
-    def _end_shard(self) -> None:
-        assert self._file is not None
-        header = Header(
-            itemsize=self._dtype.itemsize, tokens=self.tokens, documents=self.documents, max_id=self._max_id
-        )
-        self._file.seek(0)
-        self._file.write(header.pack())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self._shards.append(
-            Shard(
-                file=f"{self._split}_{len(self._shards):05d}.bin",
-                tokens=self.tokens,
-                documents=self.documents,
-                max_id=self._max_id,
-                bytes=HEADER_BYTES + self.tokens * self._dtype.itemsize,
-                sha256=self._digest.hexdigest(),
-            )
-        )
-        self._begin()
-
-    def total(self) -> tuple[int, int]:
-        """Returns the numbers of tokens and documents written so far."""
-        tokens = sum(shard.tokens for shard in self._shards) + self.tokens
-        return tokens, sum(shard.documents for shard in self._shards) + self.documents
-
-    def finish(self) -> Split:
-        """Closes the last shard and returns the entry of this split in the manifest."""
-        if self._file is not None:
-            self._end_shard()
-        tokens, documents = self.total()
-        return Split(tokens=tokens, documents=documents, shards=tuple(self._shards))
-
-    def abandon(self) -> None:
-        """Closes the open file of a data set that is not committed."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # the flush fails on a full disk, whose error is being raised already
-                self._file.close()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,14 @@
 """Counts the parameters, FLOPs and bytes of a model from its configuration. No module here loads torch."""
 
-from gptperf.flops.count import CONVENTIONS, RECOMPUTE, Convention, FlopCount, attention_ffn_ratio, flops_per_token
+from gptperf.flops.count import (
+    CONVENTIONS,
+    RECOMPUTE,
+    Convention,
+    FlopCount,
+    attended_pairs,
+    attention_ffn_ratio,
+    flops_per_token,
+)
 from gptperf.flops.elementwise import VectorCount, uncountable_vector_flops, vector_flops
 from gptperf.flops.matmuls import uncountable_flops
 from gptperf.flops.parameter_count import ParameterCount, parameters, uncountable_parameters
@@ -14,6 +22,7 @@ __all__ = [
     "FlopCount",
     "ParameterCount",
     "VectorCount",
+    "attended_pairs",
     "attention_ffn_ratio",
     "bytes_moved",
     "flops_per_token",

@@ -15,7 +15,8 @@ from gptperf.config import ModelConfig
 from gptperf.flops.matmuls import uncountable_flops, weights
 from gptperf.flops.parameter_count import parameters, uncountable_parameters
 
-__all__ = ["CONVENTIONS", "RECOMPUTE", "Convention", "FlopCount", "attention_ffn_ratio", "exact", "flops_per_token"]
+__all__ = ["CONVENTIONS", "RECOMPUTE", "Convention", "FlopCount", "attended_pairs", "attention_ffn_ratio", "exact"]
+__all__ += ["flops_per_token"]
 
 
 def exact(count: int | Fraction, tokens: int = 1) -> int | Fraction:
@@ -35,14 +36,14 @@ class FlopCount:
     tokens: int
     """Tokens of the sequence."""
     qkv: int
-    scores: int
+    scores: int | Fraction
     """Q K^T and the product of the attention weights with V."""
     output: int
     ffn: int
     lm_head: int
     other: int | Fraction = 0
     """FLOPs that a convention counts for something other than a matmul."""
-    recomputed: int = 0
+    recomputed: int | Fraction = 0
     """FLOPs of the forward matmuls that backward repeats."""
 
     @property
@@ -72,15 +73,24 @@ class FlopCount:
         return exact(self.training, self.tokens)
 
 
+def attended_pairs(model: ModelConfig) -> int:
+    """Returns the (query, key) pairs of a sequence that is one document, of one head and over all layers."""
+    return sum(causal_pairs(model.block_size, window) for window in model.windows)
+
+
+def _score_flops(model: ModelConfig, pairs: int | Fraction) -> int | Fraction:
+    # The number of query heads counts: grouped keys and values do not reduce the scores.
+    return exact(2 * 2 * pairs * model.n_head * model.head_dim)
+
+
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
-    """Counts every matmul that the model runs; one head in every layer has `pairs` (query, key) pairs per sequence."""
+    """Counts every matmul that the model runs; `pairs` are those of `attended_pairs`."""
     t = model.block_size
     return FlopCount(
         convention=convention,
         tokens=t,
         qkv=2 * t * weights(model, "qkv"),
-        # The number of query heads counts: grouped keys and values do not reduce the scores.
-        scores=2 * 2 * pairs * model.n_head * model.head_dim,
+        scores=_score_flops(model, pairs),
         output=2 * t * weights(model, "output"),
         ffn=2 * t * weights(model, "ffn"),
         lm_head=2 * t * weights(model, "lm_head"),
@@ -88,7 +98,7 @@ def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
 
 
 def _strict(model: ModelConfig) -> FlopCount:
-    return _count("strict", model, sum(causal_pairs(model.block_size, window) for window in model.windows))
+    return _count("strict", model, attended_pairs(model))
 
 
 def _palm(model: ModelConfig) -> FlopCount:
@@ -191,12 +201,16 @@ matmuls, which Korthikanti et al. (2022, section 5) call selective. full: every 
 """
 
 
-def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute: str = "none") -> FlopCount:
+def flops_per_token(
+    model: ModelConfig, convention: str = "strict", *, recompute: str = "none", pairs: int | Fraction | None = None
+) -> FlopCount:
     """Counts the FLOPs of one sequence; `training_per_token` of the result is the numerator of MFU, or of HFU.
 
     Args:
         convention: one of `CONVENTIONS`.
         recompute: one of `RECOMPUTE`; only "hfu" counts it.
+        pairs: (query, key) pairs of a sequence as in `attended_pairs`, where they depend on the documents in it; a mean
+            over sequences is a fraction. Only "strict" and "hfu" count them. None: a sequence is one document.
 
     Raises:
         ValueError: the convention or recompute is unknown, the convention does not count recompute, or a component
@@ -213,12 +227,14 @@ def flops_per_token(model: ModelConfig, convention: str = "strict", *, recompute
     if reason is not None:
         raise ValueError(f"the FLOPs cannot be counted from the configuration: {reason}")
     count = CONVENTIONS[convention].count(model)
-    return replace(
-        count, recomputed=int(sum(share * count.parts[part] for part, share in RECOMPUTE[recompute].items()))
-    )
+    if pairs is not None:
+        assert convention in ("strict", "hfu"), f"{convention} does not count the pairs of the documents"
+        count = replace(count, scores=_score_flops(model, pairs))
+    again = sum(share * count.parts[part] for part, share in RECOMPUTE[recompute].items())
+    return replace(count, recomputed=exact(again))
 
 
 def attention_ffn_ratio(model: ModelConfig) -> float:
     """Returns the FLOPs of attention (projections and causal scores) divided by those of the FFN."""
     count = flops_per_token(model, "strict")
-    return (count.qkv + count.scores + count.output) / count.ffn
+    return float((count.qkv + count.scores + count.output) / count.ffn)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from gptperf import registry
-from gptperf.cards import COMMON_COSTS, FFN, RMSNORM, Cost, causal_pairs
+from gptperf.cards import COMMON_COSTS, FFN, RMSNORM, Cost
 from gptperf.config import ModelConfig
-from gptperf.flops.count import exact
+from gptperf.flops.count import attended_pairs, exact
 from gptperf.flops.matmuls import biases
 from gptperf.flops.model_cards import block_of, ffn_of, position_of
 from gptperf.flops.parameter_count import uncountable_parameters
@@ -89,7 +89,7 @@ def vector_flops(model: ModelConfig) -> VectorCount:
     position = position_of(model)
     ffn = ffn_of(model)
     n, t, c, kv_width = model.n_layer, model.block_size, model.n_embd, model.kv_heads * model.head_dim
-    pairs = model.n_head * sum(causal_pairs(t, window) for window in model.windows)
+    pairs = model.n_head * attended_pairs(model)
     elements = {
         "norm": (block.norms * n + 1) * t * c,
         "residual": 2 * n * t * c,

@@ -2,7 +2,8 @@
 
 No program reaches a data sheet's peak: under its power cap an H200 sustains about 0.7 of it. The ceiling of a training
 step (`ceiling_flop_s`) is the rate of the same GPU when it runs only the model's matmuls, at the measured rates.
-Achieved FLOP/s divided by the ceiling show what the program loses; MFU also includes what the GPU itself loses.
+Achieved FLOP/s divided by the ceiling show what the program loses; MFU also includes what the GPU itself loses. The
+attention of the ceilings has neither windows nor documents, so a run with them has no share of the ceiling.
 
 `gptperf.hardware.measure` measures the ceilings, and `gptperf.hardware.ceiling_cache` keeps them.
 """

@@ -3,6 +3,7 @@
 Shapes: B batch, T query tokens, S key tokens. The queries are the last T of the S tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-__all__ = ["Mask", "document_starts", "flex", "make_masks"]
+__all__ = ["Mask", "document_pairs", "document_starts", "flex", "make_masks"]
 
 _compiled: Any = None
 _BLOCK = 128
@@ -72,6 +73,19 @@ def document_starts(tokens: Tensor, end: int) -> Tensor:
     return first.cummax(dim=1).values
 
 
+def document_pairs(tokens: Tensor, end: int, windows: tuple[int, ...]) -> Tensor:
+    """Returns the number of (query, key) pairs of one head, over all layers and sequences, an int64 scalar.
+
+    Args:
+        tokens: `(B, T)` int64.
+        end: id of the token that ends a document.
+        windows: window of each layer.
+    """
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) - document_starts(tokens, end)
+    counts = [layers * place.clamp(max=window).sum() for window, layers in Counter(windows).items()]
+    return torch.stack(counts).sum()
+
+
 def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device) -> BlockMask:
     """Returns FlexAttention's mask: for each block of queries the blocks of keys that it reads, whole or in part.
 
@@ -80,8 +94,9 @@ def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device
     n = T // _BLOCK
     query = torch.arange(T, device=device, dtype=torch.int32)
     lowest = query[None] - (window - 1)  # first key of each query; it never falls from one query to the next
-    lowest = (lowest if starts is None else torch.maximum(starts, lowest)).view(-1, n, _BLOCK)
-    first_low, last_low = lowest[:, :, 0, None], lowest[:, :, -1, None]
+    lowest = lowest if starts is None else torch.maximum(starts, lowest)
+    of_block = lowest.view(-1, n, _BLOCK)
+    first_low, last_low = of_block[:, :, 0, None], of_block[:, :, -1, None]
     block = torch.arange(n, device=device, dtype=torch.int32)
     key_begin, query_block = block[None, None, :] * _BLOCK, block[None, :, None]
     read = (key_begin + _BLOCK > first_low) & (block[None, None, :] <= query_block)
@@ -90,7 +105,7 @@ def _block_mask(window: int, T: int, starts: Tensor | None, device: torch.device
         *_listed(read & ~whole),
         *_listed(whole),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_mask_mod(window, starts),
+        mask_mod=_mask_mod(window, None if starts is None else lowest),
         seq_lengths=(T, T),
     )
 
@@ -101,14 +116,17 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
-def _mask_mod(window: int, starts: Tensor | None) -> Callable[..., Tensor]:
-    if starts is None:
+def _mask_mod(window: int, lowest: Tensor | None) -> Callable[..., Tensor]:
+    """Returns FlexAttention's mask of a pair. With documents, layers of all windows share a graph."""
+    if lowest is None:
         return lambda b, h, query, key: (key <= query) & (key > query - window)
-    return lambda b, h, query, key: (key <= query) & (key > query - window) & (key >= starts[b, query])
+    return lambda b, h, query, key: (key <= query) & (key >= lowest[b, query])
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, grouped: bool) -> Tensor:
     """Returns attention `(B, H, T, D)` for q `(B, H, T, D)`, k and v `(B, K, T, D)` under a block mask."""
+    if torch.compiler.is_compiling():  # FlexAttention is then a part of the caller's graph
+        return flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped)
     global _compiled
     if _compiled is None:  # not compiled, FlexAttention would keep the matrix of scores
         _compiled = torch.compile(flex_attention, dynamic=False)

@@ -38,6 +38,7 @@ class StepProfiler:
         text = config.log.profile
         self.first, self.last = (int(number) for number in text.split(":")) if text else (0, -1)
         self._profile: Any = None
+        self._pairs: list[torch.Tensor] = []
         self._pause = contextlib.ExitStack()
 
     def covers(self, iteration: int) -> bool:
@@ -50,13 +51,21 @@ class StepProfiler:
             kinds = torch.profiler.ProfilerActivity
             on_gpu = torch.cuda.is_available() and self.config.system.device != "cpu"
             self._pause.enter_context(clock.paused())
-            self._first = iteration
+            self._first, self._pairs = iteration, []
             self._profile = torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])])
             self._profile.__enter__()
 
-    def after(self, iteration: int) -> Profile | None:
-        """Returns the profile when the last recorded iteration has been enqueued; after other iterations, None."""
-        if self._profile is None or iteration < self.last:
+    def after(self, iteration: int, pairs: torch.Tensor | None = None) -> Profile | None:
+        """Returns the profile when the last recorded iteration has been enqueued; after other iterations, None.
+
+        Args:
+            iteration: the iteration.
+            pairs: `StepResult.pairs` of the iteration.
+        """
+        if self._profile is None:
+            return None
+        self._pairs += [] if pairs is None else [pairs]
+        if iteration < self.last:
             return None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -73,7 +82,7 @@ class StepProfiler:
         parts = breakdown(kernels, steps, waits_of(trace))
         found |= {"step_ms": parts.step_ms, "parts_ms": parts.parts_ms, "kernels": _longest(kernels, steps)}
         if self.peak is not None and flops.uncountable_flops(self.config.model) is None:
-            work = step_flops(self.config, self.num_gpus)
+            work = step_flops(self.config, self.num_gpus, sum(int(pairs) for pairs in self._pairs) / steps or None)
             fall = waterfall(parts, work, self.peak.flop_s, parts.step_ms)
             found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent, "convention": "strict"}
             found |= self.peak.record()  # type: ignore[typeddict-item]

@@ -1,5 +1,6 @@
 """Computes the speed of training: tokens per second, achieved FLOP/s and, if the peak is known, MFU."""
 
+from fractions import Fraction
 from typing import Any
 
 from gptperf import flops
@@ -37,19 +38,26 @@ class Throughput:
         self.num_gpus = num_gpus
         self.peak = peak
         self.ceiling_flop_s = ceiling_flop_s
-        self.flops_per_token = _flops_per_token(model)
-        self.hardware_flops_per_token = None if recompute == "none" else _flops_per_token(model, recompute)
+        self.model = model
+        self.recompute = recompute
 
-    def mfu(self, step_ms: float) -> float | None:
+    def mfu(self, step_ms: float, pairs: int | Fraction | None = None) -> float | None:
         """Returns the model FLOPs utilisation (0..1): FLOP/s of the model's matmuls divided by the peak of all GPUs.
 
-        Returns None if the FLOPs or the peak are not known.
+        The arguments are those of `record`. Returns None if the FLOPs or the peak are not known.
         """
-        achieved = self._achieved_flop_s(step_ms)
-        return None if achieved is None or self.peak is None else achieved / self.peak.flop_s
+        per_token = _flops_per_token(self.model, pairs=pairs)
+        if per_token is None or self.peak is None:
+            return None
+        return per_token * self._tokens_s(step_ms) / self.num_gpus / self.peak.flop_s
 
-    def record(self, step_ms: float) -> dict[str, Any]:
+    def record(self, step_ms: float, pairs: int | Fraction | None = None) -> dict[str, Any]:
         """Returns the figures of an iteration that took `step_ms`, without those that are unknown.
+
+        Args:
+            step_ms: time of the iteration.
+            pairs: mean (query, key) pairs of a sequence of one head, over all layers, where attention stays inside a
+                document; None: a sequence is one document.
 
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
@@ -57,16 +65,21 @@ class Throughput:
             if backward computes anything again, hfu_percent, which includes the recomputed FLOPs.
         """
         record: dict[str, Any] = {}
-        mfu, achieved = self.mfu(step_ms), self._achieved_flop_s(step_ms)
+        per_token, mfu = _flops_per_token(self.model, pairs=pairs), self.mfu(step_ms, pairs)
+        tokens_s = self._tokens_s(step_ms)
         if mfu is not None:
             record["mfu_percent"] = 100 * mfu
-        if mfu is not None and self.flops_per_token and self.hardware_flops_per_token is not None:
-            record["hfu_percent"] = 100 * mfu * self.hardware_flops_per_token / self.flops_per_token
+        if mfu is not None and self.recompute != "none":
+            hardware = _flops_per_token(self.model, self.recompute, pairs)
+            assert per_token is not None
+            assert hardware is not None
+            record["hfu_percent"] = 100 * mfu * hardware / per_token
+        achieved = None if per_token is None else per_token * tokens_s / self.num_gpus  # of one GPU
         if achieved is not None:
             record["achieved_tflops"] = achieved / 1e12
-        record["tokens_per_sec"] = self._tokens_s(step_ms)
-        if self.flops_per_token is not None:
-            record |= {"flops_per_token": self.flops_per_token, "convention": _CONVENTION}
+        record["tokens_per_sec"] = tokens_s
+        if per_token is not None:
+            record |= {"flops_per_token": per_token, "convention": _CONVENTION}
         if self.peak is not None:
             record |= self.peak.record()
         if achieved is not None and self.ceiling_flop_s is not None:
@@ -77,19 +90,15 @@ class Throughput:
         assert step_ms > 0, f"an iteration took {step_ms} ms"
         return self.tokens_per_iter / (step_ms / 1e3)
 
-    def _achieved_flop_s(self, step_ms: float) -> float | None:
-        """Returns the FLOP/s of one GPU, or None if the model's FLOPs are unknown."""
-        if self.flops_per_token is None:
-            return None
-        return self.flops_per_token * self._tokens_s(step_ms) / self.num_gpus
 
-
-def _flops_per_token(model: ModelConfig, recompute: str = "none") -> int | float | None:
+def _flops_per_token(
+    model: ModelConfig, recompute: str = "none", pairs: int | Fraction | None = None
+) -> int | float | None:
     """Returns the training FLOPs per token; None if a component has no card."""
     if flops.uncountable_flops(model) is not None:
         return None
     convention = _CONVENTION if recompute == "none" else "hfu"
-    per_token = flops.flops_per_token(model, convention, recompute=recompute).training_per_token
+    per_token = flops.flops_per_token(model, convention, recompute=recompute, pairs=pairs).training_per_token
     return per_token if isinstance(per_token, int) else float(per_token)
 
 

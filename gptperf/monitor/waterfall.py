@@ -7,6 +7,7 @@ exactly one part, so the parts add up to the step.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gptperf import flops
 from gptperf.config import Config
@@ -124,12 +125,20 @@ def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] =
     )
 
 
-def step_flops(config: Config, num_gpus: int = 1) -> tuple[float, float]:
-    """Returns the strict FLOPs of a step on one GPU, as a pair: those of matrix products, and those of attention."""
-    count = flops.flops_per_token(config.model, "strict")
-    sequences = config.tokens_per_iter / num_gpus / count.tokens
+def step_flops(config: Config, num_gpus: int = 1, pairs: float | None = None) -> tuple[float, float]:
+    """Returns the strict FLOPs of a step on one GPU, as a pair: those of matrix products, and those of attention.
+
+    Args:
+        config: the run.
+        num_gpus: GPUs that share the step.
+        pairs: mean (query, key) pairs of the GPU in a step, of one head and over all layers, where attention stays
+            inside a document; None: a sequence is one document.
+    """
+    sequences = config.tokens_per_iter / num_gpus / config.model.block_size
+    mean = None if pairs is None else Fraction(pairs / sequences)
+    count = flops.flops_per_token(config.model, "strict", pairs=mean)
     attention = 3 * count.scores
-    return float(count.training - attention) * sequences, attention * sequences
+    return float(count.training - attention) * sequences, float(attention) * sequences
 
 
 @dataclass(frozen=True)

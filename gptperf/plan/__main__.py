@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(_table(config, gpu, chosen)))
     print("\n" + "\n".join(plan_lines(chosen)))
     print(f"{tokens:,.0f} tokens in {chosen.days(tokens):,.2f} days")
+    for line in config.notes():
+        print(line)
     if not chosen.fits:
         print("\n" + refusal(config, gpu, chosen))
     return 0 if chosen.fits else 7

@@ -207,8 +207,18 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     position, implementation = position_of(model), _implementation(config)
     kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; the next op keeps the output of the norm
     kept += position.kept(C, KD, model.qk_norm) + C  # with attention's output
-    kept += attention_of(model).kept(model.block_size, model.n_head) + ffn.kept(F, implementation)
+    kept += attention_of(model).kept(model.block_size, model.n_head) + _mask_elements(config)
+    kept += ffn.kept(F, implementation)
     return kept if implementation == "triton" else kept + position.kept_by_pytorch(C, implementation == "compiled")
+
+
+def _mask_elements(config: Config) -> float:
+    """Returns the elements per token and layer of masks of T x T elements: one a sequence, or one for all sequences."""
+    model, T = config.model, config.model.block_size
+    kept = attention_of(model).kept_mask(T, model.dropout > 0)
+    if config.data.document_mask:
+        return kept
+    return kept / config.train.batch_size * sum(window < T for window in model.windows) / model.n_layer
 
 
 def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[float, float]:

@@ -178,6 +178,8 @@ def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], obj
     """
     if device.type != "cuda" or flops.uncountable_flops(config.model) is not None:
         return None
+    if config.data.document_mask or min(config.model.windows) < config.model.block_size:
+        return None  # the attention of the ceilings has neither windows nor documents
     properties = torch.cuda.get_device_properties(device)
     state = gpu_state(f"GPU-{properties.uuid}")
     note = state.note()

@@ -5,40 +5,37 @@ in `gptperf.monitor.events` and filled in one of the functions below.
 """
 
 import contextlib
-import platform
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from gptperf import __version__, flops
 from gptperf.checkpoint.background import Saved
-from gptperf.config import Config
-from gptperf.data.format import TokenizerInfo
-from gptperf.distributed.collectives import Collectives
-from gptperf.distributed.process import Process
 from gptperf.errors import GptperfError
-from gptperf.hardware import Peak, no_peak_hint
-from gptperf.model import prefers_cudnn
 from gptperf.monitor.clock import Lap, process_age_s
 from gptperf.monitor.console import Console
-from gptperf.monitor.events import Checkpoint, Eval, Gradients, Iteration, Message, Profile, Start, StartupInfo, Summary
+from gptperf.monitor.events import (
+    Checkpoint,
+    Eval,
+    Gradients,
+    Iteration,
+    Message,
+    Profile,
+    Start,
+    StartupInfo,
+    Summary,
+)
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.stability import LossWindow
-from gptperf.monitor.throughput import Throughput, theoretical
+from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
-from gptperf.ops import unmeasured_versions
-from gptperf.plan import STRATEGY_NAMES, Plan, plan_lines, plan_record
-from gptperf.plan.memory import strategy_of
-from gptperf.registry import KINDS
+from gptperf.plan import Plan
 from gptperf.training.engine import Engine
 from gptperf.training.saved_state import TrainState
 from gptperf.training.step import StepResult
 
-__all__ = ["Reporter", "startup_info"]
-
-_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
+__all__ = ["Reporter"]
 
 
 class Reporter:
@@ -99,7 +96,7 @@ class Reporter:
         """Prints a warning; the warning of a rank other than the main rank is printed with the next log line."""
         self._console.warning(text)
 
-    def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> None:
+    def iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float, pairs: int) -> None:
         """Reports a logged step. Collective: every rank must call it.
 
         Args:
@@ -107,17 +104,18 @@ class Reporter:
             loss: mean loss of the step over all ranks.
             lap: time since the last log line; if it has no steps, it covers the first iteration of this process.
             waited_s: seconds that this process has waited for the loader so far.
+            pairs: (query, key) pairs of the steps of the lap on all ranks, of one head and over all layers.
         """
         if lap.steps == 0 and not self._losses.losses:
             self.message(f"first iteration: {lap.paused_s:.1f} s, {process_age_s():.1f} s after the start")
-        record = self._iteration(result, loss, lap, waited_s)
+        record = self._iteration(result, loss, lap, waited_s, pairs)
         self._record("iteration", record)
         for rank, warnings in enumerate(self._process.gather(self._console.pending())):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
         self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
 
-    def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float) -> Iteration:
+    def _iteration(self, result: StepResult, loss: float, lap: Lap, waited_s: float, pairs: int) -> Iteration:
         engine, state = self._engine, self._state
         norm = result.gradient_norm.item()
         gradients: Gradients = {"global_norm": norm}
@@ -132,7 +130,7 @@ class Reporter:
             "lr": result.learning_rate,
             "tokens": state.tokens,
             # The first iteration of a process includes compilation, so its time does not show the speed of the run.
-            "mfu": self._throughput.record(lap.step_ms) if lap.steps else {},
+            "mfu": self._speed(lap.step_ms, lap.steps * self._config.tokens_per_iter, pairs) if lap.steps else {},
             "memory": memory_record(engine.process.device, engine.weights.collectives.uncounted_bytes),
             "gradients": gradients,
             "stability": self._losses.add(loss, int(engine.skipped.item())),
@@ -141,6 +139,11 @@ class Reporter:
         if engine.scaler.is_enabled():
             record["loss_scale"] = engine.scaler.get_scale()
         return record
+
+    def _speed(self, step_ms: float, tokens: int, pairs: int) -> dict[str, Any]:
+        """Returns the speed of iterations of `step_ms`, which have these tokens and (query, key) pairs together."""
+        sequences = Fraction(tokens, self._config.model.block_size)
+        return self._throughput.record(step_ms, pairs / sequences)
 
     def evaluation(self, val_loss: float, time_ms: float, sources: Mapping[str, dict[str, float]]) -> None:
         """Reports an evaluation at this iteration, with the best loss so far from the state.
@@ -248,7 +251,8 @@ class Reporter:
         if self._journal is not None:
             summary["log_path"] = str(self._journal.path.with_suffix(".json"))
         if state.timed_tokens > 0:
-            speed = self._throughput.record(1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens)
+            step_ms = 1e3 * state.train_s * self._config.tokens_per_iter / state.timed_tokens
+            speed = self._speed(step_ms, state.timed_tokens, state.timed_pairs)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
             named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
@@ -278,99 +282,3 @@ def _against_plan(planned: Plan, tokens_per_sec: float | None, peak_gb: float) -
     if tokens_per_sec is not None:
         found |= {"planned_tokens_per_sec": planned.tokens_per_sec, "tokens_per_sec": tokens_per_sec}
     return found
-
-
-def startup_info(
-    engine: Engine,
-    tokenizer: TokenizerInfo,
-    data: StartupInfo,
-    peak: Peak | None,
-    compiled: str,
-    planned: Plan | None,
-) -> StartupInfo:
-    """Returns the facts about everything that was built, and the figures that follow without a measurement."""
-    config, process = engine.config, engine.process
-    model, train, optimizer = config.model, config.train, config.optimizer
-    total = engine.weights.numel
-    position = sum(p.numel() for name, p in engine.model.position.named_parameters())
-    info: StartupInfo = {
-        "total_parameters": total,
-        "trainable_parameters": total,
-        "non_embedding_parameters": total - position,
-        "n_layer": model.n_layer,
-        "n_embd": model.n_embd,
-        "n_head": model.n_head,
-        "kv_heads": model.kv_heads,
-        "block_size": model.block_size,
-        "vocab_size": model.padded_vocab_size,
-        "components": {key: getattr(model, key) for key in _COMPONENTS} | {"ffn_width": model.ffn_width},
-        "kernels": engine.ops.chosen,
-        "kernel_reasons": engine.ops.reasons,
-        "batch_size": train.batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "effective_batch_size": train.batch_size * train.gradient_accumulation_steps,
-        "tokens_per_iter": config.tokens_per_iter,
-        "max_iters": train.max_iters,
-        "learning_rate": optimizer.learning_rate,
-        "min_lr": optimizer.min_lr,
-        "lr_schedule": optimizer.lr_schedule,
-        "warmup_iters": optimizer.warmup_iters,
-        "weight_decay": optimizer.weight_decay,
-        "grad_clip": optimizer.grad_clip,
-        "dataset": config.data.dataset,
-        "tokenizer": tokenizer.name,
-        **data,
-        "dtype": config.system.dtype,
-        "parallelism": _parallelism(config, engine.weights.collectives),
-        "compile": compiled,
-        "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "notes": [*config.notes(), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
-    }
-    info["components"]["activation"] = model.applied_activation
-    uncountable = flops.uncountable_flops(model)
-    if uncountable is not None:
-        info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
-    if planned is not None:
-        info["plan"] = plan_record(planned)
-        info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]
-    info |= _hardware(process, config, peak)
-    info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
-    return info
-
-
-def _parallelism(config: Config, collectives: Collectives) -> str:
-    """Returns the strategy, the number of processes, and how data moves between them."""
-    world_size = collectives.world_size
-    if world_size == 1:
-        return "single process"
-    dtype = "float32" if collectives.widens else config.system.reduce_dtype
-    reduced = "" if dtype == "float32" else f", gradients reduced in {dtype}"
-    return f"{STRATEGY_NAMES[strategy_of(config)]} over {world_size} processes{reduced}{_moved_by(collectives)}"
-
-
-def _moved_by(collectives: Collectives) -> str:
-    if collectives.name == "copy_engine":
-        return ", moved by copy engines"
-    return f", moved by NCCL: {collectives.reason}" if collectives.device.type == "cuda" and collectives.reason else ""
-
-
-def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
-    """Returns the fields of the startup info that describe the device."""
-    if process.device.type != "cuda":
-        threads = torch.get_num_threads()
-        name = f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
-        return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
-    properties = torch.cuda.get_device_properties(process.device)
-    backend = config.model.attention_backend
-    if backend == "sdpa":
-        cudnn = prefers_cudnn(torch.cuda.get_device_capability(process.device))
-        backend += ", cuDNN first" if cudnn else ", in PyTorch's order"
-    info: StartupInfo = {
-        "attention_backend": backend,
-        "device": properties.name,
-        "num_gpus": process.world_size,
-        "memory_gb": properties.total_memory / 1e9,
-    }
-    if peak is None:
-        info["peak_hint"] = no_peak_hint(properties.name, config.system.peak_dtype, config.system.peak_basis)
-    return info

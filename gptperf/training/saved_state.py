@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gptperf import checkpoint as checkpoints
+from gptperf import flops
 from gptperf.checkpoint import Checkpoint
 from gptperf.checkpoint.tensor_file import Part, part_name
 from gptperf.distributed.buckets import Bucket, Piece
@@ -52,6 +53,8 @@ class TrainState:
     """Seconds spent in iterations, without evaluation, saving and compilation."""
     timed_tokens: int = 0
     """Tokens of the iterations in `train_s`."""
+    timed_pairs: int = 0
+    """(query, key) pairs of the iterations in `train_s`, of one head and over all layers."""
     best_val_loss: float | None = None
     best_step: int | None = None
     run_name: str = ""
@@ -250,8 +253,12 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     random.setstate((version, tuple(internal), gauss))
     kind, *position = saved["rng"]["numpy"]
     np.random.set_state((kind, rng["numpy"].numpy().astype(np.uint32), *position))
-    # A checkpoint of an older version does not say how often it was started; its time is at least that of training.
+    # A checkpoint of an older version does not say how often it was started; its time is at least that of training. Its
+    # sequences were one document each.
+    model = engine.config.model
+    sequences = saved["train_state"].get("timed_tokens", 0) // model.block_size
     older = {"wall_s": saved["train_state"].get("train_s", 0.0), "starts": 1}
+    older["timed_pairs"] = sequences * flops.attended_pairs(model)
     state = TrainState(**(older | saved["train_state"]))
     for name, usual in dataclasses.asdict(TrainState()).items():
         value, kind = getattr(state, name), str if isinstance(usual, str) else (int, float)

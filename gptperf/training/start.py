@@ -25,9 +25,10 @@ from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.estimate import estimate, slow_warning
 from gptperf.training.matching import Told, keep_schedule
 from gptperf.training.preflight import Inputs, check_disk, check_inputs, find_peak, throughput_of
-from gptperf.training.reporting import Reporter, startup_info
+from gptperf.training.reporting import Reporter
 from gptperf.training.resume import take_up
 from gptperf.training.saved_state import TrainState
+from gptperf.training.startup_info import startup_info
 
 __all__ = ["LOSSES", "TrainingRun", "start_run"]
 
@@ -48,6 +49,8 @@ class TrainingRun:
     snapshots: MemorySnapshots
     losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES))
     """Losses of the last iterations on this rank, scalars on the device."""
+    pairs: Tensor | None = None
+    """`StepResult.pairs` of the timed iterations since the last log line, added up."""
     failed_saves: int = 0
     """Number of failed saves since the last one that succeeded."""
     data: Sequence[Mapping[str, Any]] = ()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptperf.distributed.buckets import Bucket, gradient_of
+from gptperf.model.mask import document_pairs
 from gptperf.training.engine import Engine
 from gptperf.training.optimizers.base import clip_scale
 from gptperf.training.optimizers.schedule import learning_rate
@@ -29,6 +30,9 @@ class StepResult:
     gradients: Tensor | None = None
     """The figures of `GradientMonitor.measure` followed by those of `update`, a float64 vector; None if the step is not
     watched."""
+    pairs: Tensor | None = None
+    """(query, key) pairs of this rank's sequences, of one head and over all layers, an int64 scalar on the device; None
+    if a sequence is one document, so that the configuration tells them."""
 
 
 def train_step(
@@ -54,7 +58,7 @@ def train_step(
         Dropped: the iteration was dropped. The weights and the optimizer are as before it.
     """
     config, weights, process = engine.config, engine.weights, engine.process
-    loss = _forward_and_backward(engine, batches, step, drops)
+    loss, pairs = _forward_and_backward(engine, batches, step, drops)
     with process.progress.collective("all_reduce of the gradients"):
         weights.finish_gradients()
     # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
@@ -67,15 +71,15 @@ def train_step(
     _update(engine, divisor, found_inf, rate, watched=watched)
     weights.finish_step()
     figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
-    return StepResult(loss, norm, rate, figures)
+    return StepResult(loss, norm, rate, figures, pairs)
 
 
 def _forward_and_backward(
     engine: Engine, batches: Iterator[Tensor], step: int, drops: Callable[[], bool] | None
-) -> Tensor:
-    """Runs all micro-batches of a step, and returns their mean loss, a float32 scalar on the device."""
-    config, weights, process = engine.config, engine.weights, engine.process
-    total = torch.zeros((), device=process.device)
+) -> tuple[Tensor, Tensor | None]:
+    """Runs all micro-batches of a step, and returns their mean loss and `StepResult.pairs`."""
+    config, weights, process, model = engine.config, engine.weights, engine.process, engine.model
+    total, pairs = torch.zeros((), device=process.device), None
     process.progress.start_iteration(step + 1, engine.micro_batches)
     weights.start_step()
     for micro in range(engine.micro_batches):
@@ -85,14 +89,17 @@ def _forward_and_backward(
         _seed_micro_batch(config.train.seed, step, micro * process.world_size + process.rank)
         tokens, targets = next(batches).to(process.device, non_blocking=True)
         weights.start_micro_batch(last=micro == engine.micro_batches - 1)
+        if model.document_end is not None:
+            count = document_pairs(tokens, model.document_end, model.windows)
+            pairs = count if pairs is None else pairs + count
         with engine.autocast():
-            loss = engine.model(tokens, targets)
+            loss = model(tokens, targets)
         # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
         # ranks.
         engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
         total += loss.detach()
         process.progress.end_part()
-    return total / engine.micro_batches
+    return total / engine.micro_batches, pairs
 
 
 def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, rate: float, *, watched: bool) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from gptperf import checkpoint
+from gptperf import checkpoint, flops
 from gptperf.checkpoint.background import Saved
 from gptperf.config import Config
 from gptperf.data.loader import Loader
@@ -194,8 +194,11 @@ def _iterate(
         assert restore is not None
         restore()
         raise
-    clock.steps += not (first or recorded)
-    _report_diagnostics(run, iteration)
+    if not (first or recorded):
+        clock.steps += 1
+        if result.pairs is not None:
+            run.pairs = result.pairs if run.pairs is None else run.pairs + result.pairs
+    _report_diagnostics(run, iteration, result)
     state.step = progress.finished = iteration
     state.tokens += config.tokens_per_iter
     run.losses.append(result.loss)
@@ -242,12 +245,12 @@ def _stop(run: TrainingRun, clock: StepClock, dropped: str) -> None:
     process.barrier()  # torchrun ends all processes of a host when the first one exits
 
 
-def _report_diagnostics(run: TrainingRun, iteration: int) -> None:
+def _report_diagnostics(run: TrainingRun, iteration: int, result: StepResult) -> None:
     """Writes a memory snapshot if one was requested, and reports the profile if this iteration ends one."""
     if run.snapshots.asked:
         run.snapshots.asked = False
         run.reporter.message(f"memory: {run.snapshots.write(f'iter{iteration}')}")
-    profile = run.profiler.after(iteration)
+    profile = run.profiler.after(iteration, result.pairs)
     if profile is not None:
         run.reporter.profile(profile)
 
@@ -256,14 +259,25 @@ def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float
     """Waits for the step and reports it. Collective: every rank must call it."""
     state = run.state
     loss = run.engine.process.mean(result.loss.clone()).item()  # waits for the device, so the lap ends with the step
-    lap = clock.lap()
+    lap, pairs = clock.lap(), 0
     if lap.steps > 0:
         state.train_s += lap.seconds
         state.timed_tokens += lap.steps * run.config.tokens_per_iter
+        pairs = _timed_pairs(run, lap.steps)
+        state.timed_pairs += pairs
         if run.engine.process.device.type == "cuda":
             slow.add(state.step, lap.step_ms)
-    run.reporter.iteration(result, loss, lap, waited_s)
+    run.reporter.iteration(result, loss, lap, waited_s, pairs)
     _check_finite(run)
+
+
+def _timed_pairs(run: TrainingRun, steps: int) -> int:
+    """Returns the (query, key) pairs of the steps since the last log line. Collective: every rank must call it."""
+    counted, run.pairs = run.pairs, None
+    if counted is None:  # a sequence is one document
+        model = run.config.model
+        return steps * run.config.tokens_per_iter // model.block_size * flops.attended_pairs(model)
+    return sum(run.engine.process.gather(int(counted.item())))
 
 
 def _check_finite(run: TrainingRun) -> None:

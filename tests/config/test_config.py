@@ -382,3 +382,11 @@ def test_notes() -> None:
         "activation = 'relu' has no effect" in line
         for line in _config("--ffn_type=swiglu", "--activation=relu").notes()
     )
+
+
+def test_no_rule_judges_a_key_that_is_wrong_itself(tmp_path: Path) -> None:
+    """A wrong value of a higher layer: the rules do not fall back to the value of the layer below."""
+    (tmp_path / "a.toml").write_text("[model]\nn_embd = 128\nn_head = 4\n")
+    with pytest.raises(ConfigError) as error:
+        command_line.resolve([str(tmp_path / "a.toml"), "--n_embd=wide", "--n_head=7"])
+    assert error.value.problems == ("command line: n_embd: found 'wide', wanted a whole number from 1 to 1048576",)

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptperf import prepare as command
-from gptperf.data import prepare as preparing
+from gptperf.data import split as splitting
 from gptperf.data.loader import validation_batches
 from gptperf.data.order import BatchOrder
 from gptperf.data.prepare import prepare
@@ -64,7 +64,10 @@ def followed(what: str, fraction: float, name: str = "set") -> int:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=3), min_size=2, max_size=5, unique=True), st.floats(1e-9, 0.999999999))
+@given(
+    st.lists(st.text("abc\u00e9", min_size=1, max_size=3), min_size=2, max_size=5, unique=True),
+    st.floats(1e-9, 0.999999999),
+)
 def test_the_advice_for_an_empty_split_is_right_at_once(texts: list[str], fraction: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert followed(str(write_jsonl(Path(folder, "few.jsonl"), texts)), fraction) <= 1
@@ -75,14 +78,14 @@ def test_the_advice_for_an_empty_split_is_right_at_once(texts: list[str], fracti
 def test_a_fraction_between_positions_that_are_close(low: float, steps: int, nearer_low: bool) -> None:
     high = min(low + steps * math.ulp(low), 1 - 2**-53)
     if low < high:
-        assert low < float(preparing._between(low, high, nearer_low=nearer_low)) <= high
+        assert low < float(splitting._between(low, high, nearer_low=nearer_low)) <= high
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_copies_of_one_document_are_told_as_such_and_the_single_file_works(count: int) -> None:
     write_jsonl(Path("one.jsonl"), [TEXT] * count)
     for fraction in (0.0366, 0.9):
-        with pytest.raises(DataError, match=r"found (1 document|3 copies of one document), .*single \.txt file") as e:
+        with pytest.raises(DataError, match=r"found 1 document, .*single \.txt file") as e:
             prepare("one.jsonl", val_fraction=fraction, quiet=True)
         assert "--val_fraction" not in str(e.value)
     Path("one.txt").write_text(TEXT)
@@ -132,7 +135,14 @@ def _packed(kind: str) -> Path:
     return path
 
 
-PACKED = ["gz", "tgz", "no_suffix", "xz", "bz2", "zip", "tar", "tar.gz", "utf16", "utf16le", "latin1", "sqlite"]
+PACKED = ["bz2", "zip", "tar", "tar.gz", "utf16le", "latin1", "sqlite"]
+READ = ["gz", "tgz", "no_suffix", "xz", "utf16"]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_file_is_read_whatever_its_name_leaves_open(kind: str) -> None:
+    path = prepare(str(_packed(kind)), name="set", quiet=True)
+    assert b"".join(documents(path, "train") + documents(path, "val")) == TEXT.encode()
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -156,7 +166,7 @@ def test_a_file_that_is_no_text_becomes_one_by_the_command_of_the_message(kind: 
 
 @pytest.mark.parametrize(
     ("start", "name"),
-    [(b"PAR1", "Parquet"), (b"%PDF-1.7\n", "PDF"), (b"\x7fELF", "executable"), (b"\x28\xb5\x2f\xfd", "zstd")],
+    [(b"PK\x03\x04", "zip"), (b"%PDF-1.7\n", "PDF"), (b"\x7fELF", "executable")],
 )
 def test_other_formats_are_named(start: bytes, name: str) -> None:
     Path("corpus.jsonl").write_bytes(start + b"text " * 99)
@@ -164,7 +174,7 @@ def test_other_formats_are_named(start: bytes, name: str) -> None:
     Path("notes/a.bin").write_bytes(start + b"\0\xff" * 99)
     with pytest.raises(DataError, match=rf"corpus\.jsonl: found {name} data, wanted text"):
         prepare("corpus.jsonl")
-    with pytest.raises(DataError, match=rf"found no document, .*skipped: 1 x {name} data"):
+    with pytest.raises(DataError, match=r"found no document, .*not read: 1 files: (binary|not UTF-8)"):
         prepare("notes")
 
 

@@ -127,8 +127,8 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, offline)
     with pytest.raises(DataError, match=r"cannot be read \(ConnectionError: no route\)"):
         prepare("hf:me/my-set", quiet=True)
-    fake_datasets(monkeypatch, lambda *args, **kwargs: iter([{"text": "a"}, {"content": "b"}]))
-    with pytest.raises(DataError, match=r'my-set record 1: found no string "text".*nearest: --text_field=content'):
+    fake_datasets(monkeypatch, lambda *args, **kwargs: iter([{"content": "a"}, {"content": "b"}]))
+    with pytest.raises(DataError, match=r"my-set: found no text in the field 'text'; its fields are content.*_field"):
         prepare("hf:me/my-set", quiet=True)
     with pytest.raises(DataError, match="wanted hf:REPO"):
         prepare("hf:", quiet=True)

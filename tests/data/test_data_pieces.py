@@ -95,6 +95,6 @@ def test_a_document_that_is_refused_in_every_size_is_named(tmp_path: Path, monke
     lines = [json.dumps({"text": text}) for text in ("one", "two", "a" * 70_000 + "q", "four")]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     with pytest.raises(
-        DataError, match=r"document 3: tokenizer 'gpt2': cannot encode .* at character 69632 .*found a q"
+        DataError, match=r"x\.jsonl, record 2, .*: tokenizer 'gpt2': cannot encode .* at character 69632 .*found a q"
     ):
         prepare(str(tmp_path / "x.jsonl"), data_dir=tmp_path, tokenizer="gpt2", val_fraction=0.1, quiet=True)

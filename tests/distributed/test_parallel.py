@@ -32,6 +32,7 @@ MODELS = {
     "biases": ["--arch_preset=gpt2_openai", "--n_embd=36"],  # sizes that leave gaps
     "recomputed": ["--arch_preset=llama", "--recompute=full"],
     "selective": ["--arch_preset=llama", "--recompute=selective"],
+    "documents": ["--window=5,full,3", "--document_mask=True", "--recompute=full", "--vocab_size=13"],
     "dropout": ["--arch_preset=llama", "--dropout=0.2"],
 }
 KEYS = ("losses", "norms", "evaluated")
@@ -65,7 +66,8 @@ def matrix(device: str, compiled: bool = False) -> dict[str, dict[str, Any]]:
     flags = [f"--device={device}", *(["--compile=True"] if compiled else [])]
     return {
         f"{model}-{strategy}-{micro}": {
-            "flags": [*SMALL, *flags, *MODELS[model], f"--gradient_accumulation_steps={micro}", *STRATEGIES[strategy]]
+            "flags": [*SMALL, *flags, *MODELS[model], f"--gradient_accumulation_steps={micro}", *STRATEGIES[strategy]],
+            "document_end": 7,
         }
         for model in MODELS
         for strategy in STRATEGIES
@@ -119,6 +121,7 @@ def test_any_layout_is_the_same_run(results: Callable[[int], Results], name: str
             assert got["update_ratios"] == pytest.approx(want["update_ratios"], rel=1e-2)
             assert got["histogram"]["shares"] == pytest.approx(want["histogram"]["shares"], abs=2e-3)
         assert found["groups"] == wanted["groups"]
+        assert found["pairs"] == wanted["pairs"]
         assert found["moved_by"] == ("copy_engine" if processes > 1 and gpus_reach_each_other() else "process_group")
         assert bool(found["reason"]) == (processes > 1 and not gpus_reach_each_other())
     if processes > 1:

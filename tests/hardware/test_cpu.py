@@ -70,7 +70,8 @@ def test_threads_share_the_cpus_and_the_users_variables_win(monkeypatch: pytest.
     for given, threads in (({}, "8"), ({"LOCAL_WORLD_SIZE": "3"}, "2"), ({"LOCAL_WORLD_SIZE": "99"}, "1")):
         environment = dict(given)
         set_up_threads(environment)
-        assert environment == given | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        passive = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+        assert environment == given | passive | {"OMP_NUM_THREADS": threads}
     environment = {}
     set_up_threads(environment, processes=4)
     assert environment["OMP_NUM_THREADS"] == "2"

@@ -1,8 +1,9 @@
 """Trains small models as one of several ranks: `python tests/helpers/parallel_worker.py CASES.json OUT [cuda]`.
 
 CASES has, by name, the flags of a case, and optionally the place to load the state from, the place to save it to, the
-steps to train, and the step from which gradients overflow. The figures of a rank go to OUT/NAME-RANK.json. All cases
-with the same batch size see the same tokens in the same order, whatever the number of ranks.
+steps to train, the step from which gradients overflow, and the token that ends a document. The figures of a rank go to
+OUT/NAME-RANK.json. All cases with the same batch size see the same tokens in the same order, whatever the number of
+ranks.
 """
 
 import json
@@ -95,12 +96,14 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     engine = build_engine(config, process)
     if "load" in case:
         restore(checkpoint.load(Path(case["load"]) / f"step-{first:08d}"), engine, "")
+    if config.data.document_mask:
+        engine.model.document_end = case["document_end"]
     engine.weights.share()
     compile_engine(engine)
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     collectives, gathers = engine.weights.collectives, []
     held = _watch_what_is_held(engine.weights)
-    scales: list[float] = []
+    scales, pairs = list[float](), list[int]()
 
     def overflowing(gradient: Tensor) -> Tensor:
         """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
@@ -114,6 +117,8 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
             result = train_step(engine, data, step, watched=True)
         gathers.append(gather.call_count)
         losses.append(process.mean(result.loss.clone()).item())
+        if result.pairs is not None:
+            pairs.append(sum(process.gather(int(result.pairs))))
         norms.append(result.gradient_norm.item())
         assert result.gradients is not None
         figures, ratios = result.gradients.tolist(), len(engine.monitor.components)
@@ -129,6 +134,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "evaluated": evaluated,
         "gathers": gathers,
         "scales": scales,
+        "pairs": pairs,
         "held": held,
         "moved_by": collectives.name,
         "reason": collectives.reason,

@@ -1,6 +1,7 @@
 """Windows and documents: masks against loops, logits and gradients against separate documents, counts against masks."""
 
 import dataclasses
+import inspect
 import itertools
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptperf import registry
 from gptperf.cards import causal_pairs
-from gptperf.config import ModelConfig
+from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError
 from gptperf.flops import flops_per_token
 from gptperf.model import GPT, SDPA, KVCache
@@ -199,13 +201,91 @@ def full_config(config: ModelConfig) -> ModelConfig:
     ],
 )
 def test_wrong_windows_are_refused(window: str, message: str) -> None:
-    from gptperf.config import command_line
-
     with pytest.raises(ConfigError, match=message):
         command_line.resolve([f"--window={window}", "--n_layer=3"])
 
 
-# On a GPU: FlexAttention.
+KINDS = ("attention_backend", "norm_position", "position_encoding")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cards_say_what_takes_a_mask(kind: str) -> None:
+    for name in registry.KINDS[kind]:
+        card, cls = registry.card(kind, name), registry.component(kind, name)
+        method, argument = (cls.embed, "starts") if kind == "position_encoding" else (cls.forward, "mask")
+        assert (argument in inspect.signature(method).parameters) == (card.documents or getattr(card, "windows", False))
+
+
+@pytest.mark.parametrize("card", [None, False, True])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [(kind, "documents") for kind in KINDS] + [(kind, "windows") for kind in KINDS[:2]]
+)
+def test_a_plugin_without_masks_is_refused(
+    kind: str, variant: str, card: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A component runs windows and documents only if its card says so; without them, any component runs."""
+    for table in ("_components", "_cards"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    built_in = registry.KINDS[kind][0]
+    told = None if card is None else dataclasses.replace(registry.card(kind, built_in), **{variant: card})
+    registry.register(kind, "own", registry.component(kind, built_in), told)
+    flag = "--window=5" if variant == "windows" else "--document_mask=True"
+    argv = ["tiny", f"--{kind}=own"]
+    command_line.resolve([*argv, "--window=100000"])
+    if card:
+        command_line.resolve([*argv, flag])
+        return
+    with pytest.raises(ConfigError, match=f"found {kind} = 'own', which does not run {variant}; wanted .*nearest: "):
+        command_line.resolve([*argv, flag])
+
+
+# FlexAttention.
+
+
+def small_model(window: str) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 128, "block_size": 256, "vocab_size": 64}
+    return GPT(ModelConfig(arch_preset="custom", window=window, **sizes))
+
+
+@pytest.mark.parametrize("window", ["full", "100,200,full"])
+def test_one_graph_serves_all_documents_and_windows(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU FlexAttention runs without gradients: its logits are those of dense masks, without a recompilation."""
+    torch._dynamo.reset()
+    gpt = small_model(window).eval().requires_grad_(False)
+    gpt.document_end = END
+    batches = [torch.randint(0, 64, (2, 256)) for _ in range(3)]
+    dense = [gpt(x) for x in batches]
+    monkeypatch.setattr("gptperf.model.gpt.make_masks", lambda *args: make_masks(*args[:3], torch.device("cpu")))
+    for block in gpt.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x, wanted in zip(batches, dense, strict=True):
+            torch.testing.assert_close(gpt(x), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flex", [False, True])
+def test_the_model_as_one_graph(flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph makes the masks too; a further batch needs no new graph."""
+    torch._dynamo.reset()
+    gpt = small_model("100,200,full").requires_grad_(not flex)
+    gpt.document_end = END
+    batches = [torch.randint(0, 64, (2, 256)) for _ in range(2)]
+    wanted = [gpt(x, x) for x in batches]
+    if flex:
+        monkeypatch.setattr("gptperf.model.gpt.make_masks", lambda *args: make_masks(*args[:3], torch.device("cpu")))
+    gpt.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x, loss in zip(batches, wanted, strict=True):
+            found = gpt(x, x)
+            torch.testing.assert_close(found, loss, rtol=0, atol=1e-6)
+            if not flex:
+                gradients = [torch.autograd.grad(out, gpt.parameters(), retain_graph=True) for out in (found, loss)]
+                torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+# On a GPU.
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -239,16 +319,14 @@ def test_flex_attention_is_as_exact_as_a_dense_mask(kv_heads: int, window: int |
 
 
 @pytest.mark.gpu
-def test_new_documents_need_no_new_compilation() -> None:
-    from torch._dynamo.utils import counters
-
-    gpt = GPT(ModelConfig(arch_preset="llama", n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=64)).cuda()
-    gpt.document_end = END
+@pytest.mark.parametrize("window", ["full", "100,200,full"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_new_documents_need_no_new_compilation(window: str, documents: bool) -> None:
+    torch._dynamo.reset()
+    gpt = small_model(window).to("cuda", torch.bfloat16)
+    gpt.document_end = END if documents else None
     gpt.compile_blocks()
-    unique = []
-    for _ in range(6):
+    for step in range(5):
         x = torch.randint(0, 64, (2, 256), device="cuda")
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch._dynamo.config.patch(error_on_recompile=step >= 2):
             gpt(x, x).backward()
-        unique.append(counters["stats"]["unique_graphs"])
-    assert unique[-1] == unique[1]

@@ -224,6 +224,7 @@ def test_a_killed_run_leaves_the_cursor(signal_name: str) -> None:
 import os, signal
 from gptperf.errors import main_guard
 from gptperf.monitor.console import Console
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
 with main_guard(), Console(max_iters=600) as console:
     console.iteration({RECORD!r})
     os.kill(os.getpid(), signal.{signal_name})

@@ -143,3 +143,6 @@ def test_flops_of_a_step_are_those_of_the_mfu() -> None:
     assert waterfall.step_flops(longer)[0] == pytest.approx(2 * gemm)  # twice the tokens
     assert waterfall.step_flops(longer)[1] == pytest.approx(4 * attention, rel=1e-3)  # T (T + 1) / 2 pairs
     assert waterfall.step_flops(config, num_gpus=2) == pytest.approx((gemm / 2, attention / 2))
+    pairs = config.tokens_per_iter / 2 * config.model.n_layer  # every token attends to itself alone
+    alone = 3 * 2 * 2 * config.model.n_embd * pairs
+    assert waterfall.step_flops(config, 2, pairs) == pytest.approx((gemm / 2, alone))

@@ -170,6 +170,23 @@ def test_dropout_keeps_a_byte_for_each_element_of_a_branch() -> None:
     assert kept == 2 * config.model.n_embd * config.model.n_layer
 
 
+def test_masks_of_all_pairs_are_kept_where_flex_attention_does_not_run() -> None:
+    """With documents T elements a token and layer, with windows alone one mask for all sequences of a micro-batch."""
+
+    def kept(*flags: str) -> float:
+        return memory.saved_bytes(large(*flags), "none")
+
+    config = large()
+    T, L, B = config.model.block_size, config.model.n_layer, config.train.batch_size
+    documents, window, dropout = "--document_mask=True", "--window=512,full", "--dropout=0.1"
+    assert kept(documents) == kept(window) == kept()
+    assert kept(documents, dropout) - kept(dropout) == 2 * T * L
+    assert kept(window, dropout) - kept(dropout) == pytest.approx(2 * T / B * L / 2)
+    odd = f"--block_size={T - 1}"
+    assert kept(documents, odd) - kept(odd) == 2 * (T - 1) * L
+    assert kept(documents, odd, "--attention_backend=manual") == kept(odd, "--attention_backend=manual")
+
+
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_copy_engines_hold_the_shares_that_they_pull(gpus: int) -> None:
     """A bucket's share of each other GPU, in float32; with one micro-batch three buckets more, all in bfloat16."""

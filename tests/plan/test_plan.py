@@ -236,6 +236,19 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--num_gpus=0"])
 
 
+def test_the_command_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["llama_1.36b", "--gpu=H200", "--batch_size=1"]
+    said = []
+    dense = (["--window=512", "--dropout=0.1"], ["--window=512", "--block_size=2000"])
+    for flags in ([], ["--document_mask=True"], *dense):
+        main([*command, *flags])
+        said.append(capsys.readouterr().out)
+    assert ["assume that a sequence is one document" in text for text in said] == [False, True, False, False]
+    assert ["block_size x block_size" in text for text in said] == [False, False, True, True]
+    assert "dropout > 0: " in said[2]
+    assert "block_size = 2000 is not a multiple of 128: " in said[3]
+
+
 def test_without_a_name_it_is_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here: list[Any] = [SimpleNamespace(name="NVIDIA H100 PCIe", memory_gb=85.0)]
     monkeypatch.setattr(hardware, "gpu_states", lambda: (here, None))

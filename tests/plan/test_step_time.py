@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gptperf import flops, plan
+from gptperf.cards import causal_pairs
 from gptperf.config import Config, command_line
 from gptperf.model import GPT
 from gptperf.plan import memory
@@ -66,6 +67,20 @@ def test_attention_is_slower_with_short_sequences_and_narrow_heads() -> None:
 
     assert rate("--block_size=128") == pytest.approx(rate("--block_size=131072") / 2, rel=1e-2)
     assert rate("--n_head=32") < 0.8 * rate("--n_head=16")
+
+
+def test_windows_and_documents_run_in_flex_attention() -> None:
+    """Its rate on the pairs that count: 0.44 of that of causal attention in a layer with a window, 0.66 without one."""
+    full = parts_of()["attention"]
+    T, n = config_of().model.block_size, config_of().model.n_layer
+    share = causal_pairs(T, 512) / causal_pairs(T, T)
+    assert parts_of("--window=512")["attention"] == pytest.approx(full * share / 0.44)
+    assert parts_of("--window=512,full")["attention"] == pytest.approx(full * (share / 0.44 + 1) / 2)
+    assert n % 2 == 0
+    assert parts_of(f"--window={T}")["attention"] == full
+    assert parts_of("--document_mask=True")["attention"] == pytest.approx(full / 0.66)
+    both = parts_of("--document_mask=True", "--window=512,full")["attention"]
+    assert both == pytest.approx(full * (share / 0.44 + 1 / 0.66) / 2)
 
 
 def test_the_optimizer_moves_every_byte_that_it_reads_or_writes() -> None:

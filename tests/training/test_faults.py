@@ -139,8 +139,9 @@ def test_a_request_during_an_evaluation_is_heard_after_it(
 
 def test_a_preparation_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys, itertools; from gptperf.data import sources; from gptperf import prepare\n"
-        "sources.jsonl_documents = lambda path, field: itertools.repeat(b'text ' * 1000)\n"
+        "import itertools; from gptperf.data import readers; from gptperf import prepare\n"
+        "endless = ({'text': f'{i} ' * 1000} for i in itertools.count())\n"
+        "readers.STRUCTURED['.jsonl'] = lambda file, path, fields: endless\n"
         f"prepare.main(['endless.jsonl', '--data_dir={tmp_path / 'data'}'])\n"
     )
     (tmp_path / "endless.jsonl").write_text("{}")

@@ -88,7 +88,7 @@ def test_a_checkpoint_has_all_of_the_state(tmp_path: Path) -> None:
     for step in range(2):
         train_step(engine, _batches(), step)
     engine.scaler.update(123.0)
-    state = TrainState(2, 64, 1.5, 32, 3.25, 1, "run_7", "validation", 12.5, 2, True)
+    state = TrainState(2, 64, 1.5, 32, 640, 3.25, 1, "run_7", "validation", 12.5, 2, True)
     for field in dataclasses.fields(TrainState):
         assert getattr(state, field.name) != getattr(TrainState(), field.name), field.name
     tensors, saved = snapshot(engine, state, "", {})
