@@ -15,6 +15,7 @@ from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError
 from gptperf.flops import flops_per_token
 from gptperf.model import GPT, SDPA, KVCache
+from gptperf.model.generate import generate
 from gptperf.model.mask import Mask, _block_mask, document_starts, make_masks
 
 END = 7
@@ -151,6 +152,17 @@ def test_generation_with_a_cache_uses_the_window(step: int) -> None:
     caches = [KVCache() for _ in range(3)]
     parts = [gpt(tokens()[:, i : i + step], caches=caches) for i in range(0, 45, step)]
     torch.testing.assert_close(torch.cat(parts, dim=1), gpt(tokens()[:, :45]), rtol=0, atol=1e-10)
+
+
+def test_samples_have_no_document_mask() -> None:
+    """A text that is continued is one document, also after a token that ends documents."""
+    gpt = model(position_encoding="rope", window="3,full,9").eval()
+    texts = []
+    for end in (None, END):
+        gpt.document_end = end
+        keys: dict[str, Any] = {"vocab_size": 50, "temperature": 0, "top_k": 0, "generator": torch.Generator()}
+        texts.append(generate(gpt, tokens()[0, :22], 30, **keys))
+    assert texts[0].tolist() == texts[1].tolist()
 
 
 def test_recomputation_keeps_the_mask() -> None:

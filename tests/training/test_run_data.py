@@ -190,6 +190,18 @@ def test_a_checkpoint_whose_record_of_the_data_is_damaged(own: Path) -> None:
         run(own, own / "out", *QUICK, "--dataset=code", "--max_iters=6", "--init_from=resume")
 
 
+def test_a_run_of_many_epochs_gives_a_warning(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "tiny.txt").write_bytes(b"0123456789" * 100)
+    prepare(str(own / "tiny.txt"), data_dir=own / "data", quiet=True)
+    assert run(own, own / "a", *QUICK, "--dataset=tiny:1,web:9") == 0
+    assert "epochs teach" not in capsys.readouterr().out
+    flags = ["--max_iters=14", "--eval_interval=14", "--sample_tokens=0"]
+    assert run(own, own / "b", *flags, "--dataset=tiny") == 0
+    epochs = run_log(own / "b")["startup_info"]["epochs"]
+    assert epochs == 14 * 8 / ((run_log(own / "b")["startup_info"]["train_tokens"] - 32) // 32)
+    assert f"WARNING: the run reads tiny {epochs:.1f} times; more than 4 epochs" in capsys.readouterr().out
+
+
 def test_a_folder_of_exactly_that_name_wins(own: Path) -> None:
     (own / "data" / "code").rename(own / "data" / "web:3,code:1")
     assert open_tokens("web:3,code:1", own / "data", "train").fingerprint != ""
