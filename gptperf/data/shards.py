@@ -383,7 +383,7 @@ def resolve_dataset(dataset: str, data_dir: str | os.PathLike[str]) -> Path:
     else:
         hint = f"nothing is prepared in {data_dir}"
     what = dataset if dataset in KNOWN else f"PATH --name={where.name}"
-    if any(where.glob("*.bin")) and dataset not in KNOWN:  # token files of another trainer
+    if dataset not in KNOWN and os.path.isdir(where) and any(where.glob("*.bin")):  # token files of another trainer
         what = f"bin:{where} --name={where.name}-tokens --tokenizer=TOKENIZER"
     raise DataError(
         f"dataset: found no data set {dataset!r} at {where}; {hint}; to prepare it: "

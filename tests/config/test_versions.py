@@ -9,7 +9,7 @@ from run_helpers import run, run_log
 
 from gptperf import doctor
 from gptperf.ops import MEASURED_WITH, unmeasured_versions
-from gptperf.training import reporting
+from gptperf.training import startup_info
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_and_the_doctor_show_the_note(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (reporting, doctor):
+    for module in (startup_info, doctor):
         monkeypatch.setattr(module, "unmeasured_versions", lambda device_type: f"on {device_type}: not measured")
     assert run(corpus, tmp_path, "--max_iters=1") == 0
     assert " Note: on cpu: not measured" in capsys.readouterr().out
