@@ -30,7 +30,7 @@ from gptperf.data.tokenizers import load_tokenizer
 from gptperf.errors import CheckpointError, DataError, DeviceError, GptperfError, run_main
 from gptperf.files import replace_text
 from gptperf.model import GPT
-from gptperf.run_lock import RunLock
+from gptperf.monitor.run_lock import RunLock
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
 __all__ = ["convert", "main", "model_config", "weights"]

@@ -17,7 +17,7 @@ from checkpoint_helpers import in_child
 from gptperf import files
 from gptperf.errors import CheckpointError, DiskError
 from gptperf.files import append_line, make_temporary, remove_leftovers, replace_text, replacing
-from gptperf.run_lock import RunLock
+from gptperf.monitor.run_lock import RunLock
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from data_helpers import Counting
 from run_helpers import SMALL, run
 
-from gptperf import seen
 from gptperf.data.documents import Origin
 from gptperf.data.loader import Loader
 from gptperf.data.mixture import MixedTokens
@@ -18,6 +17,7 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer
 from gptperf.data.writer import ShardWriter
 from gptperf.errors import ConfigError, DataError
+from gptperf.seen import __main__ as seen
 
 EOT = Counting.eot
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from gptperf.errors import DataError
 from gptperf.formats import mfu_scale, one_line
 from gptperf.monitor.events import RunLog
+from gptperf.monitor.run_lock import is_locked
 from gptperf.monitor.run_log import find_log, finite, load, mapping
-from gptperf.run_lock import is_locked
 
 __all__ = ["LeftOut", "LoggedEval", "LoggedRun", "LoggedStep", "is_running", "read_run", "read_runs"]
 

@@ -22,10 +22,10 @@ from gptperf.files import check_space
 from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
 from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.monitor.console import Console
+from gptperf.monitor.run_lock import RunLock
 from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
-from gptperf.run_lock import RunLock
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.resume import find_checkpoint

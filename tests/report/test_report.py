@@ -15,12 +15,12 @@ from report_helpers import CHROMIUM, Browser, events, write_journal
 from run_helpers import run
 
 from gptperf.errors import ConfigError, DataError, DeviceError, DiskError
+from gptperf.monitor.run_lock import RunLock, is_locked
 from gptperf.monitor.run_log import finite, load
 from gptperf.report import __main__ as command
 from gptperf.report import run_page as report
 from gptperf.report.charts import CAPTIONS, draw, layer_order
 from gptperf.report.sections import sections
-from gptperf.run_lock import RunLock, is_locked
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

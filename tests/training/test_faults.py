@@ -33,7 +33,7 @@ from gptperf.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from gptperf.run_lock import RunLock
+from gptperf.monitor.run_lock import RunLock
 from gptperf.training import evaluation, trainer
 from gptperf.training.signals import StopRequest
 

@@ -1,0 +1,1 @@
+"""Lists the documents that a run read between two iterations."""
