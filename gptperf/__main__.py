@@ -26,7 +26,7 @@ COMMANDS = {
     "hugging_face": "import the weights of a Hugging Face GPT-2 or LLaMA",
     "monitor.schema": "print the JSON Schema of a run's log",
 }
-"""Name of a command, which is also that of its module in `gptperf` -> what it does."""
+"""Name of a command and of its module in `gptperf` -> what the command does."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -219,7 +219,7 @@ class _LoaderFlags(Flags):
     json: Path | None = None
     """Write the results to this file, too."""
     dir: Path | None = None
-    """Folder of the temporary data sets; default: that of the system."""
+    """Folder of the temporary data sets; default: the temporary folder of the system."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

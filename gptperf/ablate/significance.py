@@ -42,7 +42,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Returns the p values of several comparisons, adjusted by Holm's method.
 
     With them, the chance that any comparison without a true difference falls below `LEVEL` is at most `LEVEL`. The
-    smallest of m values is multiplied by m, the next by m - 1, and so on; no value is below that of a smaller p
+    smallest of m values is multiplied by m, the next by m - 1, and so on; no value is below the value of a smaller p
     (S. Holm, 1979).
     """
     adjusted, most = [0.0] * len(p_values), 0.0

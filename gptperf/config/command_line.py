@@ -55,7 +55,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | Non
     sources.append(flags)
     checked = [[(one.name, _check(one, own, problems, command)) for one in source] for source in sources]
     layered = _overlay([[given for _, given in source if given is not None] for source in checked])
-    # Also a key that a lower layer sets rightly: a rule on that value would be one on what the user did not ask for.
+    # A wrong value counts even if a lower layer has a valid one: rules must not judge a value that the user overrode.
     bad = {name for source in checked for name, given in source if given is None}
     layered.adjust(frozenset(bad))
     values, origins = layered.values, layered.origins

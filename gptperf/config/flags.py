@@ -106,8 +106,8 @@ def parse(kind: type[F], argv: Sequence[str] | None, command: str, about: str, a
 
     Args:
         kind: dataclass of the flags.
-        argv: the command line without the program's name; None means that of the process. A flag that takes several
-            values takes all words after it.
+        argv: the command line without the program's name; None means the command line of this process. A flag that
+            takes several values takes all words after it.
         command: name of the module, such as `gptperf.sample`.
         about: what the command does, for `--help`.
         after: text at the end of `--help`, printed as it is.

@@ -90,7 +90,7 @@ def convert(
     Args:
         what: "bin:" and a folder, a file, or files with commas. The names of the files contain `train` or `val`.
         data_dir: Folder of data sets.
-        name: Name of the data set; None: that of the folder or file.
+        name: Name of the data set; None: the name of the folder or file.
         tokenizer: Tokenizer of the ids: a name of `load_tokenizer`, or "ids:N" for N ids without a vocabulary.
         eot: Token that ends a document, or of "ids:N" its id; None: the tokenizer's, or one id more than N.
         dtype: Type of the tokens of files without a header, "uint16" or "uint32"; None: uint16.
@@ -192,7 +192,7 @@ def _recognised(path: Path, dtype: str | None) -> _File:
     if version != wanted:
         raise DataError(f"{path}: found version {version} of the format {magic}, wanted {wanted}")
     if dtype not in (None, stored):
-        raise DataError(f"--dtype: found {dtype!r}, wanted none or {stored}, that of the header of {path}")
+        raise DataError(f"--dtype: found {dtype!r}, wanted none or {stored}, as in the header of {path}")
     full = _HEADER_BYTES + count * DTYPES[stored].itemsize
     if size != full:
         raise DataError(f"{path}: found {size} bytes, wanted {full} for the {count} tokens of its header")

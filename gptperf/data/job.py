@@ -59,7 +59,7 @@ class Job:
     """What is held out as a whole for validation: "top_folder", "repo" (a folder with .git) or "field:NAME"; None:
     single documents."""
     dedup: str | None = None
-    """Whether copies of documents are left out: "exact", "near" or "off"; None: that of the source."""
+    """Whether copies of documents are left out: "exact", "near" or "off"; None: the default of the source."""
 
     def __post_init__(self) -> None:
         found, fraction = self.source, self.fraction

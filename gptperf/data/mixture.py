@@ -101,7 +101,7 @@ class MixedTokens:
     Args:
         sources: The split of each data set.
         weights: Share of the samples of each data set; they sum to 1.
-        names: Name of each data set in messages and logs; by default that of its manifest.
+        names: Name of each data set in messages and logs; default: the name in its manifest.
 
     Attributes:
         dtype: uint16 or uint32, that of every data set.

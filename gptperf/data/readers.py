@@ -186,7 +186,7 @@ def _read(text: IO[str], size: int, path: Path) -> str:
 
 
 def _json_array(text: str, file: IO[str], path: Path) -> Iterator[Record]:
-    """Yields the objects of an array one by one, so that the memory use is that of the largest object.
+    """Yields the objects of an array one by one, so that one object at a time is in memory.
 
     Args:
         text: The start of the file, behind the opening bracket.

@@ -61,7 +61,7 @@ def remedies(
         gpu: row of the run's GPU in the GPU table.
         given: the plan of the run, which does not fit.
         reported_gb: memory that CUDA reports for this device; default: from the table.
-        strategies: strategies that a change may choose, besides that of the run.
+        strategies: strategies that a change may choose, besides the one of the run.
         most: maximum number of remedies.
     """
     fastest: dict[frozenset[str], Remedy] = {}

@@ -71,7 +71,7 @@ _GIVEN = Rates(0.70, 0.34, 0.88, 20e9, 0.35)
 _PCIE_BUS_BYTE_S = 20e9
 _WITHOUT_NVLINK = ("A30",)
 _NVLINK_SHARE = {"A800 SXM 80 GB": 400 / 600, "H800": 400 / 900}
-"""GPU with slower NVLink -> its share of that of the others of its generation."""
+"""GPU with slower NVLink -> its NVLink rate as a fraction of the rate of its generation."""
 _BESIDE_COMPUTE = 0.75
 """Share of a collective's time that the step loses even if compute covers it, because the collective takes bandwidth,
 power and, with NCCL, multiprocessors, and because GPUs wait for each other. Four H200s lose 0.5 under DDP, 0.7 under

@@ -165,7 +165,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str, tmp_path
 def test_a_type_that_the_header_denies_is_refused(tmp_path: Path) -> None:
     for split in ("train", "val"):
         llm_c(tmp_path / f"x_{split}.bin", before(DOCUMENTS))
-    with pytest.raises(DataError, match="found 'uint32', wanted none or uint16, that of the header"):
+    with pytest.raises(DataError, match="found 'uint32', wanted none or uint16, as in the header"):
         converted(tmp_path, dtype="uint32")
 
 
