@@ -1,5 +1,6 @@
 """The ranks of a job: how they find each other, and what they decide together."""
 
+import gc
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +20,7 @@ __all__ = ["Process", "start_process"]
 _MARGIN_S = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Process:
     """One rank of a job, and the decisions that it makes with the other ranks.
 
@@ -119,9 +120,16 @@ class Process:
         )
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the job. The threads of its process groups have ended when this returns.
+
+        Such a thread frees the tensors of the last collective. If it did so while Python shuts down, it could not take
+        the lock of the interpreter, and a run that went well would abort. The threads of a group end with its last
+        reference, so objects in reference cycles are collected too.
+        """
         if self.world_size > 1:
             dist.destroy_process_group()
+            self.host_group = self.save_group = None
+            gc.collect()
 
 
 def start_process(device: str, timeout_s: float = 600.0) -> Process:
