@@ -14,13 +14,15 @@ from typing import Annotated, Literal
 
 from gptperf.ablate import page
 from gptperf.ablate.results import results
-from gptperf.ablate.runner import Runner, gpus_for, run_all
-from gptperf.ablate.tuning import FACTORS, factors_of, tuned, tuning_runs, without_rate
+from gptperf.ablate.tuning import tuned, tuning_runs, without_rate
 from gptperf.ablate.variants import Variant, changed_runs, variants
 from gptperf.config import command_line
 from gptperf.config.flags import COMMAND_LINE, Flags, take
 from gptperf.config.keys import Range
 from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
+from gptperf.experiment.job import Job
+from gptperf.experiment.rates import FACTORS, factors_of
+from gptperf.experiment.runner import Runner, gpus_for, run_all
 from gptperf.files import replace_text
 from gptperf.report.page import check_packages
 
@@ -125,6 +127,11 @@ def _check_folders(found: Sequence[Variant], *, rates_are_known: bool) -> None:
         raise ConfigError("; ".join([*changed, "wanted another --out, or these folders moved away"]))
 
 
+def _in_turn(found: Sequence[Variant]) -> list[list[tuple[str, Job]]]:
+    """Returns the runs with their names: the first run of every variant, then the second, and so on."""
+    return [[(f"{v.name}, {v.jobs[i].label}", v.jobs[i])] for i in range(len(found[0].jobs)) for v in found]
+
+
 def _train(
     found: list[Variant], args: _AblateFlags, rest: Sequence[str], runner: Runner, gpus: Sequence[str]
 ) -> tuple[list[Variant], dict[Path, str]]:
@@ -139,7 +146,7 @@ def _train(
         def after_try(so_far: dict[Path, str]) -> None:
             page.write(results(found), args.equal, so_far, args.out)
 
-        tried = run_all(tuning_runs(found), runner, after_try, gpus)
+        tried = run_all(_in_turn(tuning_runs(found)), runner, after_try, gpus, "ablate")
         lacking = without_rate(found)
         if lacking and not runner.asked():
             print(f"ablate: no learning rate works for {', '.join(lacking)}; nothing is compared", file=sys.stderr)
@@ -152,7 +159,7 @@ def _train(
     def after(so_far: dict[Path, str]) -> None:
         page.write(results(compared), args.equal, tried | so_far, args.out)
 
-    return found, tried | run_all(found, runner, after, gpus)
+    return found, tried | run_all(_in_turn(found), runner, after, gpus, "ablate")
 
 
 if __name__ == "__main__":

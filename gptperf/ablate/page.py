@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.ablate.results import Difference, Result
-from gptperf.ablate.significance import LEVEL
 from gptperf.ablate.tuning import notes, state_of_rate
 from gptperf.ablate.variants import Variant
 from gptperf.compare import curves
+from gptperf.experiment.significance import LEVEL
 from gptperf.files import replace_text
 from gptperf.formats import number
 from gptperf.monitor.runs import LoggedRun
@@ -27,12 +27,10 @@ def listing(found: Sequence[Variant]) -> str:
     rows = []
     for variant in found:
         for job in (*variant.tuning, *variant.jobs):
-            log = job.log()
-            state = "finished" if job.finished() else "-" if log is None else f"at iteration {log.iterations:,}"
             per_token = variant.flops_per_token
             total = number(per_token and per_token * variant.tokens, ".3e")
             iterations = f"{job.config.train.max_iters:,}"
-            rows.append((variant.name, job.label, iterations, f"{variant.tokens:,}", total, state))
+            rows.append((variant.name, job.label, iterations, f"{variant.tokens:,}", total, job.state()))
     columns = ("variant", "run", "iterations", "tokens", "FLOPs", "state")
     return aligned(Table(columns, rows, frozenset({0, 1, 5})))
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gptperf.ablate.significance import LEVEL, holm, t_half_width, t_p_value
 from gptperf.ablate.variants import Variant
+from gptperf.experiment.significance import LEVEL, holm, t_half_width, t_p_value
 
 __all__ = ["Difference", "Result", "difference", "results"]
 

@@ -4,33 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gptperf.ablate.variants import Job, Variant, with_jobs
-from gptperf.errors import ConfigError
-from gptperf.formats import number
+from gptperf.ablate.variants import Variant, with_jobs
+from gptperf.experiment.job import Job
+from gptperf.experiment.rates import at_the_edge, best_of, losses_by_rate
 
-__all__ = ["FACTORS", "factors_of", "notes", "state_of_rate", "tuned", "tuning_runs", "without_rate"]
-
-FACTORS = "0.5,1,2"
-"""Learning rates that are tried, as multiples of the variant's own."""
-_MOST = 9
-
-
-def factors_of(text: str) -> tuple[float, ...]:
-    """Reads the multiples of the learning rate that are tried.
-
-    Raises:
-        ConfigError: They are not 2 to 9 different numbers from 0.001 to 1000.
-    """
-    try:
-        factors = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        factors = []
-    if not (2 <= len(factors) <= _MOST and all(1e-3 <= factor <= 1e3 for factor in factors)):
-        raise ConfigError(
-            f"command line: lr_factors: found {text!r}, wanted 2 to {_MOST} different numbers from 0.001 to 1000; "
-            f"nearest: --lr_factors={FACTORS}"
-        )
-    return tuple(factors)
+__all__ = ["notes", "state_of_rate", "tuned", "tuning_runs", "without_rate"]
 
 
 def tuning_runs(found: Sequence[Variant]) -> list[Variant]:
@@ -49,9 +27,7 @@ def without_rate(found: Sequence[Variant]) -> list[str]:
 
 
 def _best(variant: Variant) -> Job | None:
-    """Returns the run with the lowest validation loss of those that find the learning rate, or None."""
-    losses = [(loss, place) for place, job in enumerate(variant.tuning) if (loss := job.val_loss()) is not None]
-    return variant.tuning[min(losses)[1]] if losses else None
+    return best_of(variant.tuning)
 
 
 def state_of_rate(variant: Variant) -> str:
@@ -64,15 +40,11 @@ def state_of_rate(variant: Variant) -> str:
 def notes(variant: Variant, failed: Mapping[Path, str]) -> list[str]:
     """Returns lines about the learning rates that were tried, and which one is best."""
     best = _best(variant)
-    tried = [
-        f"{job.config.optimizer.learning_rate:g} -> {failed.get(job.out_dir, number(job.val_loss(), '.4f'))}"
-        for job in variant.tuning
-    ]
-    line = f"{variant.name}: validation loss by learning rate: {', '.join(tried)}"
+    line = f"{variant.name}: validation loss by learning rate: {losses_by_rate(variant.tuning, failed)}"
     if best is None:
         return [f"{line}; none has finished."]
     lines = [f"{line}; {best.config.optimizer.learning_rate:g} is compared."]
-    if best in (variant.tuning[0], variant.tuning[-1]):
+    if at_the_edge(variant.tuning, best):
         lines.append(
             f"{variant.name}: the best learning rate is at the end of those tried: --lr_factors may go further."
         )

@@ -5,67 +5,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gptperf import flops
-from gptperf.config import KEYS, Config, command_line
-from gptperf.errors import ConfigError, DataError, mistakes
-from gptperf.monitor.journal import find_journal
-from gptperf.monitor.runs import LoggedRun, read_run
+from gptperf.config import Config, command_line
+from gptperf.errors import ConfigError, mistakes
+from gptperf.experiment.job import LEARNING_RATES, Job, differing_keys, flag_keys, held_by_others
+from gptperf.experiment.rates import TUNING_SEED, scaled_rates
 
-__all__ = ["BASELINE", "LEARNING_RATES", "Job", "Variant", "changed_runs", "variants", "with_jobs"]
+__all__ = ["BASELINE", "Variant", "changed_runs", "variants", "with_jobs"]
 
 BASELINE = "baseline"
 _SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
 """Keys that the ablation sets; no change may name them."""
-LEARNING_RATES = ("learning_rate", "min_lr")
-"""Keys that the ablation sets if it finds the learning rate of every variant."""
-_TUNING_SEED = 1_000_000
-"""Distance of the seed with which learning rates are found from the first seed of the comparison, which uses fewer."""
 _LENGTHS = ("warmup_iters", "lr_decay_iters")
 """Lengths of the learning rate schedule, which are scaled with `max_iters`."""
-_OF_NO_EFFECT = frozenset(
-    {
-        *("out_dir", "init_from", "overwrite", "data_dir", "plugins", "debug", "collective_timeout_s", "ignore_plan"),
-        *("prefetch", "loader_timeout_s", "async_save", "keep_checkpoints", "save_interval", "peak_tflops"),
-        "peak_basis",
-        *(name for name, key in KEYS.items() if key.section == "log"),
-    }
-)
-"""Keys that do not change the trained model: an interrupted run may continue with other values of them."""
-
-
-class Job(NamedTuple):
-    """One run: a variant with a seed."""
-
-    seed: int
-    out_dir: Path
-    argv: tuple[str, ...]
-    """Arguments for `gptperf.train`."""
-    config: Config
-    label: str
-    """What distinguishes the run from the others of its variant: the seed, or the learning rate."""
-
-    def log(self) -> LoggedRun | None:
-        """Returns the log of this run, or None if it has not written one yet."""
-        path = find_journal(self.out_dir)
-        try:
-            return None if path is None else read_run(path, f"{self.out_dir.parent.name}, {self.label}")
-        except DataError:
-            return None
-
-    def val_loss(self) -> float | None:
-        """Returns the validation loss of the last iteration, or None if the run is not finished."""
-        run = self.log()
-        if run is None or not self.finished():
-            return None
-        last = run.evals[-1] if run.evals else None
-        return last.loss if last is not None and last.iter == run.iterations else None
-
-    def finished(self) -> bool:
-        """Returns whether the run has trained to its last iteration and logged its end."""
-        run = self.log()
-        return run is not None and run.state == "finished" and run.iterations == self.config.train.max_iters
 
 
 @dataclass(frozen=True)
@@ -117,7 +71,7 @@ def variants(
     Raises:
         ConfigError: A variant is wrong; the message lists everything that is wrong with any of them.
     """
-    given = _keys_of(argv)
+    given = flag_keys(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
     changes, problems = _parse(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())))
     if wrong or problems:
@@ -140,10 +94,6 @@ def variants(
         raise mistakes(problems)
     scaled = [_scaled(variant, found[0], equal) for variant in found]
     return [with_jobs(_with_tuning(variant, argv, out, factors), argv, seeds, out) for variant in scaled]
-
-
-def _keys_of(argv: Sequence[str]) -> set[str]:
-    return {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
 
 
 def _parse(vary: Sequence[str], set_here: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
@@ -181,7 +131,7 @@ def _flags(change: dict[str, Any]) -> list[str]:
 
 
 def _argv(argv: Sequence[str], change: dict[str, Any], folder: Path) -> list[str]:
-    return [*argv, *_flags(change), "--overwrite=False", "--init_from=auto", f"--out_dir={folder}"]
+    return [*argv, *_flags(change), "--overwrite=False", f"--out_dir={folder}"]
 
 
 def _resolve(argv: Sequence[str], change: dict[str, Any], folder: Path) -> Config:
@@ -189,13 +139,7 @@ def _resolve(argv: Sequence[str], change: dict[str, Any], folder: Path) -> Confi
 
 
 def _same(a: Config, b: Config) -> bool:
-    return not _differing(a.flat(), b)
-
-
-def _differing(values: dict[str, Any], config: Config) -> list[str]:
-    """Returns the differing keys that change the trained model; a key that is missing in `values` has its default."""
-    now = config.flat()
-    return [key for key in now if key not in _OF_NO_EFFECT and values.get(key, KEYS[key].default) != now[key]]
+    return not differing_keys(a.flat(), b)
 
 
 def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
@@ -235,11 +179,11 @@ def with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path, best
 
 def _with_tuning(variant: Variant, argv: Sequence[str], out: Path, factors: Sequence[float]) -> Variant:
     """Returns a variant with the runs that find its learning rate, all with a seed that the comparison does not use."""
-    optimizer, seed = variant.config.optimizer, variant.config.train.seed + _TUNING_SEED
+    seed = variant.config.train.seed + TUNING_SEED
     jobs = []
     for factor in factors:
-        rate, lowest = (float(f"{factor * getattr(optimizer, key):.6g}") for key in LEARNING_RATES)
-        rates = {"learning_rate": rate, "min_lr": min(lowest, rate)}
+        rates = scaled_rates(variant.config, factor)
+        rate = rates["learning_rate"]
         folder = out / variant.name / "tuning" / f"lr{rate:g}"
         jobs.append(_job(variant, argv, folder, seed, rates, f"learning rate {rate:g}"))
     return replace(variant, tuning=tuple(jobs))
@@ -259,13 +203,5 @@ def changed_runs(found: Sequence[Variant], *, rates_are_known: bool = True) -> l
         found: The variants.
         rates_are_known: Whether the runs that are compared have their final learning rate.
     """
-    lines = []
-    for job in (job for variant in found for job in (*variant.tuning, *variant.jobs)):
-        run = job.log()
-        keys = [] if run is None or not run.config else _differing(dict(run.config), job.config)
-        if not rates_are_known and job.label.startswith("seed"):
-            keys = [key for key in keys if key not in LEARNING_RATES]
-        if run is not None and keys:
-            told = [f"{key}: {run.config.get(key)} there, {job.config.flat()[key]} here" for key in keys]
-            lines.append(f"{job.out_dir}: holds a run of another configuration ({'; '.join(told)})")
-    return lines
+    jobs = [job for variant in found for job in (*variant.tuning, *variant.jobs)]
+    return held_by_others(jobs, {} if rates_are_known else {"seed": LEARNING_RATES})

@@ -19,9 +19,10 @@ from run_helpers import ROOT
 
 from gptperf import flops, train
 from gptperf.ablate import __main__ as ablate
-from gptperf.ablate import page, results, runner, variants
+from gptperf.ablate import page, results, variants
 from gptperf.config import command_line
 from gptperf.errors import PREEMPTED, ConfigError
+from gptperf.experiment import runner
 from gptperf.monitor.journal import Journal, find_journal
 
 
@@ -39,7 +40,8 @@ def test_variants_and_their_commands() -> None:
     assert job.out_dir == Path("out/position_encoding=rope/seed1338")
     assert command_line.resolve(job.argv).config == job.config
     keys = job.config.train
-    assert (keys.seed, keys.out_dir, keys.init_from) == (1338, str(job.out_dir), "auto")
+    assert (keys.seed, keys.out_dir) == (1338, str(job.out_dir))
+    assert job.command() == [*job.argv, "--init_from=auto"]
     assert (keys.max_iters, rope.tokens) == (5000, baseline.tokens)
     assert (baseline.parameters, baseline.flops_per_token) == (124_373_760, 0.798087168e9)
 

@@ -9,9 +9,10 @@ import pytest
 from ablate_helpers import GPT2, finish
 
 from gptperf.ablate import __main__ as ablate
-from gptperf.ablate import runner, variants
 from gptperf.config import command_line
 from gptperf.errors import ConfigError
+from gptperf.experiment import runner
+from gptperf.experiment.job import Job
 
 
 class Trained:
@@ -30,7 +31,7 @@ class Trained:
             return 5
         best = 6e-4 if config.model.n_layer == 12 else 1.2e-3
         loss = 3.0 + abs(math.log(rate / best)) + 1e-3 * (config.train.seed % 10) * (1 + config.model.n_layer / 100)
-        finish(variants.Job(config.train.seed, Path(config.train.out_dir), (), config, ""), loss)
+        finish(Job(config.train.seed, Path(config.train.out_dir), (), config, ""), loss)
         return 0
 
     def rates(self) -> list[tuple[float, float, int]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gptperf.ablate import variants
+from gptperf.experiment.job import Job
 from gptperf.monitor.journal import Journal
 
 GPT2 = ["configs/gpt2_124m.toml", "--max_iters=5000", "--warmup_iters=100", "--lr_decay_iters=4000"]
@@ -12,7 +13,7 @@ def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out
     return variants.variants(GPT2, vary, seeds, equal, Path(out))
 
 
-def finish(job: variants.Job, loss: float, *, end: bool = True) -> None:
+def finish(job: Job, loss: float, *, end: bool = True) -> None:
     """The log of a run that has come to its end."""
     last = job.config.train.max_iters
     with Journal(job.out_dir, "run_20260102_030405") as journal:

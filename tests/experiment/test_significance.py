@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptperf.ablate import results, significance
+from gptperf.ablate import results
+from gptperf.experiment import significance
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -1,7 +1,8 @@
-"""Trains the runs of an ablation, one after another or several at a time. It imports torch only to count GPUs."""
+"""Trains many runs, one after another or several at a time. It imports torch only to count GPUs."""
 
 import contextlib
 import importlib
+import itertools
 import os
 import queue
 import signal
@@ -13,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from gptperf.ablate.variants import Job, Variant
 from gptperf.errors import PREEMPTED
+from gptperf.experiment.job import Job
 from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["Runner", "gpus_for", "run_all"]
@@ -33,12 +34,17 @@ class Runner:
         self._lock = threading.RLock()  # reentrant: a signal handler may run in the thread that holds the lock
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator["Runner"]:
-        """Handles SIGTERM and Ctrl-C while the body runs."""
+    def listening(self, minutes: float | None = None) -> Iterator["Runner"]:
+        """Handles SIGTERM and Ctrl-C while the body runs, and asks to stop after some minutes."""
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        timer = threading.Timer(60 * (minutes or 0), self._ask, (signal.SIGTERM, None))
+        timer.daemon = True
+        if minutes is not None:
+            timer.start()
         try:
             yield self
         finally:
+            timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -84,56 +90,66 @@ class Runner:
 
 
 def run_all(
-    found: Sequence[Variant], runner: Runner, after: Callable[[dict[Path, str]], object], gpus: Sequence[str]
+    chains: Sequence[Sequence[tuple[str, Job]]],
+    runner: Runner,
+    after: Callable[[dict[Path, str]], object],
+    gpus: Sequence[str],
+    command: str,
 ) -> dict[Path, str]:
-    """Trains every run that is not finished: the first of every variant, then the second, and so on.
+    """Trains every run that is not finished, in the order of the chains.
 
     Args:
-        found: Variants with their runs.
+        chains: Runs with their names. The runs of a chain are trained one after another, because each starts from one
+            before it; after one that failed, the rest of its chain is left out.
         runner: Runs the commands.
         after: Called with the failures so far whenever a run has ended.
         gpus: A GPU for each run that is trained at the same time; empty to train one run after another, on all GPUs.
+        command: Name of the command, for its messages.
 
     Returns:
         Folder -> how the run in it failed.
     """
-    jobs: list[tuple[Variant, Job]] = [(v, v.jobs[i]) for i in range(len(found[0].jobs)) for v in found]
+    total = sum(map(len, chains))
     failed: dict[Path, str] = {}
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for gpu in gpus:
         free.put(gpu)
     ending = threading.Lock()
 
-    def run(number: int, variant: Variant, job: Job) -> None:
-        what = f"run {number} of {len(jobs)}: {variant.name}, {job.label}"
-        if job.finished():
-            print(f"ablate: {what}: finished already", flush=True)
-            return
-        if runner.asked():
-            return
-        code = _run(runner, job, what, free if gpus else None)
-        with ending:
-            _ended(runner, job, what, code, failed)
-            after(failed)
+    def run(first: int, chain: Sequence[tuple[str, Job]]) -> None:
+        for place, (name, job) in enumerate(chain, first):
+            what = f"{command}: run {place} of {total}: {name}"
+            if job.finished():
+                print(f"{what}: finished already", flush=True)
+                continue
+            if runner.asked():
+                return
+            code = _run(runner, job, what, free if gpus else None)
+            with ending:
+                _ended(runner, job, what, code, failed)
+                after(failed)
+            if not job.finished():
+                return
 
+    firsts = list(itertools.accumulate(map(len, chains[:-1]), initial=1))
     if not gpus:  # runs in this thread, which receives the signals
-        for number, (variant, job) in enumerate(jobs, 1):
-            run(number, variant, job)
+        for first, chain in zip(firsts, chains, strict=True):
+            run(first, chain)
         return failed
     with ThreadPoolExecutor(len(gpus)) as pool:
-        for future in [pool.submit(run, number, *pair) for number, pair in enumerate(jobs, 1)]:
+        for future in [pool.submit(run, first, chain) for first, chain in zip(firsts, chains, strict=True)]:
             future.result()
     return failed
 
 
 def _run(runner: Runner, job: Job, what: str, free: "queue.SimpleQueue[str] | None") -> int:
     """Trains one run, on a GPU of the queue if there is one, and returns its exit code."""
-    command = [sys.executable, "-m", "gptperf.train", *job.argv]
+    command = [sys.executable, "-m", "gptperf.train", *job.command()]
     if free is None:
-        print(f"ablate: {what} -> {job.out_dir}", flush=True)
+        print(f"{what} -> {job.out_dir}", flush=True)
         return runner.run(command)
     gpu, log = free.get(), job.out_dir.with_name(f"{job.out_dir.name}.txt")
-    print(f"ablate: {what} -> {log}, on {f'GPU {gpu}' if gpu else 'the CPU'}", flush=True)
+    print(f"{what} -> {log}, on {f'GPU {gpu}' if gpu else 'the CPU'}", flush=True)
     code = runner.run(command, gpu, log)
     free.put(gpu)
     return code
@@ -145,10 +161,10 @@ def _ended(runner: Runner, job: Job, what: str, code: int, failed: dict[Path, st
         runner.stop()
     elif runner.asked():
         if not job.finished():
-            print(f"ablate: {what} ended with exit code {code} before it could save", file=sys.stderr)
+            print(f"{what} ended with exit code {code} before it could save", file=sys.stderr)
     elif code or not job.finished():
         failed[job.out_dir] = f"exit code {code}" if code else "exit code 0, but its log has no end"
-        print(f"ablate: {what} failed: {failed[job.out_dir]}; the others continue", file=sys.stderr, flush=True)
+        print(f"{what} failed: {failed[job.out_dir]}; the others continue", file=sys.stderr, flush=True)
 
 
 def gpus_for(parallel: int) -> list[str]:
