@@ -1,0 +1,1 @@
+"""Measures how many tokens and how much time one configuration needs to reach the losses of another one."""
