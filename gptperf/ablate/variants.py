@@ -1,7 +1,5 @@
 """The runs of an ablation: variants at equal tokens or FLOPs, each with several seeds. Does not import torch."""
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 from gptperf import flops
 from gptperf.config import Config, command_line
 from gptperf.errors import ConfigError, mistakes
+from gptperf.experiment.changes import LENGTHS, change_text, folder_name, parse_changes, with_length
 from gptperf.experiment.job import LEARNING_RATES, Job, differing_keys, flag_keys, held_by_others
 from gptperf.experiment.rates import TUNING_SEED, scaled_rates
 
@@ -18,8 +17,6 @@ __all__ = ["BASELINE", "Variant", "changed_runs", "variants", "with_jobs"]
 BASELINE = "baseline"
 _SET_HERE = ("seed", "out_dir", "init_from", "overwrite", "max_iters")
 """Keys that the ablation sets; no change may name them."""
-_LENGTHS = ("warmup_iters", "lr_decay_iters")
-"""Lengths of the learning rate schedule, which are scaled with `max_iters`."""
 
 
 @dataclass(frozen=True)
@@ -73,57 +70,29 @@ def variants(
     """
     given = flag_keys(argv)
     wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
-    changes, problems = _parse(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())))
+    changes, problems = parse_changes(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())), "the ablation")
     if wrong or problems:
         raise mistakes([*wrong, *problems])
     baseline = _resolve(argv, {}, out / BASELINE)
     found, problems = [Variant(BASELINE, {}, baseline)], []
     for change in changes:
-        name = _name(change)
+        name = folder_name(change)
         try:
             config = _resolve(argv, change, out / name)
         except ConfigError as error:
-            problems += [f"--vary {_text(change)}: {line.removeprefix('command line: ')}" for line in error.problems]
+            problems += [
+                f"--vary {change_text(change)}: {line.removeprefix('command line: ')}" for line in error.problems
+            ]
             continue
         same = next((v for v in found if _same(v.config, config)), None)
         if same is not None:
-            problems.append(f"--vary {_text(change)}: the same configuration as {same.name}")
+            problems.append(f"--vary {change_text(change)}: the same configuration as {same.name}")
         else:
             found.append(Variant(name, change, config))
     if problems:
         raise mistakes(problems)
     scaled = [_scaled(variant, found[0], equal) for variant in found]
     return [with_jobs(_with_tuning(variant, argv, out, factors), argv, seeds, out) for variant in scaled]
-
-
-def _parse(vary: Sequence[str], set_here: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
-    changes, problems = [], []
-    for text in vary:
-        change: dict[str, str] = {}
-        for part in text.split(","):
-            key, equals, value = part.partition("=")
-            key = key.strip().removeprefix("--").replace("-", "_")
-            if not (key and equals):
-                problems.append(f"--vary {text}: found {part!r}, wanted key=value")
-            elif key in set_here:
-                problems.append(f"--vary {text}: {key} is set by the ablation")
-            elif key in change:
-                problems.append(f"--vary {text}: {key} appears twice")
-            else:
-                change[key] = value.strip()
-        changes.append(change)
-    return changes, problems
-
-
-def _text(change: dict[str, str]) -> str:
-    return ",".join(f"{key}={value}" for key, value in change.items())
-
-
-def _name(change: dict[str, str]) -> str:
-    """Returns the name of a change's folder. A hash is added if the text is too long or is not a valid file name."""
-    text = _text(change)
-    name = re.sub(r"[^A-Za-z0-9._=,-]", "_", text)[:100]
-    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _flags(change: dict[str, Any]) -> list[str]:
@@ -156,13 +125,7 @@ def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
         ratio *= counts[0] / counts[1]
     before = variant.config
     iters = max(1, round(ratio * baseline.config.train.max_iters))
-    lengths = {}
-    for key in _LENGTHS:
-        value = getattr(before.optimizer, key)
-        if value is not None and key not in variant.changes:
-            lengths[key] = max(min(value, 1), round(ratio * value))
-    optimizer = replace(before.optimizer, **lengths)
-    config = replace(before, train=replace(before.train, max_iters=iters), optimizer=optimizer)
+    config = with_length(before, iters, ratio, keep=variant.changes)
     return replace(variant, config=config)
 
 
@@ -191,7 +154,7 @@ def _with_tuning(variant: Variant, argv: Sequence[str], out: Path, factors: Sequ
 
 def _job(variant: Variant, argv: Sequence[str], folder: Path, seed: int, rates: dict[str, float], label: str) -> Job:
     lengths = {"max_iters": variant.config.train.max_iters}
-    lengths |= {key: value for key in _LENGTHS if (value := getattr(variant.config.optimizer, key)) is not None}
+    lengths |= {key: value for key in LENGTHS if (value := getattr(variant.config.optimizer, key)) is not None}
     flags = _argv(argv, {**variant.changes, **lengths, **rates, "seed": seed}, folder)
     return Job(seed, folder, tuple(flags), command_line.resolve(flags).config, label)
 

@@ -130,3 +130,7 @@ class DocumentIndex:
         """Returns where the text of a document came from."""
         record = self.records[document]
         return Origin(self._sources[int(record["source"])], int(record["offset"]), self._groups[int(record["group"])])
+
+    def text_bytes(self) -> int:
+        """Returns the bytes of all texts of the split."""
+        return int(self.records["bytes"].sum(dtype=np.uint64))

@@ -1,5 +1,6 @@
 """One training of a command that trains many: its folder, its flags, and what its log says. Does not import torch."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,18 +41,24 @@ class Job(NamedTuple):
     """Iterations whose checkpoints other runs start from: without them this run is not finished."""
 
     def command(self) -> list[str]:
-        """Returns the arguments for `gptperf.train`: a run that has a checkpoint of its own continues from it."""
-        own = any((self.out_dir / "checkpoints").glob("step-*"))
+        """Returns the arguments for `gptperf.train`.
+
+        A run that has a checkpoint of its own continues from it. It starts again if it has passed an iteration whose
+        checkpoint another run needs and that is no longer there, for example because only logs were copied.
+        """
+        own = [int(path.name[5:]) for path in (self.out_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+        if own and any(step <= max(own) and not self.has_checkpoint(step) for step in self.keeps):
+            return [*self.argv, "--overwrite=True", "--init_from=scratch"]
         start = "auto" if self.fork is None or own else f"{self.fork[0]}@{self.fork[1]}"
         return [*self.argv, f"--init_from={start}"]
 
     def log(self) -> LoggedRun | None:
         """Returns the log of this run, or None if it has not written one yet."""
         path = find_journal(self.out_dir)
-        try:
-            return None if path is None else read_run(path, f"{self.out_dir.parent.name}, {self.label}")
-        except DataError:
+        if path is None:
             return None
+        found = path.stat()
+        return _read(path, f"{self.out_dir.parent.name}, {self.label}", found.st_mtime_ns, found.st_size)
 
     def val_loss(self) -> float | None:
         """Returns the validation loss of the last iteration, or None if the run is not finished."""
@@ -83,6 +90,15 @@ class Job(NamedTuple):
         if run is not None and self._ended(run):
             return "finished"
         return "-" if run is None else f"at iteration {run.iterations:,}"
+
+
+@functools.lru_cache(1024)
+def _read(path: Path, name: str, changed_ns: int, size: int) -> LoggedRun | None:
+    """Reads a log, once for each of its states, because a command asks for every log after every run."""
+    try:
+        return read_run(path, name)
+    except DataError:
+        return None
 
 
 def flag_keys(argv: Iterable[str]) -> set[str]:

@@ -13,10 +13,10 @@ def made(vary: list[str], equal: str = "tokens", seeds: int = 2, out: str = "out
     return variants.variants(GPT2, vary, seeds, equal, Path(out))
 
 
-def finish(job: Job, loss: float, *, end: bool = True) -> None:
+def finish(job: Job, loss: float, *, end: bool = True, name: str = "run_20260102_030405") -> None:
     """The log of a run that has come to its end."""
     last = job.config.train.max_iters
-    with Journal(job.out_dir, "run_20260102_030405") as journal:
+    with Journal(job.out_dir, name) as journal:
         info = {"tokens_per_iter": job.config.tokens_per_iter}
         journal.write("start", {"config": job.config.sections() | {"origins": {}}, "startup_info": info})
         mfu = {"mfu_percent": 40.0, "tokens_per_sec": 5e5, "convention": "strict"}

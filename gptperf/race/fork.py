@@ -1,0 +1,250 @@
+"""Changes that are tried from a checkpoint of a run, in pairs of forks, until they are decided. Loads no torch.
+
+A pair has a seed of its own, and every arm of it reads the same data in the same order with the same dropout: the run
+as it is, and each change. A fork ends with a cooldown, because a loss at a high learning rate says little about the
+loss after it. The differences of the pairs are independent given the checkpoint, as their seeds are; nothing is assumed
+about how the losses of one fork follow one another, because each fork counts as one block. What is estimated is the
+mean difference, over data orders, at the end of forks of this length from this checkpoint.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptperf.config import KEYS, Config, command_line
+from gptperf.config.flags import split
+from gptperf.errors import ConfigError, mistakes
+from gptperf.experiment.changes import change_text, folder_name, parse_changes
+from gptperf.experiment.job import Job, differing_keys
+from gptperf.experiment.significance import LEVEL
+from gptperf.files import delete
+from gptperf.monitor.run_log import find_log
+from gptperf.monitor.runs import read_run
+from gptperf.race.arms import SET_HERE, Chain
+from gptperf.race.sequence import Bounds, bounds
+
+__all__ = ["Decision", "ForkArm", "Forks", "alternatives", "forks_of"]
+
+_COOLDOWN = 0.6
+"""Share of a fork that is its cooldown: a fifth of the whole, if the fork is half as long as the run before it."""
+_OF_THE_RUN = (*SET_HERE, "seed", "max_iters", "plugins", "debug", "profile", "console", "warmup_iters")
+CONTROL = "as it is"
+
+
+@dataclass(frozen=True)
+class ForkArm:
+    """The run as it is, or with a change."""
+
+    name: str
+    argv: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is known about a change."""
+
+    differences: tuple[float, ...]
+    """Final validation loss minus that of the run as it is, of each pair, in nats a token."""
+    bounds: Bounds
+    verdict: str
+    """better, worse, the same, or undecided."""
+
+
+@dataclass
+class Forks:
+    """Pairs of forks from one checkpoint."""
+
+    run: Path
+    step: int
+    end: int
+    """Iteration at which every fork ends."""
+    arms: tuple[ForkArm, ...]
+    """The run as it is, then the changes."""
+    pairs: int
+    """Most pairs."""
+    tolerance: float
+    """Differences up to this one count as none."""
+    out: Path
+    failed: dict[Path, str] = field(default_factory=dict)
+    """Folder -> how the fork in it failed."""
+
+    def job(self, arm: ForkArm, pair: int) -> Job:
+        """Returns the fork of an arm in a pair, counted from 0."""
+        seed = arm.config.train.seed + 1 + pair
+        folder = self.out / folder_name({"arm": arm.name}).removeprefix("arm=") / f"pair{pair + 1}"
+        keys: dict[str, Any] = {
+            "seed": seed,
+            "max_iters": self.end,
+            "lr_schedule": "wsd",
+            "lr_decay_iters": "none",
+            "wsd_decay_fraction": f"{_COOLDOWN * (self.end - self.step) / self.end:.6f}",
+            "eval_interval": self.end,
+            "save_interval": self.end,
+            "keep_checkpoints": 1,
+            "sample_tokens": 0,
+        }
+        argv = (*arm.argv, *(f"--{key}={value}" for key, value in keys.items()), "--overwrite=False")
+        argv = (*argv, f"--out_dir={folder}")
+        return Job(seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step))
+
+    def decision(self, arm: ForkArm) -> Decision:
+        """Returns what is known about a change, from the pairs that are complete up to the first one that is not."""
+        differences: list[float] = []
+        for pair in range(self.pairs):
+            control, changed = (self.job(one, pair) for one in (self.arms[0], arm))
+            losses = control.val_loss(), changed.val_loss()
+            if changed.out_dir in self.failed:
+                found = bounds(differences, self.level)
+                return Decision(tuple(differences), found, f"worse: {self.failed[changed.out_dir]}")
+            if losses[0] is None or losses[1] is None:
+                break
+            differences.append(losses[1] - losses[0])
+        found = bounds(differences, self.level)
+        verdict = "undecided"
+        if found.low >= -self.tolerance and found.high <= self.tolerance:
+            verdict = "the same"
+        elif found.high < 0:
+            verdict = "better"
+        elif found.low > 0:
+            verdict = "worse"
+        return Decision(tuple(differences), found, verdict)
+
+    @property
+    def level(self) -> float:
+        """Chance that a true difference ever leaves its interval, shared by all changes."""
+        return LEVEL / (len(self.arms) - 1)
+
+    def next_pair(self) -> list[Chain]:
+        """Returns the forks of the first pair that is not complete, without decided changes; none at the end."""
+        open_arms = [arm for arm in self.arms[1:] if self.decision(arm).verdict == "undecided"]
+        done = [len(self.decision(arm).differences) for arm in open_arms]
+        if not open_arms or min(done) >= self.pairs:
+            return []
+        jobs = [(arm, self.job(arm, min(done))) for arm in (self.arms[0], *open_arms)]
+        return [[(f"{arm.name}, {job.label}", job)] for arm, job in jobs]
+
+    def remove_unneeded(self) -> None:
+        """Deletes the checkpoints of forks that are finished."""
+        for arm in self.arms:
+            for pair in range(self.pairs):
+                job = self.job(arm, pair)
+                if (job.out_dir / "checkpoints").exists() and job.finished():
+                    delete(job.out_dir / "checkpoints")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all forks that are finished."""
+        jobs = [self.job(arm, pair) for arm in self.arms for pair in range(self.pairs)]
+        return sum((self.end - self.step) * job.config.tokens_per_iter for job in jobs if job.finished())
+
+
+@functools.cache
+def _config(argv: tuple[str, ...]) -> Config:
+    return command_line.resolve(argv).config
+
+
+def alternatives(vary: Sequence[str]) -> list[str]:
+    """Returns one change for each value: `learning_rate=1e-3,2e-3` is two, and so is `a=1,learning_rate=1e-3,2e-3`."""
+    changes = []
+    for text in vary:
+        *head, last = _keys(text)
+        key, equals, values = last.partition("=")
+        changes += [",".join([*head, f"{key}{equals}{value}"]) for value in values.split(",")]
+    return changes
+
+
+def _keys(text: str) -> list[str]:
+    """Splits `key=value,value2,key2=value3` before every key."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if "=" in part or not parts:
+            parts.append(part)
+        else:
+            parts[-1] += f",{part}"
+    return parts
+
+
+def forks_of(
+    run: Path, step: int, words: Sequence[str], vary: Sequence[str], pairs: int, tolerance: float, out: Path
+) -> Forks:
+    """Resolves the run as it is and every change.
+
+    Args:
+        run: Folder of a run.
+        step: Iteration of one of its checkpoints.
+        words: Flags for all forks, `--key=value ...`.
+        vary: Changes, each `key=value[,value2 ...]`.
+        pairs: Most pairs.
+        tolerance: Differences up to this one count as none.
+        out: Folder of the forks.
+
+    Raises:
+        ConfigError: A change is wrong, or the checkpoint is not one to fork from.
+        DataError: The run has no log.
+    """
+    logged = read_run(find_log(run), run.name)
+    given, others, problems = split(words, KEYS)
+    problems += [f"command line: found {word!r}, wanted flags after {run}@{step}" for word in others]
+    own = (*SET_HERE, "seed", "warmup_iters")
+    problems += [f"command line: {one.name} is set by the race" for one in given if one.name in own]
+    changes, wrong = parse_changes(alternatives(vary), (*own, "max_iters"), "the race")
+    problems += wrong + ([] if vary else ["command line: found no --vary, wanted one, such as learning_rate=1e-3,2e-3"])
+    if problems:
+        raise mistakes(problems)
+    base = _flags_of(logged.config)
+    argv = (*base, *(f"--{one.name}={one.value}" for one in given))
+    config = command_line.resolve(argv).config
+    end = config.train.max_iters if any(one.name == "max_iters" for one in given) else step + max(2, step // 2)
+    _check(logged.config, run, step, end)
+    arms = [ForkArm(CONTROL, argv, config)]
+    for change in changes:
+        name, flags = change_text(change), tuple(f"--{key}={value}" for key, value in change.items())
+        try:
+            changed = command_line.resolve((*argv, *flags)).config
+        except ConfigError as error:
+            problems += [f"--vary {name}: {line.removeprefix('command line: ')}" for line in error.problems]
+            continue
+        same = next((arm.name for arm in arms if not differing_keys(arm.config.flat(), changed)), None)
+        if same is not None:
+            problems.append(f"--vary {name}: the same configuration as {same}")
+        elif changed.tokens_per_iter != config.tokens_per_iter:
+            problems.append(f"--vary {name}: found another number of tokens an iteration, wanted the same data")
+        arms.append(ForkArm(name, (*argv, *flags), changed))
+    if problems:
+        raise mistakes(problems)
+    return Forks(run, step, end, tuple(arms), pairs, tolerance, out)
+
+
+def _flags_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the flags that give a logged configuration."""
+    kept = {key: value for key, value in values.items() if key in KEYS and key not in _OF_THE_RUN}
+    kept |= {key: values[key] for key in ("seed", "warmup_iters") if key in values}
+    return tuple(f"--{key}={'none' if value is None else value}" for key, value in kept.items() if value != "")
+
+
+def _check(values: Mapping[str, Any], run: Path, step: int, end: int) -> None:
+    """Checks that a checkpoint is there, and that its learning rate is the peak.
+
+    Raises:
+        ConfigError: It cannot be forked.
+    """
+    steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        near = f"; nearest: {run}@{min(steps, key=lambda one: abs(one - step))}" if steps else ""
+        raise ConfigError(f"{run}: found no checkpoint of iteration {step}, wanted one of {there}{near}")
+    schedule, warmup = values.get("lr_schedule"), values.get("warmup_iters") or 0
+    last = values.get("lr_decay_iters") or values.get("max_iters") or step
+    start = last if schedule == "constant" else round(last * (1 - (values.get("wsd_decay_fraction") or 0)))
+    if schedule not in ("constant", "wsd") or not warmup <= step <= start:
+        raise ConfigError(
+            f"{run}@{step}: found lr_schedule = {schedule}, where the rate of iteration {step} is not the peak; wanted "
+            "a checkpoint of a run with lr_schedule = wsd or constant, after its warm-up and before its decay"
+        )
+    if end <= step + 1:
+        raise ConfigError(
+            f"max_iters: found {end}, wanted more than {step + 1}: forks begin at {step}; nearest: {step + step // 2}"
+        )
