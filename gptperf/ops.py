@@ -21,6 +21,7 @@ OPS = {
     "swiglu": "gptperf.kernels.swiglu",
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
+    "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 
@@ -40,6 +41,7 @@ class Ops:
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     adamw: Callable[..., None]
+    symmetric_matmul: Callable[..., Any]
     chosen: dict[str, str]
     """Op name -> "eager" or "triton"."""
     reasons: dict[str, str]

@@ -156,6 +156,13 @@ def _only_fsdp(c: _Values, key: str) -> str | None:
     return f"{key} = true applies to FSDP only, but use_fsdp = false; nearest: {key} = false"
 
 
+def _only_muon(c: _Values, key: str, off: object) -> str | None:
+    if c[key] == off or c["optimizer"] == "muon":
+        return None
+    near = f"nearest: {key} = false" if off is False else f"nearest: no {key}"
+    return f"{key} = {str(c[key]).lower()} applies to Muon only, but optimizer = {c['optimizer']!r}; {near}"
+
+
 def _profile(c: _Values) -> str | None:
     if not c["profile"]:
         return None
@@ -207,6 +214,10 @@ def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
     return Rule(("attention_backend", key), check, _set(attention_backend="sdpa"))
 
 
+def _muon_rule(key: str, off: object) -> Rule:
+    return Rule((key, "optimizer"), partial(_only_muon, key=key, off=off), _set(**{key: off}))
+
+
 RULES: tuple[Rule, ...] = (
     Rule(("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
     Rule(("n_kv_head", "n_head"), _kv_heads),
@@ -222,6 +233,7 @@ RULES: tuple[Rule, ...] = (
     _masked_rule("norm_position", "documents"),
     _masked_rule("position_encoding", "documents"),
     Rule(("min_lr", "learning_rate", "lr_schedule"), _min_lr, {"min_lr": lambda c: c["learning_rate"]}),
+    *(_muon_rule(key, off) for key, off in (("muon_lr", None), ("normuon", False), ("cautious_weight_decay", False))),
     Rule(("kernels", "device"), _triton_on_cpu, _set(kernels="auto", device="auto")),
     # The strategies compute the same numbers, so one that is asked for replaces the other.
     Rule(("use_zero1", "use_fsdp"), _both_shardings, _set(use_zero1=False, use_fsdp=False)),

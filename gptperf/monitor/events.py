@@ -54,6 +54,7 @@ class StartupInfo(TypedDict, total=False):
     """Number of sequences per iteration: batch_size * gradient_accumulation_steps."""
     tokens_per_iter: int
     max_iters: int
+    optimizer: str
     learning_rate: float
     min_lr: float
     lr_schedule: str
