@@ -60,12 +60,12 @@ def build_engine(config: Config, process: Process) -> Engine:
     """
     dtype = build.DTYPES[config.system.compute_dtype]
     ops = resolve_ops(config.system.kernels, process.device.type)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
+    whole = config.optimizer.optimizer == "muon"
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, muon=whole))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
-    whole = config.optimizer.optimizer == "muon"
     weights = make_weights(model, config.system, process, single, packed_rows(model) if whole else None)
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)

@@ -72,6 +72,22 @@ def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
     return held
 
 
+def overflowing(gradient: Tensor) -> Tensor:
+    """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
+    return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
+
+
+def _counting(found: list[int]) -> Any:
+    """Appends the number of matrices to a list whenever a batch of them is orthogonalized."""
+    original = muon.orthogonalize
+
+    def orthogonalize(x: Tensor, *others: Any) -> Tensor:
+        found.append(len(x))
+        return original(x, *others)
+
+    return mock.patch.object(muon, "orthogonalize", orthogonalize)
+
+
 def _save(engine: Engine, process: Process, folder: Path, step: int) -> None:
     """Saves a step in the background, while training changes the weights."""
     saver = Saver(folder, 3, process)
@@ -106,22 +122,14 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     held = _watch_what_is_held(engine.weights)
     scales, pairs, orthogonalized = list[float](), list[int](), list[int]()
 
-    def overflowing(gradient: Tensor) -> Tensor:
-        """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
-        return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
-
-    original = muon.orthogonalize
-
-    def orthogonalize(x: Tensor, *others: Any) -> Tensor:
-        orthogonalized.append(len(x))
-        return original(x, *others)
-
     for step in range(first, last):
         if step == case.get("overflow"):
             engine.model.lm_head.weight.register_hook(overflowing)
         scales.append(engine.scaler.get_scale())
-        counted = mock.patch.object(muon, "orthogonalize", orthogonalize)
-        with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather, counted:
+        with (
+            mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather,
+            _counting(orthogonalized),
+        ):
             result = train_step(engine, data, step, watched=True)
         gathers.append(gather.call_count)
         losses.append(process.mean(result.loss.clone()).item())
