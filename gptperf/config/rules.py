@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gptperf import registry
+from gptperf.config.fork import fork_of
 from gptperf.errors import nearest
 
 __all__ = ["RULES", "Problem", "Rule", "combination_problems"]
@@ -189,11 +190,24 @@ def _overwrite_resume(c: _Values) -> str | None:
 
 
 def _init_from(c: _Values) -> str | None:
-    words = ("scratch", "resume", "auto")
+    words, fork = ("scratch", "resume", "auto"), fork_of(c["init_from"])
+    if fork is not None:
+        return fork.problem()
     if c["init_from"] in words or os.path.exists(c["init_from"]):
         return None
     near = nearest(c["init_from"], words)
-    return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{near}"
+    wanted = "scratch, resume, auto, the path of a run or checkpoint, or RUN@STEP"
+    return f"found {c['init_from']!r}, wanted {wanted}{near}"
+
+
+def _fork_length(c: _Values) -> str | None:
+    fork = fork_of(c["init_from"])
+    if fork is None or fork.step < c["max_iters"]:
+        return None
+    return (
+        f"init_from = {c['init_from']!r} begins after iteration {fork.step}, so max_iters = {c['max_iters']} leaves "
+        f"nothing to train; nearest max_iters: {fork.step + 1}"
+    )
 
 
 def _not_empty(c: _Values, key: str) -> str | None:
@@ -247,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     # `overwrite` moves checkpoints aside, it deletes none.
     Rule(("overwrite", "init_from"), _overwrite_resume, _set(overwrite=False, init_from="scratch")),
     Rule(("init_from",), _init_from),
+    Rule(("init_from", "max_iters"), _fork_length),
     *(Rule((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
 )
 """Every rule. A rule whose value another rule may change comes after it."""

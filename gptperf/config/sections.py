@@ -221,7 +221,8 @@ class TrainConfig(_Section):
     keep_checkpoints: Annotated[int, Range(1, 10**6)] = 3
     """Number of newest checkpoints to keep; the best one is kept too."""
     init_from: str = "scratch"
-    """scratch, resume, auto (resume if there is a checkpoint), or the path of a run or checkpoint to start from."""
+    """scratch, resume, auto (resume if there is a checkpoint), the path of a run or checkpoint whose weights to start
+    from, or RUN@STEP: a fork, which continues another run from a checkpoint with the keys that are given."""
     out_dir: str = "out"
     """Folder for the logs and checkpoints of the run."""
     overwrite: bool = False
