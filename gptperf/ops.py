@@ -21,13 +21,17 @@ OPS = {
     "swiglu": "gptperf.kernels.swiglu",
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
+    "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 
 MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
 """Versions with which every GPU figure was measured; `constraints-gpu.txt` pins the same pair."""
 
-_OLDEST_CAPABILITY = (7, 0)
+_OLDEST_CAPABILITY = {"symmetric_matmul": (8, 0)}
+"""Oldest compute capability that an op runs on, if it is not `_OLDEST`: Triton multiplies with the tensor cores of 8.0
+and later."""
+_OLDEST = (7, 0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Ops:
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     adamw: Callable[..., None]
+    symmetric_matmul: Callable[..., Any]
     chosen: dict[str, str]
     """Op name -> "eager" or "triton"."""
     reasons: dict[str, str]
@@ -63,7 +68,7 @@ def resolve_ops(kernels: str, device_type: str) -> Ops:
     for op, module in OPS.items():
         if kernels == "eager":
             continue
-        reason = _why_not_triton(device_type)
+        reason = _why_not_triton(device_type, _OLDEST_CAPABILITY.get(op, _OLDEST))
         if reason is None:
             chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
         else:
@@ -91,8 +96,13 @@ def _refuse(kernels: str, reasons: dict[str, str]) -> None:
         raise DeviceError(f"kernels = 'triton' is not available: {causes}. Use kernels = 'auto' or 'eager'.")
 
 
-def _why_not_triton(device_type: str) -> str | None:
-    """Returns why Triton cannot run on this device, or None where it can."""
+def _why_not_triton(device_type: str, oldest: tuple[int, int]) -> str | None:
+    """Returns why Triton cannot run an op on this device, or None where it can.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        oldest: oldest compute capability that the op runs on.
+    """
     if device_type != "cuda":
         return f"Triton needs a CUDA GPU, and the device is {device_type}"
     if importlib.util.find_spec("triton") is None:
@@ -101,8 +111,9 @@ def _why_not_triton(device_type: str) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST_CAPABILITY:
-        return f"Triton needs compute capability 7.0 or higher, and this GPU has {capability[0]}.{capability[1]}"
+    if capability < oldest:
+        wanted, found = (".".join(map(str, pair)) for pair in (oldest, capability))
+        return f"Triton needs compute capability {wanted} or higher, and this GPU has {found}"
     return None
 
 

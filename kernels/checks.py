@@ -6,7 +6,8 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_triton"]
+__all__ = ["check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu"]
+__all__ += ["check_symmetric_matmul", "check_triton"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -142,6 +143,24 @@ def check_adamw(
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted (6,) torch.float32, contiguous")
     if scalars.device != master.device:
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted them on {master.device}")
+
+
+def check_symmetric_matmul(x: Tensor, add: Tensor | None) -> None:
+    """Checks the arguments of symmetric_matmul.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    op = "symmetric_matmul"
+    if x.dtype not in FLOATS or x.dim() != 3 or not x.is_contiguous():
+        wanted = "(B, M, K) in a floating-point dtype, contiguous"
+        raise ValueError(f"{op}: found x {_describe(x)} with strides {x.stride()}, wanted {wanted}")
+    square = (x.shape[0], x.shape[1], x.shape[1])
+    if add is not None and (
+        add.shape != square or add.dtype != x.dtype or add.device != x.device or not add.is_contiguous()
+    ):
+        wanted = f"{square} {x.dtype} on {x.device}, contiguous"
+        raise ValueError(f"{op}: found add {_describe(add)} with strides {add.stride()}, wanted {wanted}")
 
 
 def check_triton(op: str, x: Tensor) -> None:

@@ -18,7 +18,7 @@ __all__ = ["ceil_div", "launch", "power_of_2", "register"]
 
 _library = torch.library.Library("gptperf", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_COMPILER_OPTIONS = ("num_warps", "maxnreg")
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 """Constants of a launch that go to Triton's compiler and not to the kernel."""
 _registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bias_grad", "dgrad", "linear", "operand_dtype", "wgrad"]
+__all__ = ["add_product", "bias_grad", "dgrad", "linear", "operand_dtype", "wgrad"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -74,6 +74,18 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -
 def bias_grad(dy: Tensor) -> Tensor:
     """Returns db `(N,)`, the sum of dy `(..., N)` over all rows."""
     return _rows(dy).sum(0)
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """Returns beta x + alpha a b for each matrix of a batch, which an optimizer of whole matrices needs.
+
+    Args:
+        x: `(B, M, N)`; ignored if `beta` is 0.
+        a: `(B, M, K)`.
+        b: `(B, K, N)`.
+        beta, alpha: factors.
+    """
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

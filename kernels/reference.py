@@ -8,10 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptperf.kernels.checks import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
-from gptperf.kernels.linear import linear
+from gptperf.kernels.checks import (
+    check_adamw,
+    check_linear_cross_entropy,
+    check_norm,
+    check_rope,
+    check_swiglu,
+    check_symmetric_matmul,
+)
+from gptperf.kernels.linear import add_product, linear
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
+__all__ += ["symmetric_matmul"]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -234,6 +242,27 @@ def adamw(
         master.copy_(torch.where(keep, w, master))
     if compute is not None:
         compute.copy_(master)
+
+
+def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Returns alpha x x^T + beta add for each matrix of a batch; both terms are symmetric, and so is the result.
+
+    If x itself is symmetric, x x^T is its square, so that x and `add` = x give beta x + alpha x^2.
+
+    Args:
+        x: `(B, M, K)`, contiguous.
+        add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
+        alpha, beta: factors.
+
+    Returns:
+        `(B, M, M)` in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    check_symmetric_matmul(x, add)
+    nothing = x.new_zeros(()) if add is None else add
+    return add_product(nothing, x, x.mT, 0.0 if add is None else beta, alpha)
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from gptperf import flops
 from gptperf.cards import FP32_BYTES, element_bytes
 from gptperf.config import Config
+from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 
 __all__ = ["optimizer_bytes", "serial_ms"]
@@ -26,9 +27,8 @@ def optimizer_bytes(config: Config) -> int:
     size = element_bytes(config.system.weight_copy_dtype)
     conversion, copy = (0, 0) if size == FP32_BYTES else (size + FP32_BYTES, size)
     norm = FP32_BYTES
-    return flops.parameters(config.model).total * (
-        conversion + norm + optimizer_of(config.optimizer).update_bytes(copy)
-    )
+    count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model)
+    return count * (conversion + norm) + optimizer_of(config.optimizer).update_bytes(count, hidden.elements, copy)
 
 
 def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:

@@ -40,7 +40,7 @@ MANUAL = AttentionBackend(kept_score_matrices=2, windows=True, documents=True)
 
 def projections(C: int, KD: int) -> tuple[Matmul, Matmul]:
     """Returns the packed projection to queries, keys and values, and the output projection."""
-    return Matmul("qkv", C + 2 * KD, C), Matmul("out", C, C)
+    return Matmul("qkv", C + 2 * KD, C, (C, KD, KD)), Matmul("out", C, C)
 
 
 def causal_pairs(T: int, window: int) -> int:

@@ -64,7 +64,7 @@ class SwiGLU(FFN):
         return -(-8 * C // (3 * multiple)) * multiple
 
     def matmuls(self, C: int, F: int) -> tuple[Matmul, ...]:
-        return Matmul("ffn_gate_up", 2 * F, C), Matmul("ffn_out", C, F)
+        return Matmul("ffn_gate_up", 2 * F, C, (F, F)), Matmul("ffn_out", C, F)
 
     def moved(self, F: int) -> Moved:
         return Moved(3 * F, 6 * F)  # backward writes the product again, for the gradient of the down projection

@@ -4,32 +4,82 @@ from dataclasses import dataclass
 
 from gptperf.cards.quantities import FP32_BYTES
 
-__all__ = ["OPTIMIZERS", "Optimizer"]
+__all__ = ["OPTIMIZERS", "Muon", "Optimizer"]
+
+_MUON_STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """An optimizer that updates float32 master weights in one pass."""
+    """AdamW, which updates float32 master weights in one pass."""
 
-    states: int
+    states: int = 2
     """Number of float32 state tensors, each with the size of the weights."""
 
-    def state_bytes(self, parameters: int) -> int:
-        """Returns the bytes of the states of this number of parameters."""
+    def state_bytes(self, parameters: int, hidden: int = 0, rows: int = 0) -> int:
+        """Returns the bytes of the states.
+
+        Args:
+            parameters: number of all parameters.
+            hidden: those of the matrices of the blocks.
+            rows: rows of these matrices.
+        """
         return FP32_BYTES * self.states * parameters
 
-    def update_bytes(self, copy_bytes: int) -> int:
-        """Returns the bytes that one update moves per parameter.
+    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
+        """Returns the bytes that one update moves.
 
         The update reads gradient, weight and states, and writes weight, states and the copy of the weight in the
         compute dtype.
 
         Args:
+            parameters: number of all parameters.
+            hidden: those of the matrices of the blocks.
             copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
         """
         read, written = 2 + self.states, 1 + self.states
-        return FP32_BYTES * (read + written) + copy_bytes
+        return parameters * (FP32_BYTES * (read + written) + copy_bytes)
+
+    def flops(self, rows: int, columns: int, halved: bool) -> int:
+        """Returns the FLOPs of the matrix products that update one matrix of a block; none here."""
+        return 0
 
 
-OPTIMIZERS: dict[str, Optimizer] = {"adamw": Optimizer(states=2)}
+@dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Muon for the hidden matrices, which has one state; AdamW for the rest."""
+
+    row_states: int = 0
+    """Number of float32 numbers for each row of a hidden matrix."""
+
+    def state_bytes(self, parameters: int, hidden: int = 0, rows: int = 0) -> int:
+        return super().state_bytes(parameters - hidden) + FP32_BYTES * (hidden + self.row_states * rows)
+
+    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
+        """Returns the bytes besides those of the matrix products.
+
+        Momentum reads gradient and state, and writes the state. The update reads and writes the weight. Between the two
+        the momentum is written, gathered in batches, scattered back and read, in the dtype of the copy; NorMuon gathers
+        and scatters once more. Then the copy is written.
+        """
+        scratch = copy_bytes or FP32_BYTES
+        passes = 6 + (4 if self.row_states else 0)
+        own = hidden * (5 * FP32_BYTES + passes * scratch + copy_bytes)
+        return super().update_bytes(parameters - hidden, 0, copy_bytes) + own
+
+    def flops(self, rows: int, columns: int, halved: bool) -> int:
+        """Returns the FLOPs of the matrix products that update one matrix of a block.
+
+        With M the smaller and N the larger side, each of five steps computes A = X X^T, B = b A + c A^2 and B X.
+
+        Args:
+            rows, columns: shape of the matrix; those in packed weights count one by one.
+            halved: whether only half of a symmetric product is computed, as the Triton op does.
+        """
+        M, N = sorted((rows, columns))
+        symmetric = M * (M + 1) if halved else 2 * M * M
+        return _MUON_STEPS * (symmetric * (N + M) + 2 * M * M * N)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {"adamw": Optimizer(), "muon": Muon(), "normuon": Muon(row_states=1)}
 """Optimizer name -> card."""

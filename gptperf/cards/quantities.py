@@ -37,11 +37,18 @@ class Matmul(NamedTuple):
     """Columns of the result."""
     into: int
     """Columns of the input."""
+    packed: tuple[int, ...] = ()
+    """Rows of the matrices that are packed in the weight; empty if it is one matrix."""
 
     @property
     def weight(self) -> int:
         """Number of elements of the weight."""
         return self.out * self.into
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Rows of each matrix in the weight."""
+        return self.packed or (self.out,)
 
 
 class Moved(NamedTuple):

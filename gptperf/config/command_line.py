@@ -13,6 +13,7 @@ from typing import Any
 from gptperf import registry
 from gptperf.config.config_files import is_config, read_file, wrong_word
 from gptperf.config.flags import COMMAND_LINE, Given, Taken, check, split, stray
+from gptperf.config.fork import fork_of, parent_config
 from gptperf.config.precedence import Layered
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
@@ -53,6 +54,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | Non
     _load_plugins(flags, problems)
     sources = [list(read_file(path, problems)) for path in files]
     sources.append(flags)
+    sources.insert(0, _parent_values([given for source in sources for given in source], problems))
     checked = [[(one.name, _check(one, own, problems, command)) for one in source] for source in sources]
     layered = _overlay([[given for _, given in source if given is not None] for source in checked])
     # A wrong value counts even if a lower layer has a valid one: rules must not judge a value that the user overrode.
@@ -103,6 +105,30 @@ def _load_plugins(flags: Iterable[Given], problems: list[str]) -> None:
                 registry.load_plugins(given.value)
             except ConfigError as error:
                 problems.append(f"{COMMAND_LINE}: {error}")
+
+
+_NOT_OF_A_PARENT = frozenset({"init_from", "overwrite", "out_dir", "plugins", "debug", "profile", "wandb_run_name"})
+"""Keys whose values a fork does not take from its parent."""
+
+
+def _parent_values(given: Sequence[Given], problems: list[str]) -> list[Given]:
+    """Returns the values of the run that a fork continues, which are the lowest layer of its own; else an empty list.
+
+    Args:
+        given: the values of all files and flags, the lowest first.
+        problems: list to which a line is appended if the checkpoint does not hold a configuration.
+    """
+    chosen = [one.value for one in given if one.name == "init_from" and isinstance(one.value, str)]
+    fork = fork_of(chosen[-1]) if chosen else None
+    if fork is None or fork.problem() is not None:  # a rule reports the problem
+        return []
+    try:
+        values = parent_config(fork)
+    except (OSError, ValueError) as error:
+        problems.append(f"init_from: {error}; wanted an intact checkpoint")
+        return []
+    taken = {key: value for key, value in values.items() if key in KEYS and value is not None}
+    return [Given(key, value, str(fork.path)) for key, value in taken.items() if key not in _NOT_OF_A_PARENT]
 
 
 def _overlay(sources: Sequence[Sequence[Given]]) -> Layered:

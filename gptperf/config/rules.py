@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gptperf import registry
+from gptperf.config.fork import fork_of
 from gptperf.errors import nearest
 
 __all__ = ["RULES", "Problem", "Rule", "combination_problems"]
@@ -156,6 +157,13 @@ def _only_fsdp(c: _Values, key: str) -> str | None:
     return f"{key} = true applies to FSDP only, but use_fsdp = false; nearest: {key} = false"
 
 
+def _only_muon(c: _Values, key: str, off: object) -> str | None:
+    if c[key] == off or c["optimizer"] == "muon":
+        return None
+    near = f"nearest: {key} = false" if off is False else f"nearest: no {key}"
+    return f"{key} = {str(c[key]).lower()} applies to Muon only, but optimizer = {c['optimizer']!r}; {near}"
+
+
 def _profile(c: _Values) -> str | None:
     if not c["profile"]:
         return None
@@ -182,11 +190,24 @@ def _overwrite_resume(c: _Values) -> str | None:
 
 
 def _init_from(c: _Values) -> str | None:
-    words = ("scratch", "resume", "auto")
+    words, fork = ("scratch", "resume", "auto"), fork_of(c["init_from"])
+    if fork is not None:
+        return fork.problem()
     if c["init_from"] in words or os.path.exists(c["init_from"]):
         return None
     near = nearest(c["init_from"], words)
-    return f"found {c['init_from']!r}, wanted scratch, resume, auto or the path of a run or checkpoint{near}"
+    wanted = "scratch, resume, auto, the path of a run or checkpoint, or RUN@STEP"
+    return f"found {c['init_from']!r}, wanted {wanted}{near}"
+
+
+def _fork_length(c: _Values) -> str | None:
+    fork = fork_of(c["init_from"])
+    if fork is None or fork.step < c["max_iters"]:
+        return None
+    return (
+        f"init_from = {c['init_from']!r} begins after iteration {fork.step}, so max_iters = {c['max_iters']} leaves "
+        f"nothing to train; nearest max_iters: {fork.step + 1}"
+    )
 
 
 def _not_empty(c: _Values, key: str) -> str | None:
@@ -207,6 +228,10 @@ def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
     return Rule(("attention_backend", key), check, _set(attention_backend="sdpa"))
 
 
+def _muon_rule(key: str, off: object) -> Rule:
+    return Rule((key, "optimizer"), partial(_only_muon, key=key, off=off), _set(**{key: off}))
+
+
 RULES: tuple[Rule, ...] = (
     Rule(("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
     Rule(("n_kv_head", "n_head"), _kv_heads),
@@ -222,6 +247,7 @@ RULES: tuple[Rule, ...] = (
     _masked_rule("norm_position", "documents"),
     _masked_rule("position_encoding", "documents"),
     Rule(("min_lr", "learning_rate", "lr_schedule"), _min_lr, {"min_lr": lambda c: c["learning_rate"]}),
+    *(_muon_rule(key, off) for key, off in (("muon_lr", None), ("normuon", False), ("cautious_weight_decay", False))),
     Rule(("kernels", "device"), _triton_on_cpu, _set(kernels="auto", device="auto")),
     # The strategies compute the same numbers, so one that is asked for replaces the other.
     Rule(("use_zero1", "use_fsdp"), _both_shardings, _set(use_zero1=False, use_fsdp=False)),
@@ -235,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     # `overwrite` moves checkpoints aside, it deletes none.
     Rule(("overwrite", "init_from"), _overwrite_resume, _set(overwrite=False, init_from="scratch")),
     Rule(("init_from",), _init_from),
+    Rule(("init_from", "max_iters"), _fork_length),
     *(Rule((key,), partial(_not_empty, key=key)) for key in ("out_dir", "data_dir", "dataset")),
 )
 """Every rule. A rule whose value another rule may change comes after it."""

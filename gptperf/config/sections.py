@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from gptperf import registry
 from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
+from gptperf.config.notes import notes_on
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
@@ -163,8 +164,10 @@ class DataConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Section):
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for embeddings, lm_head, norms and biases."""
     learning_rate: Annotated[float, Range(0, exclude_low=True)] = 6e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Range(0)] = 6e-5
@@ -178,13 +181,21 @@ class OptimizerConfig(_Section):
     wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.2
     """Fraction of lr_decay_iters over which wsd decays."""
     weight_decay: Annotated[float, Range(0)] = 0.1
-    """Weight decay of AdamW; applies to matrices only."""
+    """Weight decay, times the learning rate; applies to matrices only."""
     beta1: Annotated[float, Range(0, 1, exclude_high=True)] = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: Annotated[float, Range(0, 1, exclude_high=True)] = 0.95
     """Decay rate of AdamW's second moment."""
     adam_eps: Annotated[float, Range(0, exclude_low=True)] = 1e-8
     """Epsilon of AdamW."""
+    muon_lr: Annotated[float, Range(0, exclude_low=True)] | None = None
+    """Peak learning rate of Muon, which follows the same schedule; default: learning_rate, which serves both."""
+    muon_momentum: Annotated[float, Range(0, 1, exclude_high=True)] = 0.95
+    """Nesterov momentum of Muon."""
+    normuon: bool = False
+    """Divide each row of Muon's update by the root of its mean square, averaged with beta2 (NorMuon)."""
+    cautious_weight_decay: bool = False
+    """Muon decays only the weights that its update moves towards zero."""
     grad_clip: Annotated[float, Range(0)] = 1.0
     """Maximum global norm of the gradients; 0 disables clipping."""
 
@@ -210,7 +221,8 @@ class TrainConfig(_Section):
     keep_checkpoints: Annotated[int, Range(1, 10**6)] = 3
     """Number of newest checkpoints to keep; the best one is kept too."""
     init_from: str = "scratch"
-    """scratch, resume, auto (resume if there is a checkpoint), or the path of a run or checkpoint to start from."""
+    """scratch, resume, auto (resume if there is a checkpoint), the path of a run or checkpoint whose weights to start
+    from, or RUN@STEP: a fork, which continues another run from a checkpoint with the keys that are given."""
     out_dir: str = "out"
     """Folder for the logs and checkpoints of the run."""
     overwrite: bool = False
@@ -347,31 +359,7 @@ class Config:
 
     def notes(self) -> list[str]:
         """Returns a line for each choice that is valid but may surprise."""
-        lines = []
-        end = self.optimizer.lr_decay_iters or self.train.max_iters
-        if self.optimizer.warmup_iters >= end:
-            lines.append(
-                f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations), so "
-                "the learning rate never reaches its peak"
-            )
-        model = self.model
-        if model.own_activation is not None and model.activation != KEYS["activation"].default:
-            applied = f"ffn_type = {model.ffn_type!r} applies {model.own_activation}"
-            lines.append(f"activation = {model.activation!r} has no effect: {applied}")
-        if model.arch_preset == "gpt2" and model.norm_position == "post":
-            lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
-        if self.data.document_mask:
-            lines.append(
-                "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "
-                "document; a log line counts those of its batches"
-            )
-        masked = self.data.document_mask or min(model.windows) < model.block_size
-        card = registry.card("attention_backend", model.attention_backend)
-        dense = card is not None and card.kept_mask(model.block_size, model.dropout > 0) > 0
-        if masked and dense and self.system.device != "cpu":
-            why = "dropout > 0" if model.dropout else f"block_size = {model.block_size} is not a multiple of 128"
-            lines.append(f"{why}: masks have block_size x block_size elements, because FlexAttention does not run")
-        return lines
+        return notes_on(self.flat(), self.model.windows, KEYS["activation"].default)
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}

@@ -50,7 +50,10 @@ _KEYS = {
     "warmup_iters": "warmup lr_warmup warmup_steps warmup_ratio lr_warmup_iters lr_warmup_steps num_warmup_steps",
     "lr_decay_iters": "lr_decay_steps decay_steps decay_iters",
     "wsd_decay_fraction": "decay_ratio decay_fraction cooldown cooldown_fraction",
+    "optimizer": "optim optimizer_type optimizer_name opt",
     "weight_decay": "wd decay l2",
+    "muon_lr": "matrix_lr muon_learning_rate",
+    "cautious_weight_decay": "cautious cwd",
     "beta1": "adam_beta1 b1 momentum betas",
     "beta2": "adam_beta2 b2",
     "adam_eps": "eps epsilon adam_epsilon",
@@ -228,11 +231,10 @@ def near_key(name: str, keys: Iterable[str]) -> str:
     `model.n_layer` and `training.steps` are read as their last word. `no_KEY` means `KEY=false`.
     """
     keys = list(keys)
-    word = name.lower().replace("-", "_")
+    word = name.lower().replace("-", "_").rpartition(".")[2]
     for prefix in ("no_", "disable_"):
         if word.removeprefix(prefix) in keys and word != word.removeprefix(prefix):
             return f"; nearest: {word.removeprefix(prefix)}=false"
-    near = nearest(word, keys, KEY_SYNONYMS)
     if word in _ADVICE and not any(key in keys for key in KEY_SYNONYMS.get(word, ())):
         return f"; {_ADVICE[word]}"
-    return near or (near_key(word.rpartition(".")[2], keys) if "." in word else "")
+    return nearest(word, keys, KEY_SYNONYMS)

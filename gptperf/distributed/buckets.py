@@ -26,9 +26,8 @@ ALIGN = 64
 class BucketGroup(Enum):
     """The kind of parameters in a bucket. All parameters of a bucket are of one group.
 
-    The group decides how the parameters of a bucket are trained and stored, and `make_optimizer` chooses the optimizer
-    by it. An optimizer that works on whole matrices would need shards that are cut between matrices; that would be a
-    further property here, which `Replicated._lay_out` reads.
+    The group decides how the parameters of a bucket are trained and stored. Muon updates the hidden matrices, and the
+    shards of their buckets are then cut between matrices (`gptperf.distributed.matrices`).
     """
 
     HIDDEN = "hidden matrix"
@@ -152,7 +151,7 @@ def gaps(places: Iterable[Place], numel: int) -> Iterator[tuple[int, int]]:
         yield at, numel
 
 
-def by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
+def by_size(parameters: dict[str, nn.Parameter], numel: int, hidden_numel: int = 0) -> Iterator[list[str]]:
     """Splits parameters into buckets of about `numel` elements.
 
     Buckets follow the order in which backward produces gradients, the last layer first. So the first bucket is full
@@ -161,12 +160,14 @@ def by_size(parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[st
     Args:
         parameters: by name, in the order of the model.
         numel: elements at which a bucket is closed.
+        hidden_numel: the same for hidden matrices, if it is more.
 
     Yields:
         The names of each bucket.
     """
-    for _, names in itertools.groupby(reversed(parameters), key=lambda name: group_of(name, parameters[name])):
-        yield from join_units([[name] for name in names], parameters, numel)
+    for group, names in itertools.groupby(reversed(parameters), key=lambda name: group_of(name, parameters[name])):
+        least = max(numel, hidden_numel) if group is BucketGroup.HIDDEN else numel
+        yield from join_units([[name] for name in names], parameters, least)
 
 
 def join_units(units: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:

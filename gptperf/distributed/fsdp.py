@@ -25,7 +25,7 @@ collective in `Pending.wait`. So it is safe
   progress (`_drop` does this), which would otherwise write into memory that already has another use.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -49,7 +49,7 @@ class FullySharded(Sharded):
     under ZeRO-1.
 
     Args:
-        model, compute_dtype, collectives: see `Sharded`.
+        model, compute_dtype, collectives, packed: see `Sharded`.
         min_num_params: a block with fewer parameters shares a bucket with the next blocks.
         reduce_once: keep whole gradients between micro-batches and reduce them in the last one. This costs 4 bytes per
             parameter and saves communication.
@@ -63,6 +63,7 @@ class FullySharded(Sharded):
         compute_dtype: torch.dtype,
         collectives: Collectives,
         *,
+        packed: Mapping[str, tuple[int, ...]] | None = None,
         min_num_params: int = 0,
         reduce_once: bool = False,
         gather_once: bool = False,
@@ -70,7 +71,7 @@ class FullySharded(Sharded):
         self.min_num_params, self.reduce_once, self.gather_once = min_num_params, reduce_once, gather_once
         self._arriving: list[Pending] = []  # reduce-scatters in progress, oldest first
         self._with_gradient: set[Bucket] = set()  # buckets whose shard already has a gradient of this step
-        super().__init__(model, compute_dtype, collectives)
+        super().__init__(model, compute_dtype, collectives, packed=packed)
         for bucket in self.buckets:
             self._drop(bucket)
 
@@ -82,7 +83,7 @@ class FullySharded(Sharded):
         blocks = [names for unit, names in units.items() if unit.startswith("blocks.")]
         others = {unit: names for unit, names in units.items() if not unit.startswith("blocks.")}
         yield from (names for unit, names in others.items() if unit in ("norm", "lm_head"))
-        yield from join_units(blocks, matrices, self.min_num_params)
+        yield from join_units(blocks, matrices, max(self.min_num_params, self._hidden_numel(matrices)))
         yield from (names for unit, names in others.items() if unit not in ("norm", "lm_head"))
 
     def _shards(self, group: BucketGroup) -> bool:

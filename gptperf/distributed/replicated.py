@@ -15,7 +15,8 @@ One step, as `train_step` drives it:
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -23,24 +24,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gptperf.distributed.access import Access
 from gptperf.distributed.buckets import (
     ALIGN,
     BUCKET_NUMEL,
     Bucket,
     BucketGroup,
     Layout,
-    Piece,
     Place,
     by_size,
     gaps,
     group_of,
 )
 from gptperf.distributed.collectives import Collectives
+from gptperf.distributed.matrices import cut_between, elements_of
 
 __all__ = ["Replicated"]
 
 
-class Replicated:
+class Replicated(Access):
     """All weights on every rank: a single process, or data parallelism (DDP).
 
     The model's parameters become views of flat buckets. Matrices are copied to the compute dtype; vectors (norm
@@ -56,6 +58,8 @@ class Replicated:
         bucket_numel: elements at which a bucket is closed.
         single: whether every step has one micro-batch. If so, and if the collectives can widen gradients, they travel
             in their own dtype, and the reduction adds them up in float32.
+        packed: for an optimizer of whole matrices, which then updates the hidden matrices: name of each parameter that
+            packs several matrices -> the rows of each. Their buckets are cut between matrices. None: anywhere.
     """
 
     is_sharded = False
@@ -69,14 +73,13 @@ class Replicated:
         *,
         bucket_numel: int = BUCKET_NUMEL,
         single: bool = False,
+        packed: Mapping[str, tuple[int, ...]] | None = None,
     ):
         device = next(model.parameters()).device
         self.collectives = Collectives(1, 0, device) if collectives is None else collectives
-        self.world_size, self.rank = self.collectives.world_size, self.collectives.rank
+        super().__init__(self.collectives.world_size, self.collectives.rank, packed)
         self.compute_dtype = compute_dtype
         self.single = single and self.collectives.widens and self.wire_dtype.itemsize < 4
-        self.places: dict[str, Place] = {}
-        self.buckets: list[Bucket] = []
         self._last_micro_batch = False
         # Number of buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`.
         self._reduced = 0
@@ -95,11 +98,29 @@ class Replicated:
 
     def _split(self, matrices: dict[str, nn.Parameter], bucket_numel: int) -> Iterator[list[str]]:
         """Yields the names of the matrices of each bucket, in the order in which backward reaches them."""
-        return by_size(matrices, bucket_numel)
+        return by_size(matrices, bucket_numel, self._hidden_numel(matrices))
+
+    def _hidden_numel(self, matrices: dict[str, nn.Parameter]) -> int:
+        """Returns the least elements of a bucket that is cut between matrices, or 0 if buckets are cut anywhere.
+
+        A block of a LLaMA has 7 matrices of different sizes. With half as many blocks as ranks, about a tenth of a
+        bucket is padding; with one block for 4 ranks it is 18%, and 44% for 8.
+        """
+        if self.packed is None or self.world_size == 1:
+            return 0
+        blocks: Counter[str] = Counter()
+        for name, parameter in matrices.items():
+            if group_of(name, parameter) is BucketGroup.HIDDEN:
+                blocks[name.split(".")[1]] += parameter.numel()
+        return max(blocks.values(), default=0) * -(-self.world_size // 2)
 
     def _lay_out(self, parameters: dict[str, nn.Parameter]) -> Layout:
         groups = {group_of(name, parameter) for name, parameter in parameters.items()}
         assert len(groups) == 1, f"{sorted(parameters)} are of several groups"
+        if self.packed is not None and groups == {BucketGroup.HIDDEN}:
+            sizes = [elements_of(name, parameter.shape, self.packed) for name, parameter in parameters.items()]
+            offsets, share = cut_between(sizes, self.world_size)
+            return Layout(parameters, groups.pop(), offsets, share * self.world_size)
         offsets, numel = [], 0
         for parameter in parameters.values():
             offsets.append(numel)
@@ -107,9 +128,16 @@ class Replicated:
         unit = ALIGN * self.world_size  # so that every rank has an equal shard, which starts aligned
         return Layout(parameters, groups.pop(), offsets, -(-numel // unit) * unit)
 
+    def _gathers_updates(self, group: BucketGroup) -> bool:
+        """Returns whether each rank computes a share of the updates of a group, which the others gather from it."""
+        return self.packed is not None and group is BucketGroup.HIDDEN and self.world_size > 1
+
     def _reserve(self, layouts: Sequence[Layout]) -> None:
         """Registers the buffers that later collectives use."""
-        numel = {torch.float32: sum(layout.numel for layout in layouts)}
+        numel = Counter({torch.float32: sum(layout.numel for layout in layouts)})
+        for layout in layouts:
+            if self._gathers_updates(layout.group) and self._copied(layout.group):
+                numel[self.compute_dtype] += layout.numel
         self.collectives.reserve(numel, self._borrowed(layouts), self.wire_dtype)
 
     def _borrowed(self, layouts: Sequence[Layout]) -> int:
@@ -157,6 +185,8 @@ class Replicated:
         """
         copied = self._copied(group)
         compute = whole.to(self.compute_dtype) if copied else whole
+        if copied and self._gathers_updates(group):
+            compute = self.collectives.zeros(whole.numel(), self.compute_dtype).copy_(whole)
         master = nn.Parameter(whole, requires_grad=False)
         grad = self.collectives.zeros(whole.numel(), torch.float32)
         return Bucket(names, group, master, grad, compute, compute if copied else None)
@@ -291,6 +321,20 @@ class Replicated:
 
     # Weights: from the master weights to the model, and between ranks.
 
+    def gather_updates(self, flats: Sequence[Tensor]) -> None:
+        """Gives every rank the shares of the updates that the others have computed. Collective.
+
+        Args:
+            flats: buffers of the size of a bucket's `master`, in which this rank has written its share.
+        """
+        if self.world_size == 1:
+            return
+        self.collectives.written()
+        pending = [self.collectives.all_gather(flat, self.collectives.own(flat)) for flat in flats]
+        for gather in pending:
+            gather.wait()
+        self.collectives.finish()  # the weights overwrite the updates next, which other ranks may still pull
+
     def finish_step(self) -> None:
         """Gives the other ranks what the optimizer has updated. Does nothing here: all ranks make the same update."""
 
@@ -313,52 +357,6 @@ class Replicated:
     def gathered(self) -> AbstractContextManager[None]:
         """Returns a context in which a rank may use the model on its own. Collective: every rank must enter."""
         return nullcontext()
-
-    # Access by parameter.
-
-    @property
-    def numel(self) -> int:
-        """Number of parameters of the model; a tied parameter counts once."""
-        return sum(place.shape.numel() for place in self.places.values())
-
-    def gradients(self) -> Iterator[Tensor]:
-        """Yields the flat float32 gradients that the optimizer reads, with zeros in the gaps."""
-        return (bucket.grad if bucket.master.grad is None else bucket.master.grad for bucket in self.buckets)
-
-    def gradient(self, name: str) -> Tensor:
-        """Returns the float32 gradient of a parameter before it is reduced, in the parameter's shape."""
-        place = self.places[name]
-        return place.view(place.bucket.grad)
-
-    def _held(self, bucket: Bucket) -> tuple[int, int]:
-        """Returns the range of a bucket's elements that `master` has."""
-        return 0, bucket.compute.numel()
-
-    def _share_of(self, bucket: Bucket) -> tuple[int, int]:
-        """Returns the range of a bucket's elements that this rank saves: replicas too save one part each."""
-        numel = bucket.compute.numel() // self.world_size
-        return self.rank * numel, (self.rank + 1) * numel
-
-    def pieces(self, values: Callable[[Bucket], Tensor], *, to_save: bool) -> Iterator[Piece]:
-        """Yields the elements of all parameters that this rank has.
-
-        Args:
-            values: returns a bucket's master weights, or a buffer of that size such as an optimizer state.
-            to_save: yield only the elements that this rank saves; the pieces of all ranks then cover each element once.
-        """
-        for bucket in self.buckets:
-            yield from self.pieces_of(bucket, values(bucket), to_save=to_save)
-
-    def pieces_of(self, bucket: Bucket, flat: Tensor, *, to_save: bool = False) -> Iterator[Piece]:
-        """Yields the elements of one bucket's parameters that this rank has; see `pieces`."""
-        begin, end = self._held(bucket)
-        low, high = self._share_of(bucket) if to_save else (begin, end)
-        for name in bucket.names:
-            place = self.places[name]
-            first = max(place.offset, low, begin)
-            last = min(place.offset + place.shape.numel(), high, end)
-            if first < last:
-                yield Piece(name, place.shape, first - place.offset, flat[first - begin : last - begin])
 
 
 def _deliver(weights: "weakref.ref[Replicated]", name: str, parameter: nn.Parameter) -> None:

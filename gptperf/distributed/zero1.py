@@ -11,7 +11,7 @@ that is compiled as one graph cannot announce units, so the stream waits for all
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,8 @@ class Sharded(Replicated):
     Gradients are reduce-scattered during backward, and the updated weights are gathered during the next forward.
 
     Args:
-        model, compute_dtype, collectives, bucket_numel, single: see `Replicated`; the model has `units` and `blocks`.
+        model, compute_dtype, collectives, bucket_numel, single, packed: see `Replicated`; the model has `units` and
+            `blocks`.
         announces: whether the model's forward calls `enter` and `leave`. If not, `finish_step` waits for all gathers.
     """
 
@@ -46,10 +47,11 @@ class Sharded(Replicated):
         *,
         bucket_numel: int = BUCKET_NUMEL,
         single: bool = False,
+        packed: Mapping[str, tuple[int, ...]] | None = None,
         announces: bool = True,
     ):
         self.last_unit = len(getattr(model, "blocks", ())) + 1
-        super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel, single=single)
+        super().__init__(model, compute_dtype, collectives, bucket_numel=bucket_numel, single=single, packed=packed)
         self._gathers: dict[Bucket, Pending] = {}  # gathers that the current stream has not waited for
         self.model, self.announces = model, announces
         self._needs: list[list[Bucket]] = [[] for _ in range(self.last_unit + 1)]  # buckets by unit
@@ -104,6 +106,9 @@ class Sharded(Replicated):
         if self.world_size > 1:
             source = self._fill(bucket) if self._travels(bucket) else bucket.grad
             bucket.reduction = self.collectives.reduce_scatter(self._own(bucket.grad), source)
+
+    def gather_updates(self, flats: Sequence[Tensor]) -> None:
+        """Does nothing: this rank needs the updates of its share alone, and has computed them."""
 
     def _reduced_gradient(self, bucket: Bucket) -> Tensor:
         return self._own(super()._reduced_gradient(bucket))

@@ -7,7 +7,7 @@ from gptperf.cards import Matmul, projections
 from gptperf.config import ModelConfig
 from gptperf.flops.model_cards import ffn_of
 
-__all__ = ["Linear", "biases", "linears", "uncountable_flops", "weights"]
+__all__ = ["Hidden", "Linear", "biases", "hidden_matrices", "linears", "uncountable_flops", "weights"]
 
 _BIASED = ("qkv", "output", "ffn")  # lm_head never has a bias
 
@@ -19,6 +19,23 @@ class Linear(NamedTuple):
     """The part of the model: qkv, output, ffn or lm_head."""
     matmul: Matmul
     times: int
+
+
+class Hidden(NamedTuple):
+    """The matrices of the blocks, those in packed weights one by one."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+    """Rows, columns and number of the matrices of each kind."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of all matrices."""
+        return sum(rows * columns * times for rows, columns, times in self.shapes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all matrices."""
+        return sum(rows * times for rows, _, times in self.shapes)
 
 
 def uncountable_flops(model: ModelConfig) -> str | None:
@@ -44,6 +61,12 @@ def linears(model: ModelConfig) -> tuple[Linear, ...]:
 def weights(model: ModelConfig, *parts: str) -> int:
     """Returns the elements of the matrices that multiply activations, over all layers, for all or only these parts."""
     return sum(x.times * x.matmul.weight for x in linears(model) if not parts or x.part in parts)
+
+
+def hidden_matrices(model: ModelConfig) -> Hidden:
+    """Returns the matrices of the blocks. The FFN must have a card (see `uncountable_flops`)."""
+    blocks = [(x.matmul, x.times) for x in linears(model) if x.part != "lm_head"]
+    return Hidden(tuple((rows, matmul.into, times) for matmul, times in blocks for rows in matmul.matrices))
 
 
 def biases(model: ModelConfig, *parts: str) -> int:

@@ -41,5 +41,5 @@ def ffn_of(model: ModelConfig) -> FFN:
 
 
 def optimizer_of(optimizer: OptimizerConfig) -> Optimizer:
-    """Returns the card of the optimizer. There is one so far; a choice in the configuration is looked up here."""
-    return OPTIMIZERS["adamw"]
+    """Returns the card of the optimizer."""
+    return OPTIMIZERS["normuon" if optimizer.normuon else optimizer.optimizer]

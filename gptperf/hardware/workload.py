@@ -95,7 +95,8 @@ def gemm_list(model: ModelConfig, batch_size: int) -> tuple[Gemm, ...]:
     if reason is not None:
         raise ConfigError(f"the GEMMs of the model are not known: {reason}")
     tokens, gemms = batch_size * model.block_size, []
-    for _, (name, out, into), count in linears(model):
+    for _, matmul, count in linears(model):
+        name, out, into = matmul.name, matmul.out, matmul.into
         gemms += [
             Gemm(f"{name}_forward", "forward", tokens, out, into, count),
             Gemm(f"{name}_dgrad", "dgrad", tokens, into, out, count),

@@ -142,7 +142,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, D, K = config.n_embd, config.head_dim, config.kv_heads
-        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias)
+        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias, packed=(C, K * D, K * D))
         self.out = Linear(C, C, bias=config.bias)
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None

@@ -31,8 +31,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.gate_up = Linear(config.n_embd, 2 * config.ffn_width, bias=config.bias)
-        self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        F = config.ffn_width
+        self.gate_up = Linear(config.n_embd, 2 * F, bias=config.bias, packed=(F, F))
+        self.out = Linear(F, config.n_embd, bias=config.bias)
         self.op = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,18 @@ __all__ = ["Linear"]
 
 
 class Linear(nn.Linear):
-    """An nn.Linear that calls `gptperf.kernels.linear`, which decides the precision of every GEMM."""
+    """An nn.Linear that calls `gptperf.kernels.linear`, which decides the precision of every GEMM.
+
+    Args:
+        in_features, out_features, bias: see `nn.Linear`.
+        packed: rows of the matrices that are packed in the weight, such as those of gate and up, which an optimizer of
+            whole matrices updates one by one; default: the weight is one matrix.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, packed: tuple[int, ...] = ()):
+        super().__init__(in_features, out_features, bias)
+        assert sum(packed) in (0, out_features), f"{packed} rows are not {out_features}"
+        self.packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `(..., out_features)` for x `(..., in_features)`."""

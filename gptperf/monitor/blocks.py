@@ -76,6 +76,9 @@ def _training(info: Mapping[str, Any]) -> list[str]:
     lines += _rows(info, {"batch_size": "Batch size (micro)", "gradient_accumulation_steps": "Gradient accum steps"})
     counts = {"effective_batch_size": "Effective batch size", "tokens_per_iter": "Tokens per iteration"}
     lines += _rows(info, counts | {"max_iters": "Iterations"}, "{:,}")
+    if info.get("parent"):
+        lines.append(_row("Forked from", f"{info['parent']['run']}, iteration {info['parent']['step']:,}"))
+    lines += _rows(info, {"optimizer": "Optimizer"})
     if info.get("learning_rate") is not None:
         rate = f"{info['learning_rate']:.2e}"
         if info.get("lr_schedule") != "constant" and info.get("min_lr") is not None:

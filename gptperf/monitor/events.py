@@ -54,6 +54,9 @@ class StartupInfo(TypedDict, total=False):
     """Number of sequences per iteration: batch_size * gradient_accumulation_steps."""
     tokens_per_iter: int
     max_iters: int
+    parent: dict[str, str | int]
+    """The run that a fork continues: its name (run), the checkpoint (path) and its iteration (step)."""
+    optimizer: str
     learning_rate: float
     min_lr: float
     lr_schedule: str

@@ -20,7 +20,7 @@ PARTS = ("gemm", "attention", "memory_bound", "optimizer", "other", "loader", "c
 transfers count only while nothing computes. host_gaps are the moments in which nothing runs at all."""
 _MARKS = (
     ("communication", r"nccl|^_sum_shares|Memcpy PtoP"),
-    ("optimizer", r"^_adamw|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
+    ("optimizer", r"^_adamw|^_symmetric_matmul|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
     ("gemm", r"^triton_tem_.*mm"),
     ("memory_bound", r"^triton_"),
     ("attention", r"sdpa|flash|fmha|cudnn::fusion|attention"),
@@ -29,7 +29,8 @@ _MARKS = (
     ("memory_bound", r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale)\w*_kernel|at::native|^Memcpy|^Memset|cub::"),
 )
 """Pairs of a part and a pattern for the names of its kernels; the first match counts. An eager AdamW consists of
-kernels that other code uses too, so it counts as memory_bound."""
+kernels that other code uses too, so it counts as memory_bound; the products of Muon that are not symmetric run in
+cuBLAS and count as gemm."""
 
 
 def classify(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 from gptperf import flops, registry
 from gptperf.cards import BUCKET_NUMEL, FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config, ModelConfig
-from gptperf.flops.matmuls import biases
+from gptperf.flops.matmuls import biases, hidden_matrices
 from gptperf.flops.model_cards import attention_of, block_of, ffn_of, norm_of, optimizer_of, position_of
 from gptperf.kernels.logit_chunks import chunk_rows, padded
 
@@ -130,7 +130,8 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     matrices = count.total - vectors
     copy = 0 if size == FP32_BYTES else size * matrices
     master = gradients = float(FP32_BYTES * count.total)
-    states = float(optimizer_of(config.optimizer).state_bytes(count.total))
+    hidden = hidden_matrices(model)
+    states = float(optimizer_of(config.optimizer).state_bytes(count.total, hidden.elements, hidden.rows))
     # The share of a bucket that this GPU copies from the other GPUs.
     others = (num_gpus - 1) / num_gpus if copy_engines_move(config, num_gpus) else 0.0
     if strategy != "fsdp" or num_gpus == 1:  # one GPU has nothing to gather

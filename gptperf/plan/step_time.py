@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from gptperf import flops
 from gptperf.cards import FP32_BYTES, Implementation, causal_pairs, element_bytes
 from gptperf.config import Config
+from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
-__all__ = ["parts_ms", "rates_of"]
+__all__ = ["optimizer_flops", "parts_ms", "rates_of"]
 
 _GAPS_MS = 2.5
 """Total idle time between the kernels of a micro-batch. It was 2.3 ms in the step of llama_1.36b on an H200 that gave
@@ -122,6 +123,9 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
     copy = rates.copy * gpu.hbm_byte_s
     memory_bound = _memory_bound_bytes(config, recompute) * tokens / (copy * _OPS_OF_COPY[_implementation(config)])
     optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
+    # Under every strategy each GPU orthogonalizes its share of the matrices.
+    products = optimizer_flops(config, halved=_implementation(config) == "triton")
+    optimizer += products / num_gpus / (rates.gemm * peak)
     compute = gemm + attention + memory_bound
     exposed = _communication_s(config, rates, num_gpus, strategy, micro_batches, compute)
     parts = {
@@ -163,13 +167,25 @@ def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
     return float(moved.total + again)
 
 
+def optimizer_flops(config: Config, *, halved: bool) -> int:
+    """Returns the FLOPs of the matrix products in an update of the optimizer, over all GPUs.
+
+    Args:
+        config: the run.
+        halved: whether only half of a symmetric product is computed, as the Triton op does.
+    """
+    card, hidden = optimizer_of(config.optimizer), hidden_matrices(config.model)
+    return sum(times * card.flops(rows, columns, halved) for rows, columns, times in hidden.shapes)
+
+
 def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
     """Returns the bytes that an iteration moves to add up gradients in float32, take their norm and update weights."""
     size = element_bytes(config.system.weight_copy_dtype)
     first, more, norm = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
-    update = optimizer_of(config.optimizer).update_bytes(size if size < FP32_BYTES else 0)
+    count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model)
+    update = optimizer_of(config.optimizer).update_bytes(count, hidden.elements, size if size < FP32_BYTES else 0)
     shared = 1 if strategy == "ddp" else num_gpus
-    return flops.parameters(config.model).total * (first + more * (micro_batches - 1) + (norm + update) / shared)
+    return count * (first + more * (micro_batches - 1)) + (norm * count + update) / shared
 
 
 def _communication_s(

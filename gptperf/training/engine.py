@@ -1,9 +1,10 @@
 """Builds the objects that a training step works on: model, weights, optimizer, and their helpers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptperf.config import Config, SystemConfig
 from gptperf.distributed.copy_engine import open_collectives
@@ -14,6 +15,7 @@ from gptperf.distributed.zero1 import Sharded
 from gptperf.errors import DeviceError
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.model import GPT
+from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
 from gptperf.training import build, selftest
@@ -58,20 +60,33 @@ def build_engine(config: Config, process: Process) -> Engine:
     """
     dtype = build.DTYPES[config.system.compute_dtype]
     ops = resolve_ops(config.system.kernels, process.device.type)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
+    whole = config.optimizer.optimizer == "muon"
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, muon=whole))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
-    weights = make_weights(model, config.system, process, single)
-    optimizer = make_optimizer(weights.buckets, config.optimizer, ops)
+    weights = make_weights(model, config.system, process, single, packed_rows(model) if whole else None)
+    optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
     skipped = torch.zeros((), device=process.device)
     return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
 
 
-def make_weights(model: GPT, system: SystemConfig, process: Process, single: bool) -> Replicated:
+def packed_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the name of each weight that packs several matrices, and the rows of each of them."""
+    layers = model.named_modules()
+    return {f"{name}.weight": layer.packed for name, layer in layers if isinstance(layer, Linear) and layer.packed}
+
+
+def make_weights(
+    model: GPT,
+    system: SystemConfig,
+    process: Process,
+    single: bool,
+    packed: Mapping[str, tuple[int, ...]] | None = None,
+) -> Replicated:
     """Moves a model's parameters into buckets, by the strategy of the configuration.
 
     Args:
@@ -79,12 +94,14 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
         system: strategy, dtypes and communication.
         process: this rank.
         single: whether every step has one micro-batch.
+        packed: `packed_rows` for an optimizer of whole matrices, else None.
     """
     collectives = open_collectives(process, system.communication, build.DTYPES[system.reduce_dtype])
     where = model, build.DTYPES[system.weight_copy_dtype], collectives
     if system.use_fsdp:
         return FullySharded(
             *where,
+            packed=packed,
             min_num_params=system.fsdp_min_num_params,
             reduce_once=system.fsdp_reduce_once,
             gather_once=system.fsdp_gather_once,
@@ -92,8 +109,8 @@ def make_weights(model: GPT, system: SystemConfig, process: Process, single: boo
     if system.use_zero1:
         # A model that is compiled as one graph runs as a whole, so it cannot announce its units.
         announces = not (system.compile and system.compile_scope == "model")
-        return Sharded(*where, single=single, announces=announces)
-    return Replicated(*where, single=single)
+        return Sharded(*where, single=single, packed=packed, announces=announces)
+    return Replicated(*where, single=single, packed=packed)
 
 
 def compile_engine(engine: Engine, *, must: bool = False) -> str:

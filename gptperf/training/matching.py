@@ -21,7 +21,10 @@ __all__ = ["DERIVED", "Told", "changed_keys", "changed_versions", "keep_schedule
 DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 """Sizes that follow from several keys. They are compared in place of those keys."""
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
-_MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
+_MUST_MATCH = (
+    frozenset({"dtype", "seed", "optimizer", "normuon"})
+    | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
+)
 _OF_THE_PROCESS = (
     "init_from",
     "overwrite",
@@ -95,13 +98,16 @@ def versions(engine: Engine) -> dict[str, str]:
     }
 
 
-def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool = False) -> list[str]:
+def changed_keys(
+    saved: Mapping[str, Any], config: Config, *, weights_only: bool = False, fork: bool = False
+) -> list[str]:
     """Returns `key: saved -> now` for each key that differs between a checkpoint's configuration and this one.
 
     Args:
         saved: the checkpoint's state.
         config: configuration of this run.
         weights_only: the run uses only the weights: compare the model keys alone, and raise nothing.
+        fork: the run is a fork, which may change the dtype too, because the state is float32.
 
     Raises:
         CheckpointError: a key that must be equal differs; the message names all such keys.
@@ -111,7 +117,7 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by the sizes in `DERIVED`
         before[name] = now[name] = None
     before["lr_decay_iters"], now["lr_decay_iters"] = _decay_end(before), _decay_end(now)
-    must = _MUST_MATCH | set(DERIVED)
+    must = (_MUST_MATCH - {"dtype"} if fork else _MUST_MATCH) | set(DERIVED)
     # The number of samples per iteration determines the order of the data; their split into micro-batches does not.
     per_iter = ("batch_size", "gradient_accumulation_steps")
     if before[per_iter[0]] * before[per_iter[1]] != now[per_iter[0]] * now[per_iter[1]]:
@@ -120,6 +126,11 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     names = [name for name in now if before.get(name) != now[name] and (name in model or not weights_only)]
     lines = {name: f"{name}: {before.get(name)} -> {now[name]}" for name in names}
     fatal = [line for name, line in lines.items() if name in must]
+    if fatal and fork:
+        raise CheckpointError(
+            f"a fork cannot change these keys of its parent (saved -> now): {'; '.join(fatal)}; --init_from=RUN, "
+            "without @STEP, takes the weights alone"
+        )
     if fatal and not weights_only:
         raise CheckpointError(f"the checkpoint was made with another configuration (saved -> now): {'; '.join(fatal)}")
     return list(lines.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from gptperf import checkpoint as checkpoints
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import Config
+from gptperf.config.fork import fork_of
 from gptperf.data.format import TokenizerInfo
 from gptperf.data.mixture import MixedTokens
 from gptperf.data.shards import TokenSource
@@ -55,7 +56,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                     f"{folder}: found checkpoints of another run; wanted --init_from=resume, another --out_dir, or "
                     "--overwrite=True, which moves them aside"
                 )
-            chosen = None if how == "scratch" else _load_path(Path(how))
+            chosen = None if how == "scratch" else _load_path(how)
             path = "" if chosen is None else str(chosen.path.resolve())
             if lies:
                 folder = folder.resolve()
@@ -77,7 +78,7 @@ def take_up(
     tokenizer: TokenizerInfo,
     console: Console,
 ) -> TrainState:
-    """Restores a checkpoint: the whole state for a run that resumes, only the weights for a run that starts from them.
+    """Restores a checkpoint: the whole state for a run that resumes or forks, else only the weights.
 
     Args:
         found: the checkpoint.
@@ -87,17 +88,20 @@ def take_up(
         console: gets the warnings about differences.
 
     Returns:
-        The position of the run: the one in the checkpoint, or a new one.
+        The position of the run: the one in the checkpoint, or a new one. A fork is a new run at the position of its
+        parent, with times and a best loss of its own.
 
     Raises:
         CheckpointError: the checkpoint was made with another configuration, or by a version that saved another state.
         DataError: the checkpoint was made with another data set or another tokenizer.
     """
-    resuming = engine.config.train.init_from in ("resume", "auto")
+    fork = fork_of(engine.config.train.init_from) is not None
+    resuming = fork or engine.config.train.init_from in ("resume", "auto")
     if resuming and "train_state" not in found.state:
         raise CheckpointError(f"{found.path} has weights alone; wanted --init_from=PATH and another --out_dir")
     try:
-        for line in changed_keys(found.state, engine.config, weights_only=not resuming):
+        changed = changed_keys(found.state, engine.config, weights_only=not resuming, fork=fork)
+        for line in () if fork else changed:
             console.warning(f"{found.path} was made with another value (saved -> now): {line}")
         saved = found.state["tokenizer"]
         other_ids = saved["fingerprint"] != tokenizer.fingerprint
@@ -123,12 +127,19 @@ def take_up(
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
+    if fork:
+        lines = f"changed (parent -> fork): {'; '.join(changed)}" if changed else "nothing is changed"
+        console.message(f"forked from {found.path}, iteration {state.step} of {state.run_name}; {lines}")
+        return TrainState(step=state.step, tokens=state.tokens, unevaluated=state.unevaluated)
     console.message(f"resumed from {found.path} at iteration {state.step}")
     return state
 
 
-def _load_path(path: Path) -> Checkpoint:
-    """Returns the checkpoint at a path, or the newest one if the path is a run or a folder of checkpoints."""
+def _load_path(text: str) -> Checkpoint:
+    """Returns the checkpoint of a fork or at a path; of a run or a folder of checkpoints the newest one."""
+    fork, path = fork_of(text), Path(text)
+    if fork is not None:
+        return checkpoints.load(fork.path, later=LARGE)
     folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
     newest = checkpoints.latest(folder) if os.path.isdir(folder) else None
     return checkpoints.load(newest.path if newest is not None else folder, later=LARGE)

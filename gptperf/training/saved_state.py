@@ -244,7 +244,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     _fill(checkpoint, "optimizer", wanted)
     if not isinstance(saved["scaler"], dict):
         raise TypeError(f"scaler: {saved['scaler']!r}")
-    engine.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # empty if the run had no loss scale, as the parent of a fork with another dtype
+        engine.scaler.load_state_dict(saved["scaler"])
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
     if "cuda" in rng and engine.process.device.type == "cuda":

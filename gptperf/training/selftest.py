@@ -29,7 +29,9 @@ TOLERANCE = 0.05
 wrong kernel."""
 
 
-def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def broken_ops(
+    ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, muon: bool = True
+) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
 
     Args:
@@ -37,6 +39,7 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
         model: sizes and components.
         device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
+        muon: whether the optimizer is Muon, which needs an op of its own.
 
     Returns:
         Op name -> what went wrong; empty if every op works.
@@ -50,7 +53,7 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
     for op, run in _runs(model, device, dtype):
-        if ops.chosen[op] != "triton" or op in found:
+        if ops.chosen[op] != "triton" or op in found or (op == "symmetric_matmul" and not muon):
             continue
         try:
             ours = run(getattr(ops, op))
@@ -137,6 +140,7 @@ def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Itera
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
     ffn: FFN | None = registry.card("ffn_type", model.ffn_type)
     yield "adamw", lambda op: _updated(op, device, dtype)
+    yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
             yield norm.op, partial(_differentiated, arguments=_NORMS[norm.op](inputs, residual))
@@ -164,6 +168,16 @@ def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Te
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
     function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
+
+
+def _symmetric(function: _Op, inputs: _Inputs) -> list[Tensor]:
+    """Returns the products of Muon for two matrices with ROWS rows, and for one of as many as a model's."""
+    found = []
+    for shape in ((2, ROWS, inputs.model.n_embd), (1, inputs.model.n_embd, ROWS)):
+        x = inputs.normal(12, *shape).detach()
+        gram = function(x)
+        found += [gram, function(gram / shape[2], gram, 0.5, -1.5)]
+    return found
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config
+from gptperf.config.fork import fork_of
 from gptperf.data.mixture import parts_of
 from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError
@@ -100,6 +101,10 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     facts = data_facts(config, inputs.train_tokens, inputs.val_tokens)
     info = startup_info(engine, inputs.tokenizer_info, facts, peak, compiled, inputs.plan)
     info["notes"] = [*told.changes.values(), *info["notes"]]
+    if fork_of(config.train.init_from) is not None and inputs.checkpoint is not None:
+        found = inputs.checkpoint
+        run = str(found.state["train_state"].get("run_name", ""))
+        info["parent"] = {"run": run, "path": str(found.path), "step": found.step}
     if expected is not None:
         info["expected_iteration_s"] = expected.iteration_s
         info["expected_total_s"] = expected.total_s(config, state.step)

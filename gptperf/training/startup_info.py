@@ -57,6 +57,7 @@ def startup_info(
         "effective_batch_size": train.batch_size * train.gradient_accumulation_steps,
         "tokens_per_iter": config.tokens_per_iter,
         "max_iters": train.max_iters,
+        "optimizer": "normuon" if optimizer.normuon else optimizer.optimizer,
         "learning_rate": optimizer.learning_rate,
         "min_lr": optimizer.min_lr,
         "lr_schedule": optimizer.lr_schedule,

@@ -208,7 +208,7 @@ def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--n_kv_head=5"], "n_head = 12 is not a multiple of n_kv_head = 5; nearest n_kv_head: 4"),
         (["--n_embd=36", "--position_encoding=rope"], "head_dim = n_embd / n_head = 3 is odd"),
         (["--min_lr=1"], "min_lr = 1.0 is above learning_rate = 0.0006; nearest min_lr: 0.0006"),
-        (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto or the path"),
+        (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto, the path"),
         (["--kernels=triton", "--device=cpu"], "needs a GPU"),
         (["--use_fsdp=True", "--use_zero1=True"], "exclude each other"),
         (["--fsdp_reduce_once=True"], "nearest: fsdp_reduce_once = false"),

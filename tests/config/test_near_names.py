@@ -10,6 +10,7 @@ from gptperf.errors import ConfigError, nearest
 
 MEANT = """
 lr learning_rate | max_lr learning_rate | optimizer.lr learning_rate | learing_rate learning_rate | wd weight_decay
+optim optimizer | optimizer_name optimizer | matrix_lr muon_lr | optimizer_type optimizer
 bs batch_size | micro_batch_size batch_size | per_device_train_batch_size batch_size | batchsize batch_size
 seq_len block_size | max_seq_len block_size | n_ctx block_size | max_position_embeddings block_size
 epochs max_iters | num_train_epochs max_iters | training.steps max_iters | max_steps max_iters | max_iter max_iters
@@ -31,7 +32,7 @@ lr_scheduler_type lr_schedule | decay_lr lr_schedule | adam_epsilon adam_eps | a
 dataset_name dataset | datset dataset | num_workers prefetch | report_to wandb_log | run_name wandb_run_name
 vocab vocab_size | dropout_p dropout | swiglu ffn_type=swiglu | rope position_encoding=rope | dtyp dtype | sede seed
 """
-NOTHING = """optimizer optim muon verbose head_dim tp pp ep cp moe use_moe num_experts lora quantization
+NOTHING = """muon verbose head_dim tp pp ep cp moe use_moe num_experts lora quantization
 fp8 tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
 pin_memory patience early_stopping theta alibi sliding_window softcap foo x cosine eval_only tf32 dry_run interval"""
 

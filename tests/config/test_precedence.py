@@ -14,22 +14,30 @@ from gptperf.errors import ConfigError
 from gptperf.training.optimizers.schedule import learning_rate
 
 INTEGERS = [name for name, key in KEYS.items() if key.type is int]
-CONTRADICTIONS = {
-    # flag: (the file below it, the key that yields, its new value)
-    "--init_from=resume": ("[train]\noverwrite = true", "overwrite", False),
-    "--init_from=auto": ("[train]\noverwrite = true", "overwrite", False),
-    "--overwrite=True": ('[train]\ninit_from = "auto"', "init_from", "scratch"),
-    "--learning_rate=1e-5": ("[optimizer]\nmin_lr = 1e-4", "min_lr", 1e-5),
-    "--device=cpu": ('[system]\nkernels = "triton"', "kernels", "auto"),
-    "--kernels=triton": ('[system]\ndevice = "cpu"', "device", "auto"),
-    "--use_zero1=True": ("[system]\nuse_fsdp = true", "use_fsdp", False),
-    "--use_fsdp=True": ("[system]\nuse_zero1 = true", "use_zero1", False),
-    "--use_fsdp=true": ('[system]\ncompile_scope = "model"', "compile_scope", "block"),
-    "--recompute=full": ('[system]\ncompile_scope = "model"', "compile_scope", "block"),
-    "--use_fsdp=False": ("[system]\nuse_fsdp = true\nfsdp_gather_once = true", "fsdp_gather_once", False),
-    "--use_zero1=true": ("[system]\nuse_fsdp = true\nfsdp_reduce_once = true", "fsdp_reduce_once", False),
-    "--max_iters=12": ('[log]\nprofile = "100:104"', "profile", "10:12"),
-}
+CONTRADICTIONS = [
+    # flag, the file below it, the key that yields, its new value
+    ("--init_from=resume", "[train]\noverwrite = true", "overwrite", False),
+    ("--init_from=auto", "[train]\noverwrite = true", "overwrite", False),
+    ("--overwrite=True", '[train]\ninit_from = "auto"', "init_from", "scratch"),
+    ("--learning_rate=1e-5", "[optimizer]\nmin_lr = 1e-4", "min_lr", 1e-5),
+    ("--device=cpu", '[system]\nkernels = "triton"', "kernels", "auto"),
+    ("--kernels=triton", '[system]\ndevice = "cpu"', "device", "auto"),
+    ("--use_zero1=True", "[system]\nuse_fsdp = true", "use_fsdp", False),
+    ("--use_fsdp=True", "[system]\nuse_zero1 = true", "use_zero1", False),
+    ("--use_fsdp=true", '[system]\ncompile_scope = "model"', "compile_scope", "block"),
+    ("--recompute=full", '[system]\ncompile_scope = "model"', "compile_scope", "block"),
+    ("--use_fsdp=False", "[system]\nuse_fsdp = true\nfsdp_gather_once = true", "fsdp_gather_once", False),
+    ("--use_zero1=true", "[system]\nuse_fsdp = true\nfsdp_reduce_once = true", "fsdp_reduce_once", False),
+    ("--optimizer=adamw", '[optimizer]\noptimizer = "muon"\nnormuon = true', "normuon", False),
+    ("--optimizer=adamw", '[optimizer]\noptimizer = "muon"\nmuon_lr = 0.1', "muon_lr", None),
+    (
+        "--optimizer=adamw",
+        '[optimizer]\noptimizer = "muon"\ncautious_weight_decay = true',
+        "cautious_weight_decay",
+        False,
+    ),
+    ("--max_iters=12", '[log]\nprofile = "100:104"', "profile", "10:12"),
+]
 
 
 def _file(folder: Path, text: str) -> str:
@@ -42,9 +50,10 @@ def _rates(config: Config) -> list[float]:
     return [learning_rate(i, config.optimizer, config.train.max_iters) for i in range(config.train.max_iters)]
 
 
-@pytest.mark.parametrize("flag", CONTRADICTIONS)
-def test_a_flag_wins_over_a_contradicting_value_of_a_file_and_says_so(flag: str, tmp_path: Path) -> None:
-    text, key, value = CONTRADICTIONS[flag]
+@pytest.mark.parametrize(("flag", "text", "key", "value"), CONTRADICTIONS)
+def test_a_flag_wins_over_a_contradicting_value_of_a_file_and_says_so(
+    flag: str, text: str, key: str, value: object, tmp_path: Path
+) -> None:
     file = _file(tmp_path, text)
     resolved = command_line.resolve([file, flag])
     flat = resolved.config.flat()
@@ -85,7 +94,7 @@ def test_where_losing_a_value_is_not_harmless_both_are_named(
 
 def test_every_value_that_yields_is_tried_here() -> None:
     yields = {key for rule in RULES for key in rule.yields} - {"attention_backend"}  # needs a package
-    assert yields == {key for _, key, _ in CONTRADICTIONS.values()}
+    assert yields == {key for _, _, key, _ in CONTRADICTIONS}
 
 
 @pytest.mark.parametrize("below", ["", "[optimizer]\nwarmup_iters = 2000", "[train]\nmax_iters = 9000"])

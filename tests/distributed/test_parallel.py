@@ -26,6 +26,7 @@ STRATEGIES = {
     "fsdp_both": ["--use_fsdp=True", "--fsdp_gather_once=True", "--fsdp_reduce_once=True"],
     "fsdp_joined": ["--use_fsdp=True", "--fsdp_min_num_params=20000"],
 }
+MUON = ["--optimizer=muon", "--normuon=True", "--cautious_weight_decay=True", "--n_kv_head=1", "--n_embd=48"]
 MODELS = {
     "llama": ["--arch_preset=llama"],  # untied
     "gpt2": ["--arch_preset=gpt2"],  # tied, a position embedding, post-norm
@@ -34,6 +35,7 @@ MODELS = {
     "selective": ["--arch_preset=llama", "--recompute=selective"],
     "documents": ["--window=5,full,3", "--document_mask=True", "--recompute=full", "--vocab_size=13"],
     "dropout": ["--arch_preset=llama", "--dropout=0.2"],
+    "muon": ["--arch_preset=llama", *MUON],
 }
 KEYS = ("losses", "norms", "evaluated")
 WATCHED = ("global_norm", "grad_std", "grad_min", "grad_max", "non_finite", "layer_norms", "component_norms")
@@ -173,6 +175,17 @@ def test_who_holds_what(results: Callable[[int], Results], strategy: str, proces
         assert found["gradient_bytes"] == pytest.approx(whole["gradient_bytes"] / gradients, rel=0.02)
 
 
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_matrix_is_orthogonalized_by_one_rank(
+    results: Callable[[int], Results], strategy: str, processes: int
+) -> None:
+    """The 7 matrices of each of the 3 blocks, in each of the 4 steps."""
+    each = [found["orthogonalized"] for found in results(processes)[f"muon-{strategy}-8"]]
+    assert sum(each) == 7 * 3 * 4
+    assert max(each) < 7 * 3 * 4 or processes == 1
+
+
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_how_often_weights_are_gathered(results: Callable[[int], Results], model: str, processes: int) -> None:
@@ -213,18 +226,24 @@ def test_an_overflow_in_one_share_is_one_for_all(tmp_path: Path) -> None:
 LAYOUTS = ("ddp", "zero1", "fsdp")
 
 
+ELASTIC_FLAGS = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
+OPTIMIZERS = {"adamw": [], "muon": MUON}
+
+
 def _elastic(processes: int, kind: str, folder: Path) -> dict[str, dict[str, Any]]:
-    flags = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
-    if kind == "save":
-        return {
-            f"save-{a}": {"flags": [*flags, *STRATEGIES[a]], "steps": [0, 2], "save": str(folder / f"{a}{processes}")}
-            for a in LAYOUTS
-        }
-    return {
-        f"{a}-{b}": {"flags": [*flags, *STRATEGIES[b]], "steps": [2, 4], "load": str(folder / f"{a}{kind}")}
-        for a in LAYOUTS
-        for b in LAYOUTS
-    }
+    """Returns the cases that save, or those that load what `kind` processes saved; `folder` has an entry for each."""
+    cases = {}
+    for (optimizer, flags), a in itertools.product(OPTIMIZERS.items(), LAYOUTS):
+        if kind == "save":
+            place = str(folder / f"{optimizer}-{a}{processes}")
+            flags_a = [*ELASTIC_FLAGS, *flags, *STRATEGIES[a]]
+            cases[f"{optimizer}-{a}"] = {"flags": flags_a, "steps": [0, 2], "save": place}
+            continue
+        place = str(folder / f"{optimizer}-{a}{kind}")
+        for b in LAYOUTS:
+            flags_b = [*ELASTIC_FLAGS, *flags, *STRATEGIES[b]]
+            cases[f"{optimizer}-{a}-{b}"] = {"flags": flags_b, "steps": [2, 4], "load": place}
+    return cases
 
 
 ELASTIC = [(2, 1), (1, 2), *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in ((4, 2), (4, 1), (2, 4)))]
@@ -234,17 +253,18 @@ ELASTIC = [(2, 1), (1, 2), *(pytest.param(*pair, marks=pytest.mark.matrix) for p
 def test_resumed_in_any_layout(saved_by: int, resumed_by: int, tmp_path: Path) -> None:
     before = spawn(saved_by, _elastic(saved_by, "save", tmp_path), tmp_path / "before")
     after = spawn(resumed_by, _elastic(resumed_by, str(saved_by), tmp_path), tmp_path / "after")
-    flags = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
-    (unbroken,) = spawn(1, {"unbroken": {"flags": flags}}, tmp_path / "unbroken")["unbroken"]
-    for strategy in LAYOUTS:
-        assert before[f"save-{strategy}"][0]["losses"] == pytest.approx(unbroken["losses"][:2], rel=1e-5)
-        files = {path.name for path in (tmp_path / f"{strategy}{saved_by}" / "step-00000002").iterdir()}
+    cases = {name: {"flags": [*ELASTIC_FLAGS, *flags]} for name, flags in OPTIMIZERS.items()}
+    unbroken = {name: ranks[0] for name, ranks in spawn(1, cases, tmp_path / "unbroken").items()}
+    for name, ranks in before.items():
+        assert ranks[0]["losses"] == pytest.approx(unbroken[name.partition("-")[0]]["losses"][:2], rel=1e-5), name
+        files = {path.name for path in (tmp_path / f"{name}{saved_by}" / "step-00000002").iterdir()}
         parts = {f"model-{rank:05d}.safetensors" for rank in range(saved_by)} if saved_by > 1 else {"model.safetensors"}
         assert {name for name in files if name.startswith("model")} == parts
     for name, ranks in after.items():
+        wanted = unbroken[name.partition("-")[0]]
         for found in ranks:
-            assert found["losses"] == pytest.approx(unbroken["losses"][2:], rel=1e-5), name
-            assert found["norms"] == pytest.approx(unbroken["norms"][2:], rel=1e-5), name
+            assert found["losses"] == pytest.approx(wanted["losses"][2:], rel=1e-5), name
+            assert found["norms"] == pytest.approx(wanted["norms"][2:], rel=1e-5), name
 
 
 @pytest.mark.gpu

@@ -233,6 +233,18 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
     return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
 
 
+SQUARES = ((24, 2048, 5632), (12, 768, 768))
+
+
+def symmetric_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    def call() -> None:
+        x = torch.empty(shape, dtype=dtype)
+        gram = torch.ops.gptperf.symmetric_matmul(x, None, 1.0, 0.0)
+        torch.ops.gptperf.symmetric_matmul(gram, gram, -1.5, 0.5)
+
+    return Case(f"symmetric_matmul {shape} {SHORT[dtype]}", call)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Yields the cases for a GPU of this compute capability; see the module's docstring."""
     half = HALF if capability < 80 else BRAIN
@@ -240,6 +252,9 @@ def cases(capability: int) -> Iterator[Case]:
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
+    if capability >= 80:
+        for dtype, shapes in ((half, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
+            yield from (symmetric_case(shape, dtype) for shape in shapes)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 

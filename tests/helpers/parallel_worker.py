@@ -26,6 +26,7 @@ from gptperf.distributed.replicated import Replicated
 from gptperf.training import build
 from gptperf.training import engine as training
 from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.optimizers import muon
 from gptperf.training.saved_state import TrainState, restore, snapshot
 from gptperf.training.step import train_step
 
@@ -71,6 +72,22 @@ def _watch_what_is_held(weights: Replicated) -> list[tuple[str, int]]:
     return held
 
 
+def overflowing(gradient: Tensor) -> Tensor:
+    """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
+    return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
+
+
+def _counting(found: list[int]) -> Any:
+    """Appends the number of matrices to a list whenever a batch of them is orthogonalized."""
+    original = muon.orthogonalize
+
+    def orthogonalize(x: Tensor, *others: Any) -> Tensor:
+        found.append(len(x))
+        return original(x, *others)
+
+    return mock.patch.object(muon, "orthogonalize", orthogonalize)
+
+
 def _save(engine: Engine, process: Process, folder: Path, step: int) -> None:
     """Saves a step in the background, while training changes the weights."""
     saver = Saver(folder, 3, process)
@@ -103,17 +120,16 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
     collectives, gathers = engine.weights.collectives, []
     held = _watch_what_is_held(engine.weights)
-    scales, pairs = list[float](), list[int]()
-
-    def overflowing(gradient: Tensor) -> Tensor:
-        """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
-        return gradient.index_fill(0, gradient.new_zeros(1, dtype=torch.int64), float("inf"))
+    scales, pairs, orthogonalized = list[float](), list[int](), list[int]()
 
     for step in range(first, last):
         if step == case.get("overflow"):
             engine.model.lm_head.weight.register_hook(overflowing)
         scales.append(engine.scaler.get_scale())
-        with mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather:
+        with (
+            mock.patch.object(collectives, "all_gather", wraps=collectives.all_gather) as gather,
+            _counting(orthogonalized),
+        ):
             result = train_step(engine, data, step, watched=True)
         gathers.append(gather.call_count)
         losses.append(process.mean(result.loss.clone()).item())
@@ -136,6 +152,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "scales": scales,
         "pairs": pairs,
         "held": held,
+        "orthogonalized": sum(orthogonalized),
         "moved_by": collectives.name,
         "reason": collectives.reason,
         "buckets": len(buckets),

@@ -81,7 +81,8 @@ def test_every_launch_compiles(arch: str, compilations: dict[str, Future[Reports
     none(failed)
     [functions] = [report["functions"] for report in reports if "functions" in report]
     launched = {report["kernel"] for report in reports if "kernel" in report}
-    assert launched == {name for name in functions if name.endswith("_kernel")}
+    absent = {"symmetric_matmul._symmetric_matmul_kernel"} if arch == "sm_70" else set()  # eager PyTorch there
+    assert launched == {name for name in functions if name.endswith("_kernel")} - absent
 
 
 def test_no_double_precision(kernels: Reports) -> None:

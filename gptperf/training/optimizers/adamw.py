@@ -25,10 +25,10 @@ class AdamW(Optimizer):
     def __init__(self, buckets: Sequence[Bucket], config: OptimizerConfig, op: Callable[..., None]):
         super().__init__(buckets, config.learning_rate)
         self.config, self._op = config, op
-        self._states = {
-            bucket: {key: torch.zeros_like(bucket.master.data) for key in ("exp_avg", "exp_avg_sq")}
-            for bucket in self.buckets
-        }
+        self._states = {bucket: self._new_states(bucket) for bucket in self.buckets}
+
+    def _new_states(self, bucket: Bucket) -> dict[str, Tensor]:
+        return {key: torch.zeros_like(bucket.master.data) for key in ("exp_avg", "exp_avg_sq")}
 
     def states(self, bucket: Bucket) -> dict[str, Tensor]:
         return self._states[bucket]
@@ -39,12 +39,15 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        config = self.config
         self.steps += self.found_inf == 0
+        self._step_adamw(self.buckets)
+
+    def _step_adamw(self, buckets: Sequence[Bucket]) -> None:
+        config = self.config
         t = self.steps.clamp(min=1)  # if the very first step is skipped, the corrections below must not be 0
         corrections = 1 - config.beta1**t, 1 - config.beta2**t
         scalars = torch.stack([self.learning_rate, t, *corrections, self.grad_scale, self.found_inf])
-        for bucket in self.buckets:
+        for bucket in buckets:
             states, master = self._states[bucket], bucket.master.data
             before = None if self.observe is None else master.clone()
             tensors = (master, bucket.master.grad, states["exp_avg"], states["exp_avg_sq"], bucket.copy)

@@ -44,7 +44,11 @@ class Optimizer(ABC):
 
     @abstractmethod
     def states(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Returns the optimizer states of a bucket by name, each float32 of the shape of `bucket.master`."""
+        """Returns the optimizer states of a bucket by name, each float32.
+
+        A state has the shape of `bucket.master`, or `(rows, 1)` with a number for each row of the matrices that this
+        rank holds of the bucket.
+        """
 
     @abstractmethod
     def step(self) -> None:

@@ -1,0 +1,103 @@
+"""Products of matrices whose result is symmetric, computed by half.
+
+    y = alpha x x^T + beta add        for each matrix of a batch; add is symmetric
+
+A program computes one square tile on or below the diagonal and writes it twice, the second time transposed, so that y
+is symmetric to the bit. If x itself is symmetric, x x^T is its square. Sums are in float32, and y is rounded once to
+x's dtype. FLOPs for x (B, M, K): B M (M + 1) K, and the upper halves of the tiles on the diagonal; a full product has
+2 B M M K. Elements moved: at least B (M K + M M), with `add` B M M / 2 more.
+
+No gradient. Eager reference: `gptperf.kernels.reference.symmetric_matmul`. It serves the optimizer Muon.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gptperf.kernels.checks import check_symmetric_matmul, check_triton
+from gptperf.kernels.launch import ceil_div, launch, register
+
+__all__ = ["symmetric_matmul"]
+
+
+def program_shape(M: int, itemsize: int) -> dict[str, int]:
+    """Returns the side of a tile, the columns of x that a program takes at a time, warps and stages.
+
+    Large tiles read x least often; with M below 1024 they are too few for all multiprocessors. A stage of the large
+    tiles holds 32 KB, so that three fit into the 96 KB of the smallest GPUs. Not measured yet.
+    """
+    block = 128 if M >= 1024 else 64
+    return {"BLOCK": block, "BLOCK_K": 64 if itemsize == 2 else 16, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _symmetric_matmul_kernel(
+    X, ADD, Y, M, K, alpha, beta, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    number, matrix = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # Tiles are counted row by row of the triangle, so row i begins with number i (i + 1) / 2. The square root may be
+    # off by a rounding.
+    i = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int64)
+    i = tl.where(i * (i + 1) // 2 > number, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= number, i + 1, i)
+    j = number - i * (i + 1) // 2
+    rows = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    columns = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_K).to(tl.int64)
+    left = X + matrix * M * K + rows[:, None] * K + lanes[None, :]
+    right = X + matrix * M * K + columns[None, :] * K + lanes[:, None]
+    total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64)
+    for start in range(0, K, BLOCK_K):
+        inside = lanes < K - start
+        a = tl.load(left, mask=(rows[:, None] < M) & inside[None, :], other=0.0)
+        b = tl.load(right, mask=(columns[None, :] < M) & inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        left, right = left + step, right + step
+    if i == j:  # the order of a sum may differ on the two sides of the diagonal
+        total = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total))
+    total *= alpha
+    mask = (rows[:, None] < M) & (columns[None, :] < M)
+    at = matrix * M * M + rows[:, None] * M + columns[None, :]
+    if HAS_ADD:
+        total += beta * tl.load(ADD + at, mask=mask, other=0.0).to(tl.float32)
+    y = total.to(Y.dtype.element_ty)
+    tl.store(Y + at, y, mask=mask)
+    if i > j:
+        mirrored = matrix * M * M + columns[:, None] * M + rows[None, :]
+        tl.store(Y + mirrored, tl.trans(y), mask=(columns[:, None] < M) & (rows[None, :] < M))
+
+
+def _forward(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+    B, M, K = x.shape
+    y = _forward_fake(x, add, alpha, beta)
+    if y.numel():
+        constants = {"HAS_ADD": add is not None, **program_shape(M, x.element_size())}
+        tiles = ceil_div(M, constants["BLOCK"])
+        grid = (tiles * (tiles + 1) // 2, B)
+        launch(_symmetric_matmul_kernel, grid, (x, x if add is None else add, y), (M, K, alpha, beta), constants)
+    return y
+
+
+def _forward_fake(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[1]))
+
+
+_symmetric_matmul = register(
+    "symmetric_matmul(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", _forward, _forward_fake
+)
+
+
+@register_flop_formula(torch.ops.gptperf.symmetric_matmul)
+def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
+    return x[0] * x[1] * (x[1] + 1) * x[2]
+
+
+def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Returns alpha x x^T + beta add; see `gptperf.kernels.reference.symmetric_matmul` for arguments and errors."""
+    check_symmetric_matmul(x, add)
+    check_triton("symmetric_matmul", x)
+    return _symmetric_matmul(x, add, alpha, beta)
