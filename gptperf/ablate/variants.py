@@ -131,7 +131,7 @@ def _scaled(variant: Variant, baseline: Variant, equal: str) -> Variant:
 
 def with_jobs(variant: Variant, argv: Sequence[str], seeds: int, out: Path, best: Job | None = None) -> Variant:
     """Returns a variant with its runs, one for each seed; with `best`, at the learning rate of that run."""
-    rates = {} if best is None else {key: getattr(best.config.optimizer, key) for key in LEARNING_RATES}
+    rates = {} if best is None else scaled_rates(best.config, 1)
     first = variant.config.train.seed
     jobs = [
         _job(variant, argv, out / variant.name / f"seed{seed}", seed, rates, f"seed {seed}")

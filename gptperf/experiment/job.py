@@ -12,7 +12,7 @@ from gptperf.monitor.runs import LoggedRun, read_run
 
 __all__ = ["LEARNING_RATES", "Job", "differing_keys", "flag_keys", "held_by_others"]
 
-LEARNING_RATES = ("learning_rate", "min_lr")
+LEARNING_RATES = ("learning_rate", "min_lr", "muon_lr")
 """Keys that a command sets if it finds the learning rate of every arm."""
 OF_NO_EFFECT = frozenset(
     {

@@ -41,8 +41,12 @@ def factors_of(text: str, default: str = FACTORS) -> tuple[float, ...]:
 
 def scaled_rates(config: Config, factor: float) -> dict[str, float]:
     """Returns the learning rates of a configuration times a factor, as keys and values."""
-    rate, lowest = (float(f"{factor * getattr(config.optimizer, key):.6g}") for key in LEARNING_RATES)
-    return {"learning_rate": rate, "min_lr": min(lowest, rate)}
+    rates = {
+        key: float(f"{factor * value:.6g}")
+        for key in LEARNING_RATES
+        if (value := getattr(config.optimizer, key)) is not None
+    }
+    return rates | {"min_lr": min(rates["min_lr"], rates["learning_rate"])}
 
 
 def best_of(jobs: Sequence[Job]) -> Job | None:

@@ -25,6 +25,9 @@ _MUST_MATCH = (
     frozenset({"dtype", "seed", "optimizer", "normuon"})
     | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 )
+_MAY_FORK = frozenset({"dtype", "seed", "optimizer", "normuon"})
+"""Keys of a fork that may differ from its parent's: the state is float32, and the states that another optimizer lacks
+begin at zero."""
 _OF_THE_PROCESS = (
     "init_from",
     "overwrite",
@@ -107,7 +110,7 @@ def changed_keys(
         saved: the checkpoint's state.
         config: configuration of this run.
         weights_only: the run uses only the weights: compare the model keys alone, and raise nothing.
-        fork: the run is a fork, which may change the dtype too, because the state is float32.
+        fork: the run is a fork, which may change the keys of `_MAY_FORK` too.
 
     Raises:
         CheckpointError: a key that must be equal differs; the message names all such keys.
@@ -117,7 +120,7 @@ def changed_keys(
     for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by the sizes in `DERIVED`
         before[name] = now[name] = None
     before["lr_decay_iters"], now["lr_decay_iters"] = _decay_end(before), _decay_end(now)
-    must = (_MUST_MATCH - {"dtype"} if fork else _MUST_MATCH) | set(DERIVED)
+    must = (_MUST_MATCH - _MAY_FORK if fork else _MUST_MATCH) | set(DERIVED)
     # The number of samples per iteration determines the order of the data; their split into micro-batches does not.
     per_iter = ("batch_size", "gradient_accumulation_steps")
     if before[per_iter[0]] * before[per_iter[1]] != now[per_iter[0]] * now[per_iter[1]]:

@@ -95,38 +95,48 @@ def take_up(
         CheckpointError: the checkpoint was made with another configuration, or by a version that saved another state.
         DataError: the checkpoint was made with another data set or another tokenizer.
     """
-    fork = fork_of(engine.config.train.init_from) is not None
-    resuming = fork or engine.config.train.init_from in ("resume", "auto")
-    if resuming and "train_state" not in found.state:
-        raise CheckpointError(f"{found.path} has weights alone; wanted --init_from=PATH and another --out_dir")
     try:
-        changed = changed_keys(found.state, engine.config, weights_only=not resuming, fork=fork)
-        for line in () if fork else changed:
-            console.warning(f"{found.path} was made with another value (saved -> now): {line}")
-        saved = found.state["tokenizer"]
-        other_ids = saved["fingerprint"] != tokenizer.fingerprint
-        if not resuming:
-            if other_ids:
-                console.warning(
-                    f"{found.path} was made with the tokenizer {saved['name']}, the data with {tokenizer.name}: the "
-                    "same ids have another meaning"
-                )
-            restore_weights(found, engine.model, engine.weights)
-            console.message(f"weights from {found.path}")
-            return TrainState()
-        if other_ids:
-            raise DataError(
-                f"{found.path}: found the tokenizer {saved['name']} ({saved['fingerprint'][:12]}), the data has "
-                f"{tokenizer.name} ({tokenizer.fingerprint[:12]}); wanted data of the same tokenizer"
-            )
-        for line in changed_versions(found.state, engine):
-            console.warning(f"the same numbers, but not the same bits as without the break: {line}")
-        compare_data(found.state, tokens, found.path)
-        state = restore(found, engine, tokens.fingerprint)
+        return _taken_up(found, engine, tokens, tokenizer, console)
     except GptperfError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{found.path}: its state does not fit this version of gptperf: {error!r}") from error
+
+
+def _taken_up(
+    found: Checkpoint,
+    engine: Engine,
+    tokens: TokenSource | MixedTokens,
+    tokenizer: TokenizerInfo,
+    console: Console,
+) -> TrainState:
+    fork = fork_of(engine.config.train.init_from) is not None
+    resuming = fork or engine.config.train.init_from in ("resume", "auto")
+    if resuming and "train_state" not in found.state:
+        raise CheckpointError(f"{found.path} has weights alone; wanted --init_from=PATH and another --out_dir")
+    changed = changed_keys(found.state, engine.config, weights_only=not resuming, fork=fork)
+    for line in () if fork else changed:
+        console.warning(f"{found.path} was made with another value (saved -> now): {line}")
+    saved = found.state["tokenizer"]
+    other_ids = saved["fingerprint"] != tokenizer.fingerprint
+    if not resuming:
+        if other_ids:
+            console.warning(
+                f"{found.path} was made with the tokenizer {saved['name']}, the data with {tokenizer.name}: the "
+                "same ids have another meaning"
+            )
+        restore_weights(found, engine.model, engine.weights)
+        console.message(f"weights from {found.path}")
+        return TrainState()
+    if other_ids:
+        raise DataError(
+            f"{found.path}: found the tokenizer {saved['name']} ({saved['fingerprint'][:12]}), the data has "
+            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}); wanted data of the same tokenizer"
+        )
+    for line in changed_versions(found.state, engine):
+        console.warning(f"the same numbers, but not the same bits as without the break: {line}")
+    compare_data(found.state, tokens, found.path)
+    state = restore(found, engine, tokens.fingerprint, fork=fork)
     if fork:
         lines = f"changed (parent -> fork): {'; '.join(changed)}" if changed else "nothing is changed"
         console.message(f"forked from {found.path}, iteration {state.step} of {state.run_name}; {lines}")

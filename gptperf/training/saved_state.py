@@ -95,6 +95,10 @@ def changed_by_forward(engine: Engine) -> Callable[[], None]:
     return restore_all
 
 
+_KIND = ("optimizer", "normuon")
+"""Keys that decide which states an optimizer has."""
+
+
 def snapshot(
     engine: Engine,
     state: TrainState,
@@ -174,13 +178,14 @@ def _stored(pieces: Iterable[Piece], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]:
+def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece], *, optional: bool = False) -> set[str]:
     """Copies elements from the files of a checkpoint into the tensors of this rank.
 
     Args:
         found: the checkpoint.
         stem: stem of the files.
         wanted: pieces that are overwritten with the elements, by the name of the whole tensor.
+        optional: whether a piece stays as it is if the files have no tensor of its name.
 
     Returns:
         The names of all tensors in the files.
@@ -208,7 +213,7 @@ def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece]) -> set[str]
             target.copy_(values[first - start : last - start])
             missing[name] -= last - first
     for name, count in missing.items():
-        if count:
+        if count and (name in names or not optional):
             what = f"{count} elements less" if name in names else "nothing"
             raise CheckpointError(f"{found.path}: {stem}: found {what} for {name}, wanted {tuple(wanted[name].shape)}")
     return names
@@ -221,10 +226,16 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor.data) for name, tensor in kept.items() if id(tensor) not in trained)
 
 
-def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainState:
+def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str, *, fork: bool = False) -> TrainState:
     """Copies a checkpoint's state into the objects of a run.
 
     All objects must be built before, because building them draws random numbers and this restores the random states.
+
+    Args:
+        checkpoint: the checkpoint.
+        engine: the objects.
+        fingerprint: fingerprint of the training data.
+        fork: the run is a fork: states that only its optimizer has begin at zero.
 
     Raises:
         DataError: the checkpoint was trained on another data set.
@@ -241,7 +252,10 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     for bucket in engine.weights.buckets:
         for key, values in optimizer.states(bucket).items():
             wanted |= {f"{key}.{piece.name}": piece for piece in engine.weights.pieces_of(bucket, values)}
-    _fill(checkpoint, "optimizer", wanted)
+    other = fork and any(
+        saved["config"]["optimizer"].get(key) != getattr(engine.config.optimizer, key) for key in _KIND
+    )
+    _fill(checkpoint, "optimizer", wanted, optional=other)
     if not isinstance(saved["scaler"], dict):
         raise TypeError(f"scaler: {saved['scaler']!r}")
     if saved["scaler"]:  # empty if the run had no loss scale, as the parent of a fork with another dtype

@@ -99,11 +99,9 @@ def test_the_configuration_is_the_parents_below_files_and_flags(parents: dict[st
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--optimizer=muon"], "optimizer: adamw -> muon"),
         (["--n_layer=3", "--qk_norm=True"], "n_layer: 2 -> 3; qk_norm: False -> True"),
         (["--batch_size=4"], "batch_size: 2 -> 4"),
         (["--block_size=16"], "block_size: 32 -> 16"),
-        (["--seed=1"], "seed: 1337 -> 1"),
     ],
 )
 def test_what_a_fork_cannot_change(flags: list[str], said: str, parents: dict[str, Path], tmp_path: Path) -> None:
@@ -134,6 +132,25 @@ def test_the_precision_may_change(dtype: str, parents: dict[str, Path], tmp_path
     assert fork(parents["adamw"], 15, tmp_path, f"--dtype={dtype}") == 0
     (_, first), (_, theirs) = losses(tmp_path)[0], losses(parents["adamw"])[15]
     assert float.fromhex(first) == pytest.approx(float.fromhex(theirs), rel=1e-2)
+
+
+@pytest.mark.parametrize(("parent", "flags"), [("adamw", "muon"), ("muon", "adamw"), ("muon", "muon --normuon=True")])
+def test_the_optimizer_may_change(parent: str, flags: str, parents: dict[str, Path], tmp_path: Path) -> None:
+    """The first loss is that of the parent's weights, and states that only the new optimizer has begin at zero."""
+    assert fork(parents[parent], 15, tmp_path, *f"--optimizer={flags} --max_iters=18 --lr_decay_iters=20".split()) == 0
+    ours, theirs = losses(tmp_path), losses(parents[parent])[15:18]
+    assert ours[0] == theirs[0]
+    assert ours[1:] != theirs[1:]
+    assert all(float.fromhex(loss) < 6 for _, loss in ours)
+
+
+def test_another_seed_is_other_data_from_the_fork_on(parents: dict[str, Path], tmp_path: Path) -> None:
+    parent = parents["adamw"]
+    for out, seed in ((tmp_path / "a", 1), (tmp_path / "b", 1), (tmp_path / "c", 2)):
+        assert fork(parent, 15, out, f"--seed={seed}") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    others = {losses(out)[0] for out in (parent, tmp_path / "a", tmp_path / "c")}
+    assert len(others) == 3
 
 
 def test_a_step_that_is_not_there(parents: dict[str, Path], tmp_path: Path) -> None:
