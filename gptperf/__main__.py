@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "write a page about a run",
     "compare": "rank runs, or compare architectures",
     "ablate": "train changes of a configuration over several seeds, and compare them",
+    "race": "measure the tokens and the time that two configurations need to equal losses",
     "hugging_face": "import the weights of a Hugging Face GPT-2 or LLaMA",
     "monitor.schema": "print the JSON Schema of a run's log",
 }

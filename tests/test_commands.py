@@ -186,6 +186,14 @@ def test_a_boolean_is_written_in_one_way_everywhere(value: str) -> None:
             ],
         ),
         (
+            ["race", "tiny", "--seeds=0", "--minutes=0", "--n_layr=3", "--paralel=2", "--vary", "n_layer=0"],
+            ["seeds: found 0", "minutes: found 0", "nearest: n_layer", "nearest: parallel", "--vary n_layer=0: n_la"],
+        ),
+        (
+            ["race", "tiny", "--vary", "positon=rope", "--vary=seed=1", "--out_dir=x"],
+            ["1 configurations and 2 changes", "seed is set by the race", "out_dir is set by the race"],
+        ),
+        (
             ["hardware", "--again", "--jsn", "--dtype=bf16"],
             ["--again goes with --measure", "nearest: json", "nearest: bfloat16"],
         ),

@@ -124,6 +124,11 @@ _KEYS = {
     "seeds": "n_seeds num_seeds repeats",
     "parallel": "jobs n_jobs workers",
     "html": "page report",
+    "minutes": "time_limit max_minutes max_time budget timeout_minutes",
+    "price": "cost price_per_hour gpu_price dollars usd",
+    "lr_factors": "lrs learning_rates lr_grid",
+    "tolerance": "margin equivalence",
+    "keep_models": "keep_all keep_runs",
     "list": "dry_run",
 }
 KEY_SYNONYMS: dict[str, tuple[str, ...]] = {}
@@ -203,6 +208,7 @@ COMMAND_SYNONYMS = {
         "report": "html plot page visualize dashboard",
         "compare": "rank diff leaderboard architectures",
         "ablate": "ablation sweep tune vary search",
+        "race": "speedrun time_to_loss head_to_head fork versus vs",
         "hugging_face": "hf huggingface convert import from_hf import_hf",
         "monitor.schema": "schema json_schema log_schema",
     }.items()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gptperf.config import KEYS
+from gptperf.config import KEYS, command_line
 from gptperf.config.flags import COMMAND_LINE, Flags, split, take
 from gptperf.config.keys import Range
 from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
@@ -24,7 +24,7 @@ from gptperf.experiment.rates import factors_of
 from gptperf.experiment.runner import Runner, gpus_for, run_all
 from gptperf.files import replace_text
 from gptperf.race import fork_page, page
-from gptperf.race.arms import arms_of
+from gptperf.race.arms import arms_of, flags_text
 from gptperf.race.fork import Forks, forks_of
 from gptperf.race.outcome import outcome_of
 from gptperf.race.state import STAGES, Race
@@ -38,6 +38,7 @@ Exit codes: 0 the race has a verdict, 1 it has none (the report says why), 75 st
 """
 _FACTORS = "0.25,0.5,1,2,4"
 _SEEDS, _PAIRS = 5, 12
+_MEASURE = "from gptperf.errors import run_main; from gptperf.race.speed import measure; run_main(measure)"
 _FORK = re.compile(r"(.+)@(\d+)")
 
 
@@ -91,18 +92,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     taken = take(_RaceFlags, argv, "gptperf.race", __doc__.partition("\n\n")[2], _AFTER)
     args = taken.flags
-    if taken.problems:
-        raise mistakes(taken.problems)
-    words = split(taken.rest, KEYS)[1]
+    given, words, _ = split(taken.rest, KEYS)
+    fork = next((found for word in words if (found := _FORK.fullmatch(word))), None)
+    problems = list(taken.problems)
+    if fork is None:  # the first arm tells what is wrong with the flags, too
+        problems = _problems(lambda: command_line.resolve([*words[:1], *flags_text(given)], taken=taken))
+    race: Race | None = None
+    forks: Forks | None = None
+    try:
+        if fork is not None:
+            rest = [word for word in taken.rest if word != fork[0]]
+            pairs = args.seeds or _PAIRS
+            forks = forks_of(Path(fork[1]), int(fork[2]), rest, args.vary, pairs, args.tolerance, args.out)
+        else:
+            race = Race(arms_of(taken.rest, args.vary, args.out), args.factors, args.seeds or _SEEDS, args.out)
+    except ConfigError as error:
+        problems += [text for text in error.problems if text not in problems]
+    if problems:
+        raise mistakes(problems)
     if args.html is not None:
         check_packages()
-    fork = next((found for word in words if (found := _FORK.fullmatch(word))), None)
-    if fork is not None:
-        rest = [word for word in taken.rest if word != fork[0]]
-        pairs = args.seeds or _PAIRS
-        return _fork(forks_of(Path(fork[1]), int(fork[2]), rest, args.vary, pairs, args.tolerance, args.out), args)
-    arms = arms_of(taken.rest, args.vary, args.out)
-    return _race(Race(arms, args.factors, args.seeds or _SEEDS, args.out), args)
+    return _race(race, args) if race is not None else _fork(forks, args) if forks is not None else 1
+
+
+def _problems(resolve: Callable[[], object]) -> list[str]:
+    try:
+        resolve()
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _race(race: Race, args: _RaceFlags) -> int:
@@ -145,7 +163,8 @@ def _measure_speed(race: Race, runner: Runner, gpus: Sequence[str]) -> None:
     print(f"race: the steps of both arms in turns -> {path}", flush=True)
     arms = [json.dumps([*arm.argv, f"--max_iters={arm.length}"]) for arm in race.arms]
     path.parent.mkdir(parents=True, exist_ok=True)
-    code = runner.run([sys.executable, "-m", "gptperf.race.speed", str(path), *arms], gpus[0] if gpus else None)
+    command = [sys.executable, "-c", _MEASURE, str(path), *arms]
+    code = runner.run(command, gpus[0] if gpus else None)
     if code and not runner.asked():
         print(f"race: the speed was not measured: exit code {code}", file=sys.stderr)
 

@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.config import KEYS, Config, command_line
-from gptperf.config.flags import split
+from gptperf.config.flags import Given, split
 from gptperf.errors import ConfigError, mistakes
 from gptperf.experiment.changes import change_text, folder_name, parse_changes, with_length
 from gptperf.experiment.job import Job
 from gptperf.experiment.rates import TUNING_SEED, scaled_rates
 
-__all__ = ["HORIZONS", "MULTIPLE", "SET_HERE", "Arm", "Chain", "arms_of", "full_runs", "quarter_runs", "seed_chain"]
+__all__ = [
+    "HORIZONS",
+    "MULTIPLE",
+    "SET_HERE",
+    "Arm",
+    "Chain",
+    "arms_of",
+    "flags_text",
+    "full_runs",
+    "quarter_runs",
+    "seed_chain",
+]
 
 HORIZONS = (4, 2, 1)
 """A cooldown ends at H divided by each of these."""
@@ -70,7 +81,7 @@ def arms_of(words: Sequence[str], vary: Sequence[str], out: Path) -> tuple[Arm, 
     """
     given, files, problems = split(words, KEYS)
     problems += [f"command line: {one.name} is set by the race" for one in given if one.name in SET_HERE]
-    flags = [f"--{one.name}={one.value}" for one in given]
+    flags = flags_text(given)
     changes, wrong = parse_changes(vary, (*SET_HERE, "seed", "max_iters"), "the race")
     problems += wrong
     if (len(files), len(vary)) not in ((2, 0), (1, 1)):
@@ -93,12 +104,19 @@ def arms_of(words: Sequence[str], vary: Sequence[str], out: Path) -> tuple[Arm, 
         try:
             found.append(Arm(name, argv, command_line.resolve(argv).config, out / name))
         except ConfigError as error:
-            problems += [f"{change_text(change) or file}: {line}" for line in error.problems if line not in problems]
+            where = f"--vary {change_text(change)}: " if change else "command line: "
+            told = [line.replace("command line: ", where, 1) for line in error.problems]
+            problems += [line for line in told if line not in problems]
     if problems:
         raise mistakes(problems)
     first, second = _of_equal_tokens(found)
     _check(first, second)
     return first, second
+
+
+def flags_text(given: Sequence[Given]) -> list[str]:
+    """Returns flags as words of a command line."""
+    return [f"--{one.name}={one.value}" for one in given]
 
 
 def _of_equal_tokens(found: Sequence[Arm]) -> tuple[Arm, Arm]:

@@ -22,7 +22,7 @@ from gptperf.experiment.significance import LEVEL
 from gptperf.files import delete
 from gptperf.monitor.run_log import find_log
 from gptperf.monitor.runs import read_run
-from gptperf.race.arms import SET_HERE, Chain
+from gptperf.race.arms import SET_HERE, Chain, flags_text
 from gptperf.race.sequence import Bounds, bounds
 
 __all__ = ["Decision", "ForkArm", "Forks", "alternatives", "forks_of"]
@@ -195,7 +195,7 @@ def forks_of(
     if problems:
         raise mistakes(problems)
     base = _flags_of(logged.config)
-    argv = (*base, *(f"--{one.name}={one.value}" for one in given))
+    argv = (*base, *flags_text(given))
     config = command_line.resolve(argv).config
     end = config.train.max_iters if any(one.name == "max_iters" for one in given) else step + max(2, step // 2)
     _check(logged.config, run, step, end)

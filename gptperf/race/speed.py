@@ -1,13 +1,12 @@
-"""Times the steps of two configurations in turns on one card: `python -m gptperf.race.speed RESULT.json ARM ARM`.
+"""Times the steps of two configurations in turns on one card, in a process of its own.
 
-An ARM is a JSON list of arguments for `gptperf.train`. Both models are on the card at once. After a warm-up each arm
+Both models are on the card at once. After a warm-up each arm
 runs a window of steps in each turn; the arm that goes first changes from turn to turn, so that a clock that falls with
 the temperature meets both alike. A window is as many steps as take about `WINDOW_S`. Batches are random tokens.
 """
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from gptperf.config import Config, command_line
 from gptperf.distributed.process import start_process
-from gptperf.errors import run_main
 from gptperf.files import replace_text
 from gptperf.monitor.step_timing import EnergyMeter
 from gptperf.training.engine import build_engine, compile_engine
 from gptperf.training.step import train_step
 
-__all__ = ["TURNS", "Window", "in_turns", "main"]
+__all__ = ["TURNS", "Window", "in_turns", "measure"]
 
 TURNS = 8
 WINDOW_S = 1.0
@@ -96,9 +94,13 @@ def _random_batches(config: Config, device: torch.device) -> Iterator[Tensor]:
         yield torch.stack([tokens[:, :-1], tokens[:, 1:]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Times both arms, and writes seconds and joules of a token for each arm and turn, with the name of the device."""
-    path, *arms = sys.argv[1:] if argv is None else argv
+def measure(argv: Sequence[str]) -> int:
+    """Times both arms, and writes seconds and joules of a token for each arm and turn, with the name of the device.
+
+    Args:
+        argv: The path of the result, and for each arm a JSON list of arguments for `gptperf.train`.
+    """
+    path, *arms = argv
     configs = [command_line.resolve(json.loads(arm)).config for arm in arms]
     process = start_process(configs[0].system.device)
     on_gpu = process.device.type == "cuda"
@@ -120,7 +122,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["arms"].append({"seconds_per_token": seconds, "joules_per_token": joules})
     replace_text(Path(path), json.dumps(found, indent=2, allow_nan=False) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -31,7 +31,7 @@ class FakeTrainer:
         """Number of the run that is asked to stop."""
 
         def run(_: runner.Runner, line: list[str], gpu: str | None = None, log: Path | None = None) -> int:
-            if "gptperf.race.speed" in line:
+            if "gptperf.train" not in line:
                 return self.speed(Path(line[3]))
             return self.train(line[line.index("gptperf.train") + 1 :])
 

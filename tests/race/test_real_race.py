@@ -20,8 +20,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains and times in this process, where torch is loaded already."""
 
     def run_here(_: runner.Runner, line: list[str], gpu: str | None = None, log: Path | None = None) -> int:
-        if "gptperf.race.speed" in line:
-            return speed.main(line[3:])
+        if "gptperf.train" not in line:
+            return speed.measure(line[3:])
         return train.main(line[line.index("gptperf.train") + 1 :])
 
     monkeypatch.chdir(ROOT)
