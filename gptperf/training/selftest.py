@@ -122,7 +122,7 @@ def _linear_cross_entropy(inputs: _Inputs) -> tuple[Any, ...]:
     V = inputs.model.padded_vocab_size
     targets = torch.linspace(0, V - 1, ROWS, device=inputs.device).long()
     targets[1] = -100
-    return inputs.normal(10, ROWS, 64), inputs.normal(11, V, 64), targets
+    return inputs.normal(10, ROWS, 64), inputs.normal(11, V, 64), targets, -100, inputs.model.logit_softcap
 
 
 _NORMS: dict[str, Callable[[_Inputs, Tensor | None], tuple[Any, ...]]] = {
