@@ -255,13 +255,16 @@ def adamw(
         compute.copy_(master)
 
 
-def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Returns alpha x x^T + beta add for each matrix of a batch; both terms are symmetric, and so is the result.
+def symmetric_matmul(
+    x: Tensor, z: Tensor | None = None, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Returns alpha x z^T + beta add for each matrix of a batch; x z^T and add are symmetric, and so is the result.
 
-    If x itself is symmetric, x x^T is its square, so that x and `add` = x give beta x + alpha x^2.
+    x x^T is symmetric. So is the product of two symmetric matrices with the same eigenvectors, such as a power of one.
 
     Args:
         x: `(B, M, K)`, contiguous.
+        z: like x; default: x itself. The kernel computes the lower half of the result alone.
         add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
         alpha, beta: factors.
 
@@ -271,9 +274,9 @@ def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, b
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
-    check_symmetric_matmul(x, add)
+    check_symmetric_matmul(x, z, add)
     nothing = x.new_zeros(()) if add is None else add
-    return add_product(nothing, x, x.mT, 0.0 if add is None else beta, alpha)
+    return add_product(nothing, x, (x if z is None else z).mT, 0.0 if add is None else beta, alpha)
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:

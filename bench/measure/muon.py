@@ -1,6 +1,6 @@
 """Times Muon: `python -m bench.measure.muon [--model CONFIG] [--rounds 11] [--json PATH]`.
 
-First the symmetric products, batched over 24 matrices of 2048 x 2048 and of 2048 x 5632 in bfloat16: x x^T, and
+First the symmetric products, batched over 24 matrices of 2048 x 2048 and of 2048 x 5632 in float16: x x^T, and
 b A + c A A of the result. Our kernel and torch.baddbmm take turns, in windows of 300 ms, in which the power cap shows.
 Then one update of the model by AdamW, Muon and NorMuon, with the ops and torch.compile of
 a run, by the protocol of `bench.measure.timing`; gradients are random numbers. Needs a GPU.
@@ -50,10 +50,10 @@ class MuonFlags(Flags):
 def measure_products(shape: tuple[int, int, int], rounds: int, device: str = "cuda") -> list[Row]:
     """Returns the time of both products of one shape by torch.bmm and by our kernel, and how much faster ours is."""
     ours = resolve_ops("triton", device).symmetric_matmul
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[2] ** 0.5
+    x = torch.randn(shape, device=device, dtype=torch.float16) / shape[2] ** 0.5
     gram = reference.symmetric_matmul(x)
     rows = []
-    for name, arguments in (("x x^T", (x,)), ("b A + c A A", (gram, gram, -2.8, 4.0))):
+    for name, arguments in (("x x^T", (x,)), ("b A + c A A", (gram, None, gram, -2.8, 4.0))):
         functions = {"torch": reference.symmetric_matmul, "triton": ours}
         works = {impl: Work(partial(function, *arguments)) for impl, function in functions.items()}
         times = {impl: Spread.of(found) for impl, found in timing.alternate(works, rounds, _WINDOW_MS).items()}

@@ -176,7 +176,7 @@ def _symmetric(function: _Op, inputs: _Inputs) -> list[Tensor]:
     for shape in ((2, ROWS, inputs.model.n_embd), (1, inputs.model.n_embd, ROWS)):
         x = inputs.normal(12, *shape).detach()
         gram = function(x)
-        found += [gram, function(gram / shape[2], gram, 0.5, -1.5)]
+        found += [gram, function(gram / shape[2], None, gram, 0.5, -1.5), function(gram / shape[2], gram)]
     return found
 
 

@@ -141,7 +141,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_symmetric_products_are_timed_beside_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock of our own: a kernel that takes half the time has 2x, and the FLOPs are those of the full product."""
+    """By a clock of the test: a kernel that takes half the time has 2x; the FLOPs are those of the full product."""
     monkeypatch.setattr(muon, "resolve_ops", lambda *_: SimpleNamespace(symmetric_matmul=reference.symmetric_matmul))
     monkeypatch.setattr(timing, "alternate", lambda works, *_: {name: [2.0 - i] for i, name in enumerate(works)})
     rows = muon.measure_products((2, 64, 32), 1, "cpu")

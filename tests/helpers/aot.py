@@ -240,8 +240,8 @@ SQUARES = ((24, 2048, 5632), (12, 768, 768))
 def symmetric_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
     def call() -> None:
         x = torch.empty(shape, dtype=dtype)
-        gram = torch.ops.gptperf.symmetric_matmul(x, None, 1.0, 0.0)
-        torch.ops.gptperf.symmetric_matmul(gram, gram, -1.5, 0.5)
+        gram = torch.ops.gptperf.symmetric_matmul(x, None, None, 1.0, 0.0)
+        torch.ops.gptperf.symmetric_matmul(gram, None, gram, -1.5, 0.5)
 
     return Case(f"symmetric_matmul {shape} {SHORT[dtype]}", call)
 
@@ -254,7 +254,7 @@ def cases(capability: int) -> Iterator[Case]:
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
     if capability >= 80:
-        for dtype, shapes in ((half, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
+        for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
