@@ -145,7 +145,7 @@ def check_adamw(
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted them on {master.device}")
 
 
-def check_symmetric_matmul(x: Tensor, add: Tensor | None) -> None:
+def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> None:
     """Checks the arguments of symmetric_matmul.
 
     Raises:
@@ -155,12 +155,13 @@ def check_symmetric_matmul(x: Tensor, add: Tensor | None) -> None:
     if x.dtype not in FLOATS or x.dim() != 3 or not x.is_contiguous():
         wanted = "(B, M, K) in a floating-point dtype, contiguous"
         raise ValueError(f"{op}: found x {_describe(x)} with strides {x.stride()}, wanted {wanted}")
-    square = (x.shape[0], x.shape[1], x.shape[1])
-    if add is not None and (
-        add.shape != square or add.dtype != x.dtype or add.device != x.device or not add.is_contiguous()
-    ):
-        wanted = f"{square} {x.dtype} on {x.device}, contiguous"
-        raise ValueError(f"{op}: found add {_describe(add)} with strides {add.stride()}, wanted {wanted}")
+    for name, tensor, shape in (("z", z, tuple(x.shape)), ("add", add, (x.shape[0], x.shape[1], x.shape[1]))):
+        if tensor is None:
+            continue
+        same = tensor.dtype == x.dtype and tensor.device == x.device
+        if tensor.shape != shape or not same or not tensor.is_contiguous():
+            wanted = f"{shape} {x.dtype} on {x.device}, contiguous"
+            raise ValueError(f"{op}: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
 
 
 def check_triton(op: str, x: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Computes lm_head and the mean cross-entropy without all (M, V) logits in memory.
 
-    logits = x W^T,  loss = sum(logsumexp(logits) - logits[target]) / count
-    d = softmax(logits) - onehot(target),  dx = d W,  dW = d^T x,  both times dloss / count
+    z = x W^T,  logits = z, or c tanh(z / c) with a softcap c,  loss = sum(logsumexp(logits) - logits[target]) / count
+    d = (softmax(logits) - onehot(target)) dlogits/dz,  dx = d W,  dW = d^T x,  both times dloss / count
 
 Forward takes the rows in chunks. For each chunk it computes the logits; one kernel turns them into the loss of each row
 and overwrites them with d; then it computes dx and adds to dW. Backward only scales dx and dW. If V is not a multiple
@@ -56,15 +56,37 @@ def _softmax_step(x, top, total):
 
 
 @triton.jit
+def _capped(z, cap, HAS_CAP: tl.constexpr):
+    """Returns cap tanh(z / cap), or z without a cap."""
+    if HAS_CAP:
+        u = z / cap
+        e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
+        # (1 - e) / (1 + e) loses digits near 0; there the series up to u^9 is exact to float32.
+        square = u * u
+        series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        far = tl.where(u < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+        z = cap * tl.where(square < 0.0625, u * series, far)
+    return z
+
+
+@triton.jit
+def _slope(z, cap):
+    """Returns the derivative of `_capped`, 1 - tanh^2 = 4 e / (1 + e)^2, which loses no digits where it is small."""
+    e = tl.exp2(tl.abs(z / cap) * (-2.0 * LOG2_E))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def _cross_entropy_kernel(
-    LOGITS, TARGETS, LOSS, ignore_index, log2_scale,
+    LOGITS, TARGETS, LOSS, ignore_index, log2_scale, cap, HAS_CAP: tl.constexpr,
     V: tl.constexpr, STRIDE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * STRIDE
     target = tl.load(TARGETS + row)
     counts = (target >= 0) & (target < V) & (target != ignore_index)
-    target_logit = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
+    target_z = tl.load(LOGITS + tl.where(counts, target, 0)).to(tl.float32)
+    target_logit = _capped(target_z, cap, HAS_CAP)
     # A whole block is a tile whose rows are 8 neighbouring columns; one thread can hold such a row, because STRIDE is a
     # multiple of 8. Each thread keeps its own maximum and sum, and all are joined once, after the last block.
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
@@ -73,12 +95,13 @@ def _cross_entropy_kernel(
     top = tl.full((BLOCK_V // 8,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_V // 8,), tl.float32)
     for start in range(0, WHOLE, BLOCK_V):
-        x = tl.load(LOGITS + start + lanes, eviction_policy="evict_last").to(tl.float32)
-        top, total = _softmax_step(x, top, total)
+        z = tl.load(LOGITS + start + lanes, eviction_policy="evict_last").to(tl.float32)
+        top, total = _softmax_step(_capped(z, cap, HAS_CAP), top, total)
     peak = tl.max(top, axis=0)
     total = tl.sum(total * tl.exp2((top - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2_E), axis=0)
     if BLOCK_TAIL:
-        rest = tl.load(LOGITS + tail, mask=tail < V, other=float("-inf")).to(tl.float32)
+        rest_z = tl.load(LOGITS + tail, mask=tail < V, other=float("-inf")).to(tl.float32)
+        rest = tl.where(tail < V, _capped(rest_z, cap, HAS_CAP), float("-inf"))
         peak, total = _softmax_step(rest, peak, total)
     missing = tl.where(target == ignore_index, 0.0, float("nan"))  # NaN for a target out of range
     tl.store(LOSS + row, tl.where(counts, tl.log(total) + (peak - target_logit), missing))
@@ -87,15 +110,21 @@ def _cross_entropy_kernel(
         shift = log2_scale - tl.log2(total)
         if BLOCK_TAIL:
             rest = tl.where(counts, tl.exp2((rest - peak) * LOG2_E + shift), 0.0)
+            if HAS_CAP:
+                rest *= _slope(rest_z, cap)
             tl.store(LOGITS + tail, rest.to(LOGITS.dtype.element_ty), mask=tail < V)
         for start in range(0, WHOLE, BLOCK_V):  # from the last block on, which is still in the L2 cache
             block = LOGITS + (WHOLE - BLOCK_V - start) + lanes
-            x = tl.load(block, eviction_policy="evict_first").to(tl.float32)
-            x = tl.where(counts, tl.exp2((x - peak) * LOG2_E + shift), 0.0)
+            z = tl.load(block, eviction_policy="evict_first").to(tl.float32)
+            x = tl.where(counts, tl.exp2((_capped(z, cap, HAS_CAP) - peak) * LOG2_E + shift), 0.0)
+            if HAS_CAP:
+                x *= _slope(z, cap)
             tl.store(block, x.to(LOGITS.dtype.element_ty))
         if counts:
             tl.debug_barrier()  # the target's probability must be written before it is overwritten
             d = (tl.exp2((target_logit - peak) * LOG2_E) - total) / total  # exact if the target is the maximum
+            if HAS_CAP:
+                d *= _slope(target_z, cap)
             tl.store(LOGITS + target, (d * tl.exp2(log2_scale)).to(LOGITS.dtype.element_ty))
 
 
@@ -107,7 +136,13 @@ def _scale_kernel(X, Y, DLOSS, SCALE, n, BLOCK: tl.constexpr):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    needs_x: bool,
+    needs_weight: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the loss, the unscaled dx `(M, C)` and dW `(V, C)` (empty if not needed), and their scale."""
     M, V = x.shape[0], weight.shape[0]
@@ -121,9 +156,17 @@ def _forward(
         for start in range(0, M, rows):
             part = slice(start, min(start + rows, M))
             logits = linear(x[part], weight, out=buffer[: part.stop - start])
-            constants = {"V": V, "STRIDE": padded(V), "GRADIENT": needs_x or needs_weight, **program_shape(V)}
+            constants = {
+                "HAS_CAP": softcap > 0,
+                "V": V,
+                "STRIDE": padded(V),
+                "GRADIENT": needs_x or needs_weight,
+                **program_shape(V),
+            }
             tensors = (logits, targets[part], losses[part])
-            launch(_cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale), constants)
+            launch(
+                _cross_entropy_kernel, (len(logits),), tensors, (ignore_index, log2_scale, float(softcap)), constants
+            )
             if needs_x:
                 dgrad(logits, weight, out=dx[part])
             if needs_weight:
@@ -136,7 +179,13 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    needs_x: bool,
+    needs_weight: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     dx = x.new_empty(x.shape if needs_x else (0,), dtype=dtype)
@@ -161,7 +210,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, _, ctx.needs_x, ctx.needs_weight = inputs
+    x, _, _, _, ctx.needs_x, ctx.needs_weight, *_ = inputs
     _, dx, dweight, scale = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dx, dweight, scale)
@@ -173,7 +222,7 @@ def _differentiate(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     dx = dweight = None
     if dloss is not None:
         dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dtype)
-    return dx if ctx.needs_x else None, dweight if ctx.needs_weight else None, None, None, None, None
+    return dx if ctx.needs_x else None, dweight if ctx.needs_weight else None, None, None, None, None, None
 
 
 _linear_cross_entropy_backward = register(
@@ -183,7 +232,8 @@ _linear_cross_entropy_backward = register(
     _backward_fake,
 )
 _linear_cross_entropy = register(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_x, bool needs_weight) "
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_x, bool needs_weight, "
+    "float softcap=0.0) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -200,12 +250,15 @@ def _flops(
     ignore_index: int,
     needs_x: bool,
     needs_weight: bool,
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return 2 * x[0] * weight[0] * weight[1] * (1 + needs_x + needs_weight)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0
+) -> Tensor:
     """Returns the mean loss; see `gptperf.kernels.reference.linear_cross_entropy` for arguments and errors.
 
     Forward computes the gradients of x and weight, if they need any; backward only scales them.
@@ -216,5 +269,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     x, weight = x.to(dtype), weight.to(dtype)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     return _linear_cross_entropy(
-        x.flatten(0, -2) if x.dim() > 1 else x[None], weight, targets.flatten(), ignore_index, *needs
+        x.flatten(0, -2) if x.dim() > 1 else x[None], weight, targets.flatten(), ignore_index, *needs, softcap
     )[0]

@@ -19,7 +19,7 @@ from gptperf.kernels.checks import (
 from gptperf.kernels.linear import add_product, linear
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
-__all__ += ["symmetric_matmul"]
+__all__ += ["softcapped", "symmetric_matmul"]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -157,7 +157,16 @@ def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = 
     return product if weight is None else linear(product, weight, bias)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """Returns cap tanh(logits / cap), computed in float32 and rounded once; with a cap of 0 the logits as they are."""
+    if softcap == 0:
+        return logits
+    return (softcap * torch.tanh(logits.to(_accumulator(logits)) / softcap)).to(logits.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0
+) -> Tensor:
     """Returns the mean cross-entropy of the logits x weight^T against targets.
 
     Args:
@@ -165,6 +174,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         weight: `(V, C)` in x's dtype.
         targets: `(...)` int64, 0..V-1 or `ignore_index`.
         ignore_index: a target with this value does not count in the mean.
+        softcap: logits are limited to softcap tanh(logits / softcap) first; 0 leaves them as they are.
 
     Returns:
         A float32 scalar. It is 0 if every target is ignored, and NaN if a target on a GPU is out of range.
@@ -174,11 +184,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     """
     check_linear_cross_entropy(x, weight, targets, ignore_index)
     logits = linear(x, weight)
+    logits = softcapped(logits.to(_accumulator(logits)), softcap)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     missing = (targets < 0) | (targets >= weight.shape[0])
     bad = missing & (targets != ignore_index)
     targets = targets.masked_fill(missing | (targets == ignore_index), -100)
-    total = F.cross_entropy(logits.to(_accumulator(logits)), targets, reduction="sum")
+    total = F.cross_entropy(logits, targets, reduction="sum")
     return (total / (targets != -100).sum().clamp(min=1)).masked_fill(bad.any(), torch.nan)
 
 
@@ -244,13 +255,16 @@ def adamw(
         compute.copy_(master)
 
 
-def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Returns alpha x x^T + beta add for each matrix of a batch; both terms are symmetric, and so is the result.
+def symmetric_matmul(
+    x: Tensor, z: Tensor | None = None, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Returns alpha x z^T + beta add for each matrix of a batch; x z^T and add are symmetric, and so is the result.
 
-    If x itself is symmetric, x x^T is its square, so that x and `add` = x give beta x + alpha x^2.
+    x x^T is symmetric. So is the product of two symmetric matrices with the same eigenvectors, such as a power of one.
 
     Args:
         x: `(B, M, K)`, contiguous.
+        z: like x; default: x itself. The kernel computes the lower half of the result alone.
         add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
         alpha, beta: factors.
 
@@ -260,9 +274,9 @@ def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, b
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
-    check_symmetric_matmul(x, add)
+    check_symmetric_matmul(x, z, add)
     nothing = x.new_zeros(()) if add is None else add
-    return add_product(nothing, x, x.mT, 0.0 if add is None else beta, alpha)
+    return add_product(nothing, x, (x if z is None else z).mT, 0.0 if add is None else beta, alpha)
 
 
 def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -> None:

@@ -1,11 +1,12 @@
 """Products of matrices whose result is symmetric, computed by half.
 
-    y = alpha x x^T + beta add        for each matrix of a batch; add is symmetric
+    y = alpha x z^T + beta add        for each matrix of a batch; z = x, or x z^T is symmetric for another reason
 
 A program computes one square tile on or below the diagonal and writes it twice, the second time transposed, so that y
-is symmetric to the bit. If x itself is symmetric, x x^T is its square. Sums are in float32, and y is rounded once to
-x's dtype. FLOPs for x (B, M, K): B M (M + 1) K, and the upper halves of the tiles on the diagonal; a full product has
-2 B M M K. Elements moved: at least B (M K + M M), with `add` B M M / 2 more.
+is symmetric to the bit. If x itself is symmetric, x x^T is its square. Two symmetric matrices with the same
+eigenvectors have a symmetric product too. Sums are in float32, and y is rounded once to x's dtype. FLOPs for x
+`(B, M, K)`: B M (M + 1) K, and the upper halves of the tiles on the diagonal; a full product has 2 B M M K. Elements
+moved: at least B (M K + M M); with z B M K more, with `add` B M M / 2 more.
 
 No gradient. Eager reference: `gptperf.kernels.reference.symmetric_matmul`. It serves the optimizer Muon.
 """
@@ -36,7 +37,7 @@ def program_shape(M: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def _symmetric_matmul_kernel(
-    X, ADD, Y, M, K, alpha, beta, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+    X, Z, ADD, Y, M, K, alpha, beta, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     number, matrix = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     # Tiles are counted row by row of the triangle, so row i begins with number i (i + 1) / 2. The square root may be
@@ -49,7 +50,7 @@ def _symmetric_matmul_kernel(
     columns = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     lanes = tl.arange(0, BLOCK_K).to(tl.int64)
     left = X + matrix * M * K + rows[:, None] * K + lanes[None, :]
-    right = X + matrix * M * K + columns[None, :] * K + lanes[:, None]
+    right = Z + matrix * M * K + columns[None, :] * K + lanes[:, None]
     total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64)
     for start in range(0, K, BLOCK_K):
         inside = lanes < K - start
@@ -71,23 +72,24 @@ def _symmetric_matmul_kernel(
         tl.store(Y + mirrored, tl.trans(y), mask=(columns[:, None] < M) & (rows[None, :] < M))
 
 
-def _forward(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _forward(x: Tensor, z: Tensor | None, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     B, M, K = x.shape
-    y = _forward_fake(x, add, alpha, beta)
+    y = _forward_fake(x, z, add, alpha, beta)
     if y.numel():
         constants = {"HAS_ADD": add is not None, **program_shape(M, x.element_size())}
         tiles = ceil_div(M, constants["BLOCK"])
         grid = (tiles * (tiles + 1) // 2, B)
-        launch(_symmetric_matmul_kernel, grid, (x, x if add is None else add, y), (M, K, alpha, beta), constants)
+        tensors = (x, x if z is None else z, x if add is None else add, y)
+        launch(_symmetric_matmul_kernel, grid, tensors, (M, K, alpha, beta), constants)
     return y
 
 
-def _forward_fake(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _forward_fake(x: Tensor, z: Tensor | None, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], x.shape[1]))
 
 
 _symmetric_matmul = register(
-    "symmetric_matmul(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", _forward, _forward_fake
+    "symmetric_matmul(Tensor x, Tensor? z, Tensor? add, float alpha, float beta) -> Tensor", _forward, _forward_fake
 )
 
 
@@ -96,8 +98,10 @@ def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
     return x[0] * x[1] * (x[1] + 1) * x[2]
 
 
-def symmetric_matmul(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Returns alpha x x^T + beta add; see `gptperf.kernels.reference.symmetric_matmul` for arguments and errors."""
-    check_symmetric_matmul(x, add)
+def symmetric_matmul(
+    x: Tensor, z: Tensor | None = None, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Returns alpha x z^T + beta add; see `gptperf.kernels.reference.symmetric_matmul` for arguments and errors."""
+    check_symmetric_matmul(x, z, add)
     check_triton("symmetric_matmul", x)
-    return _symmetric_matmul(x, add, alpha, beta)
+    return _symmetric_matmul(x, z, add, alpha, beta)

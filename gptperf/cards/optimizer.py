@@ -6,7 +6,7 @@ from gptperf.cards.quantities import FP32_BYTES
 
 __all__ = ["OPTIMIZERS", "Muon", "Optimizer"]
 
-_MUON_STEPS = 5
+_MUON_STEPS, _LONG = 5, 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ class Muon(Optimizer):
     def flops(self, rows: int, columns: int, halved: bool) -> int:
         """Returns the FLOPs of the matrix products that update one matrix of a block.
 
-        With M the smaller and N the larger side, each of five steps computes A = X X^T, B = b A + c A^2 and B X.
+        With M the smaller and N the larger side, each of five steps computes A = X X^T, B = b A + c A^2 and B X. Steps
+        of a long matrix are joined: 2 and 3 steps compute A and multiply X once, with 5 and 9 symmetric products of
+        M x M matrices.
 
         Args:
             rows, columns: shape of the matrix; those in packed weights count one by one.
@@ -78,6 +80,8 @@ class Muon(Optimizer):
         """
         M, N = sorted((rows, columns))
         symmetric = M * (M + 1) if halved else 2 * M * M
+        if N >= _LONG * M:
+            return symmetric * (2 * N + 14 * M) + 2 * 2 * M * M * N
         return _MUON_STEPS * (symmetric * (N + M) + 2 * M * M * N)
 
 

@@ -93,6 +93,10 @@ class ModelConfig(_Section):
     """Dropout probability after the embedding, the attention weights, attention and FFN."""
     qk_norm: bool = False
     """Apply RMSNorm to every query and key head before the position encoding."""
+    logit_softcap: Annotated[float, Range(0)] = 0.0
+    """Limits the logits to cap tanh(logits / cap); 0 leaves them as they are."""
+    residual_init: Literal["scaled", "zero"] = "scaled"
+    """First values of the projections into the residual stream. scaled: N(0, 0.02 / sqrt(2 n_layer)); zero: 0."""
     norm_eps: Annotated[float, Range(0, exclude_low=True)] = 1e-5
     """Epsilon of every norm."""
     rope_theta: Annotated[float, Range(1, exclude_low=True)] = 1e4

@@ -102,6 +102,8 @@ def vector_flops(model: ModelConfig) -> VectorCount:
     }
     costs = part_costs(model.normalization, model.position_encoding, model.ffn_type, model.activation)
     parts = {part: costs[part][1].flops * count for part, count in elements.items()}
+    if model.logit_softcap:
+        parts["loss"] += COMMON_COSTS["softcap"].flops * t * model.padded_vocab_size
     if model.qk_norm:
         parts["norm"] += RMSNORM.cost.flops * n * t * (c + kv_width)
     return VectorCount(tokens=t, **parts)

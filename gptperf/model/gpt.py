@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptperf.config import ModelConfig
+from gptperf.kernels.reference import softcapped
 from gptperf.model.attention import KVCache
 from gptperf.model.linear import Linear
 from gptperf.model.mask import document_starts, make_masks
@@ -70,13 +71,15 @@ class GPT(nn.Module):
         """Draws matrices from N(0, 0.02) and zeroes biases.
 
         The projections into the residual stream, two for each block, are drawn from N(0, 0.02 / sqrt(2 n_layer))
-        (Radford et al., 2019, section 2.3).
+        (Radford et al., 2019, section 2.3), or zeroed with `residual_init` zero: the blocks then begin as the identity.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 into_residual = name.endswith(("attention.out.weight", "ffn.out.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(parameter, std=std)  # zeroed or not: other matrices have the same values
+                if into_residual and self.config.residual_init == "zero":
+                    nn.init.zeros_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -127,5 +130,5 @@ class GPT(nn.Module):
             self.units.enter(len(self.blocks) + 1)
         x, _ = self.norm(x, residual)
         if targets is None:
-            return self.lm_head(x)
-        return self.loss(x, self.lm_head.weight, targets)
+            return softcapped(self.lm_head(x), self.config.logit_softcap)
+        return self.loss(x, self.lm_head.weight, targets, softcap=self.config.logit_softcap)

@@ -230,8 +230,9 @@ def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[floa
     dx = tokens * C * size
     if not _triton(config):
         # Bytes per element of the logits, as bench.measure.ops measures them: when compiled, the logits and their
-        # gradient; otherwise both of them in float32 too.
-        return tokens * V * (2 * size if config.system.compile else 2 * size + 2 * FP32_BYTES) + dx, kept
+        # gradient; otherwise both of them in float32 too, and capped.
+        eager = 2 * size + (3 if model.logit_softcap else 2) * FP32_BYTES
+        return tokens * V * (2 * size if config.system.compile else eager) + dx, kept
     rows = min(tokens, chunk_rows(V, size))
     # Alive are the input and, if blocks are recomputed, the last block's residual, which no block has kept.
     alive = 2 if recompute != "none" and block_of(model).passes_residual else 1

@@ -21,6 +21,7 @@ __all__ = ["DERIVED", "Told", "changed_keys", "changed_versions", "keep_schedule
 DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
 """Sizes that follow from several keys. They are compared in place of those keys."""
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
+_MAY_DIFFER |= {"residual_init"}  # the weights have been trained since
 _MUST_MATCH = (
     frozenset({"dtype", "seed", "optimizer", "normuon"})
     | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER

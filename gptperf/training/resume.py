@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gptperf import checkpoint as checkpoints
@@ -88,8 +89,7 @@ def take_up(
         console: gets the warnings about differences.
 
     Returns:
-        The position of the run: the one in the checkpoint, or a new one. A fork is a new run at the position of its
-        parent, with times and a best loss of its own.
+        The position of the run: the one in the checkpoint, or a new one.
 
     Raises:
         CheckpointError: the checkpoint was made with another configuration, or by a version that saved another state.
@@ -138,11 +138,16 @@ def _taken_up(
     compare_data(found.state, tokens, found.path)
     state = restore(found, engine, tokens.fingerprint, fork=fork)
     if fork:
-        lines = f"changed (parent -> fork): {'; '.join(changed)}" if changed else "nothing is changed"
-        console.message(f"forked from {found.path}, iteration {state.step} of {state.run_name}; {lines}")
-        return TrainState(step=state.step, tokens=state.tokens, unevaluated=state.unevaluated)
+        return _forked(found, state, changed, console)
     console.message(f"resumed from {found.path} at iteration {state.step}")
     return state
+
+
+def _forked(found: Checkpoint, state: TrainState, changed: Sequence[str], console: Console) -> TrainState:
+    """Says what a fork changes, and returns its position: its parent's, with times and a best loss of its own."""
+    lines = f"changed (parent -> fork): {'; '.join(changed)}" if changed else "nothing is changed"
+    console.message(f"forked from {found.path}, iteration {state.step} of {state.run_name}; {lines}")
+    return TrainState(step=state.step, tokens=state.tokens, unevaluated=state.unevaluated)
 
 
 def _load_path(text: str) -> Checkpoint:

@@ -122,7 +122,7 @@ def _linear_cross_entropy(inputs: _Inputs) -> tuple[Any, ...]:
     V = inputs.model.padded_vocab_size
     targets = torch.linspace(0, V - 1, ROWS, device=inputs.device).long()
     targets[1] = -100
-    return inputs.normal(10, ROWS, 64), inputs.normal(11, V, 64), targets
+    return inputs.normal(10, ROWS, 64), inputs.normal(11, V, 64), targets, -100, inputs.model.logit_softcap
 
 
 _NORMS: dict[str, Callable[[_Inputs, Tensor | None], tuple[Any, ...]]] = {
@@ -176,7 +176,7 @@ def _symmetric(function: _Op, inputs: _Inputs) -> list[Tensor]:
     for shape in ((2, ROWS, inputs.model.n_embd), (1, inputs.model.n_embd, ROWS)):
         x = inputs.normal(12, *shape).detach()
         gram = function(x)
-        found += [gram, function(gram / shape[2], gram, 0.5, -1.5)]
+        found += [gram, function(gram / shape[2], None, gram, 0.5, -1.5), function(gram / shape[2], gram)]
     return found
 
 

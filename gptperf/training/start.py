@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gptperf.checkpoint import Checkpoint
 from gptperf.checkpoint.background import Saver
 from gptperf.config import Config
 from gptperf.config.fork import fork_of
@@ -18,6 +19,7 @@ from gptperf.data.mixture import parts_of
 from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError
 from gptperf.monitor.console import Console
+from gptperf.monitor.events import StartupInfo
 from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
@@ -100,11 +102,7 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     peak = find_peak(config, process.device)
     facts = data_facts(config, inputs.train_tokens, inputs.val_tokens)
     info = startup_info(engine, inputs.tokenizer_info, facts, peak, compiled, inputs.plan)
-    info["notes"] = [*told.changes.values(), *info["notes"]]
-    if fork_of(config.train.init_from) is not None and inputs.checkpoint is not None:
-        found = inputs.checkpoint
-        run = str(found.state["train_state"].get("run_name", ""))
-        info["parent"] = {"run": run, "path": str(found.path), "step": found.step}
+    info |= {**_parent(config, inputs.checkpoint), "notes": [*told.changes.values(), *info["notes"]]}
     if expected is not None:
         info["expected_iteration_s"] = expected.iteration_s
         info["expected_total_s"] = expected.total_s(config, state.step)
@@ -123,6 +121,14 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     snapshots = stack.enter_context(snapshots.listening())
     data = data_record(inputs.train_tokens)
     return TrainingRun(inputs, engine, state, reporter, saver, profiler, snapshots, data=data, saved_step=state.step)
+
+
+def _parent(config: Config, found: Checkpoint | None) -> StartupInfo:
+    """Returns what the log says about the parent of a fork; nothing for another run."""
+    if found is None or fork_of(config.train.init_from) is None:
+        return {}
+    run = str(found.state["train_state"].get("run_name", ""))
+    return {"parent": {"run": run, "path": str(found.path), "step": found.step}}
 
 
 def _has_finished(config: Config, inputs: Inputs) -> bool:

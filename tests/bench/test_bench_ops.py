@@ -1,6 +1,7 @@
 """The bytes that bench.measure.ops counts and the tables that it prints; to time ops it needs a GPU."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measure import cases, op_errors, ops, timing
+from bench.measure import cases, muon, op_errors, ops, timing
 from bench.measure import op_tables as tables
 from gptperf.errors import ConfigError
 from gptperf.kernels import reference
@@ -137,3 +138,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert ops.main(["--host"]) == 0
         assert "no GPU here" in capsys.readouterr().out
+
+
+def test_symmetric_products_are_timed_beside_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test: a kernel that takes half the time has 2x; the FLOPs are those of the full product."""
+    monkeypatch.setattr(muon, "resolve_ops", lambda *_: SimpleNamespace(symmetric_matmul=reference.symmetric_matmul))
+    monkeypatch.setattr(timing, "alternate", lambda works, *_: {name: [2.0 - i] for i, name in enumerate(works)})
+    rows = muon.measure_products((2, 64, 32), 1, "cpu")
+    assert [(row["impl"], row["times_torch"]) for row in rows] == 2 * [("torch", 1.0), ("triton", 2.0)]
+    assert rows[1]["full_tflop_s"] == pytest.approx(2 * 2 * 64 * 64 * 32 / 1e-3 / 1e12)
+    assert [row["shape"] for row in rows] == 2 * [[2, 64, 32]] + 2 * [[2, 64, 64]]
+    assert torch.cuda.is_available() or muon.main([]) == 0

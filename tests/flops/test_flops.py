@@ -349,3 +349,12 @@ def test_a_plugins_component_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> 
     assert flops.flops_per_token(model) == flops.flops_per_token(ModelConfig())
     assert flops.uncountable_flops(model) is None
     assert flops.uncountable_parameters(ModelConfig()) is None
+
+
+def test_a_soft_cap_costs_three_operations_of_a_logit_and_no_matmul() -> None:
+    plain, capped = (ModelConfig(block_size=16, vocab_size=101, logit_softcap=cap) for cap in (0.0, 30.0))
+    counts = [flops.vector_flops(model) for model in (plain, capped)]
+    assert counts[1].loss - counts[0].loss == 3 * 16 * 101
+    assert counts[1].forward - counts[0].forward == 3 * 16 * 101
+    assert flops.flops_per_token(plain) == flops.flops_per_token(capped)
+    assert flops.bytes_moved(plain) == flops.bytes_moved(capped)

@@ -203,17 +203,18 @@ def swiglu_case(F: int, dtype: torch.dtype) -> Case:
     return Case(f"swiglu {F} {SHORT[dtype]}", call, F == 2048 and dtype != FULL)
 
 
-def cross_entropy_case(V: int, dtype: torch.dtype) -> Case:
+def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
     """16 rows of 16 columns, because the matrix products really run; the kernels do not depend on these sizes."""
 
     def call() -> None:
         x, weight, targets = torch.zeros(16, 16, dtype=dtype), torch.zeros(V, 16, dtype=dtype), torch.zeros(16).long()
         ops = torch.ops.gptperf
-        ops.linear_cross_entropy(x, weight, targets, -100, False, False)
-        loss, dx, dweight, scale = ops.linear_cross_entropy(x, weight, targets, -100, True, True)
+        ops.linear_cross_entropy(x, weight, targets, -100, False, False, cap)
+        loss, dx, dweight, scale = ops.linear_cross_entropy(x, weight, targets, -100, True, True, cap)
         ops.linear_cross_entropy_backward(loss, scale, dx, dweight, dtype)
 
-    return Case(f"linear_cross_entropy {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
+    capped = " capped" if cap else ""
+    return Case(f"linear_cross_entropy{capped} {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
 
 
 def adamw_case(n: int, dtype: torch.dtype | None) -> Case:
@@ -239,8 +240,8 @@ SQUARES = ((24, 2048, 5632), (12, 768, 768))
 def symmetric_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
     def call() -> None:
         x = torch.empty(shape, dtype=dtype)
-        gram = torch.ops.gptperf.symmetric_matmul(x, None, 1.0, 0.0)
-        torch.ops.gptperf.symmetric_matmul(gram, gram, -1.5, 0.5)
+        gram = torch.ops.gptperf.symmetric_matmul(x, None, None, 1.0, 0.0)
+        torch.ops.gptperf.symmetric_matmul(gram, None, gram, -1.5, 0.5)
 
     return Case(f"symmetric_matmul {shape} {SHORT[dtype]}", call)
 
@@ -253,7 +254,7 @@ def cases(capability: int) -> Iterator[Case]:
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
     if capability >= 80:
-        for dtype, shapes in ((half, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
+        for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
@@ -283,6 +284,7 @@ def every_case() -> Iterator[Case]:
     for dtype in (BRAIN, HALF, FULL):
         yield from (swiglu_case(F, dtype) for F in (2048, 5632, 14336))
         yield from (cross_entropy_case(V, dtype) for V in (257, 32000, 50257, 50304, 128256))
+    yield from (cross_entropy_case(V, BRAIN, cap=15.0) for V in (257, 32000, 50304, 128256))
 
 
 def representative_cases(half: torch.dtype) -> Iterator[Case]:
@@ -298,6 +300,7 @@ def representative_cases(half: torch.dtype) -> Iterator[Case]:
     yield rope_case((16, 16, 128), half, None, False)
     yield from (swiglu_case(F, half) for F in (2048, 14336))
     yield from (cross_entropy_case(V, half) for V in (257, 32000, 50257, 50304, 128256))
+    yield from (cross_entropy_case(V, half, cap=15.0) for V in (257, 32000, 50304))
 
 
 def jit_functions() -> list[str]:

@@ -43,13 +43,14 @@ VARIANTS = {
     "swiglu_linear": "swiglu",
     "swiglu_linear_bias": "swiglu",
     "linear_cross_entropy": "linear_cross_entropy",
+    "linear_cross_entropy_capped": "linear_cross_entropy",
 }
 """Variant -> op, which is the name of a public function in `gptperf.kernels.<op>` and in the reference."""
 EVERY_LINE = ["rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope", "rope_qk_norm_interleaved", "swiglu"]
-EVERY_LINE += ["swiglu_linear_bias", "linear_cross_entropy"]
+EVERY_LINE += ["swiglu_linear_bias", "linear_cross_entropy", "linear_cross_entropy_capped"]
 """Variants that together run every line of every kernel."""
 EVERY_OPTION = ["rms_norm", "rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope_interleaved", "rope_qk_norm"]
-EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "linear_cross_entropy"]
+EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "linear_cross_entropy", "linear_cross_entropy_capped"]
 """Variants that together call every public function with and without its options."""
 ONE_EACH = ["rms_norm_add", "layer_norm_add", "rope_qk_norm", "swiglu", "swiglu_linear_bias", "linear_cross_entropy"]
 """One variant of every autograd function."""
@@ -166,7 +167,8 @@ def build(
     if op == "linear_cross_entropy":
         targets = torch.randint(classes, shape[:-1], generator=torch.Generator().manual_seed(seed)).to(device)
         weight = make(classes, N).to(dtype)
-        return Case(variant, {"x": x, "weight": weight}, {"targets": targets, "ignore_index": IGNORE})
+        cap = {"softcap": 3.0} if variant.endswith("capped") else {}
+        return Case(variant, {"x": x, "weight": weight}, {"targets": targets, "ignore_index": IGNORE, **cap})
     tensors = {"x": x, "weight": (1 + make(N) / 4).to(weight_dtype or dtype)}
     if op == "layer_norm" and not variant.endswith("nobias"):
         tensors["bias"] = make(N).to(weight_dtype or dtype)

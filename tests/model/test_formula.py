@@ -35,6 +35,7 @@ CASES: list[dict[str, Any]] = [
     {"position_encoding": "rope", "rope_pairs": "interleaved"},
     {"position_encoding": "rope", "attention_backend": "manual"},
     {"ffn_type": "swiglu", "bias": True, "weight_tying": False},
+    {"logit_softcap": 1.5},
 ]
 
 
@@ -100,7 +101,9 @@ class Formula:
             added = [self.ffn(f"blocks.{i}.ffn", self.norm(two, x) if pre else x) for x in xs]
             xs = [x + y if pre else self.norm(two, x + y) for x, y in zip(xs, added, strict=True)]
         head = self.weights.get("lm_head.weight", self.weights["wte.weight"])
-        return torch.stack([head @ self.norm("norm", x) for x in xs])
+        logits = torch.stack([head @ self.norm("norm", x) for x in xs])
+        cap = self.config.logit_softcap
+        return cap * (1 - 2 / (torch.exp(2 * logits / cap) + 1)) if cap else logits
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
@@ -181,3 +184,25 @@ def test_generation_goes_on_from_half_of_a_full_context() -> None:
         found = generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator)
     assert found.tolist() == ids[6:]
     assert len(set(found.tolist())) > 3
+
+
+@pytest.mark.parametrize("ffn_type", ["standard", "swiglu"])
+def test_zeroed_projections_make_the_blocks_the_identity(ffn_type: str) -> None:
+    """All other matrices begin as they do without the key, and every matrix gets a gradient after one update."""
+    models = []
+    for init in ("scaled", "zero"):
+        torch.manual_seed(0)
+        models.append(GPT(ModelConfig(**SIZES | {"ffn_type": ffn_type, "norm_position": "pre", "residual_init": init})))
+    scaled, zero = (dict(model.named_parameters()) for model in models)
+    for name, parameter in zero.items():
+        assert parameter.any() != name.endswith("out.weight") or "norm" in name or parameter.ndim < 2, name
+        if not name.endswith("out.weight"):
+            assert torch.equal(parameter, scaled[name]), name
+    model, tokens = models[1], torch.tensor([[3, 1, 4, 1]])
+    x, _ = model.norm(model.position.embed(model.wte(tokens), 0), None)
+    torch.testing.assert_close(model(tokens), x @ model.lm_head.weight.T)
+    model(tokens, tokens).backward()
+    for name, parameter in zero.items():
+        if name.endswith("out.weight"):
+            assert parameter.grad is not None
+            assert parameter.grad.any(), name

@@ -16,6 +16,7 @@ from gptperf import flops, ops
 from gptperf.cards import BUCKET_NUMEL
 from gptperf.config import Config, command_line
 from gptperf.distributed.replicated import Replicated
+from gptperf.kernels import reference
 from gptperf.kernels.logit_chunks import chunk_rows
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops
@@ -135,6 +136,28 @@ def test_recomputation_changes_no_gradient(preset: str, recompute: str) -> None:
         torch.manual_seed(1)
         gradients.append(torch.autograd.grad(model(tokens, targets), tuple(model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_capped_logits_are_kept_by_eager_pytorch_alone() -> None:
+    """The planned difference is that of the peak of the loss; the Triton op caps the logits where they lie."""
+    V, peaks = 4096, []
+    x = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, 8, dtype=torch.bfloat16, requires_grad=True)
+    for cap in (0.0, 5.0):
+        loss = lambda *_, cap=cap: reference.linear_cross_entropy(x, weight, torch.arange(64), softcap=cap)  # noqa: E731
+        peaks.append(peak_bytes(_Loss(loss), x, x) / 64 / V)
+    flags = ["--vocab_size=4096", "--dtype=bfloat16", "--compile=False"]
+    for kernels, wanted in (("eager", peaks[1] - peaks[0]), ("triton", 0.0)):
+        plain, capped = (config_of(*flags, f"--kernels={kernels}", *more) for more in ([], ["--logit_softcap=5"]))
+        tokens = plain.train.batch_size * plain.model.block_size
+        found = memory.footprint(capped).logits_gb - memory.footprint(plain).logits_gb
+        assert 1e9 * found / tokens / V == pytest.approx(wanted, abs=0.01), kernels
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.forward = function
 
 
 def test_rows_of_logits_are_padded() -> None:

@@ -65,10 +65,11 @@ def test_a_wrong_result_is_found() -> None:
         y = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
         return y if residual is None else (y, x + residual)
 
-    def drops_the_tail(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def drops_the_tail(x: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> Tensor:
         return reference.linear_cross_entropy(x, torch.cat([weight[:-40], weight[-40:].detach()]), targets)
 
     wrong = {"rms_norm": forgets_the_residual, "linear_cross_entropy": drops_the_tail, "adamw": lambda *_: None}
+    wrong["symmetric_matmul"] = lambda x, *_: reference.symmetric_matmul(x)
     found = _broken(_ops(**wrong))
     assert set(found) == set(wrong)
     assert "off eager PyTorch by" in found["rms_norm"]

@@ -10,9 +10,9 @@ O is divided by the root of its mean square, averaged over steps, and O is scale
 al., 2025, algorithm 1). With `cautious_weight_decay` a weight decays only if the update moves it towards zero (Chen et
 al., 2025).
 
-Polar factors are computed by `orthogonalize`, in the compute dtype and in batches of equal shapes. Between gradient and
-update everything is in one scratch buffer of the bucket: the copy that the model reads, which the update writes anyway,
-if that is bfloat16, else the gradient.
+Polar factors are computed by `orthogonalize`, in batches of equal shapes, in float16 unless the compute dtype is
+float32. Between gradient and update everything is in one scratch buffer of the bucket: the copy that the model reads,
+which the update writes anyway, if that is bfloat16, else the gradient.
 
 Sources: Jordan et al., 2024, kellerjordan.github.io/posts/muon; Amsel et al., 2025, arXiv 2505.16932 (Polar Express).
 """
@@ -43,12 +43,15 @@ _COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-"""Five polynomials a s + b s^3 + c s^5 of Polar Express, with a margin of 2% for the rounding of bfloat16. Together
+"""Five polynomials a s + b s^3 + c s^5 of Polar Express, with a margin of 2% for rounding. Together
 they take singular values from `LEAST` to 1 into `BAND`, and smaller ones to a thousand times what they were."""
 LEAST, BAND = 1e-3, (0.8588, 1.1412)
 _MARGIN = 1.02
 _TINY = 1e-15
 """Added to a norm: matrices whose norm is 0, or so small that its square is, get no update."""
+_LARGEST_SCALE = 32
+_LONG = 1.5
+"""From this ratio of the sides on, steps are joined (`_joined`)."""
 _CHUNK = 1 << 27
 """Most elements of a batch of matrices, unless one matrix alone has more."""
 
@@ -59,17 +62,51 @@ def orthogonalize(x: Tensor, symmetric_matmul: Callable[..., Tensor], dtype: tor
     Args:
         x: `(B, M, N)` with M <= N, contiguous. Singular values below `LEAST` of the Frobenius norm get below `BAND`.
         symmetric_matmul: the op.
-        dtype: dtype of the products.
+        dtype: dtype of the products: float32, or float16, whose range is wide enough for matrices of this norm. Its
+            rounding error is an eighth of bfloat16's, and so is that of the result.
 
     Returns:
         `(B, M, N)` in `dtype`.
     """
+    M, N = x.shape[1:]
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = (x / (norm * _MARGIN + _TINY)).to(dtype)
+    # A power of two near sqrt(M) keeps the elements of x and x x^T away from the smallest numbers of float16; the first
+    # step takes it out again.
+    scale = float(min(1 << M.bit_length() // 2, _LARGEST_SCALE))
+    x = (x * (scale / (norm * _MARGIN + _TINY))).to(dtype)
+    if N >= _LONG * M:
+        # In float16 and bfloat16 the error of x x^T grows with each step in which it is not computed anew from x.
+        return _joined(_joined(x, _COEFFICIENTS[:2], symmetric_matmul, scale), _COEFFICIENTS[2:], symmetric_matmul)
     for a, b, c in _COEFFICIENTS:
         gram = symmetric_matmul(x)
-        x = add_product(x, symmetric_matmul(gram, gram, c, b), x, a)  # a x + (b A + c A^2) x with A = x x^T
+        factor = symmetric_matmul(gram, add=gram, alpha=c / scale**4, beta=b / scale**2)
+        x = add_product(x, factor, x, a / scale, 1 / scale)  # a x + (b A + c A^2) x with A = x x^T
+        scale = 1.0
     return x
+
+
+def _joined(
+    x: Tensor,
+    coefficients: Sequence[tuple[float, float, float]],
+    symmetric_matmul: Callable[..., Tensor],
+    scale: float = 1.0,
+) -> Tensor:
+    """Makes several steps at once on the smaller side: each step on A = x x^T alone, then one product with x.
+
+    A step multiplies x by a + b A + c A^2, and A by that from both sides. All these matrices are polynomials of the
+    first A, so their products are symmetric. For N = 2.75 M, as in the FFN of a LLaMA, this is two thirds of the FLOPs.
+    """
+    gram, total = symmetric_matmul(x), None
+    rest = scale
+    for a, b, c in coefficients:
+        factor = symmetric_matmul(gram, add=gram, alpha=c / rest**4, beta=b / rest**2)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = factor if total is None else symmetric_matmul(factor, total)
+        if (a, b, c) != coefficients[-1]:
+            gram = symmetric_matmul(symmetric_matmul(factor, gram), factor, alpha=1 / rest**2)
+        rest = 1.0
+    assert total is not None
+    return add_product(x, total, x, 0.0, 1 / scale)
 
 
 class _Batch(NamedTuple):
@@ -163,7 +200,8 @@ class Muon(AdamW):
         """Replaces the momentum of each matrix by its update, for a learning rate of 1."""
         views, tall = batch.views(_scratch), batch.rows > batch.columns
         x = torch.stack([view.mT for view in views] if tall else views)  # the products are on the smaller side
-        x = orthogonalize(x, self._symmetric_matmul, batch.members[0][0].compute.dtype)
+        wide = batch.members[0][0].compute.dtype == torch.float32
+        x = orthogonalize(x, self._symmetric_matmul, torch.float32 if wide else torch.float16).to(views[0].dtype)
         x = x * (UPDATE_RMS * max(batch.rows, batch.columns) ** 0.5)
         torch._foreach_copy_(views, list((x.mT if tall else x).unbind()))
 
