@@ -15,10 +15,11 @@ TOKENS = np.array([1e6, 2e6, 4e6])
 
 
 def test_tokens_at_a_loss_by_hand() -> None:
-    curves = np.array([[4.0, 3.0, 2.0], [4.0, 3.5, 3.75]])
+    curves = np.array([[4.0, 3.0, 2.0], [4.0, 3.5, 3.75], [4.0, 4.5, 3.0]])
     found = np.exp(log_tokens_at(curves, np.log(TOKENS), np.array([4.5, 4.0, 3.5, 2.5, 1.9])))
     assert found[0] == pytest.approx([0.0, 1e6, math.sqrt(2) * 1e6, math.sqrt(8) * 1e6, math.inf])
     assert found[1] == pytest.approx([0.0, 1e6, 2e6, math.inf, math.inf])  # the end of a later cooldown is no better
+    assert found[2, 2] == pytest.approx(math.sqrt(8) * 1e6)  # from 4.0 to 3.0: the envelope is flat up to 2e6
 
 
 @given(
@@ -65,6 +66,15 @@ def test_nothing_is_extrapolated() -> None:
     assert found is not None
     assert found.whole.low == 0  # in some resamples the second arm is below the loss from its first point on
     assert 0 < found.whole.ratio < 1
+
+
+def test_what_both_arms_of_a_seed_share_leaves_no_doubt() -> None:
+    """Seeds that differ by much more than the arms do: the arms of a seed are resampled together."""
+    of_seed = np.linspace(-0.2, 0.2, 6)[:, None]
+    first = np.array([4.0, 3.5, 3.0]) + of_seed
+    found = distances(first, first.copy(), (TOKENS, 0.9 * TOKENS))
+    assert found is not None
+    assert (found.whole.ratio, found.whole.low, found.whole.high) == pytest.approx((0.9, 0.9, 0.9))
 
 
 def _covered(seeds: int, races: int) -> float:

@@ -11,6 +11,7 @@ from gptperf.config import Config
 from gptperf.errors import PREEMPTED, ConfigError
 from gptperf.experiment import runner
 from gptperf.race import __main__ as race
+from gptperf.race.arms import arms_of, seed_chain
 
 ARMS = ["gpt2_124m", "--max_iters=2000", "--warmup_iters=100", "--vary", "n_layer=6"]
 
@@ -119,6 +120,19 @@ def test_logs_alone_carry_a_race_to_another_machine(tmp_path: Path, monkeypatch:
     ]
 
 
+def test_a_trunk_that_has_passed_a_lost_checkpoint_starts_again(tmp_path: Path) -> None:
+    (first, _) = arms_of(ARMS[:3], [ARMS[4]], tmp_path)
+    (_, trunk), *_ = seed_chain(first, 1.0, 7)
+    assert trunk.keeps == (400, 800, 1600)
+    assert trunk.command()[-1] == "--init_from=auto"
+    for step in (400, 600):  # the second one is that of a stop
+        trunk.checkpoint(step).mkdir(parents=True)
+        (trunk.checkpoint(step) / "MANIFEST.json").touch()
+    assert trunk.command()[-1] == "--init_from=auto"
+    shutil.rmtree(trunk.checkpoint(400))
+    assert trunk.command()[-2:] == ["--overwrite=True", "--init_from=scratch"]
+
+
 @pytest.mark.parametrize("edge", [0.2, 5.0])
 def test_a_best_rate_at_the_edge_voids_the_verdict(
     edge: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -200,8 +214,6 @@ def test_every_mistake_of_a_race_is_told_before_it_begins(tmp_path: Path) -> Non
 
 
 def test_an_arm_with_larger_batches_gets_as_many_tokens(tmp_path: Path) -> None:
-    from gptperf.race.arms import arms_of
-
     first, second = arms_of(
         ["gpt2_124m", "--max_iters=2000", "--warmup_iters=100"], ["gradient_accumulation_steps=80"], tmp_path
     )
