@@ -73,14 +73,15 @@ def test_small_cross_entropy(shape: tuple[int, ...], classes: int, precision: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["linear_cross_entropy", "linear_cross_entropy_capped"])
 @pytest.mark.parametrize(("rows", "classes"), [(7, 4096), (7, 4113), (300, 65)])
-def test_cross_entropy_in_blocks(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_in_blocks(rows: int, classes: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of logits has several blocks; the rows come in chunks of 128."""
     module = importlib.import_module("gptperf.kernels.logit_chunks")
     monkeypatch.setattr(module, "CHUNK_ROWS", 64)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert module.chunk_rows(classes, 4) == 128
-    verify(case_of("linear_cross_entropy", (rows, 34), classes=classes, scale=0.3))
+    verify(case_of(variant, (rows, 34), classes=classes, scale=0.3))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -197,4 +198,5 @@ def test_swiglu_grid(variant: str, columns: int) -> None:
 def test_cross_entropy_grid(classes: int) -> None:
     for precision in ("float32", "float16", "bfloat16") if classes in (1025, 50257, 128256) else ("bfloat16",):
         for shape in (1, 64), (128, 768), (4097, 256):
-            verify(case_of("linear_cross_entropy", shape, precision, classes=classes, scale=2 / math.sqrt(shape[1])))
+            for variant in ("linear_cross_entropy", "linear_cross_entropy_capped"):
+                verify(case_of(variant, shape, precision, classes=classes, scale=2 / math.sqrt(shape[1])))

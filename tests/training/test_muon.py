@@ -26,6 +26,7 @@ from gptperf.ops import resolve_ops
 from gptperf.plan.step_time import optimizer_flops
 from gptperf.training.engine import packed_rows
 from gptperf.training.matching import changed_keys
+from gptperf.training.optimizers import muon
 from gptperf.training.optimizers.adamw import AdamW
 from gptperf.training.optimizers.base import clip_scale
 from gptperf.training.optimizers.muon import _COEFFICIENTS, BAND, LEAST, UPDATE_RMS, Muon, orthogonalize
@@ -175,6 +176,19 @@ def test_each_matrix_moves_by_a_fifth_of_the_learning_rate(normuon: bool, dtype:
     for bucket in weights.buckets:
         if bucket.copy is not None:  # it was the scratch buffer, and is now the rounded weights
             assert torch.equal(bucket.copy, bucket.master.data.to(dtype))
+
+
+def test_products_are_in_float16_unless_the_run_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    original = muon.orthogonalize
+    monkeypatch.setattr(muon, "orthogonalize", lambda x, op, dtype: (found.append(dtype), original(x, op, dtype))[1])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _, weights = _weights(dtype)
+        for bucket in weights.buckets:
+            bucket.master.grad = torch.ones_like(bucket.master)
+        Muon(weights, OptimizerConfig(optimizer="muon"), OPS).step()
+        assert set(found) == {torch.float32 if dtype == torch.float32 else torch.float16}
+        found.clear()
 
 
 def test_the_rest_is_adamws_bit_for_bit() -> None:
