@@ -34,7 +34,8 @@ __all__ = ["main"]
 
 _AFTER = """DIR/race.json has the result, DIR/plan.json the state of every training. Checkpoints are deleted when no
 training of the race needs them any more, unless --keep_models is given.
-Exit codes: 0 the race has a verdict, 1 it has none (the report says why), 75 stopped with more to do.
+Exit codes: 0 all trainings are finished, 1 some failed, the verdict is void or a change is undecided (the report says
+why), 75 stopped with more to do.
 """
 _FACTORS = "0.25,0.5,1,2,4"
 _SEEDS, _PAIRS = 5, 12

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptperf.compare import curves
 from gptperf.experiment.job import Job
-from gptperf.experiment.rates import losses_by_rate
+from gptperf.experiment.rates import best_of
 from gptperf.files import replace_text
 from gptperf.formats import number, short_count
 from gptperf.monitor.runs import LoggedRun
@@ -88,17 +88,19 @@ def _ends(found: Outcome) -> Table | None:
     return Table(("arm", "tokens", f"loss, {found.unit}", "sd", "seeds"), rows)
 
 
-def _tuning_lines(found: Outcome) -> list[str]:
-    lines = []
+def _tuning(found: Outcome) -> Table:
+    """Returns the losses of all learning rates that were tried, which are the same in number for both arms."""
+    rows = []
     for arm in found.race.arms:
         tuning = found.race.tuning(arm)
-        for where, jobs in (("a quarter of the horizon", tuning.quarter), ("the whole horizon", tuning.full)):
-            if jobs:
-                tried = losses_by_rate(jobs, found.race.failed)
-                lines.append(f"{arm.name}: validation loss, nats a token, by learning rate over {where}: {tried}")
-        if tuning.problem is not None:
-            lines.append(tuning.problem)
-    return lines
+        for part, jobs in (("1/4", tuning.quarter), ("1", tuning.full)):
+            best = best_of(jobs)
+            for job in jobs:
+                loss = found.race.failed.get(job.out_dir, number(job.val_loss(), ".4f"))
+                rate = f"{job.config.optimizer.learning_rate:g}"
+                rows.append((arm.name, part, rate, loss, "best" if job is best else ""))
+    columns = ("arm", "of the length", "learning rate", "validation loss, nats a token", "")
+    return Table(columns, rows, frozenset({0, 4}))
 
 
 def _speed_line(found: Outcome) -> str:
@@ -121,9 +123,9 @@ def _title(race: Race) -> str:
 
 def text(found: Outcome) -> str:
     """Returns the report as text for a terminal."""
-    tables = [aligned(table) for table in (_ratios(found), _ends(found)) if table is not None]
+    tables = [aligned(table) for table in (_ratios(found), _ends(found), _tuning(found)) if table is not None]
     failed = [f"failed: {folder}: {how}" for folder, how in found.race.failed.items()]
-    parts = [_title(found.race), *tables, "\n".join([*_tuning_lines(found), _speed_line(found), *failed])]
+    parts = [_title(found.race), *tables, "\n".join([_speed_line(found), *failed])]
     return "\n\n".join([*parts, "\n".join(_METHOD), found.verdict])
 
 
@@ -207,7 +209,7 @@ def html(found: Outcome) -> str:
     sections = [
         Section("", lines=[found.verdict], tiles=tiles, tables=[ratios] if ratios is not None else []),
         Section("Losses at the ends of the cooldowns", [lines], [ends] if ends is not None else [], ["envelopes"]),
-        Section("Learning rates", _tuning_lines(found), charts=["learning rates"]),
+        Section("Learning rates", race.problems(), [_tuning(found)], ["learning rates"]),
         Section("Speed and method", [_speed_line(found), *_METHOD]),
     ]
     runs: list[LoggedRun] = []

@@ -65,6 +65,13 @@ def test_a_race_finds_the_ratio_that_was_put_in(
     assert not list(tmp_path.rglob("step-*"))  # no training needs a checkpoint any more
     printed = capsys.readouterr().out
     assert "n_layer=6 needs 0." in printed
+    rows = [line.split() for line in printed.splitlines() if line.endswith("  best")]
+    assert [row[:3] for row in rows] == [
+        ["baseline", "1/4", "0.0006"],
+        ["baseline", "1", "0.0006"],
+        ["n_layer=6", "1/4", "0.0012"],
+        ["n_layer=6", "1", "0.0012"],
+    ]
     page = (tmp_path / "page.html").read_text()
     assert "time ratio" in page
     assert page.count("<figure>") > 4
