@@ -1,5 +1,6 @@
 """Muon against float64 and exact singular value decompositions; the layout of whole matrices; its FLOPs and states."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -332,3 +333,24 @@ def test_the_step_decides_nothing_on_the_host() -> None:
             for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
                 patch.setattr(torch.Tensor, name, lambda *_, name=name: forbidden(f"{name} reads a tensor"))
             optimizer.step()
+
+
+def test_a_compiled_update_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although its arguments share memory: the copy that it writes is the buffer that it reads."""
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    found = []
+    for compiles in (False, True):
+        _, weights = _weights(torch.bfloat16)
+        optimizer = Muon(weights, OptimizerConfig(optimizer="muon", cautious_weight_decay=True), OPS)
+        if compiles:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "compile", compiled)
+                optimizer.compile()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            for bucket in weights.buckets:
+                bucket.master.grad = torch.randn_like(bucket.master)
+            optimizer.step()
+        found.append([x for b in weights.buckets for x in (b.master.data, b.compute, *optimizer.states(b).values())])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-6)

@@ -320,10 +320,10 @@ def test_what_may_differ_at_a_resume() -> None:
 
     numbers = {"max_iters": 7, "lr_decay_iters": 7}
     warnings = {key: told(key, numbers.get(key, "another")) for key in (*KEYS, *sizes)}
-    same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
+    same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple", "residual_init"}
     by_size = {"d_ff", "n_kv_head"}
     refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
-    refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
+    refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "normuon"}
     assert {key for key, lines in warnings.items() if lines is None} == refused
     of_the_process = {"init_from", "overwrite", "out_dir", "data_dir", "plugins", "debug"}
     of_the_process |= {"collective_timeout_s", "verify_data"}
