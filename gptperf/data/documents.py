@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gptperf.data.format import DatasetManifest
 from gptperf.errors import DataError
 
-__all__ = ["RECORD", "DocumentIndex", "IndexWriter", "Origin", "index_file"]
+__all__ = ["RECORD", "DocumentIndex", "IndexWriter", "Origin", "bytes_per_token", "index_file"]
 
 RECORD = np.dtype(
     [("end", "<u8"), ("offset", "<u8"), ("digest", "<u8"), ("source", "<u4"), ("group", "<u4"), ("bytes", "<u8")]
@@ -131,6 +131,16 @@ class DocumentIndex:
         record = self.records[document]
         return Origin(self._sources[int(record["source"])], int(record["offset"]), self._groups[int(record["group"])])
 
-    def text_bytes(self) -> int:
-        """Returns the bytes of all texts of the split."""
-        return int(self.records["bytes"].sum(dtype=np.uint64))
+
+def bytes_per_token(manifest: DatasetManifest, folder: Path, split: str) -> float | None:
+    """Returns the bytes of text of a token of a split, in the mean; None if the data set does not know its text.
+
+    The tokens that end documents count, because a model predicts them; they have no bytes.
+
+    Raises:
+        DataError: A file of the document index is missing or corrupt.
+    """
+    if index_file(split) not in manifest.files:
+        return None
+    total = int(DocumentIndex(manifest, folder, split).records["bytes"].sum(dtype=np.uint64))
+    return total / manifest.splits[split].tokens if total else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.config import Config
-from gptperf.data.documents import DocumentIndex, index_file
+from gptperf.data import documents
 from gptperf.data.mixture import open_tokens, parts_of
 from gptperf.errors import DataError
 from gptperf.experiment.job import Job
@@ -175,9 +175,7 @@ def bytes_per_token(config: Config) -> float | None:
     """Returns the bytes of text of a validation token, in the mean; None if the data set does not know its text."""
     try:
         parts = parts_of(open_tokens(config.data.dataset, config.data.data_dir, "val", vocab_size=2**32))
-        if len(parts) > 1 or index_file("val") not in parts[0].source.manifest.files:
-            return None
         source = parts[0].source
-        return DocumentIndex(source.manifest, source.path, "val").text_bytes() / len(source) or None
+        return None if len(parts) > 1 else documents.bytes_per_token(source.manifest, source.path, "val")
     except DataError:
         return None
