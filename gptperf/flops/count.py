@@ -80,7 +80,7 @@ def attended_pairs(model: ModelConfig) -> int:
 
 def _score_flops(model: ModelConfig, pairs: int | Fraction) -> int | Fraction:
     # The number of query heads counts: grouped keys and values do not reduce the scores.
-    return exact(2 * 2 * pairs * model.n_head * model.head_dim)
+    return exact(2 * 2 * pairs * model.query_width)
 
 
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:

@@ -20,6 +20,7 @@ from gptperf.hugging_face.stored_tensors import INDEX, WEIGHTS, StoredTensors
 from gptperf.hugging_face.weights import weights
 from gptperf.model import GPT
 from gptperf.monitor.run_lock import RunLock
+from gptperf.training.matching import DERIVED
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
 __all__ = ["convert", "downloaded"]
@@ -67,7 +68,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> 
     config = Config(model=model)
     state: dict[str, Any] = {
         "config": config.sections(),
-        "model": {name: getattr(model, name) for name in ("kv_heads", "ffn_width", "padded_vocab_size")},
+        "model": {name: getattr(model, name) for name in DERIVED},
         "tokenizer": described_tokenizer,
         "source": str(folder),
     }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gptperf.config import KEYS, Config, ModelConfig, OptimizerConfig, command_line, config_files
 from gptperf.config.flags import Given
+from gptperf.config.notes import notes
 from gptperf.config.presets import PRESETS
 from gptperf.errors import ConfigError
 
@@ -377,10 +378,10 @@ def test_frozen() -> None:
 
 
 def test_notes() -> None:
-    assert any("warmup_iters = 20 is not" in n for n in _config("--max_iters=10", "--warmup_iters=20").notes())
+    assert any("warmup_iters = 20 is not" in n for n in notes(_config("--max_iters=10", "--warmup_iters=20")))
     assert any(
         "activation = 'relu' has no effect" in line
-        for line in _config("--ffn_type=swiglu", "--activation=relu").notes()
+        for line in notes(_config("--ffn_type=swiglu", "--activation=relu"))
     )
 
 

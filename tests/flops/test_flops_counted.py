@@ -138,7 +138,7 @@ def expected(model: ModelConfig, batch: int) -> dict[str, int]:
     """
     parts = flops.flops_per_token(model, "palm").parts
     assert parts.pop("other") == 0
-    parts["scores"] = parts["scores"] * ((model.head_dim > 1) + (model.block_size > 1)) // 2
+    parts["scores"] = parts["scores"] * ((model.head_width > 1) + (model.block_size > 1)) // 2
     return {name: 3 * batch * int(count) for name, count in parts.items()}
 
 
@@ -154,7 +154,7 @@ def test_every_combination_counts_what_pytorch_counts(capsys: pytest.CaptureFixt
         assert by_part(counter) == wanted, model
         totals.add(counter.get_total_flops())
     assert len(totals) > LEAST_COMBINATIONS / 2  # the sizes do change the count
-    assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= {(min(m.head_dim, 2), min(m.block_size, 2)) for m, _ in models}
+    assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= {(min(m.head_width, 2), min(m.block_size, 2)) for m, _ in models}
     with capsys.disabled():
         seconds = time.perf_counter() - start
         print(f"\n{len(models):,} combinations: FLOPs of every part equal to FlopCounterMode's ({seconds:.0f} s)")
@@ -215,7 +215,7 @@ def test_pytorchs_own_attention_counts_the_same(kv_heads: int | None) -> None:
 def test_a_flash_backward_repeats_one_product() -> None:
     """PyTorch counts what hfu with recompute = "flash" adds, over the full square."""
     model = sized(SIZE, n_kv_head=None)
-    T, H, D = model.block_size, model.n_head, model.head_dim
+    T, H, D = model.block_size, model.n_head, model.head_width
     with torch.device("meta"):
         q, k, v = (torch.empty(1, H, T, D, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as counter:
@@ -255,7 +255,7 @@ class Operands(TorchDispatchMode):
         if part is not None:
             self.elements[part] += sum(self._of_a_token(x) for x in tensors if x.dim() >= least_dim)
         if func is torch.ops.gptperf.rope_backward.default and self.model.qk_norm:
-            self.elements[part] -= self.model.kv_heads * self.model.head_dim  # the values of qkv are not read
+            self.elements[part] -= self.model.kv_heads * self.model.head_width  # the values of qkv are not read
         return out
 
     def _part(self, func: Any, tensors: list[Tensor]) -> tuple[str | None, int]:

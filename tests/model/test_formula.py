@@ -68,7 +68,7 @@ class Formula:
         return self.rotated(x, at) if self.config.position_encoding == "rope" else x
 
     def attention(self, name: str, xs: list[Tensor]) -> list[Tensor]:
-        H, K, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
+        H, K, D = self.config.n_head, self.config.kv_heads, self.config.head_width
         packed = [self.linear(f"{name}.qkv", x).view(H + 2 * K, D) for x in xs]
         found = []
         for t, _ in enumerate(xs):
