@@ -331,6 +331,30 @@ def test_what_may_differ_at_a_resume() -> None:
     assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
 
 
+def test_a_key_that_is_left_out_is_the_same_as_its_default() -> None:
+    def told(before: list[str], now: list[str], *, older: bool = False) -> list[str] | None:
+        """Returns the warnings about a checkpoint that was made with other flags, or None if it is refused."""
+        saved, config = (command_line.resolve(["tiny", *flags]).config for flags in (before, now))
+        sections = {name: dict(section) for name, section in saved.sections().items()}
+        derived = {name: getattr(saved.model, name) for name in matching.DERIVED}
+        if older:  # made before there were these keys
+            for name in ("head_dim", "attention_bias", "head_width", "attention_biases"):
+                sections["model"].pop(name, None)
+                derived.pop(name, None)
+        try:
+            return matching.changed_keys({"config": sections, "model": derived}, config)
+        except CheckpointError:
+            return None
+
+    width = command_line.resolve(["tiny"]).config.model.head_width
+    for flags in ([f"--head_dim={width}"], ["--attention_bias=none"], ["--head_dim=none", "--attention_bias=none"]):
+        assert told([], flags) == told(flags, []) == told([], flags, older=True) == []
+    assert told(["--bias=True"], ["--bias=True", "--attention_bias=all"], older=True) == []
+    for flags in ([f"--head_dim={2 * width}"], ["--attention_bias=qkv"], ["--attention_bias=all"]):
+        assert told([], flags) is told(flags, []) is told([], flags, older=True) is None
+    assert told(["--attention_bias=qkv"], ["--attention_bias=all"]) is None
+
+
 def _engine_for_versions(kernels: str) -> Any:
     return SimpleNamespace(
         process=SimpleNamespace(device=torch.device("cpu"), world_size=1),
