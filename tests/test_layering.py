@@ -26,7 +26,8 @@ compare
 ablate
 training
 api
-sample prepare hugging_face doctor seen
+prepare hugging_face doctor seen
+sample
 train
 __main__
 """

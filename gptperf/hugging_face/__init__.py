@@ -2,6 +2,7 @@
 
 from gptperf.hugging_face.architecture import model_config
 from gptperf.hugging_face.convert import convert
+from gptperf.hugging_face.load import load_model
 from gptperf.hugging_face.weights import weights
 
-__all__ = ["convert", "model_config", "weights"]
+__all__ = ["convert", "load_model", "model_config", "weights"]

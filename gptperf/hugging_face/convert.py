@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gptperf import checkpoint
+from gptperf.checkpoint import Checkpoint
 from gptperf.config import Config, ModelConfig
 from gptperf.data.hub import CACHE, by_hand
 from gptperf.data.json_tokenizer import TOKENIZER_JSON
@@ -22,37 +23,61 @@ from gptperf.model import GPT
 from gptperf.monitor.run_lock import RunLock
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
-__all__ = ["convert", "downloaded"]
+__all__ = ["CONFIG", "convert", "downloaded", "read"]
 
-_CONFIG = "config.json"
-_FILES = (_CONFIG, WEIGHTS, INDEX, TOKENIZER_JSON, "tokenizer_config.json")
+CONFIG = "config.json"
+_FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER_JSON, "tokenizer_config.json")
 
 
 def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> tuple[Path, ModelConfig]:
     """Writes the checkpoint and model.toml of a Hugging Face model.
 
     Args:
-        folder: Folder of the Hugging Face model.
+        folder, tokenizer, eot: As for `read`.
         out_dir: Folder for the checkpoint and model.toml.
-        tokenizer: Name of the tokenizer for `load_tokenizer`, or "unknown". "" means the folder's tokenizer.json;
-            without one, gpt2 for a vocabulary of 50257, and unknown for any other.
-        eot: Token that ends a document; "": the one that the tokenizer names.
 
     Returns:
         Folder of the checkpoint, and the architecture.
 
     Raises:
-        CheckpointError: gptperf does not support the model, its files are corrupt, or `out_dir` has checkpoints.
-        DataError: The tokenizer is unknown, cannot be loaded, or has more ids than the model.
-        DeviceError: A package of the tokenizer is not installed.
+        CheckpointError: As for `read`; or `out_dir` has checkpoints.
+        DataError, DeviceError: As for `read`.
         DiskError: The checkpoint cannot be written.
     """
+    found = read(folder, tokenizer, eot)
+    sections = found.state["config"]
+    model = ModelConfig(**sections["model"])
+    with RunLock(out_dir):
+        checkpoint.clean(out_dir / "checkpoints")
+        if any((out_dir / "checkpoints").glob("step-*")):
+            raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
+        keys = sections["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
+        lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+        replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
+        path = checkpoint.save(out_dir / "checkpoints", step=0, tensors=found.tensors, state=found.state)
+    return path, model
+
+
+def read(folder: Path, tokenizer: str = "", eot: str = "") -> Checkpoint:
+    """Reads a Hugging Face model into the checkpoint that it would have as a run, in memory.
+
+    Args:
+        folder: Folder of the Hugging Face model.
+        tokenizer: Name of the tokenizer for `load_tokenizer`, or "unknown". "" means the folder's tokenizer.json;
+            without one, gpt2 for a vocabulary of 50257, and unknown for any other.
+        eot: Token that ends a document; "": the one that the tokenizer names.
+
+    Raises:
+        CheckpointError: gptperf does not support the model, or its files are corrupt.
+        DataError: The tokenizer is unknown, cannot be loaded, or has more ids than the model.
+        DeviceError: A package of the tokenizer is not installed.
+    """
     try:
-        described = json.loads((folder / _CONFIG).read_bytes())
+        described = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _CONFIG}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from error
     if not isinstance(described, dict):
-        raise CheckpointError(f"{folder / _CONFIG}: found no object, wanted the description of a model")
+        raise CheckpointError(f"{folder / CONFIG}: found no object, wanted the description of a model")
     model = model_config(described)
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
@@ -64,22 +89,14 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> 
     if stored.unused():
         raise CheckpointError(f"{folder}: found weights that the model does not have: {', '.join(stored.unused()[:5])}")
     described_tokenizer, vocabulary = _tokenizer(folder, model, tokenizer, eot)
-    config = Config(model=model)
     state: dict[str, Any] = {
-        "config": config.sections(),
+        "config": Config(model=model).sections(),
         "model": {name: getattr(model, name) for name in ("kv_heads", "ffn_width", "padded_vocab_size")},
         "tokenizer": described_tokenizer,
         "source": str(folder),
     }
-    with RunLock(out_dir):
-        checkpoint.clean(out_dir / "checkpoints")
-        if any((out_dir / "checkpoints").glob("step-*")):
-            raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
-        keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
-        lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
-        replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
-        tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
-        return checkpoint.save(out_dir / "checkpoints", step=0, tensors=tensors, state=state), model
+    tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
+    return Checkpoint(path=folder, step=0, tensors=tensors, state=state, metric=None)
 
 
 def _tokenizer(
