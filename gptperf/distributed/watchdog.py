@@ -76,7 +76,7 @@ def _identity() -> tuple[int, str, str, str]:
 
 
 def _kind(fault: Fault) -> type[GptperfError]:
-    """Returns the error with which the other ranks end: a mistake of the user that one rank found is that of the job."""
+    """Returns the error with which the other ranks end: a mistake of the user that one rank found is the job's."""
     return next((kind for text, kind in _MISTAKES.items() if text in fault.text), PeerError)
 
 
