@@ -1,7 +1,8 @@
-"""Models of Hugging Face: their architectures and weights, and the checkpoint made of them."""
+"""Models of Hugging Face as checkpoints, and checkpoints as models of Hugging Face."""
 
 from gptperf.hugging_face.architecture import model_config
 from gptperf.hugging_face.convert import convert
+from gptperf.hugging_face.export import export
 from gptperf.hugging_face.weights import weights
 
-__all__ = ["convert", "model_config", "weights"]
+__all__ = ["convert", "export", "model_config", "weights"]
