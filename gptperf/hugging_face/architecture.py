@@ -9,17 +9,7 @@ from gptperf.errors import CheckpointError, GptperfError
 
 __all__ = ["Described", "model_config"]
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu", "leaky_relu": "leaky_relu", "relu2": "relu_squared"}
-ROPE_NAMES: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "rope_factor"},
-    "llama3": {
-        "factor": "rope_factor",
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_block_size",
-    },
-}
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 Described = Mapping[str, Any]
 """Content of a config.json."""
@@ -52,9 +42,9 @@ def _gpt2_keys(described: Described) -> dict[str, Any]:
     ):
         _want(described, key, wanted)
     name = described.get("activation_function", "gelu_new")
-    if name not in ACTIVATIONS:
+    if name not in _ACTIVATIONS:
         raise CheckpointError(
-            f"config.json: activation_function: found {name!r}, wanted one of {', '.join(ACTIVATIONS)}"
+            f"config.json: activation_function: found {name!r}, wanted one of {', '.join(_ACTIVATIONS)}"
         )
     return {
         "arch_preset": "gpt2_openai",
@@ -65,7 +55,7 @@ def _gpt2_keys(described: Described) -> dict[str, Any]:
         "block_size": described["n_positions"],
         "vocab_size": described["vocab_size"],
         "normalization": "layernorm",
-        "activation": ACTIVATIONS[name],
+        "activation": _ACTIVATIONS[name],
         "position_encoding": "learned_absolute",
         "norm_position": "pre",
         "ffn_type": "standard",
