@@ -9,6 +9,7 @@ from gptperf.flops.model_cards import ffn_of
 
 __all__ = ["Linear", "biases", "linears", "uncountable_flops", "weights"]
 
+
 class Linear(NamedTuple):
     """A linear layer, and the number of times that a model has it."""
 

@@ -17,17 +17,16 @@ from gptperf.data.vocabulary import IDS
 from gptperf.errors import CheckpointError, DataError, DiskError
 from gptperf.files import free_bytes, new_folder, write_file
 from gptperf.formats import byte_text
-from gptperf.hugging_face.exported_config import OWN, ExportClass, config_json, export_class, generation_json
+from gptperf.hugging_face.exported_config import ExportClass, config_json, export_class, generation_json
 from gptperf.hugging_face.exported_tokenizer import tokenizer_files
 from gptperf.hugging_face.exported_weights import SHARD_BYTES, exported_weights, write_weights
 from gptperf.hugging_face.model_card import TRAIN_TOML, model_card, run_of, train_toml
+from gptperf.hugging_face.own_config import MODELING, OWN
 from gptperf.model import GPT
 from gptperf.training.build import DTYPES
 from gptperf.training.saved_state import VOCABULARY, saved_vocabulary
 
 __all__ = ["Exported", "export"]
-
-_MODELING = "modeling_gptperf.py"
 
 
 class Exported(NamedTuple):
@@ -91,7 +90,7 @@ def export(
     if found.state.get("train_state"):
         texts[TRAIN_TOML] = train_toml(found.state["config"]).encode()
     if kind.model_type == OWN:
-        texts[_MODELING] = Path(__file__).with_name(_MODELING).read_bytes()
+        texts[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     tensors = dict(exported_weights(model, kind.model_type, found.tensors["model"]))
     needed = sum(tensor.numel() for tensor in tensors.values()) * DTYPES[dtype].itemsize
     if (free := free_bytes(folder)) < needed:
@@ -135,8 +134,8 @@ def _tokenizer(found: Checkpoint, model: ModelConfig, name: str) -> Tokenizer:
         tokenizer = load_tokenizer(name)
         if saved.get("fingerprint") and tokenizer.fingerprint != saved["fingerprint"]:
             raise DataError(
-                f"--tokenizer: found {name!r}, wanted {saved['name']!r}, with whose ids the model was trained; nearest: "
-                "without --tokenizer"
+                f"--tokenizer: found {name!r}, wanted {saved['name']!r}, with whose ids the model was "
+                "trained; leave the flag out"
             )
     elif saved["name"] == "unknown" or saved["name"].startswith(IDS):
         raise DataError(

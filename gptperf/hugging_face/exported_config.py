@@ -6,13 +6,12 @@ from typing import Any
 
 from gptperf.config import KEYS, ModelConfig
 from gptperf.errors import CheckpointError
-from gptperf.hugging_face.architecture import ACTIVATIONS, ROPE_NAMES
+from gptperf.hugging_face.architecture import ACTIVATIONS, GPT2_NAMES, LLAMA_NAMES, ROPE_NAMES
+from gptperf.hugging_face.own_config import EXPORTED, OWN, own_json
 from gptperf.registry import KINDS
 
-__all__ = ["OWN", "ExportClass", "config_json", "export_class", "generation_json"]
+__all__ = ["ExportClass", "config_json", "export_class", "generation_json"]
 
-OWN = "gptperf"
-"""Model type of `gptperf.hugging_face.modeling_gptperf`."""
 # Class of transformers -> what an architecture may have, by the names of `_parts`. The first that fits is taken.
 _LLAMA: dict[str, tuple[object, ...]] = {
     "normalization": ("rmsnorm",),
@@ -48,16 +47,8 @@ _NAMES = {
     "qwen3": "Qwen3ForCausalLM",
     OWN: "GptperfForCausalLM",
 }
-_EXPORTED = frozenset(
-    """
-    n_layer n_head n_kv_head n_embd head_dim d_ff block_size vocab_size normalization activation position_encoding
-    window norm_position ffn_type bias attention_bias weight_tying dropout qk_norm norm_eps rope_theta rope_pairs
-    rope_scaling rope_factor rope_low_freq_factor rope_high_freq_factor rope_original_block_size
-    """.split()
-)
-_WITHOUT_EFFECT = frozenset("arch_preset d_ff_multiple vocab_multiple attention_backend".split())
+_WITHOUT_EFFECT = frozenset(("arch_preset", "d_ff_multiple", "vocab_multiple", "attention_backend"))
 """Keys that change neither a parameter's meaning nor a logit, beyond the sizes that follow from them."""
-_ROPE = "rope_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +80,7 @@ def export_class(model: ModelConfig) -> ExportClass:
             )
     for field in dataclasses.fields(ModelConfig):
         value, usual = getattr(model, field.name), KEYS[field.name].default
-        if field.name not in _EXPORTED | _WITHOUT_EFFECT and value != usual:
+        if field.name not in EXPORTED | _WITHOUT_EFFECT and value != usual:
             raise CheckpointError(f"{field.name}: found {value!r}, wanted {usual!r}: no class reads another one")
     parts = _parts(model)
     lacks = {
@@ -131,12 +122,13 @@ def config_json(model: ModelConfig, kind: ExportClass, dtype: str, eot: int | No
         dtype: Dtype of the stored weights.
         eot: Id that ends a document, or None if it is unknown.
     """
-    build = {"gpt2": _gpt2, OWN: _own}.get(kind.model_type, _llama)
+    own = kind.model_type == OWN
+    keys = own_json(model) if own else _gpt2(model) if kind.model_type == "gpt2" else _llama(model, kind.model_type)
     return {
         "architectures": [kind.name],
         "model_type": kind.model_type,
+        **keys,
         "vocab_size": model.padded_vocab_size,
-        **build(model, kind.model_type),
         "tie_word_embeddings": model.weight_tying,
         "bos_token_id": eot,
         "eos_token_id": eot,
@@ -158,33 +150,23 @@ def generation_json(model: ModelConfig, eot: int | None, known: int | None) -> d
     return {**ends} | ({"suppress_tokens": without_text} if without_text else {})
 
 
-def _gpt2(model: ModelConfig, kind: str) -> dict[str, Any]:
+def _sizes(model: ModelConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the keys of config.json that have a value of the architecture."""
+    resolved = {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "d_ff": model.ffn_width}
+    return {theirs: resolved.get(ours, getattr(model, ours)) for ours, theirs in names.items()}
+
+
+def _gpt2(model: ModelConfig) -> dict[str, Any]:
     return {
-        "n_layer": model.n_layer,
-        "n_head": model.n_head,
-        "n_embd": model.n_embd,
-        "n_inner": model.ffn_width,
-        "n_positions": model.block_size,
+        **_sizes(model, GPT2_NAMES),
         "activation_function": next(name for name, ours in ACTIVATIONS.items() if ours == model.activation),
-        "layer_norm_epsilon": model.norm_eps,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.dropout),
     }
 
 
 def _llama(model: ModelConfig, kind: str) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        "num_hidden_layers": model.n_layer,
-        "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.kv_heads,
-        "hidden_size": model.n_embd,
-        "head_dim": model.head_width,
-        "intermediate_size": model.ffn_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.block_size,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": _rope_scaling(model),
-    }
+    keys = _sizes(model, LLAMA_NAMES)
+    keys |= {"hidden_act": "silu", "rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model)}
     if kind in ("llama", "qwen3"):
         keys["attention_bias"] = model.attention_biases == "all"
     if kind == "llama":
@@ -205,22 +187,3 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
         return None
     keys = {theirs: getattr(model, ours) for theirs, ours in ROPE_NAMES[model.rope_scaling].items()}
     return {"rope_type": model.rope_scaling, **keys}
-
-
-def _own(model: ModelConfig, kind: str) -> dict[str, Any]:
-    names = sorted(_EXPORTED - {"vocab_size", "weight_tying"})
-    resolved = {
-        "n_kv_head": model.kv_heads,
-        "head_dim": model.head_width,
-        "d_ff": model.ffn_width,
-        "attention_bias": model.attention_biases,
-    }
-    return {
-        "auto_map": {
-            "AutoConfig": "modeling_gptperf.GptperfConfig",
-            "AutoModelForCausalLM": "modeling_gptperf.GptperfForCausalLM",
-        },
-        **{name: getattr(model, name) for name in names if not name.startswith(_ROPE)},
-        **resolved,
-        "rope": {name.removeprefix(_ROPE): getattr(model, name) for name in names if name.startswith(_ROPE)},
-    }

@@ -1,4 +1,4 @@
-"""The tokenizer files of an exported model: a tokenizer.json of the `tokenizers` library, for every kind of tokenizer."""
+"""The tokenizer files of an exported model: any tokenizer as a tokenizer.json of the `tokenizers` library."""
 
 import json
 import re
@@ -15,7 +15,8 @@ _END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
     "The tokenizer's   ids,\n\n\n  of 1234567 'words' isn't  \t ALL'LL \r\n end  ",
     "def f(x):\n\treturn {'a': x[0] ** 2}  # ----====____  \n \n\n   ",
-    "\u00c4rger na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f44d\U0001f3fd e\u0301 \u2028\u00a0\u3000x",
+    "\u00c4rger na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f44d\U0001f3fd e\u0301 \u2028\u00a0\u3000x",
     *(text * count for text in (" ", "\n", "a", "0", "-", "\u00e9", " \n") for count in (7, 31, 130)),
 )
 """Texts on which a converted tokenizer is compared with the original."""
@@ -25,7 +26,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     """Returns file name -> content of the files from which AutoTokenizer loads a tokenizer.
 
     Args:
-        tokenizer: The tokenizer of the model. The file of a `JsonTokenizer` is taken as it is; the others are converted.
+        tokenizer: The tokenizer of the model. The file of a `JsonTokenizer` is taken as it is, others are converted.
         block_size: Longest sequence of the model.
 
     Raises:

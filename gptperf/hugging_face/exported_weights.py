@@ -11,7 +11,7 @@ from torch import Tensor
 from gptperf.checkpoint.tensor_file import header, write_tensors
 from gptperf.config import ModelConfig
 from gptperf.files import write_file
-from gptperf.hugging_face.exported_config import OWN
+from gptperf.hugging_face.own_config import OWN
 from gptperf.hugging_face.stored_tensors import INDEX
 from gptperf.hugging_face.weights import layout
 
@@ -29,21 +29,19 @@ def exported_weights(model: ModelConfig, model_type: str, named: Mapping[str, Te
         model_type: What `export_class` returned.
         named: The parameters by their names here.
     """
-    if model_type == OWN:
-        yield from named.items()
-        return
     # The class of GPT-2 has biases that the model may lack.
-    everywhere = {"normalization": "layernorm", "bias": True, "attention_bias": None}
-    whole = dataclasses.replace(model, **everywhere) if model_type == "gpt2" else model
-    prefix = "transformer." if model_type == "gpt2" else "model."
-    for stored in layout(whole):
+    whole = model
+    if model_type == "gpt2":
+        whole = dataclasses.replace(model, normalization="layernorm", bias=True, attention_bias=None)
+    prefix = {"gpt2": "transformer.", OWN: ""}.get(model_type, "model.")
+    for stored in layout(whole, own=model_type == OWN):
         value = named.get(stored.ours)
         if value is None:
             weight = named[stored.ours.removesuffix("bias") + "weight"]
             value = torch.zeros(len(weight), dtype=weight.dtype)
         sizes = _rows(model, stored.ours, len(value), len(stored.theirs))
         for name, part in zip(stored.theirs, value.split(sizes), strict=True):
-            if model.rope_pairs == "interleaved" and ("q_" in name or "k_" in name):
+            if model_type != OWN and model.rope_pairs == "interleaved" and ("q_" in name or "k_" in name):
                 part = _halves(part, model.head_width)
             yield name if name.startswith("lm_head") else prefix + name, part.t() if stored.transposed else part
 
@@ -64,7 +62,7 @@ def _halves(rows: Tensor, D: int) -> Tensor:
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, most: int = SHARD_BYTES) -> None:
-    """Writes tensors in a dtype to model.safetensors, or to numbered files with an index if they are larger than `most`.
+    """Writes tensors in a dtype to model.safetensors, or to numbered files with an index if they exceed `most` bytes.
 
     Raises:
         OSError: A file cannot be written.
@@ -78,7 +76,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtyp
             size = 0
         shards[-1].append(name)
         size, total = size + count, total + count
-    places = {}
+    places: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         named = {name: tensors[name].to(dtype) for name in names}

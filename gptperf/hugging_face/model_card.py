@@ -17,7 +17,7 @@ __all__ = ["TRAIN_TOML", "model_card", "run_of", "train_toml"]
 
 TRAIN_TOML = "train.toml"
 """File of the configuration beside the weights."""
-_OF_THE_MACHINE = frozenset("init_from out_dir data_dir overwrite plugins debug".split())
+_OF_THE_MACHINE = frozenset(("init_from", "out_dir", "data_dir", "overwrite", "plugins", "debug"))
 
 _Record = Mapping[str, Any]
 
@@ -98,7 +98,9 @@ def _model_rows(model: ModelConfig, kind: ExportClass, dtype: str, found: Checkp
     count = sum(tensor.numel() for tensor in found.tensors["model"].values())
     yield "class", kind.name
     yield "parameters", f"{count:,}, stored in {dtype}"
-    heads = f"{model.n_head} heads" + (f", {model.kv_heads} of keys and values" if model.kv_heads < model.n_head else "")
+    heads = f"{model.n_head} heads" + (
+        f", {model.kv_heads} of keys and values" if model.kv_heads < model.n_head else ""
+    )
     yield "sizes", f"{model.n_layer} layers of width {model.n_embd}, {heads}, FFN of width {model.ffn_width}"
     yield "sequence", f"{model.block_size:,} tokens"
     parts = (model.normalization, f"{model.norm_position}-norm", model.ffn_type, model.applied_activation)
@@ -135,7 +137,10 @@ def _training_rows(found: Checkpoint, log: _Record) -> Iterator[tuple[str, str]]
     rates = [rate for count in counts if (rate := finite(count.get("flops_per_token")))]
     rate = statistics.fmean(rates) if rates else finite(info.get("flops_per_token"))
     if rate and tokens:
-        yield "FLOPs", f"{rate * tokens:.3g} (convention {info.get('convention', 'strict')}), {short_count(rate)} per token"
+        yield (
+            "FLOPs",
+            f"{rate * tokens:.3g} (convention {info.get('convention', 'strict')}), {short_count(rate)} per token",
+        )
     gpus, seconds = int(finite(info.get("num_gpus")) or 0), finite(state.get("train_s"))
     device = str(info.get("device", ""))
     yield "trained with", f"{gpus} x {device}" if gpus > 1 else device

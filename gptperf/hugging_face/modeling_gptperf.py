@@ -127,7 +127,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope_tables(config: GptperfConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of the angles of RoPE at positions `(B, T)`, each `(B, 1, T, D/2)` float32."""
     exact = torch.float32 if positions.device.type == "mps" else torch.float64  # mps has no float64
-    angle = positions[:, None, :, None].to(exact) * frequencies(config.rope, config.head_dim).to(positions.device, exact)
+    angle = positions[:, None, :, None].to(exact) * frequencies(config.rope, config.head_dim).to(
+        positions.device, exact
+    )
     return angle.cos().float(), angle.sin().float()
 
 
@@ -268,7 +270,7 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         """Returns the token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the token embedding."""
         self.wte = value
 
@@ -276,7 +278,7 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         """Returns lm_head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces lm_head."""
         self.lm_head = new_embeddings
 

@@ -64,10 +64,9 @@ class LearnedAbsolute(NoPosition):
 def frequencies(config: ModelConfig) -> Tensor:
     """Returns the angles of RoPE from one position to the next, `(D/2,)` float64.
 
-    With linear scaling all are divided by `rope_factor` (Chen et al., 2023). With that of LLaMA 3.1 only those are whose
-    wavelength is above `rope_original_block_size / rope_low_freq_factor`, none whose wavelength is below
-    `rope_original_block_size / rope_high_freq_factor`, and between the two a mean is taken whose weights are linear in
-    the number of waves that the original block has.
+    Linear scaling divides all of them by `rope_factor` (Chen et al., 2023). The scaling of LLaMA 3.1 divides those of
+    which an original block has less than `rope_low_freq_factor` waves, keeps those of which it has more than
+    `rope_high_freq_factor`, and takes a mean of both between the two, with weights that are linear in the waves.
     """
     D = config.head_width
     found = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)

@@ -380,8 +380,7 @@ def test_frozen() -> None:
 def test_notes() -> None:
     assert any("warmup_iters = 20 is not" in n for n in notes(_config("--max_iters=10", "--warmup_iters=20")))
     assert any(
-        "activation = 'relu' has no effect" in line
-        for line in notes(_config("--ffn_type=swiglu", "--activation=relu"))
+        "activation = 'relu' has no effect" in line for line in notes(_config("--ffn_type=swiglu", "--activation=relu"))
     )
 
 

@@ -18,8 +18,9 @@ num_layers n_layer | n_layers n_layer | num_hidden_layers n_layer | n_layr n_lay
 hidden_size n_embd | d_model n_embd | dim n_embd | n_embed n_embd | intermediate_size d_ff | ffn_hidden_size d_ff
 num_attention_heads n_head | n_heads n_head | num_key_value_heads n_kv_head | num_query_groups n_kv_head
 norm normalization | norm_type normalization | pos position_encoding | positon position_encoding | act activation
-attn_implementation attention_backend | rms_norm_eps norm_eps | sliding_window window | d_head head_dim | qkv_bias attention_bias |
-original_max_position_embeddings rope_original_block_size | rope_base rope_theta | tie_word_embeddings weight_tying
+attn_implementation attention_backend | rms_norm_eps norm_eps | sliding_window window
+d_head head_dim | qkv_bias attention_bias | original_max_position_embeddings rope_original_block_size
+rope_base rope_theta | tie_word_embeddings weight_tying
 precision dtype | bf16 dtype=bfloat16 | fp16 dtype=float16 | amp dtype | no_cuda device=cpu | gpu device=cuda
 fsdp use_fsdp | zero3 use_fsdp | zero use_zero1 | use_distributed_optimizer use_zero1 | backend communication
 torch_compile compile | no_compile compile=false | no_bias bias=false | disable_compile compile=false
