@@ -33,6 +33,7 @@ def exported_weights(model: ModelConfig, model_type: str, named: Mapping[str, Te
     whole = model
     if model_type == "gpt2":
         whole = dataclasses.replace(model, normalization="layernorm", bias=True, attention_bias=None)
+    turned = model_type not in (OWN, "gpt2") and model.rope_pairs == "interleaved"
     prefix = {"gpt2": "transformer.", OWN: ""}.get(model_type, "model.")
     for stored in layout(whole, own=model_type == OWN):
         value = named.get(stored.ours)
@@ -41,7 +42,7 @@ def exported_weights(model: ModelConfig, model_type: str, named: Mapping[str, Te
             value = torch.zeros(len(weight), dtype=weight.dtype)
         sizes = _rows(model, stored.ours, len(value), len(stored.theirs))
         for name, part in zip(stored.theirs, value.split(sizes), strict=True):
-            if model_type != OWN and model.rope_pairs == "interleaved" and ("q_" in name or "k_" in name):
+            if turned and name.partition("self_attn.")[2].startswith(("q_", "k_")):
                 part = _halves(part, model.head_width)
             yield name if name.startswith("lm_head") else prefix + name, part.t() if stored.transposed else part
 
