@@ -75,7 +75,7 @@ def model_card(name: str, model: ModelConfig, kind: ExportClass, dtype: str, fou
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gptperf"]
     lines = ["---", *head, "---", "", f"# {one_line(name)}", ""]
     lines += ["A language model trained with gptperf.", "", "```python", "from transformers import pipeline", ""]
-    lines += [f'generate = pipeline("text-generation", model=FOLDER{remote})']
+    lines += [f'generate = pipeline("text-generation", model={json.dumps(name)}{remote})']
     lines += ['print(generate("...", max_new_tokens=50)[0]["generated_text"])', "```", ""]
     if kind.reason:
         lines += [f"`modeling_gptperf.py` beside the weights computes the model, because {kind.reason}.", ""]

@@ -1,11 +1,6 @@
 """Exports for transformers: equal logits and tokens of every architecture, weights bit for bit, and what is refused."""
 
-import dataclasses
-import itertools
-import json
 import random
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +8,12 @@ from typing import Any
 import pytest
 import torch
 from export_helpers import SIZES, greedy, loaded, saved
-from safetensors.torch import load_file
 from torch import Tensor
 
-from gptperf import checkpoint, files
 from gptperf.config import Config, ModelConfig
 from gptperf.config.presets import PRESETS
-from gptperf.data.tokenizers import ByteTokenizer
-from gptperf.errors import CheckpointError, DataError, DeviceError, DiskError, GptperfError
-from gptperf.hugging_face import convert, export, read_model
-from gptperf.hugging_face.__main__ import main
+from gptperf.errors import GptperfError
+from gptperf.hugging_face import export, read_model
 from gptperf.hugging_face.exported_config import export_class
 from gptperf.registry import KINDS
 
@@ -43,13 +34,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 SCALED = {"rope_theta": 100.0, "rope_factor": 4.0, "rope_original_block_size": 16}
 LLAMA, GPT2 = PRESETS["llama"], PRESETS["gpt2_openai"]
-
-
-@pytest.fixture(autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the copies of modeling_gptperf.py that transformers makes out of the user's cache."""
-    cache = str(tmp_path_factory.getbasetemp() / "hf_modules")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
 
 
 def architectures(count: int) -> Iterator[dict[str, Any]]:
