@@ -133,7 +133,7 @@ def _merges(tokens: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 def _pattern(pattern: str) -> str:
     """Returns a regular expression of tiktoken in the syntax of the `tokenizers` library, which is Oniguruma's.
 
-    There `{1,3}+` is a repetition of the repetition, not a possessive one, and `$` matches before any line break. What
-    follows a possessive count in the patterns of tiktoken cannot give a character back, so a greedy one is the same.
+    There `{1,3}+` repeats the repetition, and is not a possessive one as in tiktoken. A greedy one is the same where
+    nothing follows it that could take a character back.
     """
-    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern).replace("$", r"\z")
+    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)

@@ -133,6 +133,9 @@ def test_shards_and_dtypes(preset: str, tmp_path: Path) -> None:
     assert len(parts) > 2
     assert parts == [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for part in parts:
+        held = [whole[name].nbytes for name, where in index["weight_map"].items() if where == part]
+        assert sum(held) <= 20_000 or len(held) == 1
     for name, tensor in whole.items():
         with safe_open(tmp_path / "many" / index["weight_map"][name], framework="pt") as part:
             assert torch.equal(part.get_tensor(name), tensor)
