@@ -27,6 +27,8 @@ _ACTIVATIONS = {
     "leaky_relu": F.leaky_relu,
     "relu_squared": lambda x: F.relu(x).square(),
 }
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+"""Name of the cache of keys and values in this version of transformers."""
 
 
 class GptperfConfig(PretrainedConfig):
@@ -347,4 +349,4 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
