@@ -234,10 +234,10 @@ def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(("n_embd", "n_head", "head_dim"), _heads),
+    Rule(("n_embd", "n_head"), _heads),
     Rule(("n_kv_head", "n_head"), _kv_heads),
     Rule(("window", "n_layer"), _window),
-    Rule(("position_encoding", "n_embd", "n_head", "head_dim"), _odd_head_dim),
+    Rule(("position_encoding", "n_embd", "n_head"), _odd_head_dim),
     Rule(("rope_scaling", "position_encoding"), _rope_scaling),
     Rule(("rope_low_freq_factor", "rope_high_freq_factor", "rope_scaling"), _freq_factors),
     Rule(("attention_backend",), _flash_attn),

@@ -26,11 +26,13 @@ _LLAMA: dict[str, Any] = _SIZES | {
     "rope_parameters": None,
     "partial_rotary_factor": None,
     "tie_word_embeddings": False,
+    "layer_types": None,
     "attention_bias": False,
     "mlp_bias": False,
 }
-_WITHOUT_BIAS = {key: value for key, value in _LLAMA.items() if not key.endswith("bias")}
+_WITHOUT_BIAS = {key: value for key, value in _LLAMA.items() if not key.endswith(("bias", "layer_types"))}
 _QWEN = _WITHOUT_BIAS | {
+    "layer_types": None,
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -38,7 +40,6 @@ _QWEN = _WITHOUT_BIAS | {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
-    "layer_types": None,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -74,6 +75,10 @@ _ONLY: dict[str, Any] = {
     "use_mrope": False,
     "rope_interleaved": False,
     "use_qk_norm": False,
+    # Of families that do not read them.
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
 }
 """Key -> the only value with which it changes nothing."""
 

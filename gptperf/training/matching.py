@@ -73,9 +73,12 @@ def _saved_values(saved: Mapping[str, Any]) -> dict[str, Any]:
     # A key that the checkpoint lacks came after it: the run had what is the default now.
     defaults = {name: key.default for name, key in KEYS.items()}
     found = defaults | {name: v for section in saved["config"].values() for name, v in section.items()}
-    # So it is with a size that follows from several keys.
-    sizes = {"head_width": found["n_embd"] // found["n_head"], "attention_biases": "all" if found["bias"] else "none"}
-    return found | sizes | saved["model"]
+    if "head_width" not in saved["model"]:
+        found |= {
+            "head_width": found["n_embd"] // found["n_head"],
+            "attention_biases": "all" if found["bias"] else "none",
+        }
+    return found | saved["model"]
 
 
 def _decay_end(values: Mapping[str, Any]) -> int:

@@ -269,7 +269,8 @@ def parameter_shapes(m: ModelConfig) -> Shapes:
     qkv = m.n_head * d + m.kv_heads * d + m.kv_heads * d
     linears = [(qkv, c), (c, m.n_head * d), (up, c), (c, f)]
     layer: Shapes = [*linears, *norm, *norm]
-    layer += [(out,) for out, _ in linears] if m.bias else []
+    biased = {None: m.bias * 2, "none": 0, "qkv": 1, "all": 2}[m.attention_bias]
+    layer += [(out,) for out, _ in [*linears[:biased], *(linears[2:] if m.bias else [])]]
     layer += [(d,), (d,)] if m.qk_norm else []
     shapes: Shapes = [(v, c), *norm, *layer * m.n_layer]
     shapes += [(m.block_size, c)] if m.position_encoding == "learned_absolute" else []
@@ -286,6 +287,8 @@ def test_parameters_of_every_combination() -> None:
         "weight_tying": (True, False),
         "qk_norm": (True, False),
         "n_kv_head": (None, 2),
+        "head_dim": (None, 6),
+        "attention_bias": (None, "none", "qkv", "all"),
         "vocab_multiple": (1, 64),
     }
     seen = set()

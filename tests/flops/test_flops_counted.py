@@ -57,6 +57,8 @@ class Size(NamedTuple):
     vocab_size: int
     vocab_multiple: int
     batch: int
+    n_embd: int | None = None
+    """Width of the model; None: n_head times head_dim."""
 
 
 SIZE = Size(n_layer=1, n_head=6, head_dim=6, d_ff=33, block_size=7, vocab_size=13, vocab_multiple=8, batch=2)
@@ -73,6 +75,7 @@ def drawn(random: Random, even_head_dim: bool) -> Size:
         vocab_size=random.randint(1, 40),
         vocab_multiple=random.choice((1, 7, 16)),
         batch=random.randint(1, 3),
+        n_embd=random.choice((None, random.randint(1, 40))),
     )
 
 
@@ -80,7 +83,8 @@ def sized(size: Size, **components: Any) -> ModelConfig:
     return ModelConfig(
         n_layer=size.n_layer,
         n_head=size.n_head,
-        n_embd=size.n_head * size.head_dim,
+        n_embd=size.n_embd or size.n_head * size.head_dim,
+        head_dim=None if size.n_embd is None else size.head_dim,
         d_ff=size.d_ff,
         block_size=size.block_size,
         vocab_size=size.vocab_size,
@@ -98,7 +102,14 @@ def combinations() -> list[tuple[ModelConfig, int]]:
         size = drawn(random, even_head_dim=chosen["position_encoding"] == "rope")
         fewer = [n for n in range(1, size.n_head) if size.n_head % n == 0]
         kv_heads = random.choice(fewer) if chosen.pop("grouped") else None
-        components = {"n_kv_head": kv_heads, "ffn_type": ffn_type, "activation": activation, **chosen}
+        attention_bias = random.choice((None, "none", "qkv", "all"))
+        components = {
+            "n_kv_head": kv_heads,
+            "attention_bias": attention_bias,
+            "ffn_type": ffn_type,
+            "activation": activation,
+            **chosen,
+        }
         found.append((sized(size, attention_backend="manual", **components), size.batch))
     return found
 
@@ -290,7 +301,7 @@ def test_bytes_are_those_of_operands_and_results(
 ) -> None:
     batch, T = 3, 5
     names = {"position_encoding": position_encoding, "norm_position": norm_position, "ffn_type": ffn_type}
-    size = Size(2, 4, 6, 10, T, 17, 1, batch)
+    size = Size(2, 4, 6, 10, T, 17, 1, batch, n_embd=20 if qk_norm else None)
     model = sized(size, n_kv_head=2, qk_norm=qk_norm, bias=ffn_type == "standard", normalization="rmsnorm", **names)
     with torch.device("meta"):
         gpt, tokens = GPT(model, triton_ops), torch.zeros(batch, T, dtype=torch.int64)
