@@ -19,13 +19,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.config.keys import Range
 from gptperf.errors import run_main
 from gptperf.hugging_face.convert import convert, downloaded
-from gptperf.hugging_face.export import export
+from gptperf.hugging_face.export_command import export_main
 
 __all__ = ["main"]
 
@@ -58,24 +58,6 @@ class _ConvertFlags(Flags):
         return [f"{COMMAND_LINE}: found {found}, wanted MODEL or --nanogpt=PATH"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ExportFlags(Flags):
-    """Which checkpoint, and where the model goes."""
-
-    run: Path
-    """Folder of a run or of a checkpoint."""
-    dir: Path
-    """Folder to make; it may exist and be empty."""
-    step: int | None = None
-    """Iteration of the checkpoint of a run; default: checkpoint decides."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Checkpoint of the run: the newest, or the one with the lowest validation loss."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the stored weights: float32, that of the master weights, loses nothing; bfloat16 halves the files."""
-    tokenizer: str = ""
-    """Tokenizer of the model, a name as for prepare, or unknown to leave it out; default: the checkpoint's."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
@@ -84,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["export"]:
-        return _export(argv[1:])
+        return export_main(argv[1:])
     about = (
         "Make a checkpoint of a model of Hugging Face, of nanoGPT, or of a GGUF file. export RUN DIR is the reverse."
     )
@@ -102,26 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
     out = flags.out_dir
     print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
-    return 0
-
-
-def _export(argv: Sequence[str]) -> int:
-    about = "Make a folder of a trained model that from_pretrained of transformers reads."
-    flags = parse(_ExportFlags, argv, "gptperf.hugging_face export", about)
-    done = export(
-        flags.run,
-        flags.dir,
-        checkpoint=flags.checkpoint,
-        step=flags.step,
-        dtype=flags.dtype,
-        tokenizer=flags.tokenizer,
-    )
-    reason = f", because {done.kind.reason}" if done.kind.reason else ""
-    print(f"{flags.dir}: {done.kind.name} of {done.checkpoint}{reason}")
-    if not done.tokenizer:
-        print("without a tokenizer, as --tokenizer=unknown says")
-    remote = ", trust_remote_code=True" if done.kind.reason else ""
-    print(f'transformers.AutoModelForCausalLM.from_pretrained("{flags.dir}"{remote})')
     return 0
 
 

@@ -51,9 +51,18 @@ def test_the_command_writes_what_the_pipeline_reads(
     wanted = api.generate(api.load_model(trained / "checkpoints" / "step-00000005"), "ab cd", tokens=16, temperature=0)
     assert found == wanted[0].partition("<|endoftext|>")[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-    assert (tmp_path / "hf" / "config.json").stat().st_mode == (
-        trained / "checkpoints"
-    ).stat().st_mode & 0o666 | 0o100000
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert modes == {(trained / "checkpoints" / "step-00000005" / "state.json").stat().st_mode}  # those of the umask
+
+
+def test_the_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m gptperf.hugging_face export ")
+    assert all(
+        flag in shown for flag in ("RUN DIR", "--step ", "--checkpoint ", "--dtype ", "--tokenizer ", "--debug ")
+    )
 
 
 def test_the_card_tells_what_the_run_recorded(trained: Path, tmp_path: Path) -> None:
