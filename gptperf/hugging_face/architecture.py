@@ -131,7 +131,7 @@ def _window(described: Described) -> str:
     if kinds is None and size is None:
         return "full"
     if kinds is None:
-        first = described.get("max_window_layers", 0)
+        first, layers = described.get("max_window_layers", 0), min(layers, 10_000)  # more are refused below
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):

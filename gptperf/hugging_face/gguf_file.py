@@ -35,6 +35,7 @@ _KEYS = {
     "rope.freq_base": "rope_theta",
 }
 """Key of the metadata after the name of the architecture -> its key in a config.json."""
+_REQUIRED = tuple(_KEYS)[:5]
 _CHECKED = ("vocab_size", "rope.dimension_count", "attention.value_length", "rope.scaling.finetuned")
 _SCALING = {
     "rope.scaling.type": "rope_type",
@@ -105,9 +106,11 @@ def _described(path: Path, own: Mapping[str, Any], stored: Mapping[str, Callable
             raise CheckpointError(f"{path}: {name}: found {value!r}, wanted a key that gptperf reads")
         if isinstance(value, list):
             raise CheckpointError(f"{path}: {name}: found {value[:8]!r}, wanted one number for all layers")
-    for name in list(_KEYS)[:5]:
+    for name in _REQUIRED:
         if name not in own:
             raise CheckpointError(f"{path}: found no {name}, which a model has")
+        if not isinstance(own[name], int) or own[name] < 1:
+            raise CheckpointError(f"{path}: {name}: found {own[name]!r}, wanted a number above 0")
     found = {ours: _shortest(own[name]) for name, ours in _KEYS.items() if name in own}
     head_dim = own.get("attention.key_length", found["hidden_size"] // found["num_attention_heads"])
     for name in ("rope.dimension_count", "attention.value_length"):
@@ -152,6 +155,8 @@ def _unpermuted(read: Callable[[], Tensor], model: ModelConfig) -> Tensor:
     llama.cpp rotates the rows 2i and 2i + 1 of a head of LLaMA, Hugging Face i and i + D/2.
     """
     tensor = read()
+    if len(tensor) % model.head_width:
+        return tensor  # the shape is refused later
     return tensor.unflatten(0, (-1, model.head_width // 2, 2)).transpose(1, 2).reshape(tensor.shape)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptperf.config import ModelConfig
+from gptperf.errors import CheckpointError
 
 __all__ = ["Find", "Stored", "layout", "weights"]
 
@@ -87,8 +88,14 @@ def weights(model: ModelConfig, find: Find, own: bool = False) -> Iterator[tuple
         model: What `model_config` returned.
         find: Returns a tensor by its name in Hugging Face's model, without the prefix "transformer." or "model.".
         own: As in `layout`.
+
+    Raises:
+        CheckpointError: Tensors that are one parameter have different columns.
     """
     for stored in layout(model, own):
         parts = [find(name) for name in stored.theirs]
+        if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+            found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(stored.theirs, parts, strict=True))
+            raise CheckpointError(f"found {found}, wanted matrices or vectors with the same columns")
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         yield stored.ours, value.t() if stored.transposed else value  # .t() does not change a vector
