@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from gptperf.data.tokenizers import Tokenizer
     from gptperf.model import GPT
 
-__all__ = ["LoadedModel", "generate", "load_config", "load_model", "loaded_from", "sampling_problems", "stream"]
-__all__ += ["train"]
+__all__ = ["LoadedModel", "checkpoint_path", "generate", "load_config", "load_model", "loaded_from"]
+__all__ += ["sampling_problems", "stream", "train"]
 
 
 def load_config(*arguments: str) -> Config:
@@ -132,7 +132,7 @@ def load_model(
     from gptperf.checkpoint import load
     from gptperf.training.saved_state import VOCABULARY
 
-    path = _checkpoint_path(Path(run), checkpoint)
+    path = checkpoint_path(Path(run), checkpoint)
     return loaded_from(load(path, only=("model", "buffers", VOCABULARY)), device)
 
 
@@ -187,19 +187,36 @@ def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
     return tokenizer
 
 
-def _checkpoint_path(run: Path, which: str) -> Path:
-    from gptperf.checkpoint import best, latest
+def checkpoint_path(run: Path, which: Literal["latest", "best"] = "latest", step: int | None = None) -> Path:
+    """Returns the directory of a checkpoint.
+
+    Args:
+        run: Directory of a run, of its checkpoints, or of one checkpoint.
+        which: Which checkpoint of a run: the newest one, or the one with the lowest validation loss.
+        step: Iteration of the checkpoint of a run; None: `which` decides.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    from gptperf.checkpoint import best, checkpoints, latest
 
     directory = run / "checkpoints" if os.path.isdir(run / "checkpoints") else run
     if os.path.isfile(directory / "MANIFEST.json"):
         return directory
-    found = (latest if which == "latest" else best)(directory)
-    if found is None and which == "best" and latest(directory) is not None:
-        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
-    if found is None:
+    infos = checkpoints(directory)
+    if not infos:
         runs = [str(folder.parent) for folder in run.parent.glob("*/checkpoints")]
         near = nearest(str(run), runs)
         raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint{near}")
+    if step is not None:
+        there = {info.step: info.path for info in infos}
+        if step not in there:
+            close = min(there, key=lambda other: abs(other - step))
+            raise CheckpointError(f"{run}: found no checkpoint of step {step}; nearest: --step={close}")
+        return there[step]
+    found = latest(directory) if which == "latest" else best(directory)
+    if found is None:
+        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
     return found.path
 
 

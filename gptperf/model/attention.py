@@ -142,14 +142,16 @@ class KVCache:
 class Attention(nn.Module):
     """The attention layer: packed projection, position encoding, attention, output projection.
 
+    H D may be another width than C.
+
     With `qk_norm`, queries and keys are RMS-normalised over each head before they are rotated.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, D, K = config.n_embd, config.head_dim, config.kv_heads
-        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias)
-        self.out = Linear(C, C, bias=config.bias)
+        C, D = config.n_embd, config.head_width
+        self.qkv = Linear(C, config.query_width + 2 * config.kv_width, bias=config.attention_biases != "none")
+        self.out = Linear(config.query_width, C, bias=config.attention_biases == "all")
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.backend = component("attention_backend", config.attention_backend)(config)

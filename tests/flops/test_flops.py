@@ -263,13 +263,14 @@ def test_command_says_what_a_plugin_hides(monkeypatch: pytest.MonkeyPatch) -> No
 
 def parameter_shapes(m: ModelConfig) -> Shapes:
     """Every parameter's shape, written out as a state dict lists them."""
-    c, f, v, d = m.n_embd, m.ffn_width, m.padded_vocab_size, m.head_dim
+    c, f, v, d = m.n_embd, m.ffn_width, m.padded_vocab_size, m.head_width
     norm: Shapes = [(c,), (c,)] if m.normalization == "layernorm" else [(c,)]
     up = 2 * f if m.ffn_type == "swiglu" else f
     qkv = m.n_head * d + m.kv_heads * d + m.kv_heads * d
     linears = [(qkv, c), (c, m.n_head * d), (up, c), (c, f)]
     layer: Shapes = [*linears, *norm, *norm]
-    layer += [(out,) for out, _ in linears] if m.bias else []
+    biased = {None: m.bias * 2, "none": 0, "qkv": 1, "all": 2}[m.attention_bias]
+    layer += [(out,) for out, _ in [*linears[:biased], *(linears[2:] if m.bias else [])]]
     layer += [(d,), (d,)] if m.qk_norm else []
     shapes: Shapes = [(v, c), *norm, *layer * m.n_layer]
     shapes += [(m.block_size, c)] if m.position_encoding == "learned_absolute" else []
@@ -286,6 +287,8 @@ def test_parameters_of_every_combination() -> None:
         "weight_tying": (True, False),
         "qk_norm": (True, False),
         "n_kv_head": (None, 2),
+        "head_dim": (None, 6),
+        "attention_bias": (None, "none", "qkv", "all"),
         "vocab_multiple": (1, 64),
     }
     seen = set()
@@ -307,7 +310,7 @@ def test_parameters_of_every_combination() -> None:
 def test_flops_are_the_sum_over_queries() -> None:
     model = build("llama", n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=7, vocab_size=90, vocab_multiple=16)
     count = flops.flops_per_token(model)
-    head = 2 * 2 * model.head_dim
+    head = 2 * 2 * model.head_width
     assert count.scores == model.n_layer * model.n_head * sum(head * (t + 1) for t in range(model.block_size))
     assert count.qkv == 2 * 2 * 7 * 32 * (32 + 16 + 16)
     assert count.output == 2 * 2 * 7 * 32 * 32

@@ -28,7 +28,7 @@ def model(**changes: Any) -> GPT:
     for parameter in gpt.parameters():  # larger weights than at the start of training, so that attention matters
         torch.nn.init.normal_(parameter, std=0.3)
     if gpt.config.position_encoding == "rope":  # float32 angles of different positions differ by their rounding
-        inverse = 1e4 ** -(torch.arange(0, gpt.config.head_dim, 2).double() / gpt.config.head_dim)
+        inverse = 1e4 ** -(torch.arange(0, gpt.config.head_width, 2).double() / gpt.config.head_width)
         angle = torch.arange(gpt.config.block_size).double()[:, None] * inverse
         gpt.position.cos, gpt.position.sin = angle.cos(), angle.sin()
     return gpt

@@ -321,7 +321,7 @@ def test_what_may_differ_at_a_resume() -> None:
     numbers = {"max_iters": 7, "lr_decay_iters": 7}
     warnings = {key: told(key, numbers.get(key, "another")) for key in (*KEYS, *sizes)}
     same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
-    by_size = {"d_ff", "n_kv_head"}
+    by_size = {"d_ff", "n_kv_head", "head_dim", "attention_bias"}
     refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
     refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
     assert {key for key, lines in warnings.items() if lines is None} == refused
