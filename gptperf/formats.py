@@ -31,6 +31,13 @@ _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
+def with_error(scores: Mapping[str, Any], name: str, form: str = ".4f") -> str:
+    """Returns a score of a task with its standard error `NAME_stderr`, if it has one: "0.2512 +- 0.0043"."""
+    error = scores.get(f"{name}_stderr")
+    shown = number(scores.get(name), form)
+    return shown if error is None else f"{shown} +- {number(error, form)}"
+
+
 def number(value: float | None, form: str, missing: str = "-") -> str:
     """Returns `format(value, form)`, or `missing` if the value is None."""
     return missing if value is None else format(value, form)

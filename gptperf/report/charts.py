@@ -142,6 +142,20 @@ def _loss_tail(plots: Any, log: RunLog) -> Any:
     return _loss(plots, log, iterations[len(iterations) // 2], "linear") if len(iterations) >= 20 else None
 
 
+def _tasks(plots: Any, log: RunLog) -> Any:
+    names = dict.fromkeys(str(name) for entry in log["eval_steps"] for name in mapping(entry.get("tasks")))
+    lines = {name: series(log["eval_steps"], "tasks", name, "acc") for name in names}
+    lines = {name: line for name, line in lines.items() if line[0]}
+    if not lines:
+        return None
+    found, axes = _axes(plots)
+    for color, (name, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
+        axes.plot(xs, ys, color=color, marker="o", markersize=3.5, linewidth=1, label=_label(name))
+    axes.set_ylabel("acc")
+    legend(axes)
+    return found
+
+
 def _learning_rate(plots: Any, log: RunLog) -> Any:
     xs, ys = series(log["training_iterations"], "lr")
     if not xs:
@@ -334,6 +348,7 @@ def _waterfall(plots: Any, log: RunLog) -> Any:
 _CHARTS: dict[str, Callable[[Any, RunLog], Any]] = {
     "loss": _loss,
     "loss_tail": _loss_tail,
+    "tasks": _tasks,
     "learning_rate": _learning_rate,
     "gradient_norm": _gradient_norm,
     "layers": _layers,

@@ -1,8 +1,8 @@
-"""Evaluates a model in training: the loss on the fixed validation batches, and a sample of generated text."""
+"""Evaluates a model in training: the loss on the fixed validation batches, scores of tasks, and a sample of text."""
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import Tokenizer
 from gptperf.distributed.process import Process
 from gptperf.model.generate import generate
+from gptperf.tasks import Scores, TaskRequests, task_scores
+from gptperf.tasks.likelihood import likelihoods
 from gptperf.training.engine import Engine
 from gptperf.training.stopping import Dropped
 
-__all__ = ["evaluate", "sample_text", "validation_keys"]
+__all__ = ["evaluate", "sample_text", "score_tasks", "validation_keys"]
 
 
 def validation_keys(config: Config, process: Process) -> dict[str, int]:
@@ -48,6 +50,7 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     count = validation_count(val_tokens, **keys)
     process.progress.parts = process.progress.part + len(range(rank, count, world_size))
     common = count // world_size  # batches that every rank has
+    after = process.progress.part + -(-count // world_size)
     counted: Iterator[tuple[Tensor, int]] = ((batch, batch.shape[1]) for batch in batches)
     if engine.config.system.use_fsdp and process.world_size > 1:
         counted = _as_many_as_any_rank(batches, process, engine.config.model.block_size)
@@ -64,6 +67,7 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
         sums[1] += rows
         process.progress.end_part()
     engine.model.train()
+    process.progress.part = after  # the same on every rank, as `drops` needs it
     total, all_rows = process.mean(sums).tolist()
     return total / all_rows
 
@@ -77,6 +81,33 @@ def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size
     filler = torch.zeros(2, 1, block_size, dtype=torch.int64)
     while process.any((batch := next(batches, None)) is not None):
         yield (filler, 0) if batch is None else (batch, batch.shape[1])
+
+
+def score_tasks(
+    engine: Engine, tasks: Sequence[TaskRequests], drops: Callable[[], bool] | None = None
+) -> dict[str, Scores]:
+    """Returns the scores of tasks by their names. Collective: every rank must call it.
+
+    A batch has as many tokens as a micro-batch of training, so that it needs no more memory.
+
+    Args:
+        engine: model and process.
+        tasks: the tasks.
+        drops: see `evaluate`.
+
+    Raises:
+        Dropped: the evaluation was dropped.
+    """
+    config, scores = engine.config, dict[str, Scores]()
+    batch_tokens = config.train.batch_size * config.model.block_size
+    for task in tasks:
+        if scores and drops is not None and drops():
+            raise Dropped
+        found = likelihoods(engine.model, task.requests, engine.process, engine.autocast, batch_tokens, drops)
+        if found is None:
+            raise Dropped
+        scores[task.task.name] = task_scores(task, found)
+    return scores
 
 
 def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callable[[], bool] | None = None) -> str:
