@@ -15,9 +15,10 @@ module loads no torch.
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptperf.config import KEYS, Config, ModelConfig, command_line
 from gptperf.errors import CheckpointError, DataError, mistakes, nearest
@@ -97,6 +98,8 @@ class LoadedModel:
     """Directory of the checkpoint."""
     step: int
     """Number of iterations that the model was trained for."""
+    config: Mapping[str, Mapping[str, Any]]
+    """Configuration of the training: section -> key -> value."""
 
 
 def load_model(
@@ -126,31 +129,53 @@ def load_model(
         >>> with torch.no_grad():
         ...     logits = loaded.model(ids)  # (B, T, padded vocab_size)
     """
+    from gptperf.distributed.process import start_process
+
+    found = read_checkpoint(Path(run), checkpoint)
+    here = start_process(device).device
+    tokenizer = saved_tokenizer(found)
+    model, dtype = build_model(found, here)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=here,
+        dtype=dtype,
+        path=found.path,
+        step=found.step,
+        config=found.state["config"],
+    )
+
+
+def read_checkpoint(run: Path, which: Literal["latest", "best"]) -> "Checkpoint":
+    """Reads what `load_model` needs of a checkpoint; the arguments are those of `load_model`."""
+    from gptperf.checkpoint import load
+    from gptperf.training.saved_state import VOCABULARY
+
+    return load(_checkpoint_path(run, which), only=("model", "buffers", VOCABULARY))
+
+
+def build_model(found: "Checkpoint", here: "torch.device") -> tuple["GPT", "torch.dtype"]:
+    """Returns the model of a checkpoint in evaluation mode, and its compute dtype."""
     import torch
 
-    from gptperf.checkpoint import load
-    from gptperf.distributed.process import start_process
     from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
     from gptperf.training import selftest
     from gptperf.training.build import DTYPES
-    from gptperf.training.saved_state import VOCABULARY, restore_weights
+    from gptperf.training.saved_state import restore_weights
 
-    found = load(_checkpoint_path(Path(run), checkpoint), only=("model", "buffers", VOCABULARY))
     saved = found.state["config"]
-    here = start_process(device).device
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
     config = ModelConfig(**saved["model"])
-    tokenizer = _tokenizer(found, config)
     ops = resolve_ops("auto", here.type)
     ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
-    return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
+    return model, dtype
 
 
-def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
+def saved_tokenizer(found: "Checkpoint") -> "Tokenizer":
     """Returns the tokenizer of a checkpoint, from the files in it; an earlier version has saved its name alone."""
     from gptperf.data.format import TokenizerInfo
     from gptperf.data.tokenizers import restore_tokenizer
@@ -161,10 +186,11 @@ def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
         raise DataError(f"{found.path}: found no tokenizer, wanted one; convert the model with --tokenizer=...")
     info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
     tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
-    if tokenizer.vocab_size > model.vocab_size:
+    vocab_size = found.state["config"]["model"]["vocab_size"]
+    if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
-            f"{model.vocab_size:,}; wanted at most as many ids as the model has"
+            f"{vocab_size:,}; wanted at most as many ids as the model has"
         )
     return tokenizer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptperf import checkpoint
 from gptperf.config import Config, ModelConfig
@@ -22,10 +23,10 @@ from gptperf.model import GPT
 from gptperf.monitor.run_lock import RunLock
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
-__all__ = ["convert", "downloaded"]
+__all__ = ["CONFIG", "convert", "downloaded", "read_model"]
 
-_CONFIG = "config.json"
-_FILES = (_CONFIG, WEIGHTS, INDEX, TOKENIZER_JSON, "tokenizer_config.json")
+CONFIG = "config.json"
+_FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER_JSON, "tokenizer_config.json")
 
 
 def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> tuple[Path, ModelConfig]:
@@ -47,22 +48,7 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> 
         DeviceError: A package of the tokenizer is not installed.
         DiskError: The checkpoint cannot be written.
     """
-    try:
-        described = json.loads((folder / _CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _CONFIG}: cannot be read: {error}") from error
-    if not isinstance(described, dict):
-        raise CheckpointError(f"{folder / _CONFIG}: found no object, wanted the description of a model")
-    model = model_config(described)
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
-    stored = StoredTensors(folder)
-    found = {name: tensor.contiguous() for name, tensor in weights(model, stored.find)}
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
-            raise CheckpointError(f"{folder}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")
-    if stored.unused():
-        raise CheckpointError(f"{folder}: found weights that the model does not have: {', '.join(stored.unused()[:5])}")
+    model, found = read_model(folder)
     described_tokenizer, vocabulary = _tokenizer(folder, model, tokenizer, eot)
     config = Config(model=model)
     state: dict[str, Any] = {
@@ -80,6 +66,37 @@ def convert(folder: Path, out_dir: Path, tokenizer: str = "", eot: str = "") -> 
         replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
         tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
         return checkpoint.save(out_dir / "checkpoints", step=0, tensors=tensors, state=state), model
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Reads a Hugging Face model.
+
+    Args:
+        folder: Folder of the model.
+
+    Returns:
+        The architecture, and the float32 values of every parameter by its name here.
+
+    Raises:
+        CheckpointError: gptperf does not support the model, or its files are corrupt.
+    """
+    try:
+        described = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from error
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{folder / CONFIG}: found no object, wanted the description of a model")
+    model = model_config(described)
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
+    stored = StoredTensors(folder)
+    found = {name: tensor.contiguous() for name, tensor in weights(model, stored.find)}
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise CheckpointError(f"{folder}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")
+    if stored.unused():
+        raise CheckpointError(f"{folder}: found weights that the model does not have: {', '.join(stored.unused()[:5])}")
+    return model, found
 
 
 def _tokenizer(

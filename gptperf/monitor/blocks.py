@@ -218,7 +218,7 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
         loss = f"loss {number(source['val_loss'], '.4f', 'nan')}"
         lines.append(_row(name, f"{loss}  {source['share']:.1%} of the data read, {source['epochs']:.2f} epochs"))
     for name, scores in (record.get("tasks") or {}).items():
-        lines.append(_row(name, "  ".join(f"{key} {with_error(scores, key)}" for key in SCORES if key in scores)))
+        lines.append(_row(name, "  ".join(f"{key} {with_error(scores, key)}" for key in SCORES[:-1] if key in scores)))
     if len(record.get("tasks") or {}) > 1:
         lines.append(_row("core", with_error(record, "core")))
     return lines

@@ -8,7 +8,7 @@ from gptperf import formats
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import finite, gaps, mapping, series, value_at
 from gptperf.report.cells import CELL, ROWS, figure, text
-from gptperf.report.evaluations import evaluations
+from gptperf.report.evaluations import evaluations, tasks
 from gptperf.report.page import Section, Tile, clean
 from gptperf.report.tables import Table, words
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gptperf.tasks.items import Task
 from gptperf.tasks.requests import TaskRequests
 
-__all__ = ["Likelihood", "Scores", "core", "right_items", "task_scores"]
+__all__ = ["Likelihood", "Scores", "core", "right_items", "share_right", "task_scores"]
 
 Scores = dict[str, float]
 """Name -> value. A standard error of a single item is not defined and left out."""
@@ -89,6 +89,14 @@ def core(scores: Mapping[str, Scores]) -> Scores:
         statistics.fmean(one["centred"] for one in scores.values()),
         math.hypot(*errors) / len(scores) if known else None,
     )
+    return found
+
+
+def share_right(right: Sequence[bool], name: str) -> Scores:
+    """Returns the share of right items under a name, with its standard error; nothing of no items."""
+    found: Scores = {}
+    if right:
+        _add(found, name, *_mean(right))
     return found
 
 

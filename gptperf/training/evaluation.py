@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from gptperf.data.loader import validation_batches, validation_count
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import Tokenizer
 from gptperf.distributed.process import Process
+from gptperf.model import GPT
 from gptperf.model.generate import generate
 from gptperf.tasks import Scores, TaskRequests, task_scores
 from gptperf.tasks.likelihood import likelihoods
 from gptperf.training.engine import Engine
 from gptperf.training.stopping import Dropped
 
-__all__ = ["evaluate", "sample_text", "score_tasks", "validation_keys"]
+__all__ = ["evaluate", "mean_loss", "sample_text", "score_tasks", "validation_keys"]
 
 
 def validation_keys(config: Config, process: Process) -> dict[str, int]:
@@ -32,7 +34,6 @@ def validation_keys(config: Config, process: Process) -> dict[str, int]:
     }
 
 
-@torch.no_grad()
 def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] | None = None) -> float:
     """Returns the mean loss over the fixed validation batches of all ranks. Collective: every rank must call it.
 
@@ -44,29 +45,56 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     Raises:
         Dropped: the evaluation was dropped.
     """
-    process, keys = engine.process, validation_keys(engine.config, engine.process)
-    batches = validation_batches(val_tokens, **keys)
+    keys = validation_keys(engine.config, engine.process)
+    sharded = engine.config.system.use_fsdp
+    return mean_loss(engine.model, val_tokens, keys, engine.process, engine.autocast, drops, sharded=sharded)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: GPT,
+    source: TokenSource,
+    keys: dict[str, int],
+    process: Process,
+    autocast: Callable[[], AbstractContextManager[object]],
+    drops: Callable[[], bool] | None = None,
+    *,
+    sharded: bool = False,
+) -> float:
+    """Returns the mean loss of a model over fixed batches, and leaves the model in its mode. See `evaluate`.
+
+    Args:
+        model: the model.
+        source: a split of a data set.
+        keys: the result of `validation_keys`.
+        process: this rank.
+        autocast: returns the context in which the model computes.
+        drops: see `evaluate`.
+        sharded: whether a forward pass gathers the weights from all ranks.
+    """
+    keys, training = dict(keys), model.training
+    batches = validation_batches(source, **keys)
     rank, world_size = keys.pop("rank"), keys.pop("world_size")
-    count = validation_count(val_tokens, **keys)
+    count = validation_count(source, **keys)
     process.progress.parts = process.progress.part + len(range(rank, count, world_size))
     common = count // world_size  # batches that every rank has
     after = process.progress.part + -(-count // world_size)
     counted: Iterator[tuple[Tensor, int]] = ((batch, batch.shape[1]) for batch in batches)
-    if engine.config.system.use_fsdp and process.world_size > 1:
-        counted = _as_many_as_any_rank(batches, process, engine.config.model.block_size)
+    if sharded and process.world_size > 1:
+        counted = _as_many_as_any_rank(batches, process, keys["block_size"])
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)  # loss times rows, rows
-    engine.model.eval()
+    model.eval()
     for i, (batch, rows) in enumerate(counted):
         if 0 < i < common and drops is not None and drops():
-            engine.model.train()
+            model.train(training)
             raise Dropped
-        tokens, targets = batch.to(process.device, non_blocking=True)
-        with engine.autocast():
-            loss = engine.model(tokens, targets)
+        inputs, targets = batch.to(process.device, non_blocking=True)
+        with autocast():
+            loss = model(inputs, targets)
         sums[0] += loss.double() * rows
         sums[1] += rows
         process.progress.end_part()
-    engine.model.train()
+    model.train(training)
     process.progress.part = after  # the same on every rank, as `drops` needs it
     total, all_rows = process.mean(sums).tolist()
     return total / all_rows
