@@ -56,6 +56,6 @@ def measure_leak(path: Path) -> Leak:
         begins = chunks_of(train, WINDOW)
         most = max(_MOST_TOKENS // window_search.CHUNK, 1)
         taken = begins if len(begins) <= most else begins[np.linspace(0, len(begins) - 1, most).astype(np.int64)]
-        search(train, found, taken)
+        search(train, [found], taken)
         searched = len(taken) / len(begins) if len(begins) else 1.0
         return Leak(len(windows), int(np.count_nonzero(found.first != NOWHERE)), searched)

@@ -89,16 +89,16 @@ class WindowSearch:
 
 
 def chunks_of(source: TokenSource, width: int) -> npt.NDArray[np.int64]:
-    """Returns where the chunks begin in which every window of a split lies."""
+    """Returns where the chunks begin in which every window of at least `width` tokens of a split begins."""
     return np.arange(0, max(len(source) - width + 1, 0), CHUNK)
 
 
-def search(source: TokenSource, windows: WindowSearch, begins: npt.NDArray[np.int64]) -> None:
+def search(source: TokenSource, every: Sequence[WindowSearch], begins: npt.NDArray[np.int64]) -> None:
     """Looks for windows in some chunks of a split, on all cores; each core has one chunk in memory.
 
     Args:
         source: The split.
-        windows: What is looked for, and gets what is found.
+        every: What is looked for, windows of one width each; they get what is found.
         begins: Some of `chunks_of`.
 
     Raises:
@@ -106,10 +106,12 @@ def search(source: TokenSource, windows: WindowSearch, begins: npt.NDArray[np.in
     """
 
     def one(begin: int) -> None:
-        tokens = np.empty(min(CHUNK + windows.width - 1, len(source) - begin), source.dtype)
+        tokens = np.empty(min(CHUNK + longest - 1, len(source) - begin), source.dtype)
         source.read_into(begin, tokens)
-        windows.look(tokens, begin)
+        for windows in every:
+            windows.look(tokens[: CHUNK + windows.width - 1], begin)
 
+    longest = max((windows.width for windows in every), default=1)
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(one, begins.tolist()):
             pass

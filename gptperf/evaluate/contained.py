@@ -1,6 +1,7 @@
 """Which items of tasks the training data contains: n-grams of tokens that occur in it, and in which documents."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gptperf.data.mixture import Part
 from gptperf.data.vocabulary import Tokenizer
 from gptperf.data.window_search import NOWHERE, WindowSearch, chunks_of, search
 from gptperf.distributed.process import Process
-from gptperf.tasks import Task
+from gptperf.tasks import Item, Task
 
 __all__ = ["WORDS", "find_contained", "ngram_tokens"]
 
@@ -31,8 +32,8 @@ def find_contained(
 ) -> dict[str, Any]:
     """Looks for the text of every item, with its right answer, in the training data. Collective.
 
-    An item is contained if one of its n-grams of tokens occurs in the data. Every position of the data is compared, in
-    chunks that the ranks and their cores share.
+    An item is contained if one of its n-grams of tokens occurs in the data; an item of fewer tokens is looked for as a
+    whole. Every position of the data is compared, in chunks that the ranks and their cores share.
 
     Args:
         tasks: The tasks.
@@ -42,68 +43,66 @@ def find_contained(
         process: This rank.
 
     Returns:
-        `ngram`, and `tasks`: name -> items, too_short (items with fewer tokens, which are not looked for), contained,
-        share (of those that were looked for), and `hits`: for each contained item its place and number, how many of
-        its n-grams were found, and the documents in which they occur first.
+        `ngram`, and `tasks`: name -> items, contained, share, and `hits`: for each contained item its place and number,
+        how many of its n-grams were found, and the documents in which they occur first.
 
     Raises:
         DataError: A data set is corrupt, or has no document index.
     """
     indexes = [DocumentIndex(part.source.manifest, part.source.path, part.source.split) for part in parts]
-    items = [item for task in tasks for item in task.items]
-    texts, owners = list[npt.NDArray[Any]](), list[int]()
-    for number, item in enumerate(items):
-        # Inside a document a space stands before the first word, which many vocabularies join with it.
-        for text in (tokenizer.encode(item.passage), tokenizer.encode(f" {item.passage}")[:ngram]):
-            texts.append(text)
-            owners.append(number)
-    windows = WindowSearch(texts, ngram)
-    owner = np.array(owners, np.int64)[windows.text_of]
-    first = []
-    for part in parts:
-        windows.first[:] = NOWHERE
-        search(part.source, windows, chunks_of(part.source, ngram)[process.rank :: process.world_size])
-        first.append(np.minimum.reduce(process.gather(windows.first)))
-    found = np.stack(first)  # (data sets, windows)
+    owner, found = _first_places([item for task in tasks for item in task.items], tokenizer, parts, ngram, process)
     tasks_found, begin = {}, 0
     for task in tasks:
-        end = begin + len(task.items)
-        tasks_found[task.name] = _of_task(task, begin, owner, found, parts, indexes, ngram, tokenizer)
-        begin = end
+        edges = np.searchsorted(owner, begin + np.arange(len(task.items) + 1))
+        of_items = [found[:, start:end] for start, end in itertools.pairwise(edges)]
+        hits = list(_hits(task, of_items, parts, indexes))
+        count = len(task.items)
+        tasks_found[task.name] = {"items": count, "contained": len(hits), "share": len(hits) / count, "hits": hits}
+        begin += count
     return {"ngram": ngram, "tasks": tasks_found}
 
 
-def _of_task(
-    task: Task,
-    begin: int,
-    owner: npt.NDArray[np.int64],
-    found: npt.NDArray[np.int64],
-    parts: Sequence[Part],
-    indexes: Sequence[DocumentIndex],
-    ngram: int,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """Returns what was found of a task whose first item has the number `begin` among the items of all tasks."""
-    hits, short = [], 0
-    edges = np.searchsorted(owner, np.arange(begin, begin + len(task.items) + 1))
-    for number, item in enumerate(task.items):
-        mine = found[:, edges[number] : edges[number + 1]]
-        short += mine.shape[1] == 0
-        if not (mine != NOWHERE).any():
+def _first_places(
+    items: Sequence[Item], tokenizer: Tokenizer, parts: Sequence[Part], ngram: int, process: Process
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the item of each n-gram, ascending, (n,), and where it occurs first, (data sets, n), or `NOWHERE`."""
+    texts: dict[int, list[npt.NDArray[Any]]] = {}
+    owners: dict[int, list[int]] = {}
+    for number, item in enumerate(items):
+        # Inside a document a space stands before the first word, which many vocabularies join with it.
+        for text in (tokenizer.encode(item.passage), tokenizer.encode(f" {item.passage}")[:ngram]):
+            width = min(len(text), ngram)
+            texts.setdefault(width, []).append(text)
+            owners.setdefault(width, []).append(number)
+    every = [WindowSearch(texts[width], width) for width in texts]
+    owner = np.concatenate([np.array(owners[one.width])[one.text_of] for one in every])
+    first = []
+    for part in parts:
+        for one in every:
+            one.first[:] = NOWHERE
+        begins = chunks_of(part.source, min(texts))
+        search(part.source, every, begins[process.rank :: process.world_size])
+        mine = np.concatenate([one.first for one in every])
+        first.append(np.minimum.reduce(process.gather(mine)))
+    order = np.argsort(owner, kind="stable")
+    return owner[order], np.stack(first)[:, order]
+
+
+def _hits(
+    task: Task, of_items: Sequence[npt.NDArray[np.int64]], parts: Sequence[Part], indexes: Sequence[DocumentIndex]
+) -> Iterator[dict[str, Any]]:
+    """Yields the contained items of a task; `of_items` has the first places of the n-grams of each item."""
+    for number, (item, places) in enumerate(zip(task.items, of_items, strict=True)):
+        if not (places != NOWHERE).any():
             continue
         documents = []
-        for part, index, row in zip(parts, indexes, mine, strict=True):
-            places = np.unique(index.at(row[row != NOWHERE]))
-            documents += [{"dataset": part.name, **index.origin(int(place))._asdict()} for place in places]
-        count = int((mine != NOWHERE).any(0).sum())
-        hits.append(
-            {"item": item.where, "number": number, "ngrams": mine.shape[1], "found": count, "documents": documents}
-        )
-    looked = len(task.items) - short
-    return {
-        "items": len(task.items),
-        "too_short": short,
-        "contained": len(hits),
-        "share": len(hits) / looked if looked else 0.0,
-        "hits": hits,
-    }
+        for part, index, row in zip(parts, indexes, places, strict=True):
+            read = np.unique(index.at(row[row != NOWHERE]))
+            documents += [{"dataset": part.name, **index.origin(int(document))._asdict()} for document in read]
+        yield {
+            "item": item.where,
+            "number": number,
+            "ngrams": places.shape[1],
+            "found": int((places != NOWHERE).any(0).sum()),
+            "documents": documents,
+        }

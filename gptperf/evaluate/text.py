@@ -55,19 +55,18 @@ def _tasks(found: Mapping[str, Any]) -> str:
 
 
 def _contained(contained: Mapping[str, Any]) -> list[str]:
-    columns = ("task", "items", "too short", "contained", "share", "acc of the others")
+    columns = ("task", "items", "contained", "share", "acc of the others")
     rows = [
         (
             name,
             f"{one['items']:,}",
-            f"{one['too_short']:,}",
             f"{one['contained']:,}",
             f"{one['share']:.2%}",
             formats.with_error(one, "clean_acc"),
         )
         for name, one in contained["tasks"].items()
     ]
-    head = f"items with {contained['ngram']} consecutive tokens that occur in the training data"
+    head = f"items with {contained['ngram']} consecutive tokens, or all of fewer, that occur in the training data"
     hits = [hit for one in contained["tasks"].values() for hit in one["hits"]]
     lines = [_hit(hit) for hit in hits[:_HITS]]
     if len(hits) > _HITS:
