@@ -53,8 +53,8 @@ class Fields:
 
     def problem(self, name: str, found: object, wanted: str) -> DataError:
         """Returns the error about a field."""
-        shown = found if isinstance(found, str) and found.startswith("no ") else repr(found)
-        shown = str(shown) if len(str(shown)) <= _SHOWN else f"{str(shown)[:_SHOWN]}..."
+        shown = repr(found)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         return DataError(f"{self.where}: {name}: found {shown}, wanted {wanted}")
 
     def value(self, *names: str) -> Any:
@@ -64,7 +64,7 @@ class Fields:
             if not isinstance(value, Mapping):
                 raise self.problem(".".join(names[:depth]), value, f"an object with {name!r}")
             if name not in value:
-                raise self.problem(".".join(names[: depth + 1]), "no such field", "one")
+                raise DataError(f"{self.where}: found no field {'.'.join(names[: depth + 1])!r}, wanted one")
             value = value[name]
         return value
 
