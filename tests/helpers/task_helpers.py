@@ -69,9 +69,7 @@ def write_lines(path: Path, records: Sequence[Any]) -> Path:
     return path
 
 
-def reference(
-    model: GPT, tokenizer: Tokenizer, context: str, continuation: str, shots: str = ""
-) -> tuple[float, bool]:
+def reference(model: GPT, tokenizer: Tokenizer, context: str, continuation: str, shots: str = "") -> tuple[float, bool]:
     """Log-likelihood of a continuation, and whether it is greedy: one sequence, in float64, token by token."""
     context = shots + context
     spaces = len(context) - len(context.rstrip())
