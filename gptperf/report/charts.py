@@ -29,6 +29,7 @@ __all__ = ["CAPTIONS", "draw", "layer_order"]
 CAPTIONS = {
     "loss": "Loss, nats a token: training, and the evaluations on validation data.",
     "loss_tail": "The second half, on a linear axis.",
+    "tasks": "Share of the items of each task that are right.",
     "learning_rate": "",
     "gradient_norm": "Global norm of the gradient, before clipping.",
     "layers": "Norm of the gradient by layer.",

@@ -1,19 +1,14 @@
 """The command on runs and on Hugging Face models, alone and on two ranks: losses, scores, and what goes wrong."""
 
-import contextlib
 import json
 import math
-import multiprocessing
-import os
-import socket
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rank_helpers import on_two_ranks
 from run_helpers import run, run_log
 from task_helpers import ARC, ASKED, CHOICES, reference, write_lines
 from tokenizer_helpers import CORPUS
@@ -117,39 +112,15 @@ def test_the_text_has_the_scores(trained: Path, files: list[str], capsys: pytest
     assert "bits a byte" in capsys.readouterr().out
 
 
-def _rank(rank: int, port: int, argv: list[str], out: Path) -> None:
-    """A rank of a job of two, whose output goes to a file."""
-    try:
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in where.items()})
-        with (out / f"{rank}.json").open("w") as file, contextlib.redirect_stdout(file):
-            code = main(argv)
-    except BaseException:  # noqa: BLE001 - the parent sees the exit code
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def test_two_ranks_say_the_same(
     trained: Path, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Scores to the last bit, because the batches do not depend on the number of ranks."""
     argv = [str(trained), f"--tasks={','.join(files)}", "--dataset=text", "--contains", "--batch_size=1"]
     one = result(capsys, *argv)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(i, port, [*argv, "--json", "--device=cpu"], tmp_path)) for i in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert (tmp_path / "1.json").read_text() == ""
-    two = json.loads((tmp_path / "0.json").read_text())
+    first, second = on_two_ranks(lambda: main([*argv, "--json", "--device=cpu"]), tmp_path)
+    assert second == ""
+    two = json.loads(first)
     assert two["data"]["loss"] == pytest.approx(one["data"]["loss"], rel=1e-9)
     assert two["tasks"] == one["tasks"]
     assert two["contained"] == one["contained"]
