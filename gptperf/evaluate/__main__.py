@@ -50,6 +50,8 @@ class _EvaluateFlags(Flags):
     """Folder of data sets; default: that of the run, or data."""
     eval_iters: _Count | None = None
     """Most batches of the data set; default: those of the run's own evaluations, or all for a Hugging Face model."""
+    block_size: _Count | None = None
+    """Most tokens of a sequence; default: those of the run, or of a Hugging Face model at most 2048."""
     batch_size: _Count | None = None
     """Sequences of block_size tokens in a batch; of shorter items there are more. Default: that of the run, or 8."""
     contains: bool = False
@@ -109,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dataset=flags.dataset,
                 split=flags.split,
                 data_dir=flags.data_dir,
+                block_size=flags.block_size,
                 batch_size=flags.batch_size,
                 eval_iters=flags.eval_iters,
                 contains=flags.contains,

@@ -15,7 +15,7 @@ from gptperf.data.tokenizers import Tokenizer, load_tokenizer
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError, DeviceError
 from gptperf.hugging_face import read_model
-from gptperf.hugging_face.convert import CONFIG
+from gptperf.hugging_face.convert import CONFIG, downloaded
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops, without_triton
 from gptperf.training import selftest
@@ -53,7 +53,7 @@ def load(path: Path, which: Literal["latest", "best"], device: torch.device) -> 
     """Loads the model of a run or a checkpoint, or a folder of Hugging Face.
 
     Args:
-        path: The folder.
+        path: The folder, or hf:REPO.
         which: Checkpoint of a run.
         device: Device of this rank.
 
@@ -61,6 +61,8 @@ def load(path: Path, which: Literal["latest", "best"], device: torch.device) -> 
         CheckpointError: There is no model, it is corrupt, or gptperf does not support it.
         ConfigError: The model has a component that is not registered.
     """
+    if str(path).startswith("hf:"):
+        return _hugging_face(downloaded(str(path)), device)
     if (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
         return _hugging_face(path, device)
     found = api.read_checkpoint(path, which)
@@ -103,6 +105,11 @@ def _hugging_face(path: Path, device: torch.device) -> EvaluatedModel:
         tokenizer = load_tokenizer(str(path / TOKENIZER_JSON))
     except (DataError, DeviceError) as error:
         reason = str(error)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{path}: found {tokenizer.vocab_size:,} ids in {TOKENIZER_JSON}, and vocab_size = {config.vocab_size:,} "
+            f"in {CONFIG}; wanted the model's own tokenizer"
+        )
     return EvaluatedModel(
         model=model,
         path=path,

@@ -17,7 +17,8 @@ from gptperf.tasks.scores import right_items, share_right
 
 __all__ = ["Asked", "evaluate"]
 
-_ROWS, _ALL = 8, 10**9
+_ROWS, _TOKENS, _ALL = 8, 2048, 10**9
+"""Sequences of a batch, tokens of a sequence at most, and batches, for a model of Hugging Face."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Asked:
     seed: int
     dataset: str | None
     split: str
+    block_size: int | None
     data_dir: str | None
     batch_size: int | None
     eval_iters: int | None
@@ -69,14 +71,14 @@ def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str,
         raise ConfigError(f"{loaded.path}: {what}; wanted --dataset=NAME, or --tasks=FILE without --contains")
     if tokenizer is None and asked.tasks:
         raise DataError(f"{loaded.path}: tasks need a tokenizer: {loaded.no_tokenizer}")
-    encoded = list[TaskRequests]()
+    encoded, block_size = list[TaskRequests](), _block_size(asked, loaded)
     if tokenizer is not None:
         options = {"shots": asked.shots, "seed": asked.seed}
-        encoded = [encode_task(task, tokenizer, loaded.model.config.block_size, **options) for task in asked.tasks]
+        encoded = [encode_task(task, tokenizer, block_size, **options) for task in asked.tasks]
     batch_size = asked.batch_size or loaded.asked("train", "batch_size", _ROWS)
     if asked.dataset is not None or not asked.tasks:
         batches = asked.eval_iters or loaded.asked("train", "eval_iters", _ALL)
-        sizes = {"batch_size": batch_size, "max_batches": batches}
+        sizes = {"block_size": block_size, "batch_size": batch_size, "max_batches": batches}
         with process.progress.during("evaluation"):
             found["data"] = dataset_loss(
                 loaded, process, dataset=dataset, data_dir=data_dir, split=asked.split, **sizes
@@ -91,15 +93,27 @@ def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str,
     if encoded:
         found |= {"shots": asked.shots, "seed": asked.seed}
         with process.progress.during("evaluation"):
-            _score(encoded, loaded, process, batch_size, found)
+            _score(encoded, loaded, process, batch_size * block_size, found)
     return found
 
 
+def _block_size(asked: Asked, loaded: EvaluatedModel) -> int:
+    """Returns the most tokens that the model reads at once.
+
+    Raises:
+        ConfigError: More are asked for than the model can read.
+    """
+    most = loaded.model.config.block_size
+    if asked.block_size is not None and asked.block_size > most:
+        raise ConfigError(f"block_size: found {asked.block_size:,}, wanted at most {most:,}; nearest: {most}")
+    return asked.block_size or (most if loaded.config else min(most, _TOKENS))
+
+
 def _score(
-    encoded: Sequence[TaskRequests], loaded: EvaluatedModel, process: Process, batch_size: int, found: dict[str, Any]
+    encoded: Sequence[TaskRequests], loaded: EvaluatedModel, process: Process, batch_tokens: int, found: dict[str, Any]
 ) -> None:
     """Adds the scores of the tasks and, where the training data was searched, those of the items that it lacks."""
-    scores, batch_tokens = dict[str, Scores](), batch_size * loaded.model.config.block_size
+    scores = dict[str, Scores]()
     for task in encoded:
         logs = likelihoods(loaded.model, task.requests, process, loaded.autocast, batch_tokens)
         assert logs is not None, "nothing drops it"

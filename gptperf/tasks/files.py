@@ -80,13 +80,12 @@ def _format_of(record: Mapping[str, Any], where: str, known: str) -> str:
     if len(fits) == 1 and known in ("", fits[0]):
         return fits[0]
     names = ", ".join(map(repr, list(record)[:12])) or "none"
-    shown = {known: FORMATS[known]} if known else FORMATS
-    wanted = "; ".join(
-        f"{name}: {' or '.join(' '.join(sorted(fields)) for fields in form.fields)}" for name, form in shown.items()
-    )
     several = f", which are those of {' and '.join(fits)}" if len(fits) > 1 else ""
-    what = "the fields of the records before it" if known else "those of one format"
-    raise DataError(f"{where}: found the fields {names}{several}; wanted {what}: {wanted}")
+    what = f"those of {known}, as before it" if known else f"those of one format ({', '.join(FORMATS)})"
+    sets = [(name, fields) for name, form in FORMATS.items() for fields in form.fields if name == known or not known]
+    name, fields = max(sets, key=lambda one: len(one[1] & record.keys()) / len(one[1]))
+    near = f"; nearest: {name}, which has {', '.join(sorted(fields))}" if fields & record.keys() or known else ""
+    raise DataError(f"{where}: found the fields {names}{several}; wanted {what}{near}")
 
 
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

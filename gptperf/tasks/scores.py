@@ -11,7 +11,7 @@ from gptperf.tasks.requests import TaskRequests
 __all__ = ["Likelihood", "Scores", "core", "right_items", "share_right", "task_scores"]
 
 Scores = dict[str, float]
-"""Name -> value. A standard error of a single item is not defined and left out."""
+"""Name -> value. What is not finite is left out, and so is the standard error of a single item."""
 
 
 class Likelihood(NamedTuple):
@@ -40,9 +40,15 @@ def right_items(task: Task, found: Sequence[Likelihood]) -> tuple[list[bool], li
             continue
         logs = [one.log for one in mine]
         per_byte = [log / size for log, size in zip(logs, item.sizes, strict=True)]
-        plain.append(logs.index(max(logs)) == item.answer)
-        normed.append(per_byte.index(max(per_byte)) == item.answer)
+        plain.append(_best(logs) == item.answer)
+        normed.append(_best(per_byte) == item.answer)
     return plain, normed
+
+
+def _best(values: Sequence[float]) -> int | None:
+    """Returns the place of the largest number, the first of equal ones; None if none is a number."""
+    numbers = [(value, -place) for place, value in enumerate(values) if not math.isnan(value)]
+    return -max(numbers)[1] if numbers else None
 
 
 def task_scores(encoded: TaskRequests, found: Sequence[Likelihood]) -> Scores:
@@ -65,7 +71,7 @@ def task_scores(encoded: TaskRequests, found: Sequence[Likelihood]) -> Scores:
     chance = 0.0
     if task.kind == "target":
         mean, error = _mean([one.log for one in found])
-        perplexity = math.exp(-mean) if mean > -700 else math.inf
+        perplexity = math.exp(-mean) if mean > -700 else math.inf  # NaN too
         _add(scores, "perplexity", perplexity, None if error is None else perplexity * error)  # first order
     else:
         chance = statistics.fmean(1 / len(item.pairs) for item in task.items)
@@ -101,12 +107,17 @@ def share_right(right: Sequence[bool], name: str) -> Scores:
 
 
 def _add(scores: Scores, name: str, value: float, error: float | None) -> None:
-    scores[name] = value
-    if error is not None:
-        scores[f"{name}_stderr"] = error
+    """Adds a score and its standard error, as far as they are finite."""
+    if math.isfinite(value):
+        scores[name] = value
+        if error is not None and math.isfinite(error):
+            scores[f"{name}_stderr"] = error
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean and its standard error: the sample's standard deviation over the root of the number."""
-    mean = math.fsum(values) / len(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

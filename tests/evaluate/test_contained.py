@@ -73,7 +73,10 @@ def test_a_hash_depends_on_the_tokens_of_its_window_alone(ids: list[int], width:
     hashes = rolling_hashes(tokens, width)
     assert len(hashes) == max(len(ids) - width + 1, 0)
     for at, value in enumerate(hashes):
-        assert rolling_hashes(tokens[at : at + width], width).tolist() == [value]
+        window = tokens[at : at + width].copy()
+        assert rolling_hashes(window, width).tolist() == [value]
+        window[value % width] ^= 1  # any one token
+        assert rolling_hashes(window, width).tolist() != [value]
 
 
 WORDS = np.array([f"w{number}" for number in range(5000)])
@@ -185,7 +188,7 @@ def test_the_command_says_it_and_scores_the_others(
     assert run(corpus, tmp_path / "out", "--max_iters=1", "--sample_tokens=0") == 0
     words = (corpus / "text.txt").read_text().split()
     records = [{"prompt": " ".join(words[9:40]), "choices": [words[40], "?"], "answer": 0}]
-    records += [{"prompt": f"{i} things that nobody wrote before", "choices": ["?", "!"], "answer": 0} for i in "ab"]
+    records += [{"prompt": f"{i} things that nobody wrote before", "choices": ["?", "!"], "answer": i} for i in (0, 1)]
     path = write_lines(tmp_path / "t.jsonl", records)
     capsys.readouterr()
     assert main([str(tmp_path / "out"), f"--tasks={path}", "--contains", "--ngram=50", "--device=cpu"]) == 0
@@ -196,8 +199,12 @@ def test_the_command_says_it_and_scores_the_others(
     assert "33.33%" in shown
     assert main([str(tmp_path / "out"), f"--tasks={path}", "--contains", "--json", "--device=cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
-    right = found["tasks"]["t"]["acc"] * 3
-    assert found["contained"]["tasks"]["t"]["clean_acc"] in (right / 2, (right - 1) / 2)
+    write_lines(tmp_path / "t.jsonl", records[1:])
+    assert main([str(tmp_path / "out"), f"--tasks={path}", "--json", "--device=cpu"]) == 0
+    others = json.loads(capsys.readouterr().out)["tasks"]["t"]
+    clean = found["contained"]["tasks"]["t"]
+    assert (clean["clean_acc"], clean["clean_acc_stderr"]) == (others["acc"], others["acc_stderr"])
+    assert clean["clean_acc"] != found["tasks"]["t"]["acc"]
 
 
 def test_data_without_an_index_is_refused(data: Path) -> None:

@@ -15,9 +15,11 @@ from tokenizer_helpers import CORPUS
 
 from gptperf import api
 from gptperf.data.prepare import prepare
-from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.data.shards import TokenSource
+from gptperf.data.tokenizers import ByteTokenizer, load_tokenizer
 from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError
 from gptperf.evaluate.__main__ import main
+from gptperf.evaluate.dataset import _same_ids
 from gptperf.prepare import main as prepare_main
 from gptperf.tasks import load_tasks
 
@@ -210,6 +212,33 @@ def test_data_of_another_tokenizer_is_refused(
     for more in ([], [f"--tasks={files[0]}", "--contains"]):
         with pytest.raises(DataError, match=r"bpe: found the tokenizer train:257 .* wanted data of the same tokenizer"):
             main([str(trained), "--dataset=bpe", f"--data_dir={tmp_path}", "--device=cpu", *more])
+
+
+def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two files of one vocabulary have two fingerprints, as those of tiktoken and of a tokenizer.json have."""
+    pytest.importorskip("tokenizers", reason="the package tokenizers (extra hf) is not installed")
+    from gptperf.data.train_tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer("train:300", CORPUS)
+    (tmp_path / "text.txt").write_bytes(b" ".join(CORPUS))
+    for name in ("same", "other"):
+        (tmp_path / name).mkdir()
+        described = json.loads(tokenizer.files["tokenizer.json"])
+        unused = {"id": 300, "content": "<|unused|>", "special": True}
+        unused |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        described["added_tokens"].append(unused)
+        if name == "other":
+            described["normalizer"] = {"type": "Lowercase"}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(described))
+    data = {"data_dir": tmp_path / "data", "quiet": True, "val_fraction": 0.3}
+    prepare(str(tmp_path / "text.txt"), name="d", tokenizer=str(tmp_path / "same"), **data)  # type: ignore[arg-type]
+    source = TokenSource.open(tmp_path / "data" / "d", "val")
+    for folder, wanted in (("same", True), ("other", False)):
+        own = tokenizer if wanted else load_tokenizer(str(tmp_path / folder))
+        assert own.fingerprint != source.manifest.tokenizer.fingerprint
+        assert _same_ids(own, source) is wanted
 
 
 def test_a_run_without_a_vocabulary_has_a_loss_and_no_tasks(

@@ -154,6 +154,16 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert whole["core_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 3)
 
 
+def test_what_is_no_number_is_not_right(tmp_path: Path) -> None:
+    """The right choice is the first one, which a comparison with NaN would take."""
+    nothing, low = Likelihood(math.nan, False), Likelihood(-9.0, False)
+    task = encoded("choice", [1, 1], [0, 0], tmp_path)
+    assert task_scores(task, [nothing, low, low, nothing])["acc"] == 0.5
+    assert task_scores(task, [nothing] * 4)["acc_norm"] == 0
+    target = task_scores(encoded("target", [], [0, 0], tmp_path), [nothing, low])
+    assert target == {"items": 2, "truncated": 0, "acc": 0, "acc_stderr": 0, "centred": 0, "centred_stderr": 0}
+
+
 def test_one_item_has_no_standard_error(tmp_path: Path) -> None:
     scores = task_scores(encoded("choice", [1, 1], [1], tmp_path), [Likelihood(-2.0, False), Likelihood(-1.0, False)])
     assert scores == {"items": 1, "truncated": 0, "acc": 1.0, "acc_norm": 1.0, "centred": 1.0}

@@ -106,8 +106,12 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
 
 MISTAKES: list[tuple[list[Any], str]] = [
     ([], "found no item"),
-    ([without(HELLASWAG, "label")], ":1: found the fields .*; wanted those of one format: HellaSwag: activity_label"),
-    ([PIQA, WINOGRANDE], ":2: found the fields 'sentence'.*; wanted the fields of the records before it: PIQA: goal"),
+    (
+        [without(HELLASWAG, "label")],
+        ":1: found the fields .*; wanted those of one format .*; nearest: HellaSwag, which has activity_label, ctx_a",
+    ),
+    ([PIQA, WINOGRANDE], ":2: found the fields 'sentence'.*; wanted those of PIQA, as before it; nearest: PIQA, which"),
+    ([{"a": 1}], ":1: found the fields 'a'; wanted those of one format .*target.$"),
     ([CHOICES | TARGET], ":1: found the fields .* which are those of choices and target; wanted those of one format"),
     ([HELLASWAG | {"label": 4}], ":1: label: found 4, wanted a number from 0 to 3"),
     ([HELLASWAG | {"label": ""}], ":1: label: found '', wanted a number .*; a file without answers cannot be scored"),
