@@ -18,6 +18,7 @@ from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer, load_tokenizer
 from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError
+from gptperf.evaluate import dataset
 from gptperf.evaluate.__main__ import main
 from gptperf.evaluate.dataset import _same_ids
 from gptperf.prepare import main as prepare_main
@@ -215,7 +216,7 @@ def test_data_of_another_tokenizer_is_refused(
 
 
 def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two files of one vocabulary have two fingerprints, as those of tiktoken and of a tokenizer.json have."""
     pytest.importorskip("tokenizers", reason="the package tokenizers (extra hf) is not installed")
@@ -230,7 +231,7 @@ def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
         unused |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         described["added_tokens"].append(unused)
         if name == "other":
-            described["normalizer"] = {"type": "Lowercase"}
+            described["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(described))
     data = {"data_dir": tmp_path / "data", "quiet": True, "val_fraction": 0.3}
     prepare(str(tmp_path / "text.txt"), name="d", tokenizer=str(tmp_path / "same"), **data)  # type: ignore[arg-type]
@@ -238,7 +239,9 @@ def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
     for folder, wanted in (("same", True), ("other", False)):
         own = tokenizer if wanted else load_tokenizer(str(tmp_path / folder))
         assert own.fingerprint != source.manifest.tokenizer.fingerprint
-        assert _same_ids(own, source) is wanted
+        for compared in (1 << 16, 100, 101, 102):  # cut anywhere
+            monkeypatch.setattr(dataset, "_COMPARED", compared)
+            assert _same_ids(own, source) is wanted
 
 
 def test_a_run_without_a_vocabulary_has_a_loss_and_no_tasks(
