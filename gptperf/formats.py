@@ -18,6 +18,7 @@ __all__ = [
     "rough_duration",
     "short_count",
     "value_text",
+    "with_error",
     "with_unit",
 ]
 
@@ -31,8 +32,9 @@ _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
-def with_error(scores: Mapping[str, Any], name: str, form: str = ".4f") -> str:
+def with_error(scores: Mapping[str, Any], name: str) -> str:
     """Returns a score of a task with its standard error `NAME_stderr`, if it has one: "0.2512 +- 0.0043"."""
+    form = ".4g" if name == "perplexity" else ".4f"
     error = scores.get(f"{name}_stderr")
     shown = number(scores.get(name), form)
     return shown if error is None else f"{shown} +- {number(error, form)}"
