@@ -16,7 +16,7 @@ module loads no torch.
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,6 +100,8 @@ class LoadedModel:
     """Directory of the checkpoint."""
     step: int
     """Number of iterations that the model was trained for."""
+    config: Mapping[str, Mapping[str, Any]]
+    """Configuration of the training: section -> key -> value."""
 
 
 def load_model(
@@ -129,11 +131,7 @@ def load_model(
         >>> with torch.no_grad():
         ...     logits = loaded.model(ids)  # (B, T, padded vocab_size)
     """
-    from gptperf.checkpoint import load
-    from gptperf.training.saved_state import VOCABULARY
-
-    path = checkpoint_path(Path(run), checkpoint)
-    return loaded_from(load(path, only=("model", "buffers", VOCABULARY)), device)
+    return loaded_from(read_checkpoint(Path(run), checkpoint), device)
 
 
 def loaded_from(found: "Checkpoint", device: Literal["auto", "cuda", "cpu"] = "auto") -> LoadedModel:
@@ -143,9 +141,34 @@ def loaded_from(found: "Checkpoint", device: Literal["auto", "cuda", "cpu"] = "a
         found: The checkpoint.
         device: "auto" is the GPU where there is one.
     """
+    from gptperf.distributed.process import start_process
+
+    tokenizer = saved_tokenizer(found)
+    here = start_process(device).device
+    model, dtype = build_model(found, here)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=here,
+        dtype=dtype,
+        path=found.path,
+        step=found.step,
+        config=found.state["config"],
+    )
+
+
+def read_checkpoint(run: Path, which: Literal["latest", "best"]) -> "Checkpoint":
+    """Reads what `load_model` needs of a checkpoint; the arguments are those of `load_model`."""
+    from gptperf.checkpoint import load
+    from gptperf.training.saved_state import VOCABULARY
+
+    return load(checkpoint_path(run, which), only=("model", "buffers", VOCABULARY))
+
+
+def build_model(found: "Checkpoint", here: "torch.device") -> tuple["GPT", "torch.dtype"]:
+    """Returns the model of a checkpoint in evaluation mode, and its compute dtype."""
     import torch
 
-    from gptperf.distributed.process import start_process
     from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
     from gptperf.training import selftest
@@ -153,19 +176,17 @@ def loaded_from(found: "Checkpoint", device: Literal["auto", "cuda", "cpu"] = "a
     from gptperf.training.saved_state import restore_weights
 
     saved = found.state["config"]
-    config = ModelConfig(**saved["model"])
-    tokenizer = _tokenizer(found, config)
-    here = start_process(device).device
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
+    config = ModelConfig(**saved["model"])
     ops = resolve_ops("auto", here.type)
     ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
-    return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
+    return model, dtype
 
 
-def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
+def saved_tokenizer(found: "Checkpoint") -> "Tokenizer":
     """Returns the tokenizer of a checkpoint, from the files in it; an earlier version has saved its name alone."""
     from gptperf.data.format import TokenizerInfo
     from gptperf.data.tokenizers import restore_tokenizer
@@ -179,10 +200,11 @@ def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
         )
     info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
     tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
-    if tokenizer.vocab_size > model.vocab_size:
+    vocab_size = found.state["config"]["model"]["vocab_size"]
+    if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
-            f"{model.vocab_size:,}; wanted at most as many ids as the model has"
+            f"{vocab_size:,}; wanted at most as many ids as the model has"
         )
     return tokenizer
 
