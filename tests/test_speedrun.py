@@ -73,9 +73,8 @@ def test_prepare_train_and_evaluate(
     assert curve[-1] < 0.5 * np.log(259)
     if importlib.util.find_spec("gptperf.evaluate") is None:
         return
-    (tmp_path / "hellaswag_val.jsonl").write_text(
-        "".join(json.dumps({"ctx": "the water", "endings": [" cycle", " xyz"], "label": 0}) + "\n" for _ in range(3))
-    )
+    item = {"activity_label": "Water", "ctx_a": "The", "ctx_b": "water", "endings": ["cycle", "xyz"], "label": 0}
+    (tmp_path / "hellaswag_val.jsonl").write_text(3 * (json.dumps(item) + "\n"))
     capsys.readouterr()
     main = importlib.import_module("gptperf.evaluate.__main__").main
     assert main([*arguments(EVALUATE, "gptperf.evaluate"), "--device=cpu"]) == 0
