@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         GptperfError: the command line is wrong, a prompt cannot be read, or there is no such model.
     """
-    flags = parse(_SampleFlags, argv, "gptperf.sample", "Generate text with a trained model.")
+    about = "Generate text with a trained model."
+    flags = parse(_SampleFlags, argv, "gptperf.sample", about, greedy=False)  # RUN may stand after --prompt TEXT
     prompts = [_prompt(text) for text in flags.prompt]
     set_up_threads()
     registry.load_plugins(flags.plugins)

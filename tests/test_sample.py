@@ -114,6 +114,12 @@ def test_prompts_from_files(trained: Path, tmp_path: Path, writes: str, capsys: 
     assert capsys.readouterr().out == "".join(wanted)
 
 
+def test_the_run_may_stand_after_a_prompt(trained: Path, writes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert command("--stop", "END", "--prompt", "a ", trained, "--tokens=3") == 0
+    assert capsys.readouterr().out == "a one\n"
+
+
 def test_samples_do_not_depend_on_the_other_prompts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert command(trained, "--prompt=ab", "--num_samples=2") == 0
