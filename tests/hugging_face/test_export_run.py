@@ -19,10 +19,12 @@ from gptperf import api, checkpoint, files
 from gptperf.config import ModelConfig, command_line
 from gptperf.config.presets import PRESETS
 from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError, DeviceError, DiskError, GptperfError
 from gptperf.hugging_face import convert, export, exported_config
 from gptperf.hugging_face.__main__ import main
 from gptperf.registry import register
+from gptperf.training.reporting import Reporter
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -89,6 +91,21 @@ def test_the_card_tells_what_the_run_recorded(trained: Path, tmp_path: Path) -> 
             k: v for k, v in wanted[section].items() if k not in paths
         }
     assert str(trained.parent) not in "".join(path.read_text() for path in (tmp_path / "10").glob("*.[tm][od]*"))
+
+
+def test_the_card_has_the_energy_of_the_iterations(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks used 36 kJ each between every two entries; without the counter of one there is no figure."""
+    monkeypatch.setattr(Reporter, "_used_joules", lambda reporter: 3.6e4)
+    monkeypatch.setattr(Process, "gather", lambda process, value: [value, value])
+    run(corpus, tmp_path / "run", "--max_iters=4", "--save_interval=3")
+    assert [entry["joules"] for entry in run_log(tmp_path / "run")["training_iterations"]] == [7.2e4] * 4
+    export(tmp_path / "run", tmp_path / "hf", step=3)
+    assert "| energy | 0.06 kWh, by the counters of the GPUs |" in (tmp_path / "hf" / "README.md").read_text()
+    monkeypatch.setattr(Process, "gather", lambda process, value: [value, (value[0], None)])
+    run(corpus, tmp_path / "blind", "--max_iters=1")
+    assert "joules" not in run_log(tmp_path / "blind")["training_iterations"][0]
 
 
 def test_a_checkpoint_without_its_run(trained: Path, tmp_path: Path) -> None:
