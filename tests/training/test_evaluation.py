@@ -13,7 +13,7 @@ from gptperf.training.engine import build_engine
 from gptperf.training.evaluation import _as_many_as_any_rank, evaluate
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BesideALonger(Process):
     """One of two ranks; the other one has `longer` batches."""
 

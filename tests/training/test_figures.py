@@ -137,7 +137,7 @@ def test_the_speed_of_a_job_is_shared_by_its_gpus(recompute: str) -> None:
     assert record.get("hfu_percent") == (wanted if wanted is None else pytest.approx(wanted))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class BesideOneThatIsAsked(Process):
     """A rank whose peer gets a request to stop before the exchange of number `heard_at`."""
 

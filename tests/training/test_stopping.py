@@ -199,7 +199,7 @@ def test_a_request_during_the_sample_leaves_it_out(
     assert "sample" not in run_log(tmp_path)["summary"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Beside(Process):
     """One of two ranks; the other one has these values."""
 
