@@ -124,17 +124,21 @@ def test_a_checkpoint_without_its_run(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", ["learned_absolute", "rope", "none"])
 def test_padding_changes_nothing(position: str, tmp_path: Path) -> None:
-    """In gptperf's own class: a batch of prompts of different lengths, padded on the left, with and without a cache."""
-    model = ModelConfig(**SIZES | PRESETS["gpt2"] | {"position_encoding": position, "n_kv_head": 2})
+    """In gptperf's own class: a batch of prompts of different lengths, padded on the left, with any cache."""
+    model = ModelConfig(
+        **SIZES
+        | PRESETS["llama"]
+        | {"normalization": "layernorm", "position_encoding": position, "n_kv_head": 2, "window": "8,full"}
+    )
     ours, path = saved(model, tmp_path)
     assert export(path, tmp_path / "hf").kind.reason
     theirs = loaded(tmp_path / "hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left", trust_remote_code=True)
     texts = ["a", "abc def", "abcdefgh ij"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     wanted = [greedy(ours, torch.tensor(ByteTokenizer().encode(text).tolist()), 12) for text in texts]
-    for use_cache in (True, False):
-        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, **cache}
         assert theirs.generate(**batch, **options)[:, -12:].tolist() == wanted
     labels = batch["input_ids"][-1:]
     loss = theirs(labels, labels=labels).loss
