@@ -48,6 +48,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         # A document starts after the end of the one before, and padding is never read.
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
         "model_max_length": block_size,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     return {TOKENIZER_JSON: content, "tokenizer_config.json": json.dumps(described, indent=2).encode() + b"\n"}

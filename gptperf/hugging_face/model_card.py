@@ -141,6 +141,9 @@ def _training_rows(found: Checkpoint, log: _Record) -> Iterator[tuple[str, str]]
             "FLOPs",
             f"{rate * tokens:.3g} (convention {info.get('convention', 'strict')}), {short_count(rate)} per token",
         )
+    joules = [finite(entry.get("joules")) for entry in entries]
+    if joules and None not in joules:
+        yield "energy", f"{sum(filter(None, joules)) / 3.6e6:.3g} kWh, by the counters of the GPUs"
     gpus, seconds = int(finite(info.get("num_gpus")) or 0), finite(state.get("train_s"))
     device = str(info.get("device", ""))
     yield "trained with", f"{gpus} x {device}" if gpus > 1 else device

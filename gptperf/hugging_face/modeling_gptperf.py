@@ -291,18 +291,24 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def _masks(self, T: int, S: int, padding: Tensor | None, device: torch.device) -> list[Tensor]:
-        """Returns for each layer `(B or 1, 1, T, S)`, true where one of the last T of S tokens attends to a key.
+    def _masks(self, start: int, T: int, given: Tensor | None, device: torch.device) -> list[Tensor]:
+        """Returns for each layer `(B or 1, 1, T, S)`, true where one of the T tokens from `start` on attends to a key.
 
-        `padding` `(B, S)` is 0 at keys that are padding. A query of padding attends to itself, so that it has a value.
+        `given` is `(B, S)`, 0 at keys that are padding, or with a cache of fixed size `(B, 1, T, S)`, true or 0.0 at
+        keys that may be attended to. A query of padding attends to itself, so that it has a value.
         """
-        query, key = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
+        S = start + T if given is None else given.shape[-1]
+        query, key = torch.arange(T, device=device)[:, None] + start, torch.arange(S, device=device)
+        if given is not None and given.ndim == 2:
+            given = given[:, None, None, :].bool()
+        elif given is not None and given.dtype != torch.bool:
+            given = given == 0
         pattern = self.config.window.split(",")
         masks: dict[str, Tensor] = {}
         for window in pattern:
             mask = ((key <= query) if window == "full" else (key <= query) & (key > query - int(window)))[None, None]
-            if padding is not None:
-                mask = (mask & padding[:, None, None, :S].bool()) | (key == query)
+            if given is not None:
+                mask = (mask & given) | (key == query)
             masks[window] = mask
         return [masks[pattern[layer % len(pattern)]] for layer in range(self.config.n_layer)]
 
@@ -323,7 +329,7 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `(B, T)`, the tokens after the cached ones.
-            attention_mask: `(B, S)`, 0 at padding.
+            attention_mask: `(B, S)`, 0 at padding; or a mask as `_masks` takes it.
             position_ids: `(B, T)`; default: the place after the cached tokens.
             past_key_values: The cache of keys and values, which the latest versions of transformers call `cache`.
             cache: The same.
@@ -343,7 +349,7 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + self.position(position_ids)
         tables = rope_tables(self.config, position_ids) if self.config.position_encoding == "rope" else None
         x = self.dropout(x)
-        for block, seen in zip(self.blocks, self._masks(T, start + T, attention_mask, x.device), strict=True):
+        for block, seen in zip(self.blocks, self._masks(start, T, attention_mask, x.device), strict=True):
             x = block(x, tables, seen, cache)
         logits = self.lm_head(self.norm(x[:, -logits_to_keep:]))  # -0 is all
         loss = None

@@ -19,10 +19,12 @@ from gptperf import api, checkpoint, files
 from gptperf.config import ModelConfig, command_line
 from gptperf.config.presets import PRESETS
 from gptperf.data.tokenizers import ByteTokenizer
+from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError, DeviceError, DiskError, GptperfError
 from gptperf.hugging_face import convert, export, exported_config
 from gptperf.hugging_face.__main__ import main
 from gptperf.registry import register
+from gptperf.training.reporting import Reporter
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -91,6 +93,21 @@ def test_the_card_tells_what_the_run_recorded(trained: Path, tmp_path: Path) -> 
     assert str(trained.parent) not in "".join(path.read_text() for path in (tmp_path / "10").glob("*.[tm][od]*"))
 
 
+def test_the_card_has_the_energy_of_the_iterations(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks used 36 kJ each between every two entries; without the counter of one there is no figure."""
+    monkeypatch.setattr(Reporter, "_used_joules", lambda reporter: 3.6e4)
+    monkeypatch.setattr(Process, "gather", lambda process, value: [value, value])
+    run(corpus, tmp_path / "run", "--max_iters=4", "--save_interval=3")
+    assert [entry["joules"] for entry in run_log(tmp_path / "run")["training_iterations"]] == [7.2e4] * 4
+    export(tmp_path / "run", tmp_path / "hf", step=3)
+    assert "| energy | 0.06 kWh, by the counters of the GPUs |" in (tmp_path / "hf" / "README.md").read_text()
+    monkeypatch.setattr(Process, "gather", lambda process, value: [value, (value[0], None)])
+    run(corpus, tmp_path / "blind", "--max_iters=1")
+    assert "joules" not in run_log(tmp_path / "blind")["training_iterations"][0]
+
+
 def test_a_checkpoint_without_its_run(trained: Path, tmp_path: Path) -> None:
     """The log is not there, and the card tells what the checkpoint itself records."""
     copy = tmp_path / "step-00000010"
@@ -107,17 +124,21 @@ def test_a_checkpoint_without_its_run(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", ["learned_absolute", "rope", "none"])
 def test_padding_changes_nothing(position: str, tmp_path: Path) -> None:
-    """In gptperf's own class: a batch of prompts of different lengths, padded on the left, with and without a cache."""
-    model = ModelConfig(**SIZES | PRESETS["gpt2"] | {"position_encoding": position, "n_kv_head": 2})
+    """In gptperf's own class: a batch of prompts of different lengths, padded on the left, with any cache."""
+    model = ModelConfig(
+        **SIZES
+        | PRESETS["llama"]
+        | {"normalization": "layernorm", "position_encoding": position, "n_kv_head": 2, "window": "8,full"}
+    )
     ours, path = saved(model, tmp_path)
     assert export(path, tmp_path / "hf").kind.reason
     theirs = loaded(tmp_path / "hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left", trust_remote_code=True)
     texts = ["a", "abc def", "abcdefgh ij"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     wanted = [greedy(ours, torch.tensor(ByteTokenizer().encode(text).tolist()), 12) for text in texts]
-    for use_cache in (True, False):
-        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, **cache}
         assert theirs.generate(**batch, **options)[:, -12:].tolist() == wanted
     labels = batch["input_ids"][-1:]
     loss = theirs(labels, labels=labels).loss

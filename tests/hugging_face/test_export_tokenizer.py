@@ -112,7 +112,7 @@ def test_transformers_gives_the_ids_of_the_run(tokenizer: Tokenizer, tmp_path: P
     model = ModelConfig(**sizes | (PRESETS["llama"] | {"window": "8"} if tokenizer.name != "any" else {}))
     _, path = saved(model, tmp_path, tokenizer)
     assert export(path, tmp_path / "hf").tokenizer == tokenizer.name
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     texts = hard_texts()
     for text, found in zip(texts, theirs(texts)["input_ids"], strict=True):
         assert found == tokenizer.encode(text).tolist(), text[:50]
@@ -130,7 +130,7 @@ def test_every_byte_is_its_id(tmp_path: Path) -> None:
     """Also those that no UTF-8 text has."""
     _, path = saved(ModelConfig(**SIZES), tmp_path)
     export(path, tmp_path / "hf")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     character = exported_tokenizer._characters()
     assert sorted(character) == sorted(exported_tokenizer.tokenizers_library("").pre_tokenizers.ByteLevel.alphabet())
     assert [theirs.convert_tokens_to_ids(character[byte]) for byte in range(256)] == list(range(256))
@@ -154,7 +154,7 @@ def test_an_end_that_is_a_word_of_the_model(tmp_path: Path) -> None:
     tokenizer = JsonTokenizer("words", json.dumps(content).encode(), "</s>")
     _, path = saved(ModelConfig(**SIZES), tmp_path, tokenizer)
     export(path, tmp_path / "hf")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert (theirs.eos_token, theirs.eos_token_id) == ("</s>", 1)
 
 
