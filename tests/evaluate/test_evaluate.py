@@ -15,6 +15,7 @@ from task_helpers import ARC, ASKED, CHOICES, reference, write_lines
 from tokenizer_helpers import CORPUS
 
 from gptperf import api, hugging_face
+from gptperf.data.json_tokenizer import JsonTokenizer
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -252,6 +253,8 @@ def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
         for compared in (1 << 16, 100, 101, 102):  # cut anywhere
             monkeypatch.setattr(dataset, "_COMPARED", compared)
             assert _same_ids(own, source) is wanted
+    end = JsonTokenizer("end", (tmp_path / "same" / "tokenizer.json").read_bytes(), "<|unused|>")
+    assert not _same_ids(end, source)  # another token ends a document
 
 
 def test_a_run_without_a_vocabulary_has_a_loss_and_no_tasks(
