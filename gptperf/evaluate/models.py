@@ -20,7 +20,7 @@ from gptperf.model import GPT
 from gptperf.ops import resolve_ops, without_triton
 from gptperf.training import selftest
 
-__all__ = ["EvaluatedModel", "load"]
+__all__ = ["EvaluatedModel", "is_hugging_face", "load"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class EvaluatedModel:
     no_tokenizer: str
     """The reason why there is no tokenizer, or ""."""
     config: Mapping[str, Mapping[str, Any]]
-    """Configuration of the run: section -> key -> value; empty for a model of Hugging Face."""
+    """Configuration of the run: section -> key -> value; empty for a model of Hugging Face, imported or not."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Returns a context that computes in the model's dtype."""
@@ -47,6 +47,11 @@ class EvaluatedModel:
     def asked(self, section: str, key: str, otherwise: Any) -> Any:
         """Returns a value of the run's configuration, or another value for a model without one."""
         return self.config.get(section, {}).get(key, otherwise)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Returns whether a path is hf:REPO or the folder of a Hugging Face model, not of a run."""
+    return str(path).startswith("hf:") or ((path / CONFIG).is_file() and not (path / "checkpoints").is_dir())
 
 
 def load(path: Path, which: Literal["latest", "best"], device: torch.device) -> EvaluatedModel:
@@ -61,10 +66,8 @@ def load(path: Path, which: Literal["latest", "best"], device: torch.device) -> 
         CheckpointError: There is no model, it is corrupt, or gptperf does not support it.
         ConfigError: The model has a component that is not registered.
     """
-    if str(path).startswith("hf:"):
-        return _hugging_face(downloaded(str(path)), device)
-    if (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
-        return _hugging_face(path, device)
+    if is_hugging_face(path):
+        return _hugging_face(downloaded(str(path)) if str(path).startswith("hf:") else path, device)
     found = api.read_checkpoint(path, which)
     model, dtype = api.build_model(found, device)
     tokenizer, reason = None, ""
@@ -83,7 +86,7 @@ def load(path: Path, which: Literal["latest", "best"], device: torch.device) -> 
         device=device,
         tokenizer=tokenizer,
         no_tokenizer=reason,
-        config=saved,
+        config=saved if "train_state" in found.state else {},
     )
 
 

@@ -10,7 +10,7 @@ from gptperf.distributed.process import Process, start_process
 from gptperf.errors import ConfigError, DataError
 from gptperf.evaluate.contained import find_contained, ngram_tokens
 from gptperf.evaluate.dataset import check_tokenizer, dataset_loss
-from gptperf.evaluate.models import EvaluatedModel, load
+from gptperf.evaluate.models import EvaluatedModel, is_hugging_face, load
 from gptperf.tasks import Scores, Task, TaskRequests, core, encode_task, task_scores
 from gptperf.tasks.likelihood import likelihoods
 from gptperf.tasks.scores import right_items, share_right
@@ -47,6 +47,8 @@ def evaluate(asked: Asked, debug: bool = False) -> dict[str, Any] | None:
     Raises:
         GptperfError: The model, the data or a task cannot be evaluated.
     """
+    if is_hugging_face(asked.model):
+        _need_dataset(asked, None)
     process = start_process(asked.device)
     try:
         with process.watchdog(".", debug=debug):
@@ -64,11 +66,8 @@ def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str,
     tokenizer = loaded.tokenizer
     found: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step}
     found["tokenizer"] = None if tokenizer is None else tokenizer.name
-    dataset = asked.dataset or loaded.asked("data", "dataset", None)
+    dataset = _need_dataset(asked, loaded.asked("data", "dataset", None))
     data_dir = asked.data_dir or loaded.asked("data", "data_dir", "data")
-    if dataset is None and (asked.contains or not asked.tasks):
-        what = "--contains looks through training data" if asked.contains else "a model of Hugging Face has no data set"
-        raise ConfigError(f"{loaded.path}: {what}; wanted --dataset=NAME, or --tasks=FILE without --contains")
     if tokenizer is None and asked.tasks:
         raise DataError(f"{loaded.path}: tasks need a tokenizer: {loaded.no_tokenizer}")
     encoded, block_size = list[TaskRequests](), _block_size(asked, loaded)
@@ -95,6 +94,21 @@ def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str,
         with process.progress.during("evaluation"):
             _score(encoded, loaded, process, batch_size * block_size, found)
     return found
+
+
+def _need_dataset(asked: Asked, own: str | None) -> str:
+    """Returns the data set that is asked for or that of the run; "" if there is none, and none is needed.
+
+    Raises:
+        ConfigError: There is none, and one is needed.
+    """
+    dataset = asked.dataset or own or ""
+    if not dataset and (asked.contains or not asked.tasks):
+        raise ConfigError(
+            f"{asked.model}: found no data set, because a model of Hugging Face does not know its own; wanted "
+            "--dataset=NAME, or --tasks=FILE without --contains"
+        )
+    return dataset
 
 
 def _block_size(asked: Asked, loaded: EvaluatedModel) -> int:

@@ -6,8 +6,9 @@ the continuation, because a vocabulary has it at the start of the next token. A 
 the token that ends a document.
 """
 
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,13 +64,15 @@ def encode_task(task: Task, tokenizer: Tokenizer, block_size: int, *, shots: int
             f"task {task.name}: found {len(task.items)} items, wanted more than shots = {shots}; nearest: "
             f"--shots={len(task.items) - 1}"
         )
+    # The choices of an item mostly have one context, which is encoded once.
+    count = functools.lru_cache(1)(lambda text: len(tokenizer.encode(text)))
     requests: list[Request] = []
     truncated = 0
     for number, item in enumerate(task.items):
         before = _examples(task.items, number, shots, seed)
         cut = False
         for context, continuation in item.pairs:
-            ids, targets = encode_pair(tokenizer, before + context, continuation)
+            ids, targets = encode_pair(tokenizer, before + context, continuation, count)
             if targets > block_size:
                 raise DataError(
                     f"{item.where}: found a continuation of {targets:,} tokens of the tokenizer {tokenizer.name}, "
@@ -90,8 +93,16 @@ def _examples(items: Sequence[Item], number: int, shots: int, seed: int) -> str:
     return "".join("".join(item.pairs[item.answer]) + "\n\n" for item in chosen)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[Tokens, int]:
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, count: Callable[[str], int] | None = None
+) -> tuple[Tokens, int]:
     """Encodes a context with its continuation; the module says how.
+
+    Args:
+        tokenizer: The tokenizer.
+        context: Text before the continuation; may be empty.
+        continuation: Text that is not blank.
+        count: Returns the number of tokens of a text; default: encodes it.
 
     Returns:
         The tokens of both, and how many of them are the continuation's, at least one. There is always a token before.
@@ -100,7 +111,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     continuation = context[len(stripped) :] + continuation
     both = tokenizer.encode(stripped + continuation)
     # A vocabulary may join the end of the context and the whole continuation in one token, which then is scored.
-    begin = min(len(tokenizer.encode(stripped)), len(both) - 1)
+    begin = min(len(tokenizer.encode(stripped)) if count is None else count(stripped), len(both) - 1)
     if begin:
         return both, len(both) - begin
     end = both[:1].copy()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import run
 from task_helpers import PIQA, TARGET, write_lines
+from tokenizer_helpers import CORPUS
 
 from gptperf.data import window_search
 from gptperf.data.mixture import open_tokens, parts_of
@@ -155,6 +156,25 @@ def test_the_right_answer_is_looked_for_without_the_words_of_the_prompt(data: Pa
         if found["right"]["contained"]:
             return
     raise AssertionError("no document is in the training split")
+
+
+def test_a_passage_is_found_after_a_space(tmp_path: Path) -> None:
+    """Its first word is another token at the start of a text than inside of one."""
+    pytest.importorskip("tokenizers", reason="the package tokenizers (extra hf) is not installed")
+    from gptperf.data.train_tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer("train:400", CORPUS)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
+    (tmp_path / "a.txt").write_text("one covers the tokenizer's fingerprint and more " * 20)
+    prepare(
+        str(tmp_path / "a.txt"), data_dir=tmp_path, name="d", tokenizer=str(tmp_path / "tokenizer.json"), quiet=True
+    )
+    assert tokenizer.encode("covers")[0] != tokenizer.encode(" covers")[0]
+    path = write_lines(tmp_path / "t.jsonl", [TARGET | {"prompt": "covers the", "target": "tokenizer's"}])
+    parts = parts_of(open_tokens("d", tmp_path, "train"))
+    found = find_contained(load_tasks([path]), tokenizer, parts, 50, Process(0, 1, torch.device("cpu")))
+    (hit,) = found["tasks"]["t"]["hits"]
+    assert (hit["found"], hit["ngrams"]) == (1, 2)
 
 
 def test_ranks_share_the_search(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

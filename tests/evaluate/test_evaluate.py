@@ -1,5 +1,6 @@
 """The command on runs and on Hugging Face models, alone and on two ranks: losses, scores, and what goes wrong."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,8 @@ from run_helpers import run, run_log
 from task_helpers import ARC, ASKED, CHOICES, reference, write_lines
 from tokenizer_helpers import CORPUS
 
-from gptperf import api
+from gptperf import api, hugging_face
+from gptperf.data.json_tokenizer import JsonTokenizer
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -154,6 +156,15 @@ def test_a_model_of_hugging_face(kind: str, tmp_path: Path, capsys: pytest.Captu
     arc = write_lines(tmp_path / "arc.jsonl", [ARC])
     found = result(capsys, tmp_path / "model", f"--tasks={path},{arc}")
     assert (found["step"], found["tokenizer"]) == (None, "model")
+    hugging_face.convert(tmp_path / "model", tmp_path / "imported")
+    imported = result(capsys, tmp_path / "imported", f"--tasks={path},{arc}")
+    assert imported["tasks"] == found["tasks"]
+    for name, more in itertools.product(("model", "imported"), ([], [f"--tasks={arc}", "--contains"])):
+        with pytest.raises(ConfigError, match=rf"{name}: found no data set, .*wanted --dataset=NAME"):
+            main([str(tmp_path / name), "--device=cpu", *more])
+    with pytest.raises(ConfigError, match="block_size: found 65, wanted at most 64; nearest: 64"):
+        main([str(tmp_path / "model"), "--device=cpu", f"--tasks={arc}", "--block_size=65"])
+    assert result(capsys, tmp_path / "model", f"--tasks={arc}", "--block_size=12")["tasks"]["arc"]["truncated"] == 1
 
     encode = library.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode
     exact, right, normed = theirs.double().eval(), [], []
@@ -242,6 +253,8 @@ def test_data_of_the_same_ids_is_taken_whatever_its_tokenizer_is_called(
         for compared in (1 << 16, 100, 101, 102):  # cut anywhere
             monkeypatch.setattr(dataset, "_COMPARED", compared)
             assert _same_ids(own, source) is wanted
+    end = JsonTokenizer("end", (tmp_path / "same" / "tokenizer.json").read_bytes(), "<|unused|>")
+    assert not _same_ids(end, source)  # another token ends a document
 
 
 def test_a_run_without_a_vocabulary_has_a_loss_and_no_tasks(
