@@ -176,6 +176,10 @@ class TrainConfig(_Section):
     """Iterations between evaluations; the last iteration is always evaluated."""
     eval_iters: Annotated[int, Range(1, 10**9)] = 200
     """Number of validation batches per evaluation, limited by the size of the validation split."""
+    eval_tasks: str = ""
+    """Task files, with commas between them, whose items an evaluation scores by likelihood."""
+    eval_tasks_interval: _Iterations | None = None
+    """Iterations between evaluations of eval_tasks; default: eval_interval. The last iteration is always evaluated."""
     save_interval: _Iterations | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True

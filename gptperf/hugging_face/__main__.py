@@ -9,8 +9,13 @@ OUT_DIR/model.toml. These commands then use the checkpoint:
 The model is a folder with config.json and *.safetensors, or hf:REPO, which is downloaded (pip install 'gptperf[hf]'),
 or a file *.gguf (pip install 'gptperf[gguf]'). `--nanogpt ckpt.pt` takes a checkpoint of nanoGPT instead. A
 tokenizer.json in the folder goes into the checkpoint.
+
+    python -m gptperf.hugging_face export RUN DIR [--step=1000]
+
+writes a checkpoint as a folder for transformers: weights, config.json, tokenizer, generation config and model card.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +25,7 @@ from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.config.keys import Range
 from gptperf.errors import run_main
 from gptperf.hugging_face.convert import convert, downloaded
+from gptperf.hugging_face.export_command import export_main
 
 __all__ = ["main"]
 
@@ -58,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         GptperfError: the command line is wrong, or the model cannot be converted.
     """
-    about = "Make a checkpoint of the weights of a model of Hugging Face, of nanoGPT, or of a GGUF file."
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["export"]:
+        return export_main(argv[1:])
+    about = (
+        "Make a checkpoint of a model of Hugging Face, of nanoGPT, or of a GGUF file. export RUN DIR is the reverse."
+    )
     flags = parse(_ConvertFlags, argv, "gptperf.hugging_face", about)
     source = downloaded(flags.model) if flags.model.startswith("hf:") else flags.nanogpt or Path(flags.model)
     path, model = convert(

@@ -7,6 +7,7 @@ from typing import Any
 from gptperf.config import Config, ModelConfig
 from gptperf.errors import CheckpointError, ConfigError, GptperfError
 from gptperf.hugging_face.described import Described, refused, with_defaults
+from gptperf.hugging_face.own_config import OWN, own_model
 
 __all__ = ["ACTIVATIONS", "GPT2_NAMES", "LLAMA_NAMES", "ROPE_NAMES", "Described", "model_config"]
 
@@ -64,6 +65,8 @@ def model_config(described: Described) -> ModelConfig:
     Raises:
         CheckpointError: The model is of another family than `FAMILIES`, or has a part that gptperf does not have.
     """
+    if described.get("model_type") == OWN:
+        return own_model(described)
     values, kind = with_defaults(described), described["model_type"]
     names = GPT2_NAMES if kind == "gpt2" else LLAMA_NAMES
     keys = {ours: values[theirs] for ours, theirs in names.items()}

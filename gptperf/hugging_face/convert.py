@@ -20,6 +20,7 @@ from gptperf.files import replace_text
 from gptperf.hugging_face.architecture import model_config
 from gptperf.hugging_face.gguf_file import read_gguf
 from gptperf.hugging_face.nanogpt import read_nanogpt
+from gptperf.hugging_face.own_config import OWN
 from gptperf.hugging_face.stored_tensors import INDEX, WEIGHTS, StoredTensors, of_folder
 from gptperf.hugging_face.vocabulary import CONFIGS, find_tokenizer
 from gptperf.hugging_face.weights import Find, layout, weights
@@ -146,7 +147,9 @@ def _opened(source: Path, nanogpt: bool) -> tuple[ModelConfig, StoredTensors]:
         raise CheckpointError(f"{source / CONFIG}: cannot be read: {error}{near}") from error
     if not isinstance(described, dict):
         raise CheckpointError(f"{source / CONFIG}: found no object, wanted the description of a model")
-    return model_config(described), of_folder(source)
+    stored = of_folder(source)
+    stored.own = described.get("model_type") == OWN
+    return model_config(described), stored
 
 
 def _tied(model: ModelConfig, stored: StoredTensors, tell: Callable[[str], object]) -> tuple[ModelConfig, Find]:
@@ -157,7 +160,7 @@ def _tied(model: ModelConfig, stored: StoredTensors, tell: Callable[[str], objec
     """
     if not model.weight_tying or _HEAD not in stored:
         return model, stored.find
-    (embedding,) = next(iter(layout(model))).theirs
+    (embedding,) = next(iter(layout(model, stored.own))).theirs
     if embedding not in stored:
         return model, lambda name: stored.find(_HEAD if name == embedding else name)
     head, weight = stored.find(_HEAD), stored.find(embedding)
@@ -180,7 +183,7 @@ def _weights(
     model, find = _tied(model, stored, tell)
     with torch.device("meta"):
         wanted = {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
-    found = {name: tensor.contiguous() for name, tensor in weights(model, find)}
+    found = {name: tensor.contiguous() for name, tensor in weights(model, find, stored.own)}
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise CheckpointError(f"{stored.where}: found {tuple(found[name].shape)} for {name}, wanted {tuple(shape)}")

@@ -28,6 +28,8 @@ class StoredTensors:
 
     def __init__(self, where: Path, read: Mapping[str, Callable[[], Tensor]]):
         self.where, self._read, self._used = where, read, set[str]()
+        self.own = False
+        """Whether the names are those of gptperf; see `gptperf.hugging_face.weights.layout`."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._read

@@ -46,11 +46,15 @@ class Stored:
     """Whether the matrix is stored as its transpose."""
 
 
-def layout(model: ModelConfig) -> Iterator[Stored]:
+def layout(model: ModelConfig, own: bool = False) -> Iterator[Stored]:
     """Yields how Hugging Face stores every parameter of a model.
 
-    A model with SwiGLU has the names of LLaMA, any other model those of GPT-2.
+    A model with SwiGLU has the names of LLaMA, any other model those of GPT-2; with `own` both have the names here, as
+    in `gptperf.hugging_face.modeling_gptperf`.
     """
+    if own:
+        yield from (Stored(stored.ours, (stored.ours,)) for stored in layout(model))
+        return
     llama = model.ffn_type == "swiglu"
     blocks, parts, last = ("layers", _LLAMA, "norm") if llama else ("h", _GPT2, "ln_f")
     yield Stored("wte.weight", ("embed_tokens.weight" if llama else "wte.weight",))
@@ -77,17 +81,18 @@ def _has_bias(model: ModelConfig, part: str) -> bool:
     return model.bias
 
 
-def weights(model: ModelConfig, find: Find) -> Iterator[tuple[str, Tensor]]:
+def weights(model: ModelConfig, find: Find, own: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and value of every parameter of gptperf's model, made from the tensors of Hugging Face's model.
 
     Args:
         model: What `model_config` returned.
         find: Returns a tensor by its name in Hugging Face's model, without the prefix "transformer." or "model.".
+        own: As in `layout`.
 
     Raises:
         CheckpointError: Tensors that are one parameter have different columns.
     """
-    for stored in layout(model):
+    for stored in layout(model, own):
         parts = [find(name) for name in stored.theirs]
         if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
             found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(stored.theirs, parts, strict=True))

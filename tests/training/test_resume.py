@@ -181,7 +181,7 @@ def test_another_model_or_data_set_is_not_resumed(corpus: Path, tmp_path: Path) 
         run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dtype=bfloat16")
     (corpus / "other.txt").write_text("other text " * 5000)
     prepare(str(corpus / "other.txt"), data_dir=corpus / "data", name="other", quiet=True, overwrite=True)
-    with pytest.raises(DataError, match="wanted the same shards"):
+    with pytest.raises(DataError, match="wanted the same data sets, weights and shards"):
         run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dataset=other")
     assert run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--learning_rate=0.02") == 0
 
