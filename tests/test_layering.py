@@ -19,7 +19,7 @@ errors cards formats
 files registry kernels
 config ops
 flops data model distributed
-hardware checkpoint
+hardware checkpoint tasks
 plan monitor
 report
 compare
@@ -27,7 +27,8 @@ experiment
 ablate
 training
 api
-sample prepare hugging_face doctor seen race
+prepare hugging_face doctor seen race
+sample evaluate
 train
 __main__
 """
@@ -38,6 +39,7 @@ WITHOUT_TORCH = [
     "flops flops.__main__ hardware hardware.__main__ hardware.ceiling_cache hardware.measure plan plan.__main__",
     "monitor.waterfall monitor.step_timing monitor.trace monitor.schema monitor.trackers monitor.runs monitor.run_log",
     "report.__main__ compare.__main__ ablate.__main__ experiment.runner race.__main__ seen.__main__",
+    "evaluate.__main__ tasks",
 ]
 """Modules whose import loads no torch: they run before a configuration is known to be good, or without a GPU."""
 

@@ -8,14 +8,18 @@ from gptperf.cards import FFN
 
 __all__ = ["notes_on"]
 
+_OF_LLAMA3 = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_block_size")
+_UNREAD = {"none": ("rope_factor", *_OF_LLAMA3), "linear": _OF_LLAMA3}
+"""Value of rope_scaling -> keys that it does not read."""
 
-def notes_on(c: Mapping[str, Any], windows: Sequence[int], usual_activation: str) -> list[str]:
+
+def notes_on(c: Mapping[str, Any], windows: Sequence[int], usual: Mapping[str, Any]) -> list[str]:
     """Returns a line for each choice that is valid but may surprise.
 
     Args:
         c: key -> value.
         windows: tokens that a query attends to in each layer.
-        usual_activation: default of the key `activation`.
+        usual: key -> default.
     """
     lines = []
     end = c["lr_decay_iters"] or c["max_iters"]
@@ -25,9 +29,15 @@ def notes_on(c: Mapping[str, Any], windows: Sequence[int], usual_activation: str
             "rate never reaches its peak"
         )
     ffn: FFN | None = registry.card("ffn_type", c["ffn_type"])
-    if ffn is not None and ffn.activation is not None and c["activation"] != usual_activation:
+    if ffn is not None and ffn.activation is not None and c["activation"] != usual["activation"]:
         applied = f"ffn_type = {c['ffn_type']!r} applies {ffn.activation}"
         lines.append(f"activation = {c['activation']!r} has no effect: {applied}")
+    unread = _UNREAD.get(c["rope_scaling"], ())
+    lines += [
+        f"{name} = {c[name]} has no effect: rope_scaling = {c['rope_scaling']!r}"
+        for name in unread
+        if c[name] != usual[name]
+    ]
     if c["arch_preset"] == "gpt2" and c["norm_position"] == "post":
         lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
     if c["document_mask"]:
