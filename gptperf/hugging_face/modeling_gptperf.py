@@ -192,7 +192,8 @@ class Attention(nn.Module):
         if tables is not None:
             q, k = rotate(q, tables, self.interleaved), rotate(k, tables, self.interleaved)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            places = torch.arange(x.shape[1], device=x.device) + cache.get_seq_length(self.layer)
+            k, v = cache.update(k, v, self.layer, {"cache_position": places})  # a fixed size in transformers 4 needs it
         groups = self.heads[0] // self.heads[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
