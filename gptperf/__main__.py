@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "predict memory and speed of a run on any known GPU",
     "flops": "count parameters, FLOPs and bytes of a model",
     "hardware": "print the GPU table, or measure what this GPU reaches",
+    "evaluate": "score a model: loss on a data set, tasks by likelihood, tasks that its training data contains",
     "seen": "list the documents that a run read between two iterations",
     "report": "write a page about a run",
     "compare": "rank runs, or compare architectures",

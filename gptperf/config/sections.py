@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from gptperf import registry
-from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
+from gptperf.config.model_sizes import ModelSizes
+from gptperf.config.notes import notes_on
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
@@ -46,7 +46,7 @@ class _Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section):
+class ModelConfig(_Section, ModelSizes):
     """The model: its sizes and its components."""
 
     arch_preset: Annotated[str, Choice(tuple(PRESETS))] = "gpt2"
@@ -113,62 +113,6 @@ class ModelConfig(_Section):
     rope_original_block_size: Annotated[int, Range(1, 2**24)] = 8192
     """llama3: sequence length that the model was trained with before its context was extended."""
 
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """Tokens that a query attends to in each layer; `block_size` where nothing limits it."""
-        parts = self.window.split(",")
-        pattern = [self.block_size if part == "full" else min(int(part), self.block_size) for part in parts]
-        return tuple(pattern[i % len(pattern)] for i in range(self.n_layer))
-
-    @property
-    def head_width(self) -> int:
-        """Width D of one head: `head_dim`, or its default."""
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def query_width(self) -> int:
-        """Width H D of the queries of all heads, and of the output of attention before its projection."""
-        return self.n_head * self.head_width
-
-    @property
-    def kv_width(self) -> int:
-        """Width K D of the keys of all heads, and of the values."""
-        return self.kv_heads * self.head_width
-
-    @property
-    def attention_biases(self) -> str:
-        """The biases of attention: "none", "qkv" or "all"."""
-        return self.attention_bias or ("all" if self.bias else "none")
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def ffn_width(self) -> int:
-        """Width of the FFN: `d_ff`, or the default for the FFN type."""
-        if self.d_ff is not None:
-            return self.d_ff
-        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
-        return 4 * self.n_embd if ffn is None else ffn.default_width(self.n_embd, self.d_ff_multiple)
-
-    @property
-    def applied_activation(self) -> str:
-        """The activation that the FFN applies: its own if it has one, as SwiGLU has SiLU, else `activation`."""
-        return self.own_activation or self.activation
-
-    @property
-    def own_activation(self) -> str | None:
-        """The FFN's own activation, which replaces `activation`; None if the FFN applies `activation`."""
-        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
-        return None if ffn is None else ffn.activation
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the embedding and of lm_head."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
@@ -232,6 +176,10 @@ class TrainConfig(_Section):
     """Iterations between evaluations; the last iteration is always evaluated."""
     eval_iters: Annotated[int, Range(1, 10**9)] = 200
     """Number of validation batches per evaluation, limited by the size of the validation split."""
+    eval_tasks: str = ""
+    """Task files, with commas between them, whose items an evaluation scores by likelihood."""
+    eval_tasks_interval: _Iterations | None = None
+    """Iterations between evaluations of eval_tasks; default: eval_interval. The last iteration is always evaluated."""
     save_interval: _Iterations | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True
@@ -373,6 +321,10 @@ class Config:
     def tokens_per_iter(self) -> int:
         """Number of tokens in one iteration of the whole job; independent of the number of GPUs."""
         return self.train.batch_size * self.train.gradient_accumulation_steps * self.model.block_size
+
+    def notes(self) -> list[str]:
+        """Returns a line for each choice that is valid but may surprise."""
+        return notes_on(self.flat(), self.model.windows, {name: key.default for name, key in KEYS.items()})
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}

@@ -72,6 +72,8 @@ _KEYS = {
     "total_steps training_steps epoch epochs n_epochs num_epochs max_epochs num_train_epochs max_tokens train_tokens",
     "eval_interval": "eval_every eval_freq eval_steps val_interval val_every val_check_interval eval_frequency",
     "eval_iters": "eval_batches val_iters val_batches limit_val_batches eval_tokens",
+    "eval_tasks": "task_list benchmarks benchmark eval_files eval_suite lm_eval icl_tasks core_tasks",
+    "eval_tasks_interval": "core_metric_every task_interval tasks_interval eval_tasks_every icl_eval_interval",
     "save_interval": "save_every save_steps save_freq checkpoint_interval ckpt_interval checkpoint_every "
     "always_save_checkpoint",
     "async_save": "async_checkpoint async_mode",
@@ -113,6 +115,11 @@ _KEYS = {
     "tensorboard": "tb use_tensorboard enable_tensorboard",
     # Flags of other commands than train.
     "tokens": "max_new_tokens n_tokens num_tokens length max_tokens",
+    "tasks": "task benchmarks benchmark eval_tasks",
+    "shots": "num_fewshot n_shot n_shots num_shots fewshot few_shot k_shot",
+    "limit": "max_items max_samples num_items max_per_task max_docs",
+    "contains": "contamination decontaminate decontamination check_contamination overlap",
+    "ngram": "n_gram ngram_size n",
     "num_samples": "n samples n_samples num_return_sequences",
     "temperature": "temp",
     "top_k": "topk",
@@ -207,6 +214,7 @@ COMMAND_SYNONYMS = {
         "hardware": "gpu gpus devices device ceilings",
         "report": "html plot page visualize dashboard",
         "compare": "rank diff leaderboard architectures",
+        "evaluate": "eval evaluation score benchmark lm_eval perplexity test_loss",
         "ablate": "ablation sweep tune vary search",
         "hugging_face": "hf huggingface convert import from_hf import_hf",
         "monitor.schema": "schema json_schema log_schema",

@@ -3,6 +3,7 @@
 from gptperf.hugging_face.architecture import model_config
 from gptperf.hugging_face.convert import convert, read_model
 from gptperf.hugging_face.export import export
+from gptperf.hugging_face.load import load_model
 from gptperf.hugging_face.weights import weights
 
-__all__ = ["convert", "export", "model_config", "read_model", "weights"]
+__all__ = ["convert", "export", "load_model", "model_config", "read_model", "weights"]

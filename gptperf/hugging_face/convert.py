@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptperf import checkpoint
+from gptperf.checkpoint import Checkpoint
 from gptperf.config import Config, ModelConfig
 from gptperf.data.hub import CACHE, by_hand
 from gptperf.data.json_tokenizer import TOKENIZER_JSON
@@ -28,7 +29,7 @@ from gptperf.monitor.run_lock import RunLock
 from gptperf.training.matching import DERIVED
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
-__all__ = ["CONFIG", "convert", "downloaded", "read_model"]
+__all__ = ["CONFIG", "convert", "downloaded", "read", "read_model"]
 
 CONFIG, _ADAPTER, _HEAD = "config.json", "adapter_config.json", "lm_head.weight"
 _FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER_JSON, *CONFIGS)
@@ -47,8 +48,44 @@ def convert(
     """Writes the checkpoint and model.toml of a model that another program stored.
 
     Args:
-        source: Folder of a Hugging Face model, a GGUF file, or a checkpoint of nanoGPT.
+        source, tokenizer, eot, vocab_multiple, nanogpt, tell: As for `read`.
         out_dir: Folder for the checkpoint and model.toml.
+
+    Returns:
+        Folder of the checkpoint, and the architecture.
+
+    Raises:
+        CheckpointError: As for `read`; or `out_dir` has checkpoints.
+        DataError, DeviceError: As for `read`.
+        DiskError: The checkpoint cannot be written.
+    """
+    found = read(source, tokenizer, eot, vocab_multiple=vocab_multiple, nanogpt=nanogpt, tell=tell)
+    keys = found.state["config"]["model"]
+    model = ModelConfig(**keys)
+    keys = keys | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
+    lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None)]
+    with RunLock(out_dir):
+        checkpoint.clean(out_dir / "checkpoints")
+        if any((out_dir / "checkpoints").glob("step-*")):
+            raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
+        replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
+        path = checkpoint.save(out_dir / "checkpoints", step=0, tensors=found.tensors, state=found.state)
+    return path, model
+
+
+def read(
+    source: Path,
+    tokenizer: str = "",
+    eot: str = "",
+    *,
+    vocab_multiple: int = 1,
+    nanogpt: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Checkpoint:
+    """Reads a model that another program stored into the checkpoint that it would have as a run, in memory.
+
+    Args:
+        source: Folder of a Hugging Face model, a GGUF file, or a checkpoint of nanoGPT.
         tokenizer: Name of the tokenizer for `load_tokenizer`, or "unknown". "" means the folder's tokenizer.json;
             without one, gpt2 for a vocabulary of GPT-2's size, and unknown for any other.
         eot: Token that ends a document; "": the one that the tokenizer or the model names.
@@ -56,36 +93,24 @@ def convert(
         nanogpt: Whether the source is a checkpoint of nanoGPT.
         tell: Called with each line that the user should read.
 
-    Returns:
-        Folder of the checkpoint, and the architecture.
-
     Raises:
-        CheckpointError: gptperf does not support the model, its files are corrupt, or `out_dir` has checkpoints.
+        CheckpointError: gptperf does not support the model, or its files are corrupt.
         DataError: The tokenizer is unknown, cannot be loaded, or has more ids than the model.
         DeviceError: A package of the tokenizer or of the file is not installed.
-        DiskError: The checkpoint cannot be written.
     """
     model, stored = _opened(source, nanogpt)
     told_tokenizer, vocabulary = find_tokenizer(source, model, tokenizer, eot, tell)
     model, found = _weights(model, stored, tell)
     model = replace(model, vocab_multiple=vocab_multiple)
     found |= {name: _padded(found[name], model) for name in ("wte.weight", _HEAD) if name in found}
-    config = Config(model=model)
     state: dict[str, Any] = {
-        "config": config.sections(),
+        "config": Config(model=model).sections(),
         "model": {name: getattr(model, name) for name in DERIVED},
         "tokenizer": told_tokenizer,
         "source": str(source),
     }
-    with RunLock(out_dir):
-        checkpoint.clean(out_dir / "checkpoints")
-        if any((out_dir / "checkpoints").glob("step-*")):
-            raise CheckpointError(f"{out_dir}: found checkpoints, wanted another --out_dir")
-        keys = config.sections()["model"] | {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width}
-        lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None)]
-        replace_text(out_dir / "model.toml", "\n".join(lines) + "\n")
-        tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
-        return checkpoint.save(out_dir / "checkpoints", step=0, tensors=tensors, state=state), model
+    tensors = {"model": found} | ({VOCABULARY: vocabulary_tensors(vocabulary)} if vocabulary else {})
+    return Checkpoint(path=source, step=0, tensors=tensors, state=state, metric=None)
 
 
 def read_model(
@@ -93,7 +118,7 @@ def read_model(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Returns the architecture of a model, and the float32 values of every parameter by its name here.
 
-    The arguments are those of `convert`.
+    The arguments are those of `read`.
 
     Raises:
         CheckpointError: gptperf does not support the model, or its files are corrupt.

@@ -91,7 +91,8 @@ _HARMLESS = frozenset(
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
     output_attentions output_hidden_states output_past finetuning_task problem_type id2label label2id num_labels
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    task_specific_params transformers.js_config unsloth_version unsloth_fixed
+    max_sequence_length neftune_noise_alpha predict_special_tokens cache_implementation task_specific_params
+    transformers.js_config unsloth_version unsloth_fixed
     max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences
     temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id

@@ -40,7 +40,7 @@ def find_tokenizer(
     if name == "unknown":
         return {"name": name, "fingerprint": ""}, {}
     end = eot or (_named_by_id(source) if name == str(inside) else None)
-    tokenizer = load_tokenizer(name, eot=end, instead="--tokenizer=unknown")
+    tokenizer = load_tokenizer(name, eot=end, instead=", or give --tokenizer=unknown")
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(
             f"{source}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and a model with "

@@ -115,22 +115,28 @@ class FlashAttention(nn.Module):
 
 
 class KVCache:
-    """The keys and values of one attention layer during generation."""
+    """The keys and values of one attention layer during generation, in buffers of a fixed size.
 
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+    Args:
+        size: the most positions that it holds.
+    """
 
-    @property
-    def length(self) -> int:
-        """The number of cached positions."""
-        return 0 if self.k is None else self.k.shape[1]
+    def __init__(self, size: int) -> None:
+        self.size, self.length = size, 0
+        """The number of positions that it can hold, and that it holds."""
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v `(B, T, K, D)`, and returns the keys and values of all positions `(B, S, K, D)`."""
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=1)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=1)
-        return self.k, self.v
+        start, self.length = self.length, self.length + k.shape[1]
+        assert self.length <= self.size, "the cache is full"
+        if self.buffers is None:
+            B, _, K, D = k.shape
+            self.buffers = k.new_empty(B, self.size, K, D), v.new_empty(B, self.size, K, D)
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer[:, start : self.length] = new
+        all_k, all_v = self.buffers
+        return all_k[:, : self.length], all_v[:, : self.length]
 
 
 class Attention(nn.Module):

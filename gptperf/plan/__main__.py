@@ -9,7 +9,6 @@ from gptperf import flops
 from gptperf.config import Config, command_line
 from gptperf.config.flags import Flags, take
 from gptperf.config.keys import Range
-from gptperf.config.notes import notes
 from gptperf.errors import ConfigError, run_main
 from gptperf.formats import mfu_scale, number
 from gptperf.hardware import Gpu
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(_table(config, gpu, chosen)))
     print("\n" + "\n".join(plan_lines(chosen)))
     print(f"{tokens:,.0f} tokens in {chosen.days(tokens):,.2f} days")
-    for line in notes(config):
+    for line in config.notes():
         print(line)
     if not chosen.fits:
         print("\n" + refusal(config, gpu, chosen))

@@ -34,6 +34,7 @@ from gptperf.monitor.step_timing import EnergyMeter
 from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.plan import Plan
+from gptperf.tasks import Scores, core
 from gptperf.training.engine import Engine
 from gptperf.training.saved_state import TrainState
 from gptperf.training.step import StepResult
@@ -163,13 +164,22 @@ class Reporter:
         sequences = Fraction(tokens, self._config.model.block_size)
         return self._throughput.record(step_ms, pairs / sequences)
 
-    def evaluation(self, val_loss: float, time_ms: float, sources: Mapping[str, dict[str, float]]) -> None:
+    def evaluation(
+        self,
+        val_loss: float,
+        time_ms: float,
+        sources: Mapping[str, dict[str, float]],
+        tasks: Mapping[str, Scores],
+        tasks_ms: float,
+    ) -> None:
         """Reports an evaluation at this iteration, with the best loss so far from the state.
 
         Args:
             val_loss: the validation loss.
             time_ms: time of the evaluation.
             sources: figures of each data set of a mixture; empty without a mixture.
+            tasks: scores of the tasks; empty if they are not due.
+            tasks_ms: the part of the time that the tasks took.
         """
         record: Eval = {
             "iter": self._state.step,
@@ -179,6 +189,8 @@ class Reporter:
         }
         if sources:
             record["sources"] = dict(sources)
+        if tasks:
+            record |= {"tasks": dict(tasks), **core(tasks), "tasks_ms": tasks_ms}  # type: ignore[typeddict-item]
         self._record("eval", record)
         self._trackers.log("eval", record)
         self._console.evaluation(record)

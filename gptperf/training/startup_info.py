@@ -6,7 +6,6 @@ import torch
 
 from gptperf import __version__, flops
 from gptperf.config import Config, ModelConfig
-from gptperf.config.notes import notes
 from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
@@ -71,7 +70,7 @@ def startup_info(
         "parallelism": _parallelism(config, engine.weights.collectives),
         "compile": compiled,
         "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "notes": [*notes(config), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
+        "notes": [*config.notes(), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
     }
     uncountable = flops.uncountable_flops(model)
     if uncountable is not None:

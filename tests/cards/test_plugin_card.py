@@ -13,7 +13,6 @@ from bench.measure.serial import serial_ms
 from gptperf import flops, plan, registry
 from gptperf.cards import FFN, Cost, Implementation, Matmul, Moved
 from gptperf.config import Config, ModelConfig, SystemConfig
-from gptperf.config.notes import notes
 from gptperf.errors import ConfigError
 from gptperf.flops import __main__ as flops_command
 from gptperf.flops.tables import report_lines
@@ -118,8 +117,8 @@ def test_the_table_shows_its_cost_and_its_activation() -> None:
     assert counts["vector_flops"]["forward_parts"]["activation"] == 2 * 2 * 17
     assert any("reglu: relu of gate, times up" in line for line in report_lines(counts))
     assert ModelConfig(n_embd=24, ffn_type="reglu").ffn_width == 4 * 24
-    lines = notes(Config(model=ModelConfig(ffn_type="reglu", activation="silu")))
-    assert "activation = 'silu' has no effect: ffn_type = 'reglu' applies relu" in lines
+    notes = Config(model=ModelConfig(ffn_type="reglu", activation="silu")).notes()
+    assert "activation = 'silu' has no effect: ffn_type = 'reglu' applies relu" in notes
 
 
 @pytest.mark.usefixtures("_without_card")

@@ -3,13 +3,12 @@
 import pytest
 
 from gptperf.config import command_line
-from gptperf.config.notes import notes
 
 ROPE = ["--arch_preset=llama", "--warmup_iters=1"]
 
 
 def told(*flags: str) -> list[str]:
-    return notes(command_line.resolve(flags).config)
+    return command_line.resolve(flags).config.notes()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from gptperf.config import KEYS, Config, command_line
 from gptperf.config.keys import Range
-from gptperf.config.notes import notes
 from gptperf.config.rules import RULES
 from gptperf.errors import ConfigError
 from gptperf.training.optimizers.schedule import learning_rate
@@ -117,7 +116,7 @@ def test_a_warm_up_that_fits_or_is_given_with_the_length_of_the_run_is_kept(tmp_
     for resolved in (beside, over):
         assert resolved.config.optimizer.warmup_iters == 60
         assert not resolved.changes
-        assert any("never reaches its peak" in line for line in notes(resolved.config))
+        assert any("never reaches its peak" in line for line in resolved.config.notes())
 
 
 def test_a_decay_from_a_lower_layer_ends_with_the_run(tmp_path: Path) -> None:

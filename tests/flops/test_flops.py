@@ -135,19 +135,19 @@ def test_recompute_counts_in_hfu_alone() -> None:
 
 
 VECTOR = {"normalization": "rmsnorm", "position_encoding": "rope", "ffn_type": "swiglu", "n_kv_head": 1, "dropout": 0.1}
-VECTOR |= {"bias": True, "qk_norm": True}
+VECTOR |= {"bias": True, "attention_bias": "qkv", "qk_norm": True, "head_dim": 6}
 
 
 def test_vector_flops_by_hand() -> None:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "d_ff": 5, "block_size": 3, "vocab_size": 7}
     count = flops.vector_flops(build("gpt2", **sizes | VECTOR))
-    T, L, C, F, K, pairs = 3, 2, 8, 5, 4, 6
+    T, L, C, F, H, K, pairs = 3, 2, 8, 5, 12, 6, 6  # H and K are the widths of all query and of all key heads
     assert count.parts == {
-        "norm": 4 * T * (5 * C + L * (C + K)),
+        "norm": 4 * T * (5 * C + L * (H + K)),
         "residual": T * 2 * L * C,
-        "position": 3 * T * L * (C + K),
+        "position": 3 * T * L * (H + K),
         "activation": 5 * T * L * F,
-        "bias": T * L * (C + 2 * K + C + 2 * F + C),
+        "bias": T * L * (H + 2 * K + 2 * F + C),
         "softmax": 6 * L * 2 * pairs,
         "loss": 4 * T * 7,
         "dropout": 2 * (T * 5 * C + L * 2 * pairs),

@@ -207,3 +207,55 @@ def test_keys_of_published_models_that_change_nothing_are_let_through() -> None:
     }.items():
         described = random_model(kind).config.to_dict()
         assert hugging_face.model_config(described | keys)
+
+
+_META = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+_META |= {"num_key_value_heads": 8, "vocab_size": 128256, "mlp_bias": False, "attention_bias": False}
+_META |= {"rope_scaling": LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}}
+PUBLISHED: list[tuple[int, dict[str, Any]]] = [
+    # Number of parameters; sizes in the order of `_SIZES`, and further keys, of gpt2, Llama-3.2-1B, Llama-3.1-8B,
+    # Mistral-7B-v0.1, SmolLM2-135M, Qwen2.5-0.5B and Qwen3-0.6B.
+    (124_439_808, {"model_type": "gpt2", "n_ctx": 1024}),
+    (1_235_814_400, _META | {"sizes": (2048, 16, 32, 8192), "tie_word_embeddings": True}),
+    (8_030_261_248, _META | {"sizes": (4096, 32, 32, 14336)}),
+    (7_241_732_096, {"model_type": "mistral", "sizes": (4096, 32, 32, 14336), "sliding_window": 4096}),
+    (
+        134_515_008,
+        {
+            "model_type": "llama",
+            "sizes": (576, 30, 9, 1536),
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        494_032_768,
+        {
+            "model_type": "qwen2",
+            "sizes": (896, 24, 14, 4864),
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "max_window_layers": 21,
+        },
+    ),
+    (
+        596_049_920,
+        {
+            "model_type": "qwen3",
+            "sizes": (1024, 28, 16, 3072),
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+    ),
+]
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@pytest.mark.parametrize(("count", "described"), PUBLISHED)
+def test_published_models_have_their_number_of_parameters(count: int, described: dict[str, Any]) -> None:
+    sizes = dict(zip(_SIZES, described.get("sizes", ()), strict=False))
+    model = hugging_face.model_config({key: value for key, value in described.items() if key != "sizes"} | sizes)
+    assert flops.parameters(model).total == count

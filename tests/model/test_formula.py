@@ -177,12 +177,13 @@ def test_tokens_are_drawn_from_the_stated_distribution(temperature: float, top_k
     class Fixed:
         config, blocks = SimpleNamespace(block_size=8), (None,)
 
-        def __call__(self, tokens: Tensor, caches: Any) -> Tensor:
-            return logits.expand(1, tokens.shape[1], -1).clone()
+        def __call__(self, tokens: Tensor, caches: Any, last_only: bool) -> Tensor:
+            return logits.expand(1, 1, -1).clone()
 
     count, model, start = 1000, Fixed(), torch.zeros(1, dtype=torch.int64)
     keys = {"vocab_size": 5, "temperature": temperature, "top_k": top_k}
-    drawn = generate(model, start, count, **keys, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([*generate(model, start, count, **keys, generator=generator)])  # type: ignore[arg-type]
     kept = sorted(range(5), key=lambda i: -logits[i])[: top_k or 5]
     weights = {i: math.exp(logits[i] / temperature) for i in kept}
     for token in range(6):
@@ -205,6 +206,6 @@ def test_generation_goes_on_from_half_of_a_full_context() -> None:
         context = ids[-3:] if full else context + chosen
     prompt, generator = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), torch.Generator()
     with torch.no_grad():
-        found = generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator)
-    assert found.tolist() == ids[6:]
-    assert len(set(found.tolist())) > 3
+        found = list(generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator))
+    assert found == ids[6:]
+    assert len(set(found)) > 3

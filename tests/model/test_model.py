@@ -166,7 +166,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence(preset: str, keys: dict[st
     torch.manual_seed(0)
     model = GPT(_small(arch_preset=preset, **keys)).double().eval()
     tokens = torch.randint(0, 50, (2, 16))
-    caches = [KVCache() for _ in model.blocks]
+    caches = [KVCache(16) for _ in model.blocks]
     pieces = [tokens[:, :5], *tokens[:, 5:10].split(1, dim=1), tokens[:, 10:]]
     cached = torch.cat([model(piece, caches=caches) for piece in pieces], dim=1)
     torch.testing.assert_close(cached, model(tokens), rtol=1e-10, atol=1e-12)
