@@ -55,6 +55,7 @@ class GptperfConfig(PretrainedConfig):
         qk_norm: Whether query and key heads are RMS-normalised before the position encoding.
         norm_eps: Epsilon of every norm.
         rope: The keys of RoPE without their prefix "rope_", such as theta, pairs and scaling.
+        logit_softcap: Limits the logits to cap tanh(logits / cap); 0 leaves them as they are.
         tie_word_embeddings: Whether lm_head is the embedding.
     """
 
@@ -91,6 +92,7 @@ class GptperfConfig(PretrainedConfig):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         rope: dict[str, Any] | None = None,
+        logit_softcap: float = 0.0,
         tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
@@ -100,7 +102,7 @@ class GptperfConfig(PretrainedConfig):
         self.normalization, self.activation, self.position_encoding = normalization, activation, position_encoding
         self.window, self.norm_position, self.ffn_type = window, norm_position, ffn_type
         self.bias, self.attention_bias, self.dropout = bias, attention_bias, dropout
-        self.qk_norm, self.norm_eps, self.rope = qk_norm, norm_eps, rope or {}
+        self.qk_norm, self.norm_eps, self.rope, self.logit_softcap = qk_norm, norm_eps, rope or {}, logit_softcap
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
 
@@ -353,6 +355,9 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         for block, seen in zip(self.blocks, self._masks(start, T, attention_mask, x.device), strict=True):
             x = block(x, tables, seen, cache)
         logits = self.lm_head(self.norm(x[:, -logits_to_keep:]))  # -0 is all
+        if self.config.logit_softcap:
+            capped = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
+            logits = capped.to(logits.dtype)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)

@@ -149,6 +149,8 @@ def test_padding_changes_nothing(position: str, tmp_path: Path) -> None:
     loss = theirs(labels, labels=labels).loss
     logits = ours(labels)[0, :-1]
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels[0, 1:]), rtol=0, atol=1e-5)
+    capped = loaded(tmp_path / "hf", logit_softcap=2.0)(labels).logits[0, :-1]
+    torch.testing.assert_close(capped, 2 * torch.tanh(logits / 2), rtol=0, atol=1e-5)
     theirs.train()
     theirs(labels, labels=labels).loss.backward()
     assert all(parameter.grad is not None for parameter in theirs.parameters())
