@@ -24,7 +24,7 @@ COMMANDS = {
     "report": "write a page about a run",
     "compare": "rank runs, or compare architectures",
     "ablate": "train changes of a configuration over several seeds, and compare them",
-    "hugging_face": "import the weights of a Hugging Face GPT-2 or LLaMA",
+    "hugging_face": "import models of Hugging Face, nanoGPT and GGUF files; export runs for transformers",
     "monitor.schema": "print the JSON Schema of a run's log",
 }
 """Name of a command and of its module in `gptperf` -> what the command does."""

@@ -26,8 +26,8 @@ compare
 ablate
 training
 api
-sample prepare hugging_face doctor seen
-evaluate
+prepare hugging_face doctor seen
+sample evaluate
 train
 __main__
 """

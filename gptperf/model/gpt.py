@@ -89,20 +89,27 @@ class GPT(nn.Module):
         self.norm.compile()
         self.loss = torch.compile(self.loss)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Computes the mean loss if targets are given, else the logits.
 
         Args:
             tokens: `(B, T)` int64.
             targets: `(B, T)` int64, or None; -100 does not count in the mean.
             caches: one cache for each block, or None; with caches, `tokens` follow the cached tokens.
+            last_only: compute the logits of the last token alone.
 
         Returns:
-            The loss as a float32 scalar, or logits `(B, T, V)`.
+            The loss as a float32 scalar, or logits `(B, T, V)`; `(B, 1, V)` with `last_only`.
         """
         x = self.hidden(tokens, caches)
         if targets is None:
-            return self.logits(x)
+            return self.logits(x[:, -1:] if last_only else x)
         return self.loss(x, self.lm_head.weight, targets)
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:

@@ -203,6 +203,9 @@ class Iteration(TypedDict, total=False):
     memory: Memory | Mapping[str, Any]
     gradients: Gradients
     stability: Stability
+    joules: float
+    """Energy that all GPUs of the job have used since the last entry of the process, or since its start, with what was
+    done between the iterations. Absent if the counter of a GPU cannot be read."""
     loss_scale: float
     """Scale of the loss in float16."""
 

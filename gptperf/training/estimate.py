@@ -182,8 +182,8 @@ def available_gb() -> float | None:
 
 def _smaller(model: ModelConfig) -> ModelConfig:
     """Returns a model of the same components and, if it is not very wide, the same width, that is quick to train."""
-    heads = max(1, min(model.n_head, _MOST_WIDTH // model.head_dim))
-    width = heads * model.head_dim
+    heads = max(1, min(model.n_head, _MOST_WIDTH // model.head_width))
+    width = max(1, min(model.n_embd * heads // model.n_head, max(_MOST_WIDTH, heads * model.head_width)))
     changes: dict[str, Any] = {
         "n_head": heads,
         "n_kv_head": None if heads < model.n_head else model.n_kv_head,

@@ -152,25 +152,24 @@ def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callab
     Raises:
         Dropped: the sample was dropped.
     """
-
-    def before_token() -> None:
-        if drops is not None and drops():
-            raise Dropped
-
     device = engine.process.device
     engine.model.eval()
     # Where nothing was compiled, the compiler is not loaded: its import takes seconds and needs a cache folder.
     compiled = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with torch.no_grad(), stance, engine.autocast():
-        ids = generate(
-            engine.model,
-            torch.tensor([tokenizer.eot], device=device),
-            tokens,
-            vocab_size=tokenizer.vocab_size,
-            temperature=0.8,
-            top_k=50,
-            generator=torch.Generator(device).manual_seed(engine.config.train.seed),
-            before_token=before_token,
-        )
-    return tokenizer.decode(ids.tolist())
+    drawn = generate(
+        engine.model,
+        torch.tensor([tokenizer.eot], device=device),
+        tokens,
+        vocab_size=tokenizer.vocab_size,
+        temperature=0.8,
+        top_k=50,
+        generator=torch.Generator(device).manual_seed(engine.config.train.seed),
+    )
+    ids: list[int] = []
+    with stance, engine.autocast():
+        while len(ids) < tokens:
+            if drops is not None and drops():
+                raise Dropped
+            ids.append(next(drawn))
+    return tokenizer.decode(ids)

@@ -10,6 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptperf.checkpoint.background import Saved
 from gptperf.errors import GptperfError
 from gptperf.monitor.clock import Lap, process_age_s
@@ -28,6 +30,7 @@ from gptperf.monitor.events import (
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.stability import LossWindow
+from gptperf.monitor.step_timing import EnergyMeter
 from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.plan import Plan
@@ -64,6 +67,17 @@ class Reporter:
         self._first_step, self._first_tokens = state.step, state.tokens
         self._losses = LossWindow()
         self._waited_s = 0.0
+        device = engine.process.device
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+        self._energy = None if uuid is None else EnergyMeter(uuid)
+        self._joules = None if self._energy is None else self._energy.joules()
+
+    def _used_joules(self) -> float | None:
+        """Returns the energy that this rank's GPU has used since the last call, or None if it is unknown."""
+        now = None if self._energy is None else self._energy.joules()
+        used = None if now is None or self._joules is None else now - self._joules
+        self._joules = now
+        return used
 
     def _record(self, event: str, fields: Mapping[str, object]) -> None:
         if self._journal is not None:
@@ -110,8 +124,12 @@ class Reporter:
         if lap.steps == 0 and not self._losses.losses:
             self.message(f"first iteration: {lap.paused_s:.1f} s, {process_age_s():.1f} s after the start")
         record = self._iteration(result, loss, lap, waited_s, pairs)
+        ranks = self._process.gather((self._console.pending(), self._used_joules()))
+        used = [joules for _, joules in ranks if joules is not None]
+        if len(used) == len(ranks):
+            record["joules"] = sum(used)
         self._record("iteration", record)
-        for rank, warnings in enumerate(self._process.gather(self._console.pending())):
+        for rank, (warnings, _) in enumerate(ranks):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
         self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
