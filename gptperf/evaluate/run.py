@@ -12,7 +12,8 @@ from gptperf.distributed.process import Process, start_process
 from gptperf.errors import ConfigError, DataError, OutOfMemoryError
 from gptperf.evaluate.contained import find_contained, ngram_tokens
 from gptperf.evaluate.dataset import check_tokenizer, dataset_loss
-from gptperf.evaluate.models import EvaluatedModel, is_hugging_face, load
+from gptperf.evaluate.models import EvaluatedModel, load
+from gptperf.hugging_face.load import is_foreign
 from gptperf.tasks import Scores, Task, TaskRequests, core, encode_task, task_scores
 from gptperf.tasks.likelihood import likelihoods
 from gptperf.tasks.scores import right_items, share_right
@@ -49,7 +50,7 @@ def evaluate(asked: Asked, debug: bool = False) -> dict[str, Any] | None:
     Raises:
         GptperfError: The model, the data or a task cannot be evaluated.
     """
-    if is_hugging_face(asked.model):
+    if is_foreign(asked.model):
         _need_dataset(asked, None)
     process = start_process(asked.device)
     try:
