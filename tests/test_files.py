@@ -16,7 +16,7 @@ from checkpoint_helpers import in_child
 
 from gptperf import files
 from gptperf.errors import CheckpointError, DiskError
-from gptperf.files import append_line, make_temporary, remove_leftovers, replace_text, replacing
+from gptperf.files import append_line, make_temporary, new_folder, remove_leftovers, replace_text, replacing
 from gptperf.monitor.run_lock import RunLock
 
 
@@ -224,6 +224,35 @@ def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path) -> No
     assert len(temporaries(tmp_path)) == 2
     replace_text(tmp_path / "another.html", "whole")
     assert os.listdir(tmp_path) == ["another.html"]
+
+
+def test_a_new_folder_has_all_its_files_or_does_not_exist(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "model"
+
+    def fill(end: Callable[[], object]) -> None:
+        with new_folder(target) as folder:
+            (folder / "one").write_text("1")
+            assert not (target / "one").exists()
+            end()
+            (folder / "two").write_text("2")
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert in_child(lambda: fill(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    assert len(temporaries(target.parent)) == 1
+    with pytest.raises(DiskError, match=r"model cannot be written: .*No space left") as e:
+        fill(full)
+    assert e.value.full
+    assert os.listdir(target.parent) == []
+    target.mkdir()
+    fill(lambda: None)
+    assert sorted(os.listdir(target)) == ["one", "two"]
+    (target / "two").write_text("kept")
+    with pytest.raises(DiskError, match="model cannot be written"), new_folder(target) as folder:
+        (folder / "two").write_text("other")  # another process was faster
+    assert (target / "two").read_text() == "kept"
+    assert os.listdir(target.parent) == ["model"]
 
 
 def test_the_lock_of_a_run_removes_what_a_killed_run_left(tmp_path: Path) -> None:

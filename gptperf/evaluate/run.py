@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from gptperf.data.mixture import open_tokens, parts_of
 from gptperf.distributed.process import Process, start_process
-from gptperf.errors import ConfigError, DataError
+from gptperf.errors import ConfigError, DataError, OutOfMemoryError
 from gptperf.evaluate.contained import find_contained, ngram_tokens
 from gptperf.evaluate.dataset import check_tokenizer, dataset_loss
-from gptperf.evaluate.models import EvaluatedModel, is_hugging_face, load
+from gptperf.evaluate.models import EvaluatedModel, load
+from gptperf.hugging_face.load import is_foreign
 from gptperf.tasks import Scores, Task, TaskRequests, core, encode_task, task_scores
 from gptperf.tasks.likelihood import likelihoods
 from gptperf.tasks.scores import right_items, share_right
@@ -47,14 +50,19 @@ def evaluate(asked: Asked, debug: bool = False) -> dict[str, Any] | None:
     Raises:
         GptperfError: The model, the data or a task cannot be evaluated.
     """
-    if is_hugging_face(asked.model):
+    if is_foreign(asked.model):
         _need_dataset(asked, None)
     process = start_process(asked.device)
     try:
         with process.watchdog(".", debug=debug):
-            loaded = load(asked.model, asked.checkpoint, process.device)
-            loaded.model.eval()
-            found = _result(asked, loaded, process)
+            try:
+                loaded = load(asked.model, asked.checkpoint, process.device)
+                found = _result(asked, loaded, process)
+            except torch.OutOfMemoryError as error:
+                line = str(error).splitlines()[0]
+                raise OutOfMemoryError(
+                    f"{asked.model}: the GPU ran out of memory: {line} Lower --batch_size or --block_size"
+                ) from error
             process.barrier()
             return found if process.is_main else None
     finally:

@@ -8,11 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gptperf.api import checkpoint_path
+from gptperf.api import checkpoint_path, saved_tokenizer
 from gptperf.checkpoint import Checkpoint, load
 from gptperf.config import ModelConfig
-from gptperf.data.format import TokenizerInfo
-from gptperf.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
+from gptperf.data.tokenizers import Tokenizer, load_tokenizer
 from gptperf.data.vocabulary import IDS
 from gptperf.errors import CheckpointError, DataError, DiskError
 from gptperf.files import free_bytes, new_folder, write_file
@@ -24,7 +23,7 @@ from gptperf.hugging_face.model_card import TRAIN_TOML, model_card, run_of, trai
 from gptperf.hugging_face.own_config import MODELING, OWN
 from gptperf.model import GPT
 from gptperf.training.build import DTYPES
-from gptperf.training.saved_state import VOCABULARY, saved_vocabulary
+from gptperf.training.saved_state import VOCABULARY
 
 __all__ = ["Exported", "export"]
 
@@ -130,25 +129,23 @@ def _check_weights(found: Checkpoint, model: ModelConfig) -> None:
 def _tokenizer(found: Checkpoint, model: ModelConfig, name: str) -> Tokenizer:
     """Returns the tokenizer of a checkpoint, or the one called `name`."""
     saved = found.state["tokenizer"]
-    if name:
-        tokenizer = load_tokenizer(name)
-        if saved.get("fingerprint") and tokenizer.fingerprint != saved["fingerprint"]:
-            raise DataError(
-                f"--tokenizer: found {name!r}, wanted {saved['name']!r}, with whose ids the model was "
-                "trained; leave the flag out"
-            )
-    elif saved["name"] == "unknown" or saved["name"].startswith(IDS):
+    if not name and (saved["name"] == "unknown" or saved["name"].startswith(IDS)):
         raise DataError(
             f"{found.path}: found tokenizer {saved['name']!r}, which has no vocabulary; wanted --tokenizer=NAME of the "
             "model's own, or --tokenizer=unknown to export the model without one"
         )
-    else:
-        info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
-        tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
+    if not name:
+        return saved_tokenizer(found)
+    tokenizer = load_tokenizer(name)
+    if saved.get("fingerprint") and tokenizer.fingerprint != saved["fingerprint"]:
+        raise DataError(
+            f"--tokenizer: found {name!r}, wanted {saved['name']!r}, with whose ids the model was trained; leave the "
+            "flag out"
+        )
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(
-            f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
-            f"{model.vocab_size:,}; wanted at most as many ids as the model has"
+            f"--tokenizer: found {name!r} with {tokenizer.vocab_size:,} ids, and vocab_size = {model.vocab_size:,}; "
+            "wanted at most as many ids as the model has"
         )
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""Loads a run, a checkpoint or a model of Hugging Face, to generate text."""
+"""Loads a run, a checkpoint or a model of Hugging Face, to generate text or to score it."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from gptperf.hugging_face.convert import CONFIG, read_model
 from gptperf.hugging_face.vocabulary import find_tokenizer
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
-__all__ = ["load_model"]
+__all__ = ["is_foreign", "load_model", "read_checkpoint"]
 
 
 def load_model(
@@ -30,9 +30,17 @@ def load_model(
         CheckpointError: As for `api.load_model`; or gptperf does not support the model.
         ConfigError, DataError, DeviceError: As for `api.load_model`.
     """
-    if path.suffix == ".gguf" or ((path / CONFIG).is_file() and not (path / "checkpoints").is_dir()):
-        return api.loaded_from(_read(path), device)
-    return api.load_model(path, checkpoint=checkpoint, device=device)
+    return api.loaded_from(read_checkpoint(path, checkpoint), device)
+
+
+def read_checkpoint(path: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint:
+    """Reads the checkpoint of a run, or makes that of a model of Hugging Face in memory; see `load_model`."""
+    return _read(path) if is_foreign(path) else api.read_checkpoint(path, which)
+
+
+def is_foreign(path: Path) -> bool:
+    """Returns whether a path is a GGUF file or the folder of a Hugging Face model, not of a run."""
+    return path.suffix == ".gguf" or ((path / CONFIG).is_file() and not (path / "checkpoints").is_dir())
 
 
 def _read(source: Path) -> Checkpoint:

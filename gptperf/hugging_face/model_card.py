@@ -9,15 +9,16 @@ from typing import Any
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, ModelConfig
 from gptperf.errors import DataError
-from gptperf.formats import duration, one_line, short_count
+from gptperf.formats import duration, one_line, short_count, with_error
 from gptperf.hugging_face.exported_config import ExportClass
+from gptperf.monitor.blocks import SCORES
 from gptperf.monitor.run_log import finite, load, mapping
 
 __all__ = ["TRAIN_TOML", "model_card", "run_of", "train_toml"]
 
 TRAIN_TOML = "train.toml"
 """File of the configuration beside the weights."""
-_OF_THE_MACHINE = frozenset(("init_from", "out_dir", "data_dir", "overwrite", "plugins", "debug"))
+_OF_THE_MACHINE = frozenset(("init_from", "out_dir", "data_dir", "overwrite", "plugins", "debug", "eval_tasks"))
 
 _Record = Mapping[str, Any]
 
@@ -133,6 +134,9 @@ def _training_rows(found: Checkpoint, log: _Record) -> Iterator[tuple[str, str]]
         yield "training loss", f"{losses[-1]:.4f} nats per token, in the last logged iteration"
     if found.metric is not None:
         yield "validation loss", f"{found.metric:.4f} nats per token"
+    for evaluated in (entry for entry in log.get("eval_steps", ()) if entry["iter"] == found.step):
+        for task, scores in mapping(evaluated.get("tasks")).items():
+            yield f"task {task}", ", ".join(f"{key} {with_error(scores, key)}" for key in SCORES if key in scores)
     counts = [mapping(entry.get("mfu")) for entry in entries]
     rates = [rate for count in counts if (rate := finite(count.get("flops_per_token")))]
     rate = statistics.fmean(rates) if rates else finite(info.get("flops_per_token"))

@@ -54,8 +54,8 @@ class GptperfConfig(PretrainedConfig):
         dropout: Dropout after the embedding, the attention weights, attention and FFN, in training.
         qk_norm: Whether query and key heads are RMS-normalised before the position encoding.
         norm_eps: Epsilon of every norm.
-        logit_softcap: Limit c of the logits, which become c tanh(logits / c); 0: none.
         rope: The keys of RoPE without their prefix "rope_", such as theta, pairs and scaling.
+        logit_softcap: Limits the logits to cap tanh(logits / cap); 0 leaves them as they are.
         tie_word_embeddings: Whether lm_head is the embedding.
     """
 
@@ -91,8 +91,8 @@ class GptperfConfig(PretrainedConfig):
         dropout: float = 0.0,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
-        logit_softcap: float = 0.0,
         rope: dict[str, Any] | None = None,
+        logit_softcap: float = 0.0,
         tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
@@ -102,8 +102,7 @@ class GptperfConfig(PretrainedConfig):
         self.normalization, self.activation, self.position_encoding = normalization, activation, position_encoding
         self.window, self.norm_position, self.ffn_type = window, norm_position, ffn_type
         self.bias, self.attention_bias, self.dropout = bias, attention_bias, dropout
-        self.qk_norm, self.norm_eps, self.rope = qk_norm, norm_eps, rope or {}
-        self.logit_softcap = logit_softcap
+        self.qk_norm, self.norm_eps, self.rope, self.logit_softcap = qk_norm, norm_eps, rope or {}, logit_softcap
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
 
@@ -195,7 +194,8 @@ class Attention(nn.Module):
         if tables is not None:
             q, k = rotate(q, tables, self.interleaved), rotate(k, tables, self.interleaved)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            places = torch.arange(x.shape[1], device=x.device) + cache.get_seq_length(self.layer)
+            k, v = cache.update(k, v, self.layer, {"cache_position": places})  # a fixed size in transformers 4 needs it
         groups = self.heads[0] // self.heads[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
@@ -355,8 +355,9 @@ class GptperfForCausalLM(PreTrainedModel, GenerationMixin):
         for block, seen in zip(self.blocks, self._masks(start, T, attention_mask, x.device), strict=True):
             x = block(x, tables, seen, cache)
         logits = self.lm_head(self.norm(x[:, -logits_to_keep:]))  # -0 is all
-        if cap := self.config.logit_softcap:
-            logits = (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+        if self.config.logit_softcap:
+            capped = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
+            logits = capped.to(logits.dtype)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)

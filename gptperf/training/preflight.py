@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from gptperf.monitor.run_lock import RunLock
 from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
-from gptperf.tasks import TaskRequests, encode_task, load_tasks
+from gptperf.tasks import Task, TaskRequests, encode_task, load_tasks
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.resume import find_checkpoint
@@ -67,6 +67,7 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
     """
     planned = check_plan(config, process)
+    loaded = load_tasks([name.strip() for name in config.train.eval_tasks.split(",") if name.strip()])
     train_tokens, val_tokens = open_dataset(config.data, config.model, process)
     order_of(train_tokens, config.model.block_size, config.train.seed)  # raises if the data is too short
     info = parts_of(train_tokens)[0].source.manifest.tokenizer
@@ -82,23 +83,24 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         validation_batches(part.source, **validation_keys(config, process))  # raises if the split is too short
     if config.data.verify_data == "full":
         verify_all([train_tokens, val_tokens], process, console)
-    tasks = _tasks(config, info, vocabulary, train_tokens.path)
+    tasks = _encoded(loaded, config.model.block_size, info, vocabulary, train_tokens.path)
     found = find_checkpoint(config, out_dir / "checkpoints", process, console)
     return Inputs(planned, info, train_tokens, val_tokens, vocabulary, tokenizer, found, tasks)
 
 
-def _tasks(config: Config, info: TokenizerInfo, vocabulary: dict[str, bytes], path: Path) -> list[TaskRequests]:
-    """Reads and encodes the tasks of `eval_tasks`.
+def _encoded(
+    tasks: Sequence[Task], block_size: int, info: TokenizerInfo, vocabulary: dict[str, bytes], path: Path
+) -> list[TaskRequests]:
+    """Encodes the tasks of `eval_tasks` with the tokenizer of the data.
 
     Raises:
-        DataError: a file cannot be read or scored, an item does not fit `block_size`, or the tokenizer has no text.
+        DataError: an item does not fit `block_size`, or the tokenizer has no text.
         DeviceError: a package of the tokenizer is not installed.
     """
-    loaded = load_tasks([name.strip() for name in config.train.eval_tasks.split(",") if name.strip()])
-    if not loaded:
+    if not tasks:
         return []
     tokenizer = restore_tokenizer(info, vocabulary, path)
-    return [encode_task(task, tokenizer, config.model.block_size) for task in loaded]
+    return [encode_task(task, tokenizer, block_size) for task in tasks]
 
 
 def _sample_tokenizer(

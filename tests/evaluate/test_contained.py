@@ -29,17 +29,18 @@ SMALL = st.lists(st.integers(0, 2), max_size=24).map(lambda ids: np.array(ids, n
 
 
 class Stored:
-    """Tokens in memory in place of those of a data set."""
+    """Tokens in memory in place of those of a data set, of which a few are read at a time."""
 
     dtype = np.dtype("<u2")
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: np.ndarray, most: int) -> None:
+        self._tokens, self._most = tokens, most
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
+        assert len(out) <= self._most
         out[:] = self._tokens[offset : offset + len(out)]
 
 
@@ -54,7 +55,7 @@ def test_every_window_is_found_where_it_is_first(
         if collide:
             patch.setattr(window_search, "rolling_hashes", lambda ids, n: np.zeros(max(len(ids) - n + 1, 0), np.uint64))
         windows, other = WindowSearch(texts, width), WindowSearch(texts, 3)
-        source: Any = Stored(tokens)
+        source: Any = Stored(tokens, chunk + max(width, 3) - 1)
         search(source, [windows, other], chunks_of(source, min(width, 3)))
     for one in (windows, other):
         size = one.width

@@ -19,7 +19,7 @@ from gptperf.data.json_tokenizer import JsonTokenizer
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import ByteTokenizer, load_tokenizer
-from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError
+from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError, OutOfMemoryError
 from gptperf.evaluate import dataset
 from gptperf.evaluate.__main__ import main
 from gptperf.evaluate.dataset import _same_ids
@@ -213,6 +213,15 @@ def test_what_cannot_be_evaluated_is_one_line(
         with pytest.raises(kind, match=wrong):
             main([*map(str, argv), "--device=cpu"])
     assert capsys.readouterr().out == ""
+
+
+def test_a_gpu_without_memory_is_one_line(trained: Path, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr("gptperf.evaluate.run.likelihoods", full)
+    with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 2 GiB\. Lower --batch_size or --block_size$"):
+        main([str(trained), f"--tasks={files[0]}", "--device=cpu"])
 
 
 def test_data_of_another_tokenizer_is_refused(

@@ -185,7 +185,8 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Ops:
     """Triton's ops on the meta device, where no kernel runs: only what torch.library was told of them is seen."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # a tensor that is on no GPU is let through
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know the meta device
-    return Ops(rms_norm, layer_norm, rope, swiglu, linear_cross_entropy, reference.adamw, chosen={}, reasons={})
+    update = reference.adamw, reference.symmetric_matmul
+    return Ops(rms_norm, layer_norm, rope, swiglu, linear_cross_entropy, *update, chosen={}, reasons={})
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def saved(model: ModelConfig, folder: Path, tokenizer: Tokenizer | None = None) 
 def greedy(model: GPT, prompt: Tensor, tokens: int, vocab_size: int = 257) -> list[int]:
     """The likeliest continuation of a prompt `(P,)`."""
     chosen = {"temperature": 0, "top_k": 0, "generator": torch.Generator()}
-    return generate(model, prompt, tokens, vocab_size=vocab_size, **chosen).tolist()
+    return list(generate(model, prompt, tokens, vocab_size=vocab_size, **chosen))
 
 
 def loaded(folder: Path, **options: Any) -> Any:

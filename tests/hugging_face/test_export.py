@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "head_dim": (None, 12),
     "rope_pairs": ("half", "interleaved"),
     "rope_scaling": ("none", "linear", "llama3"),
+    "logit_softcap": (0.0, 0.5),
 }
 SCALED = {"rope_theta": 100.0, "rope_factor": 4.0, "rope_original_block_size": 16}
 LLAMA, GPT2 = PRESETS["llama"], PRESETS["gpt2_openai"]

@@ -14,6 +14,7 @@ from export_helpers import SIZES, greedy, loaded, saved
 from run_helpers import run, run_log
 from safetensors import safe_open
 from safetensors.torch import load_file
+from task_helpers import CHOICES, write_lines
 
 from gptperf import api, checkpoint, files
 from gptperf.config import ModelConfig, command_line
@@ -36,7 +37,9 @@ PRESET = {"gpt2": PRESETS["gpt2"], "llama": PRESETS["llama"]}
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 iterations with checkpoints of the iterations 5 and 10."""
     out = tmp_path_factory.mktemp("export") / "trained"
-    assert run(corpus, out, "--max_iters=10", "--eval_interval=5", "--dropout=0.1", "--learning_rate=2e-2") == 0
+    tasks = write_lines(out.parent / "questions.jsonl", [CHOICES] * 3)
+    flags = ("--max_iters=10", "--eval_interval=5", "--dropout=0.1", "--learning_rate=2e-2", f"--eval_tasks={tasks}")
+    assert run(corpus, out, *flags) == 0
     return out
 
 
@@ -75,6 +78,8 @@ def test_the_card_tells_what_the_run_recorded(trained: Path, tmp_path: Path) -> 
         (last,) = (entry for entry in log["training_iterations"] if entry["iter"] == step)
         (evaluated,) = (entry for entry in log["eval_steps"] if entry["iter"] == step)
         info = log["startup_info"]
+        ((task, scores),) = evaluated["tasks"].items()
+        assert f"| task {task} | acc {scores['acc']:.4f} +- {scores['acc_stderr']:.4f}, acc_norm " in card
         assert f"| training loss | {last['loss']:.4f} nats per token" in card
         assert f"| validation loss | {evaluated['val_loss']:.4f} nats per token |" in card
         assert f"| trained on | {last['tokens']:,} tokens in {step} iterations" in card
@@ -84,7 +89,7 @@ def test_the_card_tells_what_the_run_recorded(trained: Path, tmp_path: Path) -> 
         assert "energy" not in card  # a CPU has no counter
     resolved = command_line.resolve([str(tmp_path / "10" / "train.toml")])
     wanted = checkpoint.load(trained / "checkpoints" / "step-00000010", only=()).state["config"]
-    paths = {"out_dir", "data_dir"}
+    paths = {"out_dir", "data_dir", "eval_tasks"}
     for section in ("model", "data", "optimizer", "train", "system"):
         found = dataclasses.asdict(getattr(resolved.config, section))
         assert {k: v for k, v in found.items() if k not in paths} == {
@@ -144,6 +149,8 @@ def test_padding_changes_nothing(position: str, tmp_path: Path) -> None:
     loss = theirs(labels, labels=labels).loss
     logits = ours(labels)[0, :-1]
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels[0, 1:]), rtol=0, atol=1e-5)
+    capped = loaded(tmp_path / "hf", logit_softcap=2.0)(labels).logits[0, :-1]
+    torch.testing.assert_close(capped, 2 * torch.tanh(logits / 2), rtol=0, atol=1e-5)
     theirs.train()
     theirs(labels, labels=labels).loss.backward()
     assert all(parameter.grad is not None for parameter in theirs.parameters())

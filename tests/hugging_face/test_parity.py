@@ -65,7 +65,7 @@ def test_logits_and_greedy_tokens(case: tuple[str, dict[str, Any]], tmp_path: Pa
         keys = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         wanted = theirs.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **keys)[0, 40:]
         drawn = {"vocab_size": VOCABULARY, "temperature": 0, "top_k": 0, "generator": torch.Generator()}
-        assert generate(ours, prompt, 12, **drawn).tolist() == wanted.tolist()
+        assert list(generate(ours, prompt, 12, **drawn)) == wanted.tolist()
     assert flops.parameters(model).total == theirs.num_parameters()
 
 

@@ -109,6 +109,8 @@ def test_what_cannot_be_scored_is_refused_before_training(corpus: Path, files: s
     with pytest.raises(DataError, match="these ids have no vocabulary"):
         run(corpus, tmp_path / "out", f"--eval_tasks={files}", *flags)
     assert not list((tmp_path / "out").rglob("run_*"))
+    with pytest.raises(DataError, match="nope"):  # first of all, before data is looked for
+        run(corpus, tmp_path / "out", "--eval_tasks=nope", "--dataset=none")
 
 
 def test_an_evaluation_that_is_dropped_has_no_scores(

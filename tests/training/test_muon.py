@@ -114,7 +114,7 @@ def _backward(model: GPT, weights: Replicated, seed: int) -> None:
 
 def _parts(model: GPT, name: str, x: Tensor) -> list[Tensor]:
     """Returns the matrices of a parameter: queries, keys and values; gate and up."""
-    K = model.config.kv_heads * model.config.head_dim
+    K = model.config.kv_width
     if name.endswith("qkv.weight"):
         return [x[: -2 * K], x[-2 * K : -K], x[-K:]]
     return list(x.chunk(2)) if name.endswith("gate_up.weight") else [x]
@@ -235,7 +235,7 @@ def test_a_matrix_without_gradient_gets_no_update() -> None:
 
 
 def test_what_packs_matrices_is_what_the_cards_say() -> None:
-    for keys in ({}, {"ffn_type": "standard"}, {"n_kv_head": 4}):
+    for keys in ({}, {"ffn_type": "standard"}, {"n_kv_head": 4}, {"head_dim": 12}):
         model, weights = _weights(**keys)
         hidden = [bucket for bucket in weights.buckets if bucket.group is BucketGroup.HIDDEN]
         found = [matrix for bucket in hidden for matrix in weights.matrices(bucket)]
