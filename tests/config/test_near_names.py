@@ -90,6 +90,7 @@ def test_every_synonym_means_something_that_exists() -> None:
     own = {"tokens", "num_samples", "temperature", "top_k", "prompt", "run", "gpu", "num_gpus", "name", "val_fraction"}
     own |= {"tokenizer", "text_field", "shard_tokens", "vary", "seeds", "parallel", "html", "list"}  # of other commands
     own |= {"tasks", "shots", "limit", "contains", "ngram"}
+    own |= {"minutes", "price", "lr_factors", "tolerance", "keep_models"}
     for meant in KEY_SYNONYMS.values():
         for text in meant:
             key, _, value = text.partition("=")
