@@ -6,7 +6,7 @@ Importing this module loads no torch.
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +51,13 @@ class Ops:
     """Op name -> why it runs in eager PyTorch although `kernels` is "auto"."""
 
 
-def resolve_ops(kernels: str, device_type: str) -> Ops:
+def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) -> Ops:
     """Chooses the implementation of every op.
 
     Args:
         kernels: "eager", "triton" (an error where Triton cannot run) or "auto" (Triton where it can run, else eager).
         device_type: "cuda" or "cpu".
+        unused: ops that the run does not call, so that it does not matter where they run.
 
     Raises:
         DeviceError: `kernels` is "triton" and an op cannot run with Triton; the message has the reasons.
@@ -73,7 +74,7 @@ def resolve_ops(kernels: str, device_type: str) -> Ops:
             chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
         else:
             reasons[op] = reason
-    _refuse(kernels, reasons)
+    _refuse(kernels, {op: reason for op, reason in reasons.items() if op not in unused})
     return Ops(**functions, chosen=chosen, reasons=reasons)
 
 

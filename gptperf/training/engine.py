@@ -59,7 +59,8 @@ def build_engine(config: Config, process: Process) -> Engine:
     of the model into buckets, which the optimizer then reads.
     """
     dtype = build.DTYPES[config.system.compute_dtype]
-    ops = resolve_ops(config.system.kernels, process.device.type)
+    unused = () if config.optimizer.optimizer == "muon" else ("symmetric_matmul",)
+    ops = resolve_ops(config.system.kernels, process.device.type, unused)
     whole = config.optimizer.optimizer == "muon"
     broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, muon=whole))
     ops = without_triton(ops, config.system.kernels, broken)

@@ -1,11 +1,15 @@
 """Whole runs: components and log, requests to stop, and mistakes that are found before the first step."""
 
 import functools
+import importlib
+import importlib.util
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +237,24 @@ def test_asking_for_triton_names_the_cause() -> None:
     with pytest.raises(DeviceError, match=r"rms_norm: .*Use kernels = 'auto' or 'eager'"):
         resolve_ops("triton", "cpu")
     assert resolve_ops("auto", "cpu").chosen == dict.fromkeys(OPS, "eager")
+
+
+def test_an_op_that_a_run_does_not_call_does_not_refuse_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 cannot run the op of Muon, and trains with AdamW and Triton all the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", _import_any)
+    ops = resolve_ops("triton", "cuda", unused=("symmetric_matmul",))
+    assert {op for op, how in ops.chosen.items() if how == "eager"} == {"symmetric_matmul"}
+    with pytest.raises(DeviceError, match=r"symmetric_matmul: Triton needs compute capability 8\.0 or higher"):
+        resolve_ops("triton", "cuda")
+
+
+def _import_any(name: str) -> Any:
+    """Returns a module, or a stand-in with every op for one that needs Triton."""
+    if name.startswith("gptperf.kernels.") and not name.endswith("reference"):
+        return SimpleNamespace(**dict.fromkeys(OPS))
+    return sys.modules[name]
 
 
 def test_the_step_time_leaves_out_evaluation_and_saving(
