@@ -68,9 +68,9 @@ def kept_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
 
     loss = model.loss
 
-    def apart(*arguments: Any) -> Tensor:
+    def apart(*arguments: Any, **options: Any) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            return loss(*arguments)
+            return loss(*arguments, **options)
 
     model.loss = apart
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

@@ -337,7 +337,7 @@ def test_an_empty_name_is_a_mistake(key: str) -> None:
 
 def test_names_that_are_too_long_are_said_in_a_line(corpus: Path, tmp_path: Path) -> None:
     long = "x" * 300
-    with pytest.raises(ConfigError, match="wanted scratch, resume, auto or the path"):
+    with pytest.raises(ConfigError, match="wanted scratch, resume, auto, the path"):
         command_line.resolve([f"--init_from={long}"])
     with pytest.raises(ConfigError):
         command_line.resolve([f"{long}/{long}.toml"])
