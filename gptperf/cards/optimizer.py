@@ -21,7 +21,7 @@ class Optimizer:
 
         Args:
             parameters: number of all parameters.
-            hidden: those of the matrices of the blocks.
+            hidden: how many of them belong to the matrices of the blocks.
             rows: rows of these matrices.
         """
         return FP32_BYTES * self.states * parameters
@@ -34,7 +34,7 @@ class Optimizer:
 
         Args:
             parameters: number of all parameters.
-            hidden: those of the matrices of the blocks.
+            hidden: how many of them belong to the matrices of the blocks.
             copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
         """
         read, written = 2 + self.states, 1 + self.states
@@ -56,7 +56,7 @@ class Muon(Optimizer):
         return super().state_bytes(parameters - hidden) + FP32_BYTES * (hidden + self.row_states * rows)
 
     def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
-        """Returns the bytes besides those of the matrix products.
+        """Returns the bytes that are moved outside the matrix products.
 
         Momentum reads gradient and state, and writes the state. The update reads and writes the weight. Between the two
         the momentum is written, gathered in batches, scattered back and read, in the dtype of the copy; NorMuon gathers

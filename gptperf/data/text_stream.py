@@ -13,7 +13,7 @@ _BROKEN = "\ufffd"
 def new_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """Yields the text that tokens add to a prompt, as soon as its characters are complete.
 
-    The pieces together are the decoded text of all tokens without that of the prompt.
+    The pieces together are the decoded text of all tokens, without the text of the prompt.
 
     Args:
         tokenizer: the tokenizer.

@@ -27,7 +27,7 @@ class WindowSearch:
     """The windows of `width` consecutive tokens of some texts, and where each one occurs first.
 
     Positions are compared by a rolling hash, and each hit token by token, so that what is found is exact. The memory
-    use is 24 bytes a window and that of the texts.
+    use is 24 bytes a window, and the texts.
 
     Args:
         texts: Tokens of each text, (n,) integers; a text of fewer than `width` tokens has no window.
@@ -45,7 +45,7 @@ class WindowSearch:
         self.first = np.full(len(self.text_of), NOWHERE)
         self._tokens = np.concatenate([*texts, np.empty(0, np.int64)]).astype(np.int64)
         begins = np.concatenate([[0], np.cumsum([len(text) for text in texts], dtype=np.int64)])[:-1]
-        # The position of a window in `_tokens`: that of its text, and its number in the text.
+        # The position of a window in `_tokens`: the start of its text, plus its number in the text.
         number = np.arange(len(self.text_of)) - np.repeat(np.cumsum(counts) - counts, counts)
         begin = begins[self.text_of] + number if len(counts) else np.empty(0, np.int64)
         hashes = rolling_hashes(self._tokens, width)[begin] if len(begin) else np.empty(0, np.uint64)

@@ -43,19 +43,19 @@ class _EvaluateFlags(Flags):
     limit: _Count | None = None
     """Most items of each task, taken evenly over its file; default: all."""
     dataset: str | None = None
-    """Data set or mixture for the loss; default: that of the run, if there are no tasks."""
+    """Data set or mixture for the loss; default: the run's, if there are no tasks."""
     split: Literal["val", "train"] = "val"
     """Split of the data set."""
     data_dir: str | None = None
-    """Folder of data sets; default: that of the run, or data."""
+    """Folder of data sets; default: the run's, or data."""
     eval_iters: _Count | None = None
-    """Most batches of the data set; default: those of the run's own evaluations, or all for a Hugging Face model."""
+    """Most batches of the data set; default: as many as the run evaluates, or all for a Hugging Face model."""
     block_size: _Count | None = None
-    """Most tokens of a sequence; default: those of the run, or of a Hugging Face model at most 2048."""
+    """Most tokens of a sequence; default: the model's block_size, but at most 2048 for a Hugging Face model."""
     batch_size: _Count | None = None
-    """Sequences of block_size tokens in a batch; of shorter items there are more. Default: that of the run, or 8."""
+    """Sequences of block_size tokens in a batch, or more sequences if they are shorter; default: the run's, or 8."""
     contains: bool = False
-    """Look for the items of the tasks in the training data, that of the run or of --dataset."""
+    """Look for the items of the tasks in the training data of the run, or in --dataset."""
     ngram: Annotated[int, Range(1, 10_000)] | None = None
     """Consecutive tokens of an item that occur in contained text; default: what 13 words have in the mean."""
     checkpoint: Literal["latest", "best"] = "latest"

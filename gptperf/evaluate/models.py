@@ -1,4 +1,4 @@
-"""Loads the model that is evaluated: that of a run, or a model of Hugging Face."""
+"""Loads the model that is evaluated, from a run or from Hugging Face."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

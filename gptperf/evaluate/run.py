@@ -26,7 +26,7 @@ _ROWS, _TOKENS, _ALL = 8, 2048, 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is evaluated, and how. A value of None is that of the run."""
+    """What is evaluated, and how. None means the value of the run."""
 
     model: Path
     checkpoint: Literal["latest", "best"]
@@ -105,7 +105,7 @@ def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str,
 
 
 def _need_dataset(asked: Asked, own: str | None) -> str:
-    """Returns the data set that is asked for or that of the run; "" if there is none, and none is needed.
+    """Returns the data set that is asked for, or the run's; "" if there is none, and none is needed.
 
     Raises:
         ConfigError: There is none, and one is needed.
@@ -134,7 +134,7 @@ def _block_size(asked: Asked, loaded: EvaluatedModel) -> int:
 def _score(
     encoded: Sequence[TaskRequests], loaded: EvaluatedModel, process: Process, batch_tokens: int, found: dict[str, Any]
 ) -> None:
-    """Adds the scores of the tasks and, where the training data was searched, those of the items that it lacks."""
+    """Adds the scores of the tasks and, after a search of the training data, of the items that it lacks."""
     scores = dict[str, Scores]()
     for task in encoded:
         logs = likelihoods(loaded.model, task.requests, process, loaded.autocast, batch_tokens)

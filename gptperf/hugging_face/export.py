@@ -51,7 +51,7 @@ def export(
 ) -> Exported:
     """Writes the weights, configuration, tokenizer and model card of a checkpoint for transformers.
 
-    Rows of the embedding beyond the vocabulary are kept, so that the logits are those of gptperf; the generation
+    Rows of the embedding beyond the vocabulary are kept, so that the logits do not change; the generation
     configuration excludes the ids that the tokenizer lacks.
 
     Args:
@@ -59,7 +59,7 @@ def export(
         folder: Folder to make; it may exist and be empty.
         checkpoint: Which checkpoint of a run: the newest one, or the one with the lowest validation loss.
         step: Iteration of the checkpoint of a run; None: `checkpoint` decides.
-        dtype: Dtype of the stored weights. float32 is that of the master weights, and nothing is lost.
+        dtype: Dtype of the stored weights. The master weights are float32, so float32 loses nothing.
         tokenizer: Name of the tokenizer for `load_tokenizer`, or "unknown" to leave it out; "": the checkpoint's.
         shard_bytes: Bytes of weights in one file.
 

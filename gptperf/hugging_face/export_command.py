@@ -24,7 +24,7 @@ class _ExportFlags(Flags):
     checkpoint: Literal["latest", "best"] = "latest"
     """Checkpoint of the run: the newest, or the one with the lowest validation loss."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the stored weights: float32, that of the master weights, loses nothing; bfloat16 halves the files."""
+    """Dtype of the stored weights: float32, as the master weights, loses nothing; bfloat16 halves the files."""
     tokenizer: str = ""
     """Tokenizer of the model, a name as for prepare, or unknown to leave it out; default: the checkpoint's."""
 

@@ -34,7 +34,7 @@ def load_model(
 
 
 def read_checkpoint(path: Path, which: Literal["latest", "best"] = "latest") -> Checkpoint:
-    """Reads the checkpoint of a run, or makes that of a model of Hugging Face in memory; see `load_model`."""
+    """Reads the checkpoint of a run, or makes one of a Hugging Face model in memory; see `load_model`."""
     return _read(path) if is_foreign(path) else api.read_checkpoint(path, which)
 
 

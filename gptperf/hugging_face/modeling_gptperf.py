@@ -140,9 +140,9 @@ def rope_tables(config: GptperfConfig, positions: Tensor) -> tuple[Tensor, Tenso
 def frequencies(rope: dict[str, Any], D: int) -> Tensor:
     """Returns the angles of RoPE from one position to the next, `(D/2,)` float64.
 
-    With linear scaling all are divided by a factor. With that of LLaMA 3.1 only those of long wavelengths are: those of
-    which the original block has fewer waves than the low factor, none of which it has more than the high factor, and
-    between the two a mean of both.
+    Linear scaling divides all angles by a factor. The scaling of LLaMA 3.1 counts how many waves of an angle fit into
+    the original block. It divides angles with fewer waves than the low factor, keeps angles with more waves than the
+    high factor, and takes a mean of both results in between.
     """
     found = rope.get("theta", 1e4) ** -(torch.arange(0, D, 2, dtype=torch.float64, device="cpu") / D)
     scaling = rope.get("scaling", "none")

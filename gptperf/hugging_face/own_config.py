@@ -1,4 +1,4 @@
-"""The config.json of `gptperf.hugging_face.modeling_gptperf`, whose keys are those of the architecture."""
+"""The config.json of `gptperf.hugging_face.modeling_gptperf`, whose keys are the keys of the architecture."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -64,9 +64,10 @@ class LearnedAbsolute(NoPosition):
 def frequencies(config: ModelConfig) -> Tensor:
     """Returns the angles of RoPE from one position to the next, `(D/2,)` float64.
 
-    Linear scaling divides all of them by `rope_factor` (Chen et al., 2023). The scaling of LLaMA 3.1 divides those of
-    which an original block has less than `rope_low_freq_factor` waves, keeps those of which it has more than
-    `rope_high_freq_factor`, and takes a mean of both between the two, with weights that are linear in the waves.
+    Linear scaling divides all angles by `rope_factor` (Chen et al., 2023). The scaling of LLaMA 3.1 counts how many
+    waves of an angle fit into the original block. It divides angles with fewer than `rope_low_freq_factor` waves, keeps
+    angles with more than `rope_high_freq_factor`, and in between takes a mean of both results, with weights that are
+    linear in the waves.
     """
     D = config.head_width
     found = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from task_helpers import CHOICES, write_lines
 
-from gptperf import api, checkpoint, files
+from gptperf import api, checkpoint, files, registry
 from gptperf.config import ModelConfig, command_line
 from gptperf.config.presets import PRESETS
 from gptperf.data.tokenizers import ByteTokenizer
@@ -24,7 +24,6 @@ from gptperf.distributed.process import Process
 from gptperf.errors import CheckpointError, DataError, DeviceError, DiskError, GptperfError
 from gptperf.hugging_face import convert, export, exported_config
 from gptperf.hugging_face.__main__ import main
-from gptperf.registry import register
 from gptperf.training.reporting import Reporter
 
 transformers = pytest.importorskip("transformers")
@@ -227,7 +226,9 @@ def test_what_no_class_has_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     def act(x: torch.Tensor) -> torch.Tensor:
         return x.sin()
 
-    register("activation", "sine", act)
+    for table in ("_components", "_cards"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    registry.register("activation", "sine", act)
     with pytest.raises(CheckpointError, match=r"activation: found 'sine' of a plugin, wanted one of gelu"):
         exported_config.export_class(ModelConfig(**SIZES | {"activation": "sine"}))
     # A key that came later than the export, and changes the model.
