@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_with_its_place(records: list[Any], wrong: str, tm
         ("a.jsonl", b'{"prompt": 1\n', ":1: not valid JSON"),
         ("a.jsonl", b'{"prompt": "a", "target": "b"}\n{"prompt": "a"', ":2: not valid JSON"),
         ("a.jsonl", b'{"prompt": "a", "target": "b"}\n\xff\n', ":2: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "target": "b"}\n')[:-9], "truncated or corrupt"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "target": "b"}\n', mtime=0)[:-9], "truncated or corrupt"),
         ("a.json", b"[1]", ": element 0: found a JSON int, wanted an object"),
         ("a.md", b"# text", r": found the suffix '\.md', wanted one of \.jsonl"),
         ("a.csv", b"prompt,target\na\n", ":2: found 1 fields, wanted 2"),
