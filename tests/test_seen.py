@@ -145,7 +145,7 @@ def test_other_data_is_refused(trained: Path, tmp_path: Path) -> None:
         seen.main([str(trained / "out"), "0:1", f"--data_dir={tmp_path}"])
     for name in ("web", "code"):
         write_texts(tmp_path / name, 500)
-    with pytest.raises(DataError, match=r"found the fingerprint \w{12}, wanted \w{12}, that of the data which the run"):
+    with pytest.raises(DataError, match=r"found the fingerprint \w{12}, wanted \w{12} of the data that the run"):
         seen.main([str(trained / "out"), "0:1", f"--data_dir={tmp_path}"])
 
 

@@ -112,7 +112,7 @@ class _Work:
         self._split.check()
 
     def lines(self) -> list[str]:
-        """Returns what was not read, and what was left out, in words."""
+        """Returns lines that say what was not read and what was left out."""
         return [*self._skipped.lines(), *self._copies.lines()]
 
 

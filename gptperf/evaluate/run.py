@@ -70,7 +70,7 @@ def evaluate(asked: Asked, debug: bool = False) -> dict[str, Any] | None:
 
 
 def _result(asked: Asked, loaded: EvaluatedModel, process: Process) -> dict[str, Any]:
-    """Returns model, step and tokenizer, and what was asked for: `data`, `tasks` with `core`, `contained`."""
+    """Returns model, step and tokenizer, and the results that were asked for: `data`, `tasks`, `core`, `contained`."""
     tokenizer = loaded.tokenizer
     found: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step}
     found["tokenizer"] = None if tokenizer is None else tokenizer.name

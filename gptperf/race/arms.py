@@ -1,8 +1,9 @@
 """The two arms of a race and their trainings. This module does not import torch.
 
 An arm is a configuration at one length, `max_iters` = H. For a seed it trains a trunk of 0.8 H iterations at a constant
-learning rate. At 0.8 h iterations of it, for h = H/4, H/2 and H, a cooldown begins that ends at h: the schedule wsd,
-whose last fifth is the cooldown. So each end is that of a whole run of h iterations, and the trunk is trained once.
+learning rate. For h = H/4, H/2 and H, a cooldown forks from the trunk after 0.8 h iterations and ends at h, as the
+schedule wsd does in the last fifth of a run. So each end equals the end of a whole run of h iterations, while the trunk is
+trained once.
 """
 
 import functools

@@ -47,7 +47,7 @@ class Decision:
     """What is known about a change."""
 
     differences: tuple[float, ...]
-    """Final validation loss minus that of the run as it is, of each pair, in nats a token."""
+    """Final validation loss minus the loss of the unchanged run, one value for each pair, in nats a token."""
     bounds: Bounds
     verdict: str
     """better, worse, the same, or undecided."""

@@ -24,7 +24,7 @@ from gptperf.report.tables import Table, aligned
 __all__ = ["html", "listing", "record", "text", "write"]
 
 _METHOD = (
-    "Each loss is that of the end of a cooldown, the last fifth of a run of its length; no loss of a trunk counts. "
+    "Each loss is measured at the end of a cooldown, the last fifth of a run; no loss of a trunk counts. "
     "Ratios: the tokens of the second arm divided by those of the first one at equal loss. Between the points the "
     "logarithm of the tokens is linear in the loss, and nothing is extrapolated.",
     "Intervals of tokens: 95%, expanded percentiles of a bootstrap over paired seeds (in simulations the true ratio is "

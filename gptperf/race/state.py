@@ -1,4 +1,4 @@
-"""The state of a race: which trainings there are, what they found, and what is left. This module does not import torch.
+"""The state of a race: its trainings, their results, and the work that is left. This module does not import torch.
 
 Everything is read from the logs of the trainings, so that a race may be continued anywhere with a copy of its folder.
 """

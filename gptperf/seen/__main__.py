@@ -31,7 +31,7 @@ class _SeenFlags(Flags):
     iterations: str
     """A:B, the iterations after A, up to and including B; 0:B from the first one on."""
     data_dir: str | None = None
-    """Folder of data sets; default: that of the run."""
+    """Folder of data sets; default: the run's."""
     json: bool = False
     """Print JSON: an object with a list of documents."""
 
@@ -92,8 +92,8 @@ def _read(log: RunLog, path: Path, asked: tuple[int, int], data_dir: str | None)
     wanted = log["startup_info"].get("dataset_fingerprint", tokens.fingerprint)
     if wanted != tokens.fingerprint:
         raise DataError(
-            f"{tokens.path}: found the fingerprint {tokens.fingerprint[:12]}, wanted {str(wanted)[:12]}, that of the "
-            "data which the run read; give its data sets with --data_dir"
+            f"{tokens.path}: found the fingerprint {tokens.fingerprint[:12]}, wanted {str(wanted)[:12]} of the "
+            "data that the run read; give its data sets with --data_dir"
         )
     first, last = (iteration * rows for iteration in asked)
     documents = documents_read(tokens, block_size=block_size, seed=seed, first=first, last=last)

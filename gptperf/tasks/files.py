@@ -74,7 +74,7 @@ def _format_of(record: Mapping[str, Any], where: str, known: str) -> str:
         known: The format of the records before it, or "".
 
     Raises:
-        DataError: No format fits, or several do, or another one than that of the records before it.
+        DataError: No format fits, several do, or the format differs from the one of the records before it.
     """
     fits = [name for name, form in FORMATS.items() if any(fields <= record.keys() for fields in form.fields)]
     if len(fits) == 1 and known in ("", fits[0]):

@@ -56,7 +56,8 @@ def task_scores(encoded: TaskRequests, found: Sequence[Likelihood]) -> Scores:
 
     `acc` is the share of right items: the choice of the highest log-likelihood is the right one or, of the last-word
     kind, each token of the target is the likeliest one. `acc_norm` divides a log-likelihood by the bytes of the choice.
-    `perplexity` is that of the targets. `centred` is (acc - chance) / (1 - chance): 0 for a guess and 1 for all right.
+    `perplexity` is the perplexity of the targets. `centred` is (acc - chance) / (1 - chance): 0 for a guess and 1 for
+    all right.
 
     Args:
         encoded: The task.

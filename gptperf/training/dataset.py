@@ -1,4 +1,4 @@
-"""The data of a run: opens and verifies it, says how much of it is read, and compares it with that of a checkpoint."""
+"""Opens and verifies the data of a run, says how much of it is read, and compares it with the data of a checkpoint."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -66,7 +66,7 @@ def write_run(
     """A log with an evaluation at each iteration of `losses`, and training losses 0.1 below them.
 
     Args:
-        keys: `evals` turns the evaluations off, `name` is that of the journal, `per_iter` the tokens, `tasks` the
+        keys: `evals` turns the evaluations off, `name` names the journal, `per_iter` the tokens, `tasks` the
             scores of tasks by iteration.
     """
     config = command_line.resolve([FILES[0], *flags]).config

@@ -63,7 +63,7 @@ def orthogonalize(x: Tensor, symmetric_matmul: Callable[..., Tensor], dtype: tor
         x: `(B, M, N)` with M <= N, contiguous. Singular values below `LEAST` of the Frobenius norm get below `BAND`.
         symmetric_matmul: the op.
         dtype: dtype of the products: float32, or float16, whose range is wide enough for matrices of this norm. Its
-            rounding error is an eighth of bfloat16's, and so is that of the result.
+            rounding error is an eighth of bfloat16's, and so is the error of the result.
 
     Returns:
         `(B, M, N)` in `dtype`.
