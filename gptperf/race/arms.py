@@ -2,8 +2,8 @@
 
 An arm is a configuration at one length, `max_iters` = H. For a seed it trains a trunk of 0.8 H iterations at a constant
 learning rate. For h = H/4, H/2 and H, a cooldown forks from the trunk after 0.8 h iterations and ends at h, as the
-schedule wsd does in the last fifth of a run. So each end equals the end of a whole run of h iterations, while the trunk is
-trained once.
+schedule wsd does in the last fifth of a run. So each end equals the end of a whole run of h iterations, and the trunk
+is trained only once.
 """
 
 import functools
