@@ -20,7 +20,7 @@ from typing import IO, Any
 from gptperf.data.text import byte_order_mark
 from gptperf.errors import DataError, DeviceError
 
-__all__ = ["STRUCTURED", "Meter", "Record", "open_file", "read_records", "suffixes_of"]
+__all__ = ["STRUCTURED", "Meter", "Record", "open_file", "read_records", "suffixes_in_name", "suffixes_of"]
 
 Record = dict[str, Any]
 """Field -> value."""
@@ -56,14 +56,19 @@ class Meter:
         return self._done + inside
 
 
+def suffixes_in_name(path: Path) -> tuple[str, str]:
+    """Returns what the name alone says of `suffixes_of`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
+    return suffixes[-1] if suffixes else "", compression
+
+
 def suffixes_of(path: Path) -> tuple[str, str]:
     """Returns the suffixes of a file's format and of its compression in lower case, such as (".jsonl", ".gz").
 
     The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
-    kind = suffixes[-1] if suffixes else ""
+    kind, compression = suffixes_in_name(path)
     if not compression:
         head = b""
         with contextlib.suppress(OSError), path.open("rb") as file:
@@ -91,8 +96,8 @@ def open_file(path: Path, meter: Meter | None = None) -> Iterator[IO[bytes]]:
         if meter is not None:
             meter.begin(raw, path.stat().st_size)
         with _COMPRESSIONS[compression](raw) if compression else raw as file:
-            if "zstandard" in sys.modules:
-                damage = (*damage, sys.modules["zstandard"].ZstdError)
+            if zstandard := sys.modules.get("zstandard"):
+                damage = (*damage, zstandard.ZstdError)
             try:
                 yield file
             except damage as error:

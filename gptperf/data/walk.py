@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gptperf.data.documents import Origin
-from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_records, suffixes_of
+from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_records, suffixes_in_name, suffixes_of
 from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
-from gptperf.errors import DataError
+from gptperf.errors import DataError, DeviceError
 
 __all__ = ["Fields", "documents_of", "file_documents", "files_below", "folder_documents", "record_documents"]
 
@@ -147,6 +147,11 @@ def documents_of(
             skipped.add(f"files: unreadable ({error.strerror})", name)
         except DataError as error:
             skipped.add("files: corrupt, or not of the format that the name says", str(error))
+        except DeviceError as error:
+            if suffixes_in_name(path) == suffixes_of(path):
+                raise
+            # A cache or a checkpoint among the texts: nobody named it as data.
+            skipped.add("files: first bytes of a format whose package is not installed", str(error))
 
 
 def files_below(

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gptperf.data.documents import Origin
 from gptperf.data.readers import STRUCTURED, open_file, read_records
 from gptperf.data.text import Refused, Skipped, cut, file_document, text_document
 from gptperf.data.walk import Fields, file_documents, folder_documents
-from gptperf.errors import DataError
+from gptperf.errors import DataError, DeviceError
 
 RECORDS = [
     {"text": f'{"x" * (37 * i % 300)} \u00e9\U0001f600 "quoted",\t{i}\n', "repo": f"r{i % 3}"} for i in range(60)
@@ -308,6 +309,26 @@ def test_a_walk_reads_every_format_and_counts_the_rest(tmp_path: Path) -> None:
         "files and folders: hidden": 1,
     }
     assert any("torn.jsonl:1: not valid JSON" in line for line in skipped.lines())
+
+
+def test_a_missing_package_ends_a_walk_only_for_files_that_are_named_as_its_format(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    for module in ("zstandard", "pyarrow", "pyarrow.parquet", "pyarrow.ipc"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "text.txt").write_text("text")
+    heads = {".zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1", ".arrow": b"ARROW1"}
+    for number, head in enumerate(heads.values()):
+        (tmp_path / f"{number}.cache").write_bytes(head + bytes(20))
+    origins, skipped = walk(tmp_path)
+    assert [origin.source for origin in origins] == ["text.txt"]
+    assert sum(skipped.counts.values()) == 3
+    for suffix, head in heads.items():
+        named = tmp_path / f"a.jsonl{suffix.upper()}"
+        named.write_bytes(head + bytes(20))
+        with pytest.raises(DeviceError, match=re.escape(str(named))):
+            walk(tmp_path)
+        named.unlink()
 
 
 def test_a_linked_folder_is_entered_once(tmp_path: Path) -> None:
