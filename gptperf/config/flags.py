@@ -243,6 +243,7 @@ def check(
         return None
     read = given.where == COMMAND_LINE
     values = [_from_text(key, one) if read else one for one in (given.value if key.many else [given.value])]
+    values = [_as_choice(key, value) for value in values]
     for value in values:
         wrong = value_problem(key, value)
         if wrong is not None:
@@ -272,6 +273,13 @@ def _from_text(key: Key, text: str) -> Any:
         except ValueError:
             return text
     return Path(text) if key.type is Path and text else text
+
+
+def _as_choice(key: Key, value: Any) -> Any:
+    """Returns the name of a boolean if the key has names for both, such as `auto, True, False`."""
+    if key.choices is None or "True" not in key.choices:
+        return value
+    return str(_BOOLEANS.get(str(value).lower(), value))
 
 
 def _keys(kind: type) -> dict[str, Key]:

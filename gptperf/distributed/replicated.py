@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -203,6 +204,17 @@ class Replicated:
         while self._reduces_now and self._reduced < len(self.buckets) and self.buckets[self._reduced].full:
             self._reduce(self.buckets[self._reduced])
             self._reduced += 1
+
+    def bookkeeping(self) -> Any:
+        """Returns what the host knows about the gradients of this step, for `set_bookkeeping`."""
+        return [(frozenset(bucket.started), bucket.full) for bucket in self.buckets], self._reduced
+
+    def set_bookkeeping(self, known: Any) -> None:
+        """Sets what the host knows about the gradients, after work on the device that Python did not launch."""
+        buckets, self._reduced = known
+        for bucket, (started, full) in zip(self.buckets, buckets, strict=True):
+            bucket.started, bucket.full = set(started), full
+            bucket.arrived.clear()
 
     @property
     def _reduces_now(self) -> bool:

@@ -57,15 +57,27 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
         if 0 < i < common and drops is not None and drops():
             engine.model.train()
             raise Dropped
-        tokens, targets = batch.to(process.device, non_blocking=True)
-        with engine.autocast():
-            loss = engine.model(tokens, targets)
-        sums[0] += loss.double() * rows
+        sums[0] += _loss(engine, batch).double() * rows
         sums[1] += rows
         process.progress.end_part()
     engine.model.train()
     total, all_rows = process.mean(sums).tolist()
     return total / all_rows
+
+
+def _loss(engine: Engine, batch: Tensor) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, a float32 scalar."""
+
+    def forward(on_device: Tensor) -> Tensor:
+        with engine.autocast():
+            return engine.model(on_device[0], on_device[1])
+
+    graphs = engine.graphs
+    whole = batch.shape[1] == engine.config.train.batch_size  # the last batch may have fewer rows
+    if graphs is None or not whole or engine.weights.is_sharded:
+        return forward(batch.to(engine.process.device, non_blocking=True))
+    static = graphs.static(batch)
+    return graphs.run("evaluation", lambda: forward(static))
 
 
 def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:
