@@ -193,7 +193,7 @@ def split(
 
 def _values(queue: list[str], key: Key | None, greedy: bool) -> Iterator[str]:
     """Removes the values of a flag without "=" from the front of the words after it, and yields them."""
-    if key is not None and key.type is bool and not (queue and queue[0].lower() in ("true", "false")):
+    if key is not None and key.type is bool and not (queue and queue[0].lower() in ("true", "false", *key.words)):
         yield "true"
         return
     several = greedy and key is not None and key.many
@@ -243,7 +243,6 @@ def check(
         return None
     read = given.where == COMMAND_LINE
     values = [_from_text(key, one) if read else one for one in (given.value if key.many else [given.value])]
-    values = [_as_choice(key, value) for value in values]
     for value in values:
         wrong = value_problem(key, value)
         if wrong is not None:
@@ -273,13 +272,6 @@ def _from_text(key: Key, text: str) -> Any:
         except ValueError:
             return text
     return Path(text) if key.type is Path and text else text
-
-
-def _as_choice(key: Key, value: Any) -> Any:
-    """Returns the name of a boolean if the key has names for both, such as `auto, True, False`."""
-    if key.choices is None or "True" not in key.choices:
-        return value
-    return str(_BOOLEANS.get(str(value).lower(), value))
 
 
 def _keys(kind: type) -> dict[str, Key]:

@@ -231,7 +231,7 @@ class SystemConfig(_Section):
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
-    cuda_graph: Literal["auto", "True", "False"] = "auto"
+    cuda_graph: bool | Literal["auto"] = "auto"
     """Record the launches of a step as CUDA graphs and replay them. auto: where launching takes longer than the GPU."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""

@@ -115,16 +115,16 @@ def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[st
         DeviceError: they were asked for, and this run cannot use them.
     """
     asked = engine.config.system.cuda_graph
-    if asked == "False":
+    if asked is False:
         return "off"
     problem = graph_problem(engine.config, engine.process.device.type)
-    if problem is not None and asked == "True":
+    if problem is not None and asked is True:
         raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
     if problem is None and asked == "auto" and (micro_batch_ms is None or micro_batch_ms > GRAPHS_PAY_MS):
         problem = f"they pay in micro-batches of at most {GRAPHS_PAY_MS:g} ms"
     if problem is not None:
         return f"off: {problem}"
-    engine.graphs = CudaGraphs(engine.weights, must=asked == "True", warn=warn)
+    engine.graphs = CudaGraphs(engine.weights, must=asked is True, warn=warn)
     return "on"
 
 

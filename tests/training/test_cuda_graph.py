@@ -13,7 +13,7 @@ from gptperf import checkpoint
 from gptperf.config import command_line
 from gptperf.data.prepare import prepare
 from gptperf.distributed.process import Process
-from gptperf.errors import DeviceError
+from gptperf.errors import ConfigError, DeviceError
 from gptperf.training import trainer
 from gptperf.training.engine import Engine, build_engine, compile_engine, open_graphs
 from gptperf.training.saved_state import TrainState, restore, snapshot
@@ -205,11 +205,13 @@ def test_a_run_that_cannot_use_them_says_why(flags: list[str], reason: str) -> N
             assert engine.graphs is None
 
 
-@pytest.mark.parametrize(("given", "wanted"), [("true", "True"), ("False", "False"), ("auto", "auto"), (None, "auto")])
-def test_the_key_takes_booleans_too(given: str | None, wanted: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("given", "wanted"), [("true", True), ("False", False), ("auto", "auto"), (None, "auto")])
+def test_the_key_is_a_boolean_or_auto(given: str | None, wanted: bool | str, tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     quoted = f'"{given}"' if given == "auto" else str(given).lower()
     file.write_text("[system]\n" + (f"cuda_graph = {quoted}\n" if given else ""))
     assert command_line.resolve([str(file)]).config.system.cuda_graph == wanted
     flags = [f"--cuda_graph={given}"] if given else []
     assert command_line.resolve(flags).config.system.cuda_graph == wanted
+    with pytest.raises(ConfigError, match="found 'maybe', wanted auto, true or false"):
+        command_line.resolve(["--cuda_graph=maybe"])
