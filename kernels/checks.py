@@ -6,9 +6,12 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_triton"]
+__all__ = ["ACTIVATIONS", "check_activation", "check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope"]
+__all__ += ["check_swiglu", "check_triton"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared")
+"""Names that the op `activation` takes."""
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -74,6 +77,19 @@ def check_rope(
             _check_vector("rope", name, weight, qkv, torch.Size([D]))
 
 
+def check_activation(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Checks the arguments of activation.
+
+    Raises:
+        ValueError: the activation is unknown, or the weight or bias does not fit.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: found {name!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if x.dtype not in FLOATS or x.dim() == 0:
+        raise ValueError(f"activation: found x {_describe(x)}, wanted (..., F) in a floating-point dtype")
+    _check_down_projection("activation", x, x.shape[-1], weight, bias)
+
+
 def check_swiglu(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Checks the arguments of swiglu.
 
@@ -85,15 +101,7 @@ def check_swiglu(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     width = gate_up.shape[-1]
     if width % 2:
         raise ValueError(f"swiglu: found a last dimension of {width}, wanted an even one; nearest: {width + 1}")
-    if weight is None:
-        if bias is not None:
-            raise ValueError("swiglu: found a bias without a weight, wanted both, a weight alone or neither")
-        return
-    wanted = f"{gate_up.dtype} on {gate_up.device}"
-    if weight.dim() != 2 or weight.shape[1] != width // 2 or _does_not_match(weight, gate_up):
-        raise ValueError(f"swiglu: found weight {_describe(weight)}, wanted (C, {width // 2}) {wanted}")
-    if bias is not None and (bias.shape != weight.shape[:1] or _does_not_match(bias, gate_up)):
-        raise ValueError(f"swiglu: found bias {_describe(bias)}, wanted ({weight.shape[0]},) {wanted}")
+    _check_down_projection("swiglu", gate_up, width // 2, weight, bias)
 
 
 def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
@@ -171,6 +179,19 @@ def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Si
     if tensor.shape != shape or tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
         dtypes = str(x.dtype) if x.dtype == torch.float32 else f"{x.dtype} or torch.float32"
         raise ValueError(f"{op}: found {name} {_describe(tensor)}, wanted {tuple(shape)} {dtypes} on {x.device}")
+
+
+def _check_down_projection(op: str, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Checks the weight `(C, width)` and bias `(C,)` of a down projection, or that both are None."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{op}: found a bias without a weight, wanted both, a weight alone or neither")
+        return
+    wanted = f"{x.dtype} on {x.device}"
+    if weight.dim() != 2 or weight.shape[1] != width or _does_not_match(weight, x):
+        raise ValueError(f"{op}: found weight {_describe(weight)}, wanted (C, {width}) {wanted}")
+    if bias is not None and (bias.shape != weight.shape[:1] or _does_not_match(bias, x)):
+        raise ValueError(f"{op}: found bias {_describe(bias)}, wanted ({weight.shape[0]},) {wanted}")
 
 
 def _does_not_match(tensor: Tensor, x: Tensor) -> bool:

@@ -4,14 +4,45 @@ Statistics, rotations and the log-sum-exp are computed in float32 (in float64 fo
 dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptperf.kernels.checks import check_adamw, check_linear_cross_entropy, check_norm, check_rope, check_swiglu
+from gptperf.kernels.checks import (
+    check_activation,
+    check_adamw,
+    check_linear_cross_entropy,
+    check_norm,
+    check_rope,
+    check_swiglu,
+)
 from gptperf.kernels.linear import linear
 
-__all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
+__all__ = [
+    "ACTIVATIONS",
+    "activation",
+    "adamw",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "sum_shares",
+    "swiglu",
+]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as the released GPT-2: Hendrycks and Gimpel, 2016, section 2
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda x: F.relu(x).square(),  # So et al., 2021, Primer
+}
+"""Name -> function from a tensor of any shape to one like it."""
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -125,6 +156,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     one, two = pairs.unbind(-1 if interleaved else -2)
     rotated = (one * cos - two * sin, one * sin + two * cos)
     return torch.stack(rotated, -1 if interleaved else -2).flatten(-2).to(x.dtype)
+
+
+def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Applies an activation, and, with a weight, the down projection of the result.
+
+    Args:
+        x: `(..., F)`.
+        name: a key of `ACTIVATIONS`.
+        weight: `(C, F)`, the weight of the down projection, or None.
+        bias: `(C,)`, the bias of the down projection, or None.
+
+    Returns:
+        `(..., F)`, or `(..., C)` with a weight.
+
+    Raises:
+        ValueError: the activation is unknown, or the weight or bias does not fit.
+    """
+    check_activation(x, name, weight, bias)
+    y = ACTIVATIONS[name](x)
+    return y if weight is None else linear(y, weight, bias)
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

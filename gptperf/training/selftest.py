@@ -16,6 +16,7 @@ from torch import Tensor
 from gptperf import registry
 from gptperf.cards import FFN, Norm, PositionEncoding
 from gptperf.config import ModelConfig
+from gptperf.flops.model_cards import ffn_of
 from gptperf.kernels import reference
 from gptperf.ops import Ops
 
@@ -115,6 +116,11 @@ def _swiglu(inputs: _Inputs) -> tuple[Any, ...]:
     return inputs.normal(8, ROWS, 2 * F), inputs.normal(9, 16, F)
 
 
+def _activation(inputs: _Inputs) -> tuple[Any, ...]:
+    F = inputs.model.ffn_width
+    return inputs.normal(8, ROWS, F), inputs.model.activation, inputs.normal(9, 16, F)
+
+
 def _linear_cross_entropy(inputs: _Inputs) -> tuple[Any, ...]:
     V = inputs.model.padded_vocab_size
     targets = torch.linspace(0, V - 1, ROWS, device=inputs.device).long()
@@ -126,7 +132,7 @@ _NORMS: dict[str, Callable[[_Inputs, Tensor | None], tuple[Any, ...]]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
 }
-_OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "swiglu": _swiglu}
+_OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "activation": _activation, "swiglu": _swiglu}
 """Op that a card names -> its arguments."""
 
 
@@ -135,7 +141,7 @@ def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Itera
     inputs = _Inputs(model, device, dtype)
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
-    ffn: FFN | None = registry.card("ffn_type", model.ffn_type)
+    ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
     yield "adamw", lambda op: _updated(op, device, dtype)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):

@@ -218,7 +218,7 @@ def test_less_is_kept_the_more_is_recomputed() -> None:
 def main() -> int:
     ops._why_not_triton = lambda device_type: None
     memory._triton = lambda config: True
-    for name in ("norm", "rope", "swiglu", "linear_cross_entropy", "column_sum"):
+    for name in ("norm", "rope", "activation", "linear_cross_entropy", "column_sum"):
         # Memory is the same without the kernels; the interpreter would hold their tensors longer than a GPU does.
         importlib.import_module(f"gptperf.kernels.{name}").launch = lambda *_: None
     found = [check_kept(combination, mode) for combination in COMBINATIONS for mode in ("none", "full")]

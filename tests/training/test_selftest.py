@@ -37,7 +37,7 @@ def _broken(ops: Ops, *flags: str) -> dict[str, str]:
     [
         [],
         ["--qk_norm=True", "--rope_pairs=interleaved", "--n_kv_head=2"],
-        ["--normalization=layernorm", "--position_encoding=none", "--ffn_type=standard"],
+        ["--normalization=layernorm", "--position_encoding=none", "--ffn_type=standard", "--activation=relu_squared"],
         ["--normalization=layernorm_nobias"],
     ],
 )
