@@ -6,10 +6,20 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "check_activation", "check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope"]
+__all__ = [
+    "ACTIVATIONS",
+    "SEED_NUMEL",
+    "check_activation",
+    "check_adamw",
+    "check_linear_cross_entropy",
+    "check_norm",
+    "check_rope",
+]
 __all__ += ["check_swiglu", "check_triton"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SEED_NUMEL = 64
+"""Elements that share a seed in adamw."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared")
 """Names that the op `activation` takes."""
 
@@ -131,17 +141,25 @@ def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignor
 
 
 def check_adamw(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, compute: Tensor | None, scalars: Tensor
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    compute: Tensor | None,
+    scalars: Tensor,
+    seeds: Tensor | None,
 ) -> None:
     """Checks the arguments of adamw.
 
     Raises:
         ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
     """
+    moment = exp_avg.dtype if exp_avg.dtype == torch.bfloat16 else torch.float32
     named = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    wanted = f"{tuple(master.shape)} torch.float32 on {master.device}, contiguous"
     for name, tensor in named.items():
-        if tensor.dtype != torch.float32 or not _is_laid_out_like(tensor, master):
+        dtype = moment if name.startswith("exp") else torch.float32
+        wanted = f"{tuple(master.shape)} {dtype} on {master.device}, contiguous"
+        if tensor.dtype != dtype or not _is_laid_out_like(tensor, master):
             raise ValueError(f"adamw: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
     if compute is not None and not _is_laid_out_like(compute, master):
         wanted = f"{tuple(master.shape)} on {master.device}, contiguous"
@@ -150,6 +168,17 @@ def check_adamw(
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted (6,) torch.float32, contiguous")
     if scalars.device != master.device:
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted them on {master.device}")
+    if moment == torch.float32:
+        if seeds is not None:
+            raise ValueError("adamw: found seeds with moments in float32, wanted None")
+        return
+    shape = (-(-master.numel() // SEED_NUMEL),)
+    wanted = f"{shape} torch.int32 on {master.device}, contiguous, because the moments are bfloat16"
+    if seeds is None:
+        raise ValueError(f"adamw: found no seeds, wanted {wanted}")
+    of_int32 = seeds.dtype == torch.int32 and seeds.is_contiguous() and seeds.device == master.device
+    if seeds.shape != shape or not of_int32:
+        raise ValueError(f"adamw: found seeds {_describe(seeds)}, wanted {wanted}")
 
 
 def check_triton(op: str, x: Tensor) -> None:

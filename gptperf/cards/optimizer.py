@@ -12,11 +12,13 @@ class Optimizer:
     """An optimizer that updates float32 master weights in one pass."""
 
     states: int
-    """Number of float32 state tensors, each with the size of the weights."""
+    """Number of state tensors, each with the size of the weights."""
+    element_bytes: int = FP32_BYTES
+    """Bytes of an element of a state."""
 
     def state_bytes(self, parameters: int) -> int:
         """Returns the bytes of the states of this number of parameters."""
-        return FP32_BYTES * self.states * parameters
+        return self.element_bytes * self.states * parameters
 
     def update_bytes(self, copy_bytes: int) -> int:
         """Returns the bytes that one update moves per parameter.
@@ -27,8 +29,7 @@ class Optimizer:
         Args:
             copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
         """
-        read, written = 2 + self.states, 1 + self.states
-        return FP32_BYTES * (read + written) + copy_bytes
+        return FP32_BYTES * 3 + self.element_bytes * 2 * self.states + copy_bytes
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adamw": Optimizer(states=2)}

@@ -185,6 +185,8 @@ class OptimizerConfig(_Section):
     """Decay rate of AdamW's second moment."""
     adam_eps: Annotated[float, Range(0, exclude_low=True)] = 1e-8
     """Epsilon of AdamW."""
+    optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's moments. bfloat16 saves 4 bytes a parameter, and is rounded up or down at random."""
     grad_clip: Annotated[float, Range(0)] = 1.0
     """Maximum global norm of the gradients; 0 disables clipping."""
 

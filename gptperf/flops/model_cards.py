@@ -6,7 +6,17 @@ The caller makes sure that each component has a card (`registry.no_card`).
 from dataclasses import replace
 
 from gptperf import registry
-from gptperf.cards import FFN, OPTIMIZERS, Activation, AttentionBackend, Block, Norm, Optimizer, PositionEncoding
+from gptperf.cards import (
+    FFN,
+    OPTIMIZERS,
+    Activation,
+    AttentionBackend,
+    Block,
+    Norm,
+    Optimizer,
+    PositionEncoding,
+    element_bytes,
+)
 from gptperf.config import ModelConfig, OptimizerConfig
 
 __all__ = ["attention_of", "block_of", "ffn_of", "norm_of", "optimizer_of", "position_of"]
@@ -47,4 +57,4 @@ def ffn_of(model: ModelConfig) -> FFN:
 
 def optimizer_of(optimizer: OptimizerConfig) -> Optimizer:
     """Returns the card of the optimizer. There is one so far; a choice in the configuration is looked up here."""
-    return OPTIMIZERS["adamw"]
+    return replace(OPTIMIZERS["adamw"], element_bytes=element_bytes(optimizer.optimizer_state_dtype))

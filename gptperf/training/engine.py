@@ -61,14 +61,15 @@ def build_engine(config: Config, process: Process) -> Engine:
     of the model into buckets, which the optimizer then reads.
     """
     dtype = build.DTYPES[config.system.compute_dtype]
+    moments = build.DTYPES[config.optimizer.optimizer_state_dtype]
     ops = resolve_ops(config.system.kernels, process.device.type)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype))
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
     weights = make_weights(model, config.system, process, single)
-    optimizer = make_optimizer(weights.buckets, config.optimizer, ops)
+    optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
     skipped = torch.zeros((), device=process.device)

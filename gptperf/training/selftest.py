@@ -30,7 +30,9 @@ TOLERANCE = 0.05
 wrong kernel."""
 
 
-def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def broken_ops(
+    ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype = torch.float32
+) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
 
     Args:
@@ -38,6 +40,7 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
         model: sizes and components.
         device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
+        moments: dtype of AdamW's moments.
 
     Returns:
         Op name -> what went wrong; empty if every op works.
@@ -50,7 +53,7 @@ def broken_ops(ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.
     # at fault, so that error is raised.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
-    for op, run in _runs(model, device, dtype):
+    for op, run in _runs(model, device, dtype, moments):
         if ops.chosen[op] != "triton" or op in found:
             continue
         try:
@@ -136,13 +139,15 @@ _OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "acti
 """Op that a card names -> its arguments."""
 
 
-def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
+def _runs(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype
+) -> Iterator[tuple[str, _Run]]:
     """Yields every op that the model calls, as named by the cards of its components, with a function that runs it."""
     inputs = _Inputs(model, device, dtype)
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
     ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
-    yield "adamw", lambda op: _updated(op, device, dtype)
+    yield "adamw", lambda op: _updated(op, device, dtype, moments)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
             yield norm.op, partial(_differentiated, arguments=_NORMS[norm.op](inputs, residual))
@@ -163,12 +168,14 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
     return [x.detach() for x in (*outputs, *gradients)]
 
 
-def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _updated(function: _Op, device: torch.device, dtype: torch.dtype, moments: torch.dtype) -> list[Tensor]:
     """Returns the weights, moments and copy after one update of AdamW."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
-    function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
+    exp_avg, exp_avg_sq = exp_avg.to(moments), exp_avg_sq.to(moments)
+    seeds = torch.arange(ROWS, dtype=torch.int32, device=device) if moments == torch.bfloat16 else None
+    function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1, seeds)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from gptperf import cards, registry
 from gptperf.config import ModelConfig, OptimizerConfig
 from gptperf.distributed.replicated import Replicated
-from gptperf.flops.model_cards import ffn_of
+from gptperf.flops.model_cards import ffn_of, optimizer_of
 from gptperf.model import GPT
 from gptperf.model.attention import Attention
 from gptperf.ops import OPS, resolve_ops
@@ -165,12 +165,16 @@ def test_pytorch_runs_the_activation_of_a_plugin(monkeypatch: pytest.MonkeyPatch
         assert (card.kept(17, "triton"), card.moved(17), card.backward_peak(17)) == (34, (34, 51), 17)
 
 
-def test_states_of_adamw() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_adamw(dtype: str) -> None:
     weights = Replicated(GPT(ModelConfig(**SIZES)), torch.bfloat16)
-    optimizer = AdamW(weights.buckets, OptimizerConfig(), lambda *_: None)
+    config = OptimizerConfig(optimizer_state_dtype=dtype)
+    optimizer = AdamW(weights.buckets, config, lambda *_: None, weights.pieces_of)
     held = sum(x.nbytes for bucket in weights.buckets for x in optimizer.states(bucket).values())
     masters = sum(bucket.master.numel() for bucket in weights.buckets)
-    assert cards.OPTIMIZERS["adamw"].state_bytes(masters) == held
+    assert optimizer_of(config).state_bytes(masters) == held
+    # Gradient, weight and both moments are read, the last three and a copy in 2 bytes written.
+    assert optimizer_of(config).update_bytes(2) == {"float32": 30, "bfloat16": 22}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -218,13 +218,15 @@ def cross_entropy_case(V: int, dtype: torch.dtype) -> Case:
     return Case(f"linear_cross_entropy {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
 
 
-def adamw_case(n: int, dtype: torch.dtype | None) -> Case:
+def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -> Case:
     def call() -> None:
-        master = torch.empty(n)
+        master, moment = torch.empty(n), torch.empty(n, dtype=moments)
         compute = None if dtype is None else torch.empty(n, dtype=dtype)
-        torch.ops.gptperf.adamw(master, master, master, master, compute, torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
+        seeds = None if moments == FULL else torch.empty(-(-n // 64), dtype=torch.int32)
+        numbers = (torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
+        torch.ops.gptperf.adamw(master, master, moment, moment, compute, *numbers, seeds)
 
-    return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'}", call)
+    return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'} moments {SHORT[moments]}", call)
 
 
 def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
@@ -242,6 +244,7 @@ def cases(capability: int) -> Iterator[Case]:
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
+    yield adamw_case(1 << 20, half, BRAIN)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 

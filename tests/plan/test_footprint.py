@@ -105,14 +105,16 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
-def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
+def test_states_are_what_the_buckets_hold(preset: str, dtype: str, moments: str) -> None:
     """But for the gaps between parameters, which begin at multiples of 64 elements."""
-    config = config_of(f"--arch_preset={preset}", f"--dtype={dtype}", "--vocab_size=4096", "--n_embd=256")
+    flags = (f"--dtype={dtype}", f"--optimizer_state_dtype={moments}", "--vocab_size=4096", "--n_embd=256")
+    config = config_of(f"--arch_preset={preset}", *flags)
     model = GPT(config.model)
     weights = Replicated(model, getattr(torch, dtype))
-    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
+    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None, weights.pieces_of)
     tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
     tensors += [x for bucket in weights.buckets for x in optimizer.states(bucket).values()]
     held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

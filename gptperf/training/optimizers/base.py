@@ -44,7 +44,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def states(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Returns the optimizer states of a bucket by name, each float32 of the shape of `bucket.master`."""
+        """Returns the optimizer states of a bucket by name, each of the shape of `bucket.master`."""
 
     @abstractmethod
     def step(self) -> None:
