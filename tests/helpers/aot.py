@@ -272,7 +272,7 @@ def every_case() -> Iterator[Case]:
     yield rope_case((16, 16, 128), BRAIN, BRAIN, False, T=1)
     for dtype in (BRAIN, HALF, FULL):
         yield from (activation_case("swiglu", F, dtype) for F in (2048, 5632, 14336))
-        yield from (activation_case(name, 2048, dtype) for name in ACTIVATIONS)
+        yield from (activation_case(name, 2048, dtype) for name in (ACTIVATIONS if dtype == BRAIN else ("gelu",)))
         yield from (cross_entropy_case(V, dtype) for V in (257, 32000, 50257, 50304, 128256))
 
 

@@ -42,7 +42,9 @@ class AdamW(Optimizer):
         self._seeds: dict[Bucket, Tensor] = {}
         if dtype == torch.bfloat16:
             assert pieces_of is not None
-            self._seeds = {bucket: _seeds(bucket, pieces_of) for bucket in self.buckets}
+            self._seeds = {
+                bucket: _seeds(bucket, pieces_of) for bucket in self.buckets if "exp_avg" in self._states[bucket]
+            }
 
     def states(self, bucket: Bucket) -> dict[str, Tensor]:
         return self._states[bucket]
