@@ -259,7 +259,7 @@ def adamw(
     Source: Loshchilov and Hutter, 2019, algorithm 2.
     """
     check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, seeds)
-    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
+    lr, t, _, _, divisor, skip = scalars.unbind()
     if seeds is None and not torch.compiler.is_compiling():  # PyTorch's kernel; torch.compile makes one of the formula
         torch._fused_adamw_(
             [master],
@@ -279,19 +279,36 @@ def adamw(
             found_inf=(skip != 0).float(),
         )
     else:
-        keep = skip == 0
-        g = grad / divisor
-        m = torch.lerp(exp_avg.float(), g, 1 - beta1)
-        v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
-        w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
-        if seeds is not None:
-            random = _random_bits(seeds, t).flatten()[: m.numel()].view(m.shape)
-            m, v = _round_to_bfloat16(m, random & 0xFFFF), _round_to_bfloat16(v, (random >> 16) & 0xFFFF)
-        exp_avg.copy_(torch.where(keep, m, exp_avg))
-        exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
-        master.copy_(torch.where(keep, w, master))
+        _adamw(master, grad, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, weight_decay, seeds)
     if compute is not None:
         compute.copy_(master)
+
+
+def _adamw(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seeds: Tensor | None,
+) -> None:
+    """Does the update by its formula."""
+    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
+    keep = skip == 0
+    g = grad / divisor
+    m = torch.lerp(exp_avg.float(), g, 1 - beta1)
+    v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
+    w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
+    if seeds is not None:
+        random = _random_bits(seeds, t).flatten()[: m.numel()].view(m.shape)
+        m, v = _round_to_bfloat16(m, random & 0xFFFF), _round_to_bfloat16(v, (random >> 16) & 0xFFFF)
+    exp_avg.copy_(torch.where(keep, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
+    master.copy_(torch.where(keep, w, master))
 
 
 def _mix(h: Tensor) -> Tensor:
