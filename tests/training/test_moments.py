@@ -1,4 +1,4 @@
-"""AdamW with moments in bfloat16: small changes add up, any layout draws the same random bits, the loss falls as usual."""
+"""AdamW with moments in bfloat16: small changes add up, any layout draws the same bits, the loss falls as usual."""
 
 import math
 
