@@ -5,7 +5,7 @@ import platform
 import torch
 
 from gptperf import __version__, flops
-from gptperf.config import Config
+from gptperf.config import Config, ModelConfig
 from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
@@ -23,7 +23,7 @@ from gptperf.training.engine import Engine
 
 __all__ = ["startup_info"]
 
-_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
+_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm", "rope_scaling")
 
 
 def startup_info(
@@ -49,7 +49,7 @@ def startup_info(
         "kv_heads": model.kv_heads,
         "block_size": model.block_size,
         "vocab_size": model.padded_vocab_size,
-        "components": {key: getattr(model, key) for key in _COMPONENTS} | {"ffn_width": model.ffn_width},
+        "components": {key: getattr(model, key) for key in _COMPONENTS} | _derived(model),
         "kernels": engine.ops.chosen,
         "kernel_reasons": engine.ops.reasons,
         "batch_size": train.batch_size,
@@ -72,7 +72,6 @@ def startup_info(
         "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "notes": [*config.notes(), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
     }
-    info["components"]["activation"] = model.applied_activation
     uncountable = flops.uncountable_flops(model)
     if uncountable is not None:
         info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
@@ -82,6 +81,12 @@ def startup_info(
     info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
+
+
+def _derived(model: ModelConfig) -> dict[str, object]:
+    """Returns the properties of a model that follow from several keys, or from one that has no default."""
+    names = ("attention_biases", "head_width", "ffn_width")
+    return {name: getattr(model, name) for name in names} | {"activation": model.applied_activation}
 
 
 def _parallelism(config: Config, collectives: Collectives) -> str:
