@@ -25,7 +25,7 @@ def _backward(model: GPT, weights: Replicated, tokens: Tensor, targets: Tensor) 
     loss = model(tokens, targets)
     loss.backward()
     weights.finish_gradients()
-    return float(loss)
+    return loss.item()
 
 
 def test_small_changes_of_a_moment_in_bfloat16_add_up() -> None:
