@@ -172,6 +172,8 @@ class OptimizerConfig(_Section):
     """Divide each row of Muon's update by the root of its mean square, averaged with beta2 (NorMuon)."""
     cautious_weight_decay: bool = False
     """Muon decays only the weights that its update moves towards zero."""
+    optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's moments. bfloat16 saves 4 bytes a parameter, and is rounded up or down at random."""
     grad_clip: Annotated[float, Range(0)] = 1.0
     """Maximum global norm of the gradients; 0 disables clipping."""
 
@@ -223,6 +225,8 @@ class SystemConfig(_Section):
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Record the launches of a step as CUDA graphs and replay them. auto: where launching takes longer than the GPU."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"

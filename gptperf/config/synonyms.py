@@ -65,6 +65,7 @@ _KEYS = {
     "beta1": "adam_beta1 b1 momentum betas",
     "beta2": "adam_beta2 b2",
     "adam_eps": "eps epsilon adam_epsilon",
+    "optimizer_state_dtype": "state_dtype moment_dtype moments_dtype optim_dtype optimizer_dtype adam_dtype optim_bits",
     "grad_clip": "clip clip_grad max_norm max_grad_norm gradient_clipping gradient_clip grad_norm_clip "
     "grad_clip_norm clip_grad_norm gradient_clip_val",
     "batch_size": "bs mbs batch micro_batch micro_batch_size local_batch_size device_batch_size train_batch_size "

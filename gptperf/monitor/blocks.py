@@ -103,7 +103,7 @@ def _hardware(info: Mapping[str, Any]) -> list[str]:
     if info.get("memory_gb") is not None:
         lines.append(_row("Memory per GPU", byte_text(1e9 * info["memory_gb"])))
     labels = {"dtype": "Precision", "parallelism": "Parallelism", "attention_backend": "Attention"}
-    lines += _rows(info, labels | {"compile": "torch.compile"})
+    lines += _rows(info, labels | {"compile": "torch.compile", "cuda_graph": "CUDA graphs"})
     if info.get("versions"):
         lines.append(_row("Versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items())))
     return lines

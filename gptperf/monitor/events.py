@@ -86,6 +86,8 @@ class StartupInfo(TypedDict, total=False):
     """Backend of the attention, with details of its choice."""
     compile: str
     """model, block, or off with the reason."""
+    cuda_graph: str
+    """on, or off with the reason."""
     versions: dict[str, str]
     """Versions of gptperf, torch and python."""
     hardware_peak_tflops: float

@@ -1,6 +1,6 @@
 """Builds the objects that a training step works on: model, weights, optimizer, and their helpers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
 from gptperf.training import build, selftest
+from gptperf.training.cuda_graph import GRAPHS_PAY_MS, CudaGraphs, graph_problem
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
 
-__all__ = ["Engine", "build_engine", "compile_engine", "make_weights"]
+__all__ = ["Engine", "build_engine", "compile_engine", "make_weights", "open_graphs"]
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Engine:
     monitor: GradientMonitor
     skipped: Tensor
     """Number of steps skipped because the gradients were not finite, a float32 scalar on the device."""
+    graphs: CudaGraphs | None = None
+    """CUDA graphs of the parts of a step; None where kernels are launched one by one."""
 
     @property
     def micro_batches(self) -> int:
@@ -59,15 +62,15 @@ def build_engine(config: Config, process: Process) -> Engine:
     of the model into buckets, which the optimizer then reads.
     """
     dtype = build.DTYPES[config.system.compute_dtype]
-    unused = () if config.optimizer.optimizer == "muon" else ("symmetric_matmul",)
-    ops = resolve_ops(config.system.kernels, process.device.type, unused)
-    whole = config.optimizer.optimizer == "muon"
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, muon=whole))
+    moments = build.DTYPES[config.optimizer.optimizer_state_dtype]
+    muon = config.optimizer.optimizer == "muon"
+    ops = resolve_ops(config.system.kernels, process.device.type, () if muon else ("symmetric_matmul",))
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments, muon=muon))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
-    weights = make_weights(model, config.system, process, single, packed_rows(model) if whole else None)
+    weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
@@ -112,6 +115,34 @@ def make_weights(
         announces = not (system.compile and system.compile_scope == "model")
         return Sharded(*where, single=single, packed=packed, announces=announces)
     return Replicated(*where, single=single, packed=packed)
+
+
+def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[str], object]) -> str:
+    """Makes the CUDA graphs of the engine, if the configuration asks for them or if they make this run faster.
+
+    Args:
+        engine: the engine, compiled.
+        micro_batch_ms: planned milliseconds of a micro-batch on the GPU, or None if they are not known.
+        warn: called if a graph cannot be recorded later.
+
+    Returns:
+        "on", or "off" with the reason, for the log.
+
+    Raises:
+        DeviceError: they were asked for, and this run cannot use them.
+    """
+    asked = engine.config.system.cuda_graph
+    if asked is False:
+        return "off"
+    problem = graph_problem(engine.config, engine.process.device.type)
+    if problem is not None and asked is True:
+        raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
+    if problem is None and asked == "auto" and (micro_batch_ms is None or micro_batch_ms > GRAPHS_PAY_MS):
+        problem = f"they pay in micro-batches of at most {GRAPHS_PAY_MS:g} ms"
+    if problem is not None:
+        return f"off: {problem}"
+    engine.graphs = CudaGraphs(engine.weights, must=asked is True, warn=warn)
+    return "on"
 
 
 def compile_engine(engine: Engine, *, must: bool = False) -> str:

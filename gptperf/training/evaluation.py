@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gptperf.model import GPT
 from gptperf.model.generate import generate
 from gptperf.tasks import Scores, TaskRequests, task_scores
 from gptperf.tasks.likelihood import likelihoods
+from gptperf.training.cuda_graph import CudaGraphs
 from gptperf.training.engine import Engine
 from gptperf.training.stopping import Dropped
 
@@ -47,7 +49,9 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     """
     keys = validation_keys(engine.config, engine.process)
     sharded = engine.config.system.use_fsdp
-    return mean_loss(engine.model, val_tokens, keys, engine.process, engine.autocast, drops, sharded=sharded)
+    replay = None if engine.graphs is None or engine.weights.is_sharded else partial(_replayed, engine, engine.graphs)
+    arguments = (engine.model, val_tokens, keys, engine.process, engine.autocast, drops)
+    return mean_loss(*arguments, sharded=sharded, replay=replay)
 
 
 @torch.no_grad()
@@ -60,6 +64,7 @@ def mean_loss(
     drops: Callable[[], bool] | None = None,
     *,
     sharded: bool = False,
+    replay: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Returns the mean loss of a model over fixed batches, and leaves the model in its mode. See `evaluate`.
 
@@ -71,6 +76,7 @@ def mean_loss(
         autocast: returns the context in which the model computes.
         drops: see `evaluate`.
         sharded: whether a forward pass gathers the weights from all ranks.
+        replay: computes the loss of a batch with all of its rows, if a CUDA graph does so.
     """
     keys, training = dict(keys), model.training
     batches = validation_batches(source, **keys)
@@ -88,9 +94,12 @@ def mean_loss(
         if 0 < i < common and drops is not None and drops():
             model.train(training)
             raise Dropped
-        inputs, targets = batch.to(process.device, non_blocking=True)
-        with autocast():
-            loss = model(inputs, targets)
+        if replay is not None and batch.shape[1] == keys["batch_size"]:  # the last batch may have fewer rows
+            loss = replay(batch)
+        else:
+            inputs, targets = batch.to(process.device, non_blocking=True)
+            with autocast():
+                loss = model(inputs, targets)
         sums[0] += loss.double() * rows
         sums[1] += rows
         process.progress.end_part()
@@ -98,6 +107,17 @@ def mean_loss(
     process.progress.part = after  # the same on every rank, as `drops` needs it
     total, all_rows = process.mean(sums).tolist()
     return total / all_rows
+
+
+def _replayed(engine: Engine, graphs: CudaGraphs, batch: Tensor) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, a float32 scalar, by the CUDA graph of an evaluation."""
+    static = graphs.static(batch)
+
+    def forward() -> Tensor:
+        with engine.autocast():
+            return engine.model(static[0], static[1])
+
+    return graphs.run("evaluation", forward)
 
 
 def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:

@@ -25,7 +25,7 @@ WIDE = 0.7
 LOADS_WIDE = {
     "norm._norm_forward_kernel",
     "rope._rope_forward_kernel",
-    "swiglu._swiglu_forward_kernel",
+    "activation._activation_forward_kernel",
     "linear_cross_entropy._cross_entropy_kernel",
 }
 STORES_WIDE = LOADS_WIDE - {"linear_cross_entropy._cross_entropy_kernel"}  # without a gradient it stores the loss alone

@@ -125,14 +125,16 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
-def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
+def test_states_are_what_the_buckets_hold(preset: str, dtype: str, moments: str) -> None:
     """But for the gaps between parameters, which begin at multiples of 64 elements."""
-    config = config_of(f"--arch_preset={preset}", f"--dtype={dtype}", "--vocab_size=4096", "--n_embd=256")
+    flags = (f"--dtype={dtype}", f"--optimizer_state_dtype={moments}", "--vocab_size=4096", "--n_embd=256")
+    config = config_of(f"--arch_preset={preset}", *flags)
     model = GPT(config.model)
     weights = Replicated(model, getattr(torch, dtype))
-    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
+    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None, weights.pieces_of)
     tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
     tensors += [x for bucket in weights.buckets for x in optimizer.states(bucket).values()]
     held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
@@ -260,7 +262,7 @@ def test_less_is_kept_the_more_is_recomputed() -> None:
 def main() -> int:
     ops._why_not_triton = lambda *_: None
     memory._triton = lambda config: True
-    for name in ("norm", "rope", "swiglu", "linear_cross_entropy", "column_sum"):
+    for name in ("norm", "rope", "activation", "linear_cross_entropy", "column_sum"):
         # Memory is the same without the kernels; the interpreter would hold their tensors longer than a GPU does.
         importlib.import_module(f"gptperf.kernels.{name}").launch = lambda *_: None
     found = [check_kept(combination, mode) for combination in COMBINATIONS for mode in ("none", "full")]

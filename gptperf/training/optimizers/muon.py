@@ -159,7 +159,7 @@ class Muon(AdamW):
         self._own = _batches(self._hidden, lambda bucket: weights.matrices(bucket, own=True))
         self._held = _batches(self._hidden, weights.matrices)
         self._momentum, self._apply = _momentum, _apply
-        super().__init__(weights.buckets, config, ops.adamw)
+        super().__init__(weights.buckets, config, ops.adamw, weights.pieces_of)
 
     def _new_states(self, bucket: Bucket) -> dict[str, Tensor]:
         if bucket.group is not BucketGroup.HIDDEN:
