@@ -21,6 +21,8 @@ OPS = {
     "activation": "gptperf.kernels.activation",
     "swiglu": "gptperf.kernels.activation",
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
+    "decode_attention": "gptperf.kernels.decode_attention",
+    "draw": "gptperf.kernels.draw",
     "adamw": "gptperf.kernels.adamw",
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
 }
@@ -45,6 +47,8 @@ class Ops:
     activation: Callable[..., Any]
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    decode_attention: Callable[..., Any]
+    draw: Callable[..., Any]
     adamw: Callable[..., None]
     symmetric_matmul: Callable[..., Any]
     chosen: dict[str, str]

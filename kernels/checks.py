@@ -6,8 +6,9 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "SEED_NUMEL", "check_activation", "check_adamw", "check_linear_cross_entropy", "check_norm"]
-__all__ += ["check_rope", "check_swiglu", "check_symmetric_matmul", "check_triton"]
+__all__ = ["ACTIVATIONS", "SEED_NUMEL", "check_activation", "check_adamw", "check_decode_attention", "check_draw"]
+__all__ += ["check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_symmetric_matmul"]
+__all__ += ["check_triton"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SEED_NUMEL = 64
@@ -190,6 +191,62 @@ def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> N
         if tensor.shape != shape or not same or not tensor.is_contiguous():
             wanted = f"{shape} {x.dtype} on {x.device}, contiguous"
             raise ValueError(f"{op}: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
+
+
+def check_decode_attention(
+    qkv: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+) -> None:
+    """Checks the arguments of decode_attention. The values of positions are not checked.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    op = "decode_attention"
+    if qkv.dtype not in FLOATS or qkv.dim() != 3 or qkv.shape[1] != 1:
+        raise ValueError(f"{op}: found qkv {_describe(qkv)}, wanted (B, 1, (H + 2 K) D) in a floating-point dtype")
+    for name, cache in (("keys", keys), ("values", values)):
+        fits = cache.dim() == 4 and cache.shape == keys.shape and cache.shape[0] == qkv.shape[0]
+        if not fits or cache.dtype != qkv.dtype or cache.device != qkv.device or not cache.is_contiguous():
+            wanted = f"({qkv.shape[0]}, S, K, D) {qkv.dtype} on {qkv.device}, contiguous"
+            raise ValueError(f"{op}: found {name} {_describe(cache)} with strides {cache.stride()}, wanted {wanted}")
+    if positions.shape != qkv.shape[:1] or positions.dtype != torch.int64 or positions.device != qkv.device:
+        wanted = f"({qkv.shape[0]},) torch.int64 on {qkv.device}"
+        raise ValueError(f"{op}: found positions {_describe(positions)}, wanted {wanted}")
+    K, D = keys.shape[2:]
+    heads, rest = divmod(qkv.shape[2], D)
+    if rest or heads <= 2 * K or heads % K:
+        raise ValueError(
+            f"{op}: found a projection of width {qkv.shape[2]}, wanted (H + 2 K) D with K = {K} and D = {D}, "
+            "and H a multiple of K"
+        )
+    if cos is not None and sin is not None:
+        check_rope(qkv, cos, sin, heads - 2 * K, K, q_weight, k_weight)
+    elif cos is not None or sin is not None:
+        raise ValueError(f"{op}: found only one of cos and sin, wanted both or neither")
+
+
+def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top_p: float) -> None:
+    """Checks the arguments of draw.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a number is out of range.
+    """
+    if logits.dtype not in FLOATS or logits.dim() != 2:
+        raise ValueError(f"draw: found logits {_describe(logits)}, wanted (B, V) in a floating-point dtype")
+    if uniform.shape != logits.shape[:1] or uniform.dtype != torch.float32 or uniform.device != logits.device:
+        wanted = f"({logits.shape[0]},) torch.float32 on {logits.device}"
+        raise ValueError(f"draw: found uniform {_describe(uniform)}, wanted {wanted}")
+    if not 1 <= vocab_size <= logits.shape[1]:
+        raise ValueError(f"draw: found vocab_size {vocab_size}, wanted 1 to {logits.shape[1]}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"draw: found top_k {top_k} and top_p {top_p}, wanted 0 or more, and above 0 up to 1")
 
 
 def check_triton(op: str, x: Tensor) -> None:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptperf.kernels.checks import (
-    SEED_NUMEL,
     check_activation,
-    check_adamw,
+    check_decode_attention,
+    check_draw,
     check_linear_cross_entropy,
     check_norm,
     check_rope,
@@ -22,9 +22,10 @@ from gptperf.kernels.checks import (
     check_symmetric_matmul,
 )
 from gptperf.kernels.linear import add_product, linear
+from gptperf.kernels.reference_adamw import adamw
 
-__all__ = ["ACTIVATIONS", "activation", "adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope"]
-__all__ += ["softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
+__all__ = ["ACTIVATIONS", "activation", "adamw", "decode_attention", "draw", "layer_norm", "linear_cross_entropy"]
+__all__ += ["rms_norm", "rope", "softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -228,109 +229,99 @@ def linear_cross_entropy(
     return (total / (targets != -100).sum().clamp(min=1)).masked_fill(bad.any(), torch.nan)
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    compute: Tensor | None,
-    scalars: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seeds: Tensor | None = None,
-) -> None:
-    """Does one AdamW update in place, and writes the copy of the weights that the model reads.
+def decode_attention(
+    qkv: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+    window: int = 0,
+) -> Tensor:
+    """Computes attention for one new token of each sequence, and adds its key and value to the cache.
 
     Args:
-        master: the master weights, float32, any shape; updated.
-        exp_avg, exp_avg_sq: both moments like master, float32 or bfloat16; updated. bfloat16 is rounded at random.
-        grad: like master, float32; may be overwritten.
-        compute: like master, in the compute dtype, overwritten with the rounded weights; or None.
-        scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, the divisor of the gradient, and a flag
-            that skips the update unless it is 0. t counts updates from 1.
-        beta1, beta2: decay rates of the moments.
-        eps: added to the square root of the second moment.
-        weight_decay: decay rate of the weights; it is multiplied by the learning rate.
-        seeds: `(P / 64,)` int32 with moments in bfloat16: a seed for each 64 of the P weights, the same at every step.
+        qkv: `(B, 1, (H + 2 K) D)`, the packed projection of the new tokens.
+        positions: `(B,)` int64, the position of each new token, 0..S-1.
+        keys, values: `(B, S, K, D)` in qkv's dtype, contiguous: the cache, written at `positions`.
+        cos, sin: `(T, D / 2)` float32, the tables of rope for the positions 0..T-1, or None without rope.
+        q_weight, k_weight, eps, interleaved: as for `rope`; QK-norm also works without rope.
+        window: a token attends to itself and to the window - 1 tokens before it; 0: to all before it.
+
+    Returns:
+        `(B, 1, H D)` in qkv's dtype.
 
     Raises:
-        ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
-
-    Source: Loshchilov and Hutter, 2019, algorithm 2.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, seeds)
-    lr, t, _, _, divisor, skip = scalars.unbind()
-    if seeds is None and not torch.compiler.is_compiling():  # PyTorch's kernel; torch.compile makes one of the formula
-        torch._fused_adamw_(
-            [master],
-            [grad],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [t.clone()],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-            found_inf=(skip != 0).float(),
-        )
+    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
+    B, S, K, D = keys.shape
+    H = qkv.shape[2] // D - 2 * K
+    if cos is not None and sin is not None:  # a token of each sequence, at positions of their own, as one sequence
+        rows, tables = qkv.transpose(0, 1), (cos[positions], sin[positions])
+        q, k, v = (x[0] for x in rope(rows, *tables, H, K, q_weight, k_weight, eps, interleaved))
     else:
-        _adamw(master, grad, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, weight_decay, seeds)
-    if compute is not None:
-        compute.copy_(master)
+        q, k, v = qkv.view(B, H + 2 * K, D).split([H, K, K], dim=1)
+        if q_weight is not None and k_weight is not None:
+            q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    batch = torch.arange(B, device=qkv.device)
+    keys[batch, positions], values[batch, positions] = k, v
+    if qkv.device.type == "cpu":  # elsewhere the host would wait for the device
+        S = int(positions.max()) + 1
+    place, position = torch.arange(S, device=qkv.device), positions[:, None]
+    seen = place <= position if window == 0 else (place <= position) & (place > position - window)
+    attended = (x[:, :S].transpose(1, 2) for x in (keys, values))
+    y = F.scaled_dot_product_attention(q[:, :, None], *attended, seen[:, None, None], enable_gqa=H != K)
+    return y.view(B, 1, H * D)
 
 
-def _adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seeds: Tensor | None,
-) -> None:
-    """Does the update by its formula."""
-    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
-    keep = skip == 0
-    g = grad / divisor
-    m = torch.lerp(exp_avg.float(), g, 1 - beta1)
-    v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
-    w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
-    if seeds is not None:
-        random = _random_bits(seeds, t).flatten()[: m.numel()].view(m.shape)
-        m, v = _round_to_bfloat16(m, random & 0xFFFF), _round_to_bfloat16(v, (random >> 16) & 0xFFFF)
-    exp_avg.copy_(torch.where(keep, m, exp_avg))
-    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
-    master.copy_(torch.where(keep, w, master))
+def draw(
+    logits: Tensor, uniform: Tensor, vocab_size: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Draws a token for each row of logits by inverting the distribution function at a given number.
 
+    The function adds up the probabilities of the tokens that may be drawn. With top_k or top_p the likeliest token
+    comes first, and of equally likely ones that with the lowest id; else tokens come in the order of their ids.
 
-def _mix(h: Tensor) -> Tensor:
-    """Returns a permutation of int32 in which every bit depends on all bits of h: the finalizer of MurmurHash3."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * (0x85EBCA6B - 2**32)
-    h = (h ^ ((h >> 13) & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
-    return h ^ ((h >> 16) & 0xFFFF)
+    Args:
+        logits: `(B, V)`.
+        uniform: `(B,)` float32, from 0 to below 1.
+        vocab_size: number of ids that may be drawn, 1..V.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: number of the likeliest tokens to draw from; 0 draws from all.
+        top_p: draws from the fewest of the likeliest tokens whose probabilities add up to this, above 0 and up to 1.
 
+    Returns:
+        The ids `(B,)` int64.
 
-def _random_bits(seeds: Tensor, t: Tensor) -> Tensor:
-    """Returns 32 random bits for each element, `(P / 64, 64)` int32: a hash of t, the seed and the place beside it."""
-    lane = torch.arange(SEED_NUMEL, dtype=torch.int32, device=seeds.device)
-    h = _mix(seeds ^ (t.to(torch.int32) * (0x9E3779B9 - 2**32)))
-    return _mix(h[:, None] + lane * (0x85EBCA77 - 2**32))
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
 
-
-def _round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
-    """Rounds float32 to values of bfloat16, up or down at random; `random` is an int32 from 0 to 2^16 - 1."""
-    bits = (x.view(torch.int32) + random) & -(2**16)
-    return torch.where(x.isnan(), x, bits.view(torch.float32))
+    Source: Fan et al., 2018 (top_k); Holtzman et al., 2020 (top_p).
+    """
+    check_draw(logits, uniform, vocab_size, top_k, top_p)
+    x = logits[:, :vocab_size].float()
+    if temperature == 0:
+        return x.argmax(-1)
+    ids = None
+    if 0 < top_k < vocab_size or top_p < 1:
+        bits = x.view(torch.int32).long()
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+        keys = (order << 32) + (0x7FFFFFFF - torch.arange(vocab_size, device=x.device))
+        ids = 0x7FFFFFFF - (keys.topk(min(top_k or vocab_size, vocab_size)).values & 0xFFFFFFFF)
+        x = x.gather(-1, ids)
+    # In float64, and with the maximum at 0, no temperature overflows.
+    weights = ((x - x.amax(-1, keepdim=True)).double() / temperature).exp()
+    sums = weights.cumsum(-1)
+    if top_p < 1:
+        weights = weights * (sums - weights < top_p * sums[:, -1:])
+        sums = weights.cumsum(-1)
+    place = (sums <= uniform.double()[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
 def symmetric_matmul(

@@ -1,0 +1,209 @@
+"""Attention of one new token of each sequence over its key-value cache; QK-norm and rope are in the same kernel.
+
+For a query head with key head k and the new token's position p, over the cached positions s < p and the token itself:
+
+    q, k_p = rope(norm(q)), rope(norm(k_p))   (each only where the model has it)
+    y = sum_s softmax(q k_s / sqrt(D)) v_s;   keys[p], values[p] = k_p, v_p
+
+The positions are on the device, and a program reads no more of the cache than its sequence has, so that a CUDA graph
+can be replayed while sequences grow. A program keeps the new key in registers, so none waits for another's write. Few
+sequences with few heads leave multiprocessors idle; then several programs share the keys of a head, and a second kernel
+joins their results in a fixed order. Softmax and sums are in float32; q, k and y are rounded once.
+
+Elements moved: 2 K D for each position that a sequence attends to.
+
+Eager reference: `gptperf.kernels.reference.decode_attention`. There is no backward.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptperf.kernels.checks import check_decode_attention, check_triton
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+
+__all__ = ["decode_attention"]
+
+PROGRAMS = 264
+"""Most programs among which the keys of a head are shared: two for each multiprocessor of an H200."""
+KEYS = 256
+"""Least capacity of the cache for each program that shares a head."""
+TILE = 16384
+"""Most elements of a tile of keys, which a program holds in registers."""
+
+
+def splits(heads: int, size: int) -> int:
+    """Returns how many programs share the keys of a head.
+
+    Args:
+        heads: B H, query heads of all sequences.
+        size: S, positions of the cache.
+    """
+    return max(1, min(ceil_div(size, KEYS), PROGRAMS // heads))
+
+
+@triton.jit
+def _head(
+    X, COS, SIN, WEIGHT, first, second, table, eps,
+    D: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Loads both halves of a head, normalises and rotates them, and rounds them to X's dtype; returns float32."""
+    a = tl.load(X + first, mask=first < D, other=0.0).to(tl.float32)
+    b = tl.load(X + second, mask=second < D, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=0) / D + eps)
+        a *= rstd * tl.load(WEIGHT + first, mask=first < D, other=0.0).to(tl.float32)
+        b *= rstd * tl.load(WEIGHT + second, mask=second < D, other=0.0).to(tl.float32)
+    if HAS_ROPE:
+        cos = tl.load(COS + table, mask=first < D, other=0.0)
+        sin = tl.load(SIN + table, mask=first < D, other=0.0)
+        a, b = a * cos - b * sin, b * cos + a * sin
+    return a.to(X.dtype.element_ty).to(tl.float32), b.to(X.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, eps, scale,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    kv = head // (H // K)
+    split = tl.program_id(1)
+    position = tl.load(POSITIONS + row)
+    half: tl.constexpr = (D + 1) // 2
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    first = tl.where(cols < half, cols * 2 if INTERLEAVED else cols, D)
+    second = tl.where(cols < half, cols * 2 + 1 if INTERLEAVED else cols + half, D)
+    whole = tl.arange(0, 2 * BLOCK_D).to(tl.int64)
+    token = QKV + row * ((H + 2 * K) * D)
+    table = position * half + cols
+    qa, qb = _head(token + head * D, COS, SIN, Q_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
+    ka, kb = _head(token + (H + kv) * D, COS, SIN, K_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
+    value = tl.load(token + (H + K + kv) * D + whole, mask=whole < D, other=0.0)
+    qa, qb = qa * scale, qb * scale
+    # The first program of a head begins with the new token; the others begin with nothing.
+    maximum = tl.where(split == 0, tl.sum(qa * ka + qb * kb, axis=0), float("-inf"))
+    total = tl.where(split == 0, 1.0, 0.0)
+    mean = tl.where(split == 0, value.to(tl.float32), 0.0)
+    begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else position * 0
+    share = tl.cdiv(position - begin, SPLITS)
+    low = begin + split * share
+    high = tl.minimum(low + share, position)
+    for start in range(low, high, BLOCK_S):
+        place = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        at = ((row * size + place) * K + kv)[:, None] * D
+        live = (place < high)[:, None]
+        a = tl.load(KEYS + at + first[None, :], mask=live & (first < D)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(KEYS + at + second[None, :], mask=live & (second < D)[None, :], other=0.0).to(tl.float32)
+        v = tl.load(VALUES + at + whole[None, :], mask=live & (whole < D)[None, :], other=0.0).to(tl.float32)
+        scores = tl.sum(a * qa[None, :] + b * qb[None, :], axis=1)
+        scores = tl.where(place < high, scores, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(scores, axis=0))
+        kept = tl.exp(maximum - higher)
+        weights = tl.exp(scores - higher)
+        total = total * kept + tl.sum(weights, axis=0)
+        mean = mean * kept + tl.sum(weights[:, None] * v, axis=0)
+        maximum = higher
+    if split == 0 and head % (H // K) == 0:
+        at = ((row * size + position) * K + kv) * D
+        tl.store(KEYS + at + first, ka.to(KEYS.dtype.element_ty), mask=(first < D) & (position < size))
+        tl.store(KEYS + at + second, kb.to(KEYS.dtype.element_ty), mask=(second < D) & (position < size))
+        tl.store(VALUES + at + whole, value, mask=(whole < D) & (position < size))
+    if SPLITS == 1:
+        tl.store(Y + (row * H + head) * D + whole, (mean / total).to(Y.dtype.element_ty), mask=whole < D)
+    else:
+        part = (row * H + head) * SPLITS + split
+        tl.store(PARTS + part * D + whole, mean, mask=whole < D)
+        tl.store(MAXIMA + part, maximum)
+        tl.store(SUMS + part, total)
+
+
+@triton.jit
+def _join_kernel(
+    PARTS, MAXIMA, SUMS, Y, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_P).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    maxima = tl.load(MAXIMA + head * SPLITS + part, mask=part < SPLITS, other=float("-inf"))
+    weights = tl.exp(maxima - tl.max(maxima, axis=0))
+    total = tl.sum(weights * tl.load(SUMS + head * SPLITS + part, mask=part < SPLITS, other=0.0), axis=0)
+    at = (head * SPLITS + part)[:, None] * D + cols[None, :]
+    means = tl.load(PARTS + at, mask=(part < SPLITS)[:, None] & (cols < D)[None, :], other=0.0)
+    y = tl.sum(weights[:, None] * means, axis=0) / total
+    tl.store(Y + head * D + cols, y.to(Y.dtype.element_ty), mask=cols < D)
+
+
+def _forward(
+    qkv: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    interleaved: bool,
+    window: int,
+) -> Tensor:
+    qkv = qkv.contiguous()
+    B, S, K, D = keys.shape
+    H = qkv.shape[2] // D - 2 * K
+    y = qkv.new_empty((B, 1, H * D))
+    if not y.numel():
+        return y
+    count = splits(B * H, S)
+    parts, stats = y.new_empty((0,)).float(), y.new_empty((0,)).float()
+    if count > 1:
+        parts = qkv.new_empty((B * H * count, D), dtype=parts.dtype)
+        stats = qkv.new_empty((2, B * H * count), dtype=parts.dtype)
+    maxima, sums = stats if count > 1 else (stats, stats)
+    optional = [qkv if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
+    block_d = power_of_2(ceil_div(D, 2))
+    sizes = {"H": H, "K": K, "D": D, "WINDOW": window, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
+    sizes |= {"INTERLEAVED": interleaved, "SPLITS": count, "BLOCK_S": max(16, min(256, TILE // (2 * block_d)))}
+    tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
+    constants = {**sizes, "BLOCK_D": block_d, "num_warps": 8}
+    launch(_decode_attention_kernel, (B * H, count), tensors, (S, eps, 1 / math.sqrt(D)), constants)
+    if count > 1:
+        blocks = {"BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
+        launch(_join_kernel, (B * H,), (parts, maxima, sums, y), (), {"D": D, "SPLITS": count, **blocks})
+    return y
+
+
+def _fake(qkv: Tensor, positions: Tensor, keys: Tensor, *_: object) -> Tensor:
+    B, _, K, D = keys.shape
+    return qkv.new_empty((B, 1, qkv.shape[2] - 2 * K * D))
+
+
+_decode_attention = register(
+    "decode_attention(Tensor qkv, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor? cos, Tensor? sin, "
+    "Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved, int window) -> Tensor",
+    _forward,
+    _fake,
+)
+
+
+def decode_attention(
+    qkv: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+    window: int = 0,
+) -> Tensor:
+    """Attends over the cache; see `gptperf.kernels.reference.decode_attention` for arguments, result and errors."""
+    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
+    check_triton("decode_attention", qkv)
+    return _decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight, eps, interleaved, window)
