@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from gptperf.model import GPT
 
 __all__ = ["LoadedModel", "checkpoint_path", "generate", "load_config", "load_model", "loaded_from"]
-__all__ += ["sampling_problems", "stream", "train"]
+__all__ += ["sampling_problems", "stream", "streams", "train"]
+
+ROWS = 32
+"""Most samples that are generated together."""
 
 
 def load_config(*arguments: str) -> Config:
@@ -179,7 +182,7 @@ def build_model(found: "Checkpoint", here: "torch.device") -> tuple["GPT", "torc
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
     config = ModelConfig(**saved["model"])
     ops = resolve_ops("auto", here.type)
-    ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
+    ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype, trains=False))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
@@ -250,37 +253,38 @@ def generate(
     num_samples: int = 1,
     temperature: float = 0.8,
     top_k: int = 50,
+    top_p: float = 1.0,
     seed: int = 1337,
     stop: str | Sequence[str] = (),
+    stop_at_eot: bool = True,
 ) -> list[str]:
     """Continues a text.
 
     Args:
         loaded: What `load_model` returned.
         prompt: Text to continue; "" stands for the start of a document.
-        tokens: Tokens to generate in each sample.
-        num_samples: Number of samples.
+        tokens: Most tokens to generate in each sample.
+        num_samples: Number of samples, which are generated together.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Number of the likeliest tokens to draw from; 0 draws from all.
-        seed: Seed of the draws. The same seed gives the same samples on the same device.
+        top_p: Draws from the fewest of the likeliest tokens whose probabilities add up to this; 1 draws from all.
+        seed: Seed of the draws of the first sample; the next samples have the next seeds.
         stop: Strings that end a sample. It ends before the first of them in the continuation.
+        stop_at_eot: Whether a sample also ends before the token that ends a document.
 
     Returns:
-        The prompt with its continuation, for each sample.
+        The prompt with its continuation, for each sample. The same seed gives the same sample on the same device.
 
     Raises:
-        ConfigError: A number is below its smallest value, or a stop string is empty.
+        ConfigError: A number is out of range, or a stop string is empty.
 
     Example:
         >>> generate(load_model("out/tiny"), "def ", tokens=20, temperature=0)
         ['def __init__(self, *args']
     """
-    import torch
-
-    _refuse(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k, stop=stop)
-    draws = torch.Generator(loaded.device).manual_seed(seed)
-    keys: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k}
-    return [prompt + "".join(stream(loaded, prompt, **keys, seed=draws, stop=stop)) for _ in range(num_samples)]
+    keys: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    keys |= {"seed": seed, "stop": stop, "stop_at_eot": stop_at_eot}
+    return [prompt + "".join(pieces) for pieces in streams(loaded, [prompt], num_samples=num_samples, **keys)]
 
 
 def stream(
@@ -290,14 +294,15 @@ def stream(
     tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
-    seed: "int | torch.Generator" = 1337,
+    top_p: float = 1.0,
+    seed: int = 1337,
     stop: str | Sequence[str] = (),
+    stop_at_eot: bool = True,
 ) -> Iterator[str]:
     """Continues a text, and returns the continuation in pieces, each as soon as its characters are complete.
 
     Args:
-        loaded, prompt, tokens, temperature, top_k, stop: As for `generate`.
-        seed: Seed of the draws; or a generator on the model's device, which goes on where it is.
+        loaded, prompt, tokens, temperature, top_k, top_p, seed, stop, stop_at_eot: As for `generate`.
 
     Returns:
         The pieces. Joined they are the continuation that `generate` returns after the prompt.
@@ -309,50 +314,63 @@ def stream(
         >>> for piece in stream(load_model("out/tiny"), "def ", stop="\\n\\n"):
         ...     print(piece, end="", flush=True)
     """
+    keys: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return streams(loaded, [prompt], **keys, seed=seed, stop=stop, stop_at_eot=stop_at_eot)[0]
+
+
+def streams(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 200,
+    num_samples: int = 1,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 1337,
+    stop: str | Sequence[str] = (),
+    stop_at_eot: bool = True,
+) -> list[Iterator[str]]:
+    """Continues texts together, and returns the continuations in pieces.
+
+    Args:
+        loaded, tokens, num_samples, temperature, top_k, top_p, seed, stop, stop_at_eot: As for `generate`.
+        prompts: Texts to continue.
+
+    Returns:
+        The pieces of each sample, as for `stream`: all samples of the first prompt, then those of the next one. They
+        may be read in any order. The samples of a prompt do not depend on the other prompts.
+
+    Raises:
+        ConfigError: As for `generate`.
+    """
     import torch
 
-    from gptperf.data.text_stream import before_stop, new_text
+    from gptperf.data.text_stream import before_stop, new_text, rows_of
+    from gptperf.model import generate as model
 
-    _refuse(tokens=tokens, num_samples=1, temperature=temperature, top_k=top_k, stop=stop)
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-    draws = torch.Generator(loaded.device).manual_seed(seed) if isinstance(seed, int) else seed
-    new = _drawn(loaded, ids, tokens, temperature, top_k, draws)
-    return before_stop(new_text(tokenizer, ids, new), [stop] if isinstance(stop, str) else stop)
-
-
-def _drawn(
-    loaded: LoadedModel, ids: list[int], tokens: int, temperature: float, top_k: int, draws: "torch.Generator"
-) -> Iterator[int]:
-    """Yields the ids that continue `ids`."""
-    import torch
-
-    from gptperf.model.generate import generate as generate_ids
-
-    new = generate_ids(
-        loaded.model,
-        torch.tensor(ids, device=loaded.device),
-        tokens,
-        vocab_size=loaded.tokenizer.vocab_size,
-        temperature=temperature,
-        top_k=top_k,
-        generator=draws,
-    )
-    for _ in range(tokens):
-        # Autocast would stay on between two tokens if it surrounded the loop.
-        with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
-            token = next(new)
-        yield token
-
-
-def _refuse(**arguments: Any) -> None:
-    wrong = sampling_problems(**arguments)
+    numbers: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    wrong = sampling_problems(num_samples=num_samples, stop=stop, **numbers)
     if wrong:
         raise mistakes(wrong)
+    tokenizer = loaded.tokenizer
+    stops = [stop] if isinstance(stop, str) else stop
+    end = tokenizer.eot if stop_at_eot else None
+    sampling = model.Sampling(tokenizer.vocab_size, temperature, top_k, top_p)
+    encoded = [tokenizer.encode(prompt).tolist() or [tokenizer.eot] for prompt in prompts]
+    samples = [(ids, seed + i) for ids in encoded for i in range(num_samples)]
+    found: list[Iterator[str]] = []
+    for start in range(0, len(samples), ROWS):
+        batch = samples[start : start + ROWS]
+        sources = [torch.Generator().manual_seed(one) for _, one in batch]
+        steps = model.generate(loaded.model, [ids for ids, _ in batch], tokens, sampling, sources, dtype=loaded.dtype)
+        rows = rows_of(steps, len(batch), end)
+        found += [before_stop(new_text(tokenizer, ids, row), stops) for (ids, _), row in zip(batch, rows, strict=True)]
+    return found
 
 
 def sampling_problems(
-    *, tokens: int, num_samples: int, temperature: float, top_k: int, stop: str | Sequence[str] = ()
+    *, tokens: int, num_samples: int, temperature: float, top_k: int, top_p: float, stop: str | Sequence[str] = ()
 ) -> list[str]:
     """Returns a line for each argument of `generate` that is wrong, so that a command can refuse it at once."""
     wrong = [
@@ -365,6 +383,8 @@ def sampling_problems(
         )
         if not value >= lowest
     ]
+    if not 0 < top_p <= 1:
+        wrong.append(f"top_p: found {top_p}, wanted a number above 0 and up to 1; nearest: {0.01 if top_p <= 0 else 1}")
     if temperature == math.inf:
         wrong.append("temperature: found inf, wanted a number of 0 or more")
     if "" in ([stop] if isinstance(stop, str) else stop):

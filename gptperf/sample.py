@@ -1,8 +1,8 @@
 """Generates text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--stop=TEXT]`.
 
 RUN is the folder of a run, of its checkpoints, of one checkpoint, or of a Hugging Face model. The text appears while it
-is generated. One sample is printed as it is, so that it can be piped. Several samples have a line such as
-"---- sample 2 of 3 ----" before each. A text may contain any line, so a program that needs the texts apart calls
+is generated. One sample is printed as it is, so that it can be piped. Several samples are generated together and printed
+one after the other, with a line such as "---- sample 2 of 3 ----" before each. A text may contain any line, so a program that needs the texts apart calls
 `gptperf.api.generate`, which returns a list.
 """
 
@@ -32,17 +32,21 @@ class _SampleFlags(Flags):
     prompt: tuple[str, ...] = ("\n",)
     """Text to continue, or FILE:PATH for the content of a file. It may be given several times."""
     tokens: int = 200
-    """Number of tokens to generate in each sample."""
+    """Most tokens to generate in each sample."""
     num_samples: int = 1
     """Number of samples of each prompt; if there are several, a numbered line stands before each."""
     temperature: float = 0.8
     """Divisor of the logits; 0 always takes the likeliest token."""
     top_k: int = 50
     """Number of the likeliest tokens to draw from; 0 draws from all."""
+    top_p: float = 1.0
+    """Draw from the fewest of the likeliest tokens whose probabilities add up to this; 1 draws from all."""
     stop: tuple[str, ...] = ()
     """Text before which a sample ends. It may be given several times."""
+    stop_at_eot: bool = True
+    """End a sample before the token that ends a document."""
     seed: int = 1337
-    """Seed of the draws."""
+    """Seed of the draws of the first sample of each prompt; the next samples have the next seeds."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Checkpoint of the run: the newest, or the one with the lowest validation loss."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -51,13 +55,13 @@ class _SampleFlags(Flags):
     """Comma-separated Python modules that register components."""
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of `api.stream`."""
-        return {name: getattr(self, name) for name in ("tokens", "temperature", "top_k", "stop")}
+        """Returns the arguments that `api.streams` and `api.sampling_problems` share."""
+        names = ("tokens", "num_samples", "temperature", "top_k", "top_p", "stop")
+        return {name: getattr(self, name) for name in names}
 
     def problems(self) -> Sequence[str]:
         """Returns what `api.generate` would refuse."""
-        wrong = api.sampling_problems(num_samples=self.num_samples, **self.arguments())
-        return [f"{COMMAND_LINE}: {problem}" for problem in wrong]
+        return [f"{COMMAND_LINE}: {problem}" for problem in api.sampling_problems(**self.arguments())]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,24 +96,20 @@ def _prompt(text: str) -> str:
 
 def _output(flags: _SampleFlags, prompts: Sequence[str]) -> Iterator[str]:
     """Yields what the command prints, in pieces of whole characters."""
-    import torch
-
     from gptperf.hugging_face import load_model
 
     loaded = load_model(flags.run, checkpoint=flags.checkpoint, device=flags.device)
-    number, count = 0, len(prompts) * flags.num_samples
     for prompt in prompts:
         read, most = len(loaded.tokenizer.encode(prompt)), loaded.model.config.block_size
         if read > most:
             note(f"a prompt has {read:,} tokens; the model reads the last {most:,} of them (block_size)")
-        draws = torch.Generator(loaded.device).manual_seed(flags.seed)  # samples do not depend on the other prompts
-        for _ in range(flags.num_samples):
-            number += 1
-            if count > 1:
-                yield f"{_RULE} sample {number} of {count} {_RULE}\n"
-            yield prompt
-            yield from api.stream(loaded, prompt, **flags.arguments(), seed=draws)
-            yield "\n"
+    samples = api.streams(loaded, prompts, **flags.arguments(), seed=flags.seed, stop_at_eot=flags.stop_at_eot)
+    for number, pieces in enumerate(samples, 1):
+        if len(samples) > 1:
+            yield f"{_RULE} sample {number} of {len(samples)} {_RULE}\n"
+        yield prompts[(number - 1) // flags.num_samples]
+        yield from pieces
+        yield "\n"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The text of tokens that arrive one after the other, and its end at a stop string."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptperf.data.vocabulary import Tokenizer
 
-__all__ = ["before_stop", "new_text"]
+__all__ = ["before_stop", "new_text", "rows_of"]
 
 _BROKEN = "\ufffd"
 """What stands in a decoded text for bytes that are no character, such as the first bytes of one."""
@@ -59,3 +60,32 @@ def before_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         yield held[:sure]
         held = held[sure:]
     yield held
+
+
+def rows_of(steps: Iterator[Sequence[int]], count: int, end: int | None) -> list[Iterator[int]]:
+    """Returns the tokens of each of `count` texts whose tokens arrive together, one of each text at a time.
+
+    The texts may be read in any order: what arrives for the others waits for them. A step is taken only when a text
+    needs it.
+
+    Args:
+        steps: the next token of each text.
+        count: number of texts.
+        end: a token that ends its text, and is left out; None: no token does.
+    """
+    waiting: list[deque[int]] = [deque() for _ in range(count)]
+
+    def row(own: deque[int]) -> Iterator[int]:
+        while True:
+            if not own:
+                step = next(steps, None)
+                if step is None:
+                    return
+                for queue, token in zip(waiting, step, strict=True):
+                    queue.append(token)
+            token = own.popleft()
+            if token == end:
+                return
+            yield token
+
+    return [row(own) for own in waiting]

@@ -119,12 +119,17 @@ class KVCache:
 
     Args:
         size: the most positions that it holds.
+        buffers: memory for keys and values `(B, size, K, D)`; None: allocated with the first tokens.
+        positions: `(B,)` int64 on the device, the position of each sequence's next token. Then the sequences take one
+            token at a time, at positions that may differ. None: all sequences take the same number of tokens.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self, size: int, buffers: tuple[Tensor, Tensor] | None = None, positions: Tensor | None = None
+    ) -> None:
         self.size, self.length = size, 0
-        """The number of positions that it can hold, and that it holds."""
-        self.buffers: tuple[Tensor, Tensor] | None = None
+        """The number of positions that it can hold, and that it holds; the length does not count with `positions`."""
+        self.buffers, self.positions = buffers, positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v `(B, T, K, D)`, and returns the keys and values of all positions `(B, S, K, D)`."""
@@ -161,6 +166,10 @@ class Attention(nn.Module):
         self, x: Tensor, position: NoPosition, cache: KVCache | None = None, mask: Mask | None = None
     ) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
+        if cache is not None and cache.positions is not None and cache.buffers is not None:
+            window = 0 if mask is None or mask.window is None else mask.window
+            packed = self.qkv(x)
+            return self.out(position.decode(packed, self.q_norm, self.k_norm, cache.buffers, cache.positions, window))
         start = 0 if cache is None else cache.length
         q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:

@@ -55,7 +55,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
-        self.loss = ops.linear_cross_entropy
+        self.loss, self.draw = ops.linear_cross_entropy, ops.draw
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
         """Function that runs a block whose activations backward computes again."""
         self.document_end: int | None = None
@@ -104,7 +104,8 @@ class GPT(nn.Module):
         Args:
             tokens: `(B, T)` int64.
             targets: `(B, T)` int64, or None; -100 does not count in the mean.
-            caches: one cache for each block, or None; with caches, `tokens` follow the cached tokens.
+            caches: one cache for each block, or None; with caches, `tokens` follow the cached tokens. Caches with
+                `positions` take one token of each sequence.
             last_only: compute the logits of the last token alone.
 
         Returns:
@@ -117,8 +118,11 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Returns the output of the last norm `(B, T, C)`; the arguments are those of `forward`."""
-        start = caches[0].length if caches else 0
-        T = start + tokens.shape[1]
+        cached = caches[0].length if caches else 0
+        start: int | Tensor = cached
+        T = cached + tokens.shape[1]
+        if caches and caches[0].positions is not None:
+            start, T = caches[0].positions, caches[0].size
         starts = document_starts(tokens, self.document_end) if self.document_end is not None and not caches else None
         flex = tokens.device if tokens.is_cuda and not caches and T % 128 == 0 else None
         masks = make_masks(self.windows, T, starts, flex)

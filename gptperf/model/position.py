@@ -21,11 +21,13 @@ class NoPosition(nn.Module):
         self.heads = (config.n_head, config.kv_heads)
         self.eps = config.norm_eps
         self.norm = ops.rms_norm
+        self.decode_attention = ops.decode_attention
 
-    def embed(self, x: Tensor, start: int, starts: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, start: int | Tensor, starts: Tensor | None = None) -> Tensor:
         """Returns the model's input `(B, T, C)` from x `(B, T, C)`, the token embeddings of positions start, ...
 
-        With `starts`, `(B, T)`, the positions of a document count from its first token, at `starts`.
+        With `starts`, `(B, T)`, the positions of a document count from its first token, at `starts`. If T is 1, start
+        may also be the position of each sequence's token, `(B,)` int64.
         """
         return x
 
@@ -46,6 +48,33 @@ class NoPosition(nn.Module):
             q, k = self.norm(q, q_weight, self.eps), self.norm(k, k_weight, self.eps)
         return q, k, v
 
+    def decode(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cache: tuple[Tensor, Tensor],
+        positions: Tensor,
+        window: int,
+    ) -> Tensor:
+        """Computes attention for one new token of each sequence, and adds its key and value to the cache.
+
+        Args:
+            qkv, q_weight, k_weight: as for `split`, with T = 1.
+            cache: keys and values, `(B, S, K, D)`.
+            positions: position of each new token, `(B,)` int64.
+            window: tokens that a token attends to, itself included; 0: all before it.
+
+        Returns:
+            `(B, 1, H D)`.
+        """
+        tables, interleaved = self.tables()
+        return self.decode_attention(qkv, positions, *cache, *tables, q_weight, k_weight, self.eps, interleaved, window)
+
+    def tables(self) -> tuple[tuple[Tensor | None, Tensor | None], bool]:
+        """Returns cosines and sines by which heads are rotated, or None twice; and whether pairs are interleaved."""
+        return (None, None), False
+
 
 @built_in("position_encoding", "learned_absolute")
 class LearnedAbsolute(NoPosition):
@@ -55,7 +84,9 @@ class LearnedAbsolute(NoPosition):
         super().__init__(config, ops)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, start: int, starts: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, start: int | Tensor, starts: Tensor | None = None) -> Tensor:
+        if isinstance(start, Tensor):
+            return x + self.wpe(start)[:, None].to(x.dtype)
         if starts is not None:
             return x + self.wpe(torch.arange(x.shape[1], device=x.device) - starts).to(x.dtype)
         return x + self.wpe.weight[start : start + x.shape[1]].to(x.dtype)
@@ -103,3 +134,6 @@ class RoPE(NoPosition):
     def split(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, start: int) -> tuple[Tensor, ...]:
         H, K = self.heads
         return self.op(qkv, self.cos[start:], self.sin[start:], H, K, q_weight, k_weight, self.eps, self.interleaved)
+
+    def tables(self) -> tuple[tuple[Tensor | None, Tensor | None], bool]:
+        return (self.cos, self.sin), self.interleaved

@@ -15,7 +15,7 @@ from gptperf.data.shards import TokenSource
 from gptperf.data.tokenizers import Tokenizer
 from gptperf.distributed.process import Process
 from gptperf.model import GPT
-from gptperf.model.generate import generate
+from gptperf.model.generate import Sampling, generate
 from gptperf.tasks import Scores, TaskRequests, task_scores
 from gptperf.tasks.likelihood import likelihoods
 from gptperf.training.cuda_graph import CudaGraphs
@@ -159,7 +159,7 @@ def score_tasks(
 
 
 def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callable[[], bool] | None = None) -> str:
-    """Returns text that a model in training generates after the end of a document.
+    """Returns a document that a model in training writes, or its first tokens.
 
     Under FSDP the caller must hold all weights (`weights.gathered()`), because a rank may sample alone.
 
@@ -172,24 +172,25 @@ def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callab
     Raises:
         Dropped: the sample was dropped.
     """
-    device = engine.process.device
     engine.model.eval()
     # Where nothing was compiled, the compiler is not loaded: its import takes seconds and needs a cache folder.
     compiled = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     drawn = generate(
         engine.model,
-        torch.tensor([tokenizer.eot], device=device),
+        [[tokenizer.eot]],
         tokens,
-        vocab_size=tokenizer.vocab_size,
-        temperature=0.8,
-        top_k=50,
-        generator=torch.Generator(device).manual_seed(engine.config.train.seed),
+        Sampling(tokenizer.vocab_size, temperature=0.8, top_k=50),
+        [torch.Generator().manual_seed(engine.config.train.seed)],
+        capture=False,  # one sample does not repay a recording, and the weights may move after it
     )
     ids: list[int] = []
     with stance, engine.autocast():
         while len(ids) < tokens:
             if drops is not None and drops():
                 raise Dropped
-            ids.append(next(drawn))
+            (token,) = next(drawn)
+            if token == tokenizer.eot:
+                break
+            ids.append(token)
     return tokenizer.decode(ids)

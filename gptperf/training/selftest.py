@@ -38,6 +38,7 @@ def broken_ops(
     moments: torch.dtype = torch.float32,
     *,
     muon: bool = True,
+    trains: bool = True,
 ) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
 
@@ -48,6 +49,7 @@ def broken_ops(
         dtype: dtype of the activations; vectors are float32.
         moments: dtype of AdamW's moments.
         muon: whether the optimizer is Muon, which needs an op of its own.
+        trains: whether the model is trained; else backward, the loss and the optimizers' ops are not run.
 
     Returns:
         Op name -> what went wrong; empty if every op works.
@@ -60,8 +62,10 @@ def broken_ops(
     # at fault, so that error is raised.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
-    for op, run in _runs(model, device, dtype, moments):
-        if ops.chosen[op] != "triton" or op in found or (op == "symmetric_matmul" and not muon):
+    unused = set() if trains else _OF_TRAINING
+    unused |= set() if muon else {"symmetric_matmul"}
+    for op, run in _runs(model, device, dtype, moments, trains):
+        if ops.chosen[op] != "triton" or op in found or op in unused:
             continue
         try:
             ours = run(getattr(ops, op))
@@ -75,6 +79,10 @@ def broken_ops(
         if not off <= TOLERANCE:
             found[op] = f"its kernel is off eager PyTorch by {off:.2g} of the norm on this GPU"
     return found
+
+
+_OF_TRAINING = {"adamw", "symmetric_matmul", "linear_cross_entropy"}
+"""Ops that a model which is not trained does not call."""
 
 
 class _Inputs:
@@ -94,6 +102,17 @@ class _Inputs:
     def qk_weights(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         D = self.model.head_width
         return (self.vector(5, D), self.vector(6, D)) if self.model.qk_norm else (None, None)
+
+    def position_options(self) -> tuple[Any, ...]:
+        """The arguments of decode_attention after the cache: tables of rope, QK-norm, eps and pairs."""
+        model, tables = self.model, (None, None)
+        if model.position_encoding == "rope":
+            angles = torch.linspace(0, 3, 4 * ROWS * model.head_width // 2, device=self.device)
+            angles = angles.view(4 * ROWS, model.head_width // 2)
+            tables = angles.cos(), angles.sin()
+        interleaved = model.position_encoding == "rope" and model.rope_pairs == "interleaved"
+        weights = (None if x is None else x.detach() for x in self.qk_weights())
+        return *tables, *weights, model.norm_eps, interleaved
 
 
 def _rms_norm(inputs: _Inputs, residual: Tensor | None) -> tuple[Any, ...]:
@@ -147,10 +166,10 @@ _OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "acti
 
 
 def _runs(
-    model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype, trains: bool = True
 ) -> Iterator[tuple[str, _Run]]:
     """Yields every op that the model calls, as named by the cards of its components, with a function that runs it."""
-    inputs = _Inputs(model, device, dtype)
+    inputs, run = _Inputs(model, device, dtype), _differentiated if trains else _forward
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
     ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
@@ -158,13 +177,15 @@ def _runs(
     yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
-            yield norm.op, partial(_differentiated, arguments=_NORMS[norm.op](inputs, residual))
+            yield norm.op, partial(run, arguments=_NORMS[norm.op](inputs, residual))
     if model.qk_norm and (position is None or position.op is None):  # else that op includes QK-norm
-        yield "rms_norm", partial(_differentiated, arguments=_qk_norm(inputs))
+        yield "rms_norm", partial(run, arguments=_qk_norm(inputs))
     for card in (position, ffn):
         if card is not None and card.op is not None:
-            yield card.op, partial(_differentiated, arguments=_OTHERS[card.op](inputs))
-    yield "linear_cross_entropy", partial(_differentiated, arguments=_linear_cross_entropy(inputs))
+            yield card.op, partial(run, arguments=_OTHERS[card.op](inputs))
+    yield "decode_attention", lambda op: _decoded(op, inputs)
+    yield "draw", lambda op: _drawn(op, inputs)
+    yield "linear_cross_entropy", partial(run, arguments=_linear_cross_entropy(inputs))
 
 
 def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -174,6 +195,32 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
     wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     gradients = torch.autograd.grad(outputs, wanted, [y.detach().clone() for y in outputs])
     return [x.detach() for x in (*outputs, *gradients)]
+
+
+def _forward(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Returns the outputs of a function."""
+    with torch.no_grad():
+        outputs = function(*arguments)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _decoded(function: _Op, inputs: _Inputs) -> list[Tensor]:
+    """Returns the attention of a token after ROWS tokens, and the cache with that token."""
+    model, options = inputs.model, inputs.position_options()
+    K, D = model.kv_heads, model.head_width
+    qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()
+    keys, values = (inputs.normal(seed, 1, 4 * ROWS, K, D).detach() for seed in (14, 15))
+    positions = torch.full((1,), ROWS, device=inputs.device)
+    return [function(qkv, positions, keys, values, *options), keys, values]
+
+
+def _drawn(function: _Op, inputs: _Inputs) -> list[Tensor]:
+    """Returns the likeliest token of some logits, and whether a token of the 50 likeliest was drawn."""
+    V = inputs.model.padded_vocab_size
+    logits, uniform = inputs.normal(16, 1, V).detach(), torch.full((1,), 0.7, device=inputs.device)
+    drawn = function(logits, uniform, V, 0.8, min(50, V))
+    among = logits[0, drawn] >= logits[0].topk(min(50, V)).values[-1]
+    return [function(logits, uniform, V, 0.0), among]
 
 
 def _updated(function: _Op, device: torch.device, dtype: torch.dtype, moments: torch.dtype) -> list[Tensor]:

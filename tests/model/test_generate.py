@@ -9,7 +9,7 @@ from torch import Tensor
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
 from gptperf.model import GPT, KVCache
-from gptperf.model.generate import generate
+from gptperf.model.generate import Sampling, generate
 
 SIZES: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 60}
 OPTIONS: list[dict[str, Any]] = [
@@ -20,7 +20,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"position_encoding": "none", "norm_position": "post", "ffn_type": "swiglu"},
     {"position_encoding": "learned_absolute", "norm_position": "pre", "qk_norm": True},
 ]
-GREEDY: dict[str, Any] = {"vocab_size": 50, "temperature": 0, "top_k": 0, "generator": None}
+GREEDY = Sampling(50, temperature=0, top_k=0)
 
 
 def small(preset: str, dtype: torch.dtype, **options: Any) -> GPT:
@@ -36,17 +36,23 @@ def small(preset: str, dtype: torch.dtype, **options: Any) -> GPT:
     return model
 
 
+def drawn(model: GPT, prompt: Tensor, tokens: int, sampling: Sampling = GREEDY, seed: int = 2) -> list[int]:
+    """The tokens that continue one prompt."""
+    steps = generate(model, [prompt.tolist()], tokens, sampling, [torch.Generator().manual_seed(seed)])
+    return [token for (token,) in steps]
+
+
 @torch.no_grad()
 def whole_passes(model: GPT, prompt: Tensor, tokens: int, temperature: float) -> list[int]:
     """The tokens, each drawn after a forward pass of its whole context without a cache."""
-    block, generator = model.config.block_size, torch.Generator().manual_seed(2)
+    block, uniforms = model.config.block_size, torch.rand(tokens, generator=torch.Generator().manual_seed(2))
     ids, context, found = prompt.tolist(), prompt.tolist()[-block:], []
-    for _ in range(tokens):
+    for uniform in uniforms.double():
         full = len(context) == block
         logits = model(torch.tensor([context]))[0, -1, :50].float()
         weights = ((logits - logits.max()).double() / (temperature or 1)).softmax(-1)
-        drawn = torch.multinomial(weights, 1, generator=generator)
-        found.append(int(drawn if temperature else logits.argmax()))
+        chosen = (weights.cumsum(0) <= uniform * weights.sum()).sum()
+        found.append(int(chosen if temperature else logits.argmax()))
         ids.append(found[-1])
         context = ids[-(block // 2) :] if full else [*context, found[-1]]
     return found
@@ -61,8 +67,7 @@ def test_a_cache_changes_no_token(preset: str, options: dict[str, Any], dtype: t
     torch.manual_seed(1)
     for temperature, length, tokens in ((0, 3, 12), (8.0, 1, 12), (8.0, 12, 12), (8.0, 20, 4)):
         prompt = torch.randint(0, 50, (length,))
-        keys = {"vocab_size": 50, "temperature": temperature, "top_k": 0}
-        found = list(generate(model, prompt, tokens, **keys, generator=torch.Generator().manual_seed(2)))
+        found = drawn(model, prompt, tokens, Sampling(50, temperature, 0))
         assert found == whole_passes(model, prompt, tokens, temperature)
         assert temperature == 0 or len(set(found)) > 2, "the tokens say nothing about the cache"
 
@@ -70,17 +75,16 @@ def test_a_cache_changes_no_token(preset: str, options: dict[str, Any], dtype: t
 def test_a_token_comes_before_the_next_one_is_computed() -> None:
     model, passes = small("llama", torch.float32), []
     model.register_forward_hook(lambda *_: passes.append(1))
-    for i, _ in enumerate(generate(model, torch.tensor([1, 2, 3]), 5, **GREEDY), 1):
+    for i, _ in enumerate(generate(model, [[1, 2, 3]], 5, GREEDY, [torch.Generator()]), 1):
         assert len(passes) == i
         assert torch.is_grad_enabled(), "a generator must leave the caller's mode alone between two tokens"
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-3, 1e300])
 def test_no_temperature_overflows(temperature: float) -> None:
-    model, draws = small("llama", torch.float32), torch.Generator().manual_seed(0)
-    keys = GREEDY | {"temperature": temperature, "generator": draws, "top_k": 5}
-    found = list(generate(model, torch.tensor([1, 2, 3]), 20, **keys))
-    likeliest = list(generate(model, torch.tensor([1, 2, 3]), 20, **GREEDY))
+    model = small("llama", torch.float32)
+    found = drawn(model, torch.tensor([1, 2, 3]), 20, Sampling(50, temperature, 5))
+    likeliest = drawn(model, torch.tensor([1, 2, 3]), 20)
     assert (found == likeliest) == (temperature < 1)
 
 

@@ -11,13 +11,19 @@ from triton.errors import TritonError
 
 from gptperf.config import command_line
 from gptperf.errors import DeviceError
-from gptperf.kernels import reference
+from gptperf.kernels import draw, reference
 from gptperf.ops import OPS, Ops, resolve_ops, without_triton
 from gptperf.registry import KINDS
 from gptperf.training import selftest
 
 SIZES = ["--n_layer=1", "--n_head=4", "--n_embd=48", "--vocab_size=300", "--d_ff=100", "--arch_preset=llama"]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter; the GPU's is in test_gpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorts fewer numbers at once, which takes the interpreter seconds."""
+    monkeypatch.setattr(draw, "CHUNK", 64)
 
 
 def _ops(**broken: Any) -> Ops:
