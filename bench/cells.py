@@ -8,7 +8,7 @@ from bench.measure.cases import HOST_SHAPES, LOSS_OP, OPS
 from bench.measure.models import MODELS, PLANNED, STEP_VARIANTS
 from gptperf.errors import ConfigError
 
-__all__ = ["MICRO", "Cell", "all_cells", "select"]
+__all__ = ["BATCH_SIZES", "GENERATING", "MICRO", "Cell", "all_cells", "select"]
 
 MICRO = ("loader", "config", "dispatch", "checkpoint")
 
@@ -35,6 +35,8 @@ class Cell:
 
 _LARGE = "llama_1.36b"
 _QUICK_MODEL = "gpt2_124m"
+GENERATING, BATCH_SIZES = (_QUICK_MODEL, _LARGE), (1, 32)
+"""Models whose generation is measured, and the numbers of prompts."""
 _QUICK_MICRO_S = {"config": 10, "dispatch": 10}
 _QUICK_OPS = ("ops/rms_norm/65536x768", "ops/swiglu/65536x2048")
 
@@ -54,6 +56,7 @@ def all_cells() -> tuple[Cell, ...]:
         seconds = 70 if large else 40
         quick_s = 45 if quick else None
         cells.append(Cell(f"waterfall/{model}", seconds, alone=True, quick_s=quick_s, needs=(ceilings.name,)))
+    cells += [Cell(f"generation/{model}/{rows}", 20, alone=True) for model in GENERATING for rows in BATCH_SIZES]
     cells.append(Cell(f"monitor/{_LARGE}", 90, alone=True))
     cells += [Cell(f"plan/{name}", 60 if _LARGE in name else 45, alone=True) for name in PLANNED]
     for op, row in OPS.items():

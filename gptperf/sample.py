@@ -1,9 +1,9 @@
 """Generates text: `python -m gptperf.sample RUN --prompt="def " [--tokens=200] [--temperature=0.8] [--stop=TEXT]`.
 
 RUN is the folder of a run, of its checkpoints, of one checkpoint, or of a Hugging Face model. The text appears while it
-is generated. One sample is printed as it is, so that it can be piped. Several samples are generated together and printed
-one after the other, with a line such as "---- sample 2 of 3 ----" before each. A text may contain any line, so a program that needs the texts apart calls
-`gptperf.api.generate`, which returns a list.
+is generated. One sample is printed as it is, so that it can be piped. Several samples are generated together, and
+printed one after the other with a line such as "---- sample 2 of 3 ----" before each. A text may contain any line, so a
+program that needs the texts apart calls `gptperf.api.generate`, which returns a list.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,7 @@
 """The public Python API, from a configuration to generated text, and the sample command on top of it."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from run_helpers import SMALL, run_argv, run_log
 from gptperf import api, checkpoint, sample
 from gptperf.config import KEYS, Config, DataConfig, LogConfig, ModelConfig, SystemConfig, TrainConfig
 from gptperf.errors import CheckpointError, ConfigError, run_main
+from gptperf.model import generate as generation
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,33 @@ def test_generation_is_a_function_of_the_seed(run: Path) -> None:
     assert len(likeliest) == 1
 
 
+def test_samples_have_seeds_of_their_own_and_may_be_read_in_any_order(run: Path) -> None:
+    """A sample is the same alone, among others, and beside another prompt."""
+    loaded = api.load_model(run, device="cpu")
+    several = api.generate(loaded, "abc", tokens=40, num_samples=3, seed=5)
+    assert several == [api.generate(loaded, "abc", tokens=40, seed=5 + i)[0] for i in range(3)]
+    mixed = api.streams(loaded, ["a", "abc"], tokens=40, num_samples=3, seed=5)
+    assert ["abc" + "".join(pieces) for pieces in reversed(mixed[3:])] == several[::-1]
+    assert len(api.generate(loaded, "", tokens=2, num_samples=api.ROWS + 1)) == api.ROWS + 1
+
+
+def test_a_sample_ends_at_the_end_of_its_document(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, eot = api.load_model(run, device="cpu"), 256
+    steps = [[97, 98], [eot, 99], [100, eot], [97, 97]]
+    taken: list[int] = []
+
+    def drawn(*_: object, **__: object) -> Iterator[list[int]]:
+        for number, step in enumerate(steps):
+            taken.append(number)
+            yield step
+
+    monkeypatch.setattr(generation, "generate", drawn)
+    assert api.generate(loaded, "", num_samples=2) == ["a", "bc"]
+    assert taken == [0, 1, 2], "no step is computed for a text that has ended"
+    decoded = [loaded.tokenizer.decode(list(row)) for row in zip(*steps, strict=True)]
+    assert api.generate(loaded, "", num_samples=2, stop_at_eot=False) == decoded
+
+
 def test_the_loaded_model_is_the_trained_one(run: Path) -> None:
     loaded = api.load_model(run, device="cpu")
     assert (loaded.step, loaded.path.name, loaded.device.type) == (6, "step-00000006", "cpu")
@@ -101,6 +130,14 @@ def test_load_config_is_the_command_line(corpus: Path) -> None:
     assert "n_embd = 32" in SMALL
     with pytest.raises(ConfigError, match=r"2 mistakes\n.*n_lear.*\n.*batch_size"):
         api.load_config("--n_lear=3", "--batch_size=0")
+
+
+@pytest.mark.parametrize("top_p", [0, -1, 1.5, float("nan")])
+def test_top_p_is_a_probability(top_p: float, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=f"top_p: found {top_p}, wanted a number above 0 and up to 1"):
+        api.stream(api.load_model(run, device="cpu"), "a", top_p=top_p)
+    assert sample_command(tmp_path / "absent", f"--top_p={top_p}") == 2
+    assert f"top_p: found {float(top_p)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tokens", "num_samples", "temperature", "top_k"])

@@ -30,8 +30,8 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes the model write a fixed text of bytes, whatever the prompt is."""
     text = f"one {EURO} two END three {EURO}"
 
-    def drawn(model: object, prompt: object, tokens: int, **keys: object) -> Iterator[int]:
-        yield from text.encode()[:tokens]
+    def drawn(model: object, prompts: list[object], tokens: int, *_: object, **keys: object) -> Iterator[list[int]]:
+        yield from ([byte] * len(prompts) for byte in text.encode()[:tokens])
 
     monkeypatch.setattr(generation, "generate", drawn)
     return text

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.measure import loader, monitoring, op_errors, ops, step, timing
+from bench.measure import generation, loader, monitoring, op_errors, ops, step, timing
 from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
 from bench.measure.models import DEFAULT_VARIANT, planned, resolve
 from bench.measure.op_tables import error_table, host_table, table
@@ -102,6 +102,13 @@ def _waterfall(name: str, quick: bool, folder: Path) -> Found:
     return {**found, "protocol": f"{step_timing.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
 
 
+def _generation(name: str, _: bool, __: Path) -> Found:
+    _, model, batch_size = name.split("/")
+    found = generation.measure(model, int(batch_size))
+    print(generation.line(found))
+    return {"results": found, "protocol": generation.PROTOCOL}
+
+
 def _monitor(name: str, _: bool, __: Path) -> Found:
     return {**monitoring.measure(name.split("/")[1]), "protocol": monitoring.PROTOCOL}
 
@@ -147,6 +154,7 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
     "ceilings": _ceilings,
     "step": _step,
     "waterfall": _waterfall,
+    "generation": _generation,
     "monitor": _monitor,
     "plan": _plan,
     "loader": _loader,

@@ -238,6 +238,28 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
     return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
 
 
+def decode_attention_case(heads: tuple[int, int, int], rows: int, size: int, dtype: torch.dtype, norm: bool) -> Case:
+    """Attention of a new token; `norm`: with QK-norm and interleaved rope, else with rope or, with an odd D, without."""
+    H, K, D = heads
+
+    def call() -> None:
+        qkv, positions = torch.empty(rows, 1, (H + 2 * K) * D, dtype=dtype), torch.zeros(rows).long()
+        keys, weight = torch.empty(rows, size, K, D, dtype=dtype), torch.empty(D) if norm else None
+        table = torch.empty(size, D // 2) if D % 2 == 0 else None
+        window = 100 if norm else 0
+        op = torch.ops.gptperf.decode_attention
+        op(qkv, positions, keys, keys, table, table, weight, weight, EPS, norm, window)
+
+    return Case(f"decode_attention {heads} {rows} {size} {SHORT[dtype]} {norm}", call)
+
+
+def draw_case(V: int, top_k: int, dtype: torch.dtype) -> Case:
+    def call() -> None:
+        torch.ops.gptperf.draw(torch.empty(4, V, dtype=dtype), torch.empty(4), V - 3, 0.8, top_k, 0.9)
+
+    return Case(f"draw {V} {top_k} {SHORT[dtype]}", call)
+
+
 SQUARES = ((24, 2048, 5632), (12, 768, 768))
 
 
@@ -261,6 +283,12 @@ def cases(capability: int) -> Iterator[Case]:
     if capability >= 80:
         for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
+    for dtype in (half, FULL) if capability == 90 else (half,):
+        for heads in ((12, 12, 64), (16, 16, 128), (32, 8, 128), (7, 1, 256), (3, 3, 9)):
+            yield decode_attention_case(heads, 1, 2048, dtype, norm=False)
+        yield decode_attention_case((16, 4, 128), 32, 2048, dtype, norm=True)
+        yield from (draw_case(V, 50, dtype) for V in (257, 50304, 131072))
+    yield draw_case(50304, 1, half)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 

@@ -10,7 +10,7 @@ from gptperf import checkpoint
 from gptperf.config import Config, ModelConfig
 from gptperf.data.tokenizers import ByteTokenizer, Tokenizer
 from gptperf.model import GPT
-from gptperf.model.generate import generate
+from gptperf.model.generate import Sampling, generate
 from gptperf.training.saved_state import VOCABULARY, vocabulary_tensors
 
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 32, "vocab_size": 261, "vocab_multiple": 8}
@@ -35,8 +35,8 @@ def saved(model: ModelConfig, folder: Path, tokenizer: Tokenizer | None = None) 
 
 def greedy(model: GPT, prompt: Tensor, tokens: int, vocab_size: int = 257) -> list[int]:
     """The likeliest continuation of a prompt `(P,)`."""
-    chosen = {"temperature": 0, "top_k": 0, "generator": torch.Generator()}
-    return list(generate(model, prompt, tokens, vocab_size=vocab_size, **chosen))
+    steps = generate(model, [prompt.tolist()], tokens, Sampling(vocab_size, 0, 0), [torch.Generator()])
+    return [token for (token,) in steps]
 
 
 def loaded(folder: Path, **options: Any) -> Any:

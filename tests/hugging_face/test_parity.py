@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from export_helpers import greedy
 from hugging_face_models import BLOCK, VOCABULARY, loaded, random_model, tokens
 
 from gptperf import flops, hugging_face
 from gptperf.errors import CheckpointError
 from gptperf.hugging_face.described import FAMILIES
 from gptperf.model import GPT
-from gptperf.model.generate import generate
 from gptperf.model.position import RoPE, frequencies
 
 transformers = pytest.importorskip("transformers")
@@ -64,8 +64,7 @@ def test_logits_and_greedy_tokens(case: tuple[str, dict[str, Any]], tmp_path: Pa
         torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-5)
         keys = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         wanted = theirs.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **keys)[0, 40:]
-        drawn = {"vocab_size": VOCABULARY, "temperature": 0, "top_k": 0, "generator": torch.Generator()}
-        assert list(generate(ours, prompt, 12, **drawn)) == wanted.tolist()
+        assert greedy(ours, prompt, 12, VOCABULARY) == wanted.tolist()
     assert flops.parameters(model).total == theirs.num_parameters()
 
 

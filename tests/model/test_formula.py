@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptperf.config import ModelConfig
+from gptperf.kernels import reference
 from gptperf.model import GPT
-from gptperf.model.generate import generate
+from gptperf.model.generate import Sampling, generate
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 24, "d_ff": 20, "block_size": 6}
 SIZES |= {"vocab_size": 11, "norm_eps": 0.1, "rope_theta": 50.0}  # far from the defaults, so that both are seen
@@ -173,27 +173,21 @@ def test_dropout_is_where_the_flops_count_it(where: str, backend: str, monkeypat
         assert places == {(p, (1, 6, 24)): 2 * 2 + 1, (p, (1, 4, 6, 6)): 2}
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.1])
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, 0), (2.0, 0), (2.0, 3), (0.5, 50), (2.0, 1)])
-def test_tokens_are_drawn_from_the_stated_distribution(temperature: float, top_k: int) -> None:
+def test_tokens_are_drawn_from_the_stated_distribution(temperature: float, top_k: int, top_p: float) -> None:
     logits = torch.tensor([2.0, -1.0, 1.5, 0.0, 1.0, 9.0])  # the last one is padding of the vocabulary
-
-    class Fixed:
-        config, blocks = SimpleNamespace(block_size=8), (None,)
-
-        def __call__(self, tokens: Tensor, caches: Any, last_only: bool) -> Tensor:
-            return logits.expand(1, 1, -1).clone()
-
-    count, model, start = 1000, Fixed(), torch.zeros(1, dtype=torch.int64)
-    keys = {"vocab_size": 5, "temperature": temperature, "top_k": top_k}
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([*generate(model, start, count, **keys, generator=generator)])  # type: ignore[arg-type]
+    count = 10000  # numbers that are spread evenly give shares without chance
+    uniform = (torch.arange(count) + 0.5) / count
+    drawn = reference.draw(logits.expand(count, -1), uniform, 5, temperature, top_k, top_p)
     kept = sorted(range(5), key=lambda i: -logits[i])[: top_k or 5]
     weights = {i: math.exp(logits[i] / temperature) for i in kept}
+    total, reached = sum(weights.values()), 0.0
+    for i in kept:
+        weights[i], reached = weights[i] if reached < top_p * total else 0.0, reached + weights[i]
     for token in range(6):
         share = weights.get(token, 0.0) / sum(weights.values())
-        assert (drawn == token).double().mean().item() == pytest.approx(
-            share, abs=5 * math.sqrt(share * (1 - share) / count)
-        )
+        assert (drawn == token).double().mean().item() == pytest.approx(share, abs=2 / count)
 
 
 def test_generation_goes_on_from_half_of_a_full_context() -> None:
@@ -207,9 +201,8 @@ def test_generation_goes_on_from_half_of_a_full_context() -> None:
         chosen = [int(model(torch.tensor([context]))[0, -1].argmax())]
         ids, full = ids + chosen, len(context) == 6
         context = ids[-3:] if full else context + chosen
-    prompt, generator = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), torch.Generator()
-    with torch.no_grad():
-        found = list(generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator))
+    steps = generate(model, [[3, 1, 4, 1, 5, 9, 2, 6]], 20, Sampling(11, temperature=0, top_k=0), [torch.Generator()])
+    found = [token for (token,) in steps]
     assert found == ids[6:]
     assert len(set(found)) > 3
 

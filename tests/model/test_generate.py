@@ -8,8 +8,10 @@ from torch import Tensor
 
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
-from gptperf.model import GPT, KVCache
+from gptperf.model import GPT, SDPA, KVCache
+from gptperf.model import generate as generation
 from gptperf.model.generate import Sampling, generate
+from gptperf.ops import resolve_ops
 
 SIZES: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 60}
 OPTIONS: list[dict[str, Any]] = [
@@ -69,7 +71,7 @@ def test_a_cache_changes_no_token(preset: str, options: dict[str, Any], dtype: t
         prompt = torch.randint(0, 50, (length,))
         found = drawn(model, prompt, tokens, Sampling(50, temperature, 0))
         assert found == whole_passes(model, prompt, tokens, temperature)
-        assert temperature == 0 or len(set(found)) > 2, "the tokens say nothing about the cache"
+        assert temperature == 0 or len(set(found)) > 1, "the tokens say nothing about the cache"
 
 
 def test_a_token_comes_before_the_next_one_is_computed() -> None:
@@ -86,6 +88,68 @@ def test_no_temperature_overflows(temperature: float) -> None:
     found = drawn(model, torch.tensor([1, 2, 3]), 20, Sampling(50, temperature, 5))
     likeliest = drawn(model, torch.tensor([1, 2, 3]), 20)
     assert (found == likeliest) == (temperature < 1)
+
+
+class _OfPlugin(SDPA):
+    """A backend that generation does not know, so that it cannot replace it."""
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[3], OPTIONS[5]], ids=str)
+def test_a_sequence_gets_its_tokens_in_any_batch(options: dict[str, Any], plugin: bool) -> None:
+    """Prompts of different lengths: their contexts move on at different steps."""
+    model = small("llama", torch.float64, **options)
+    if plugin:
+        for block in model.blocks:
+            block.attention.backend = _OfPlugin(model.config)
+    torch.manual_seed(1)
+    prompts = [torch.randint(0, 50, (length,)) for length in (1, 5, 12, 20, 5)]
+    sources = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    sampling = Sampling(50, 8.0, 20, 0.9)
+    steps = list(generate(model, [prompt.tolist() for prompt in prompts], 15, sampling, sources))
+    for row, prompt in enumerate(prompts):
+        assert [step[row] for step in steps] == drawn(model, prompt, 15, sampling, seed=row)
+    assert len({tuple(row) for row in zip(*steps, strict=True)}) == 5
+
+
+def test_more_tokens_begin_with_the_same_ones() -> None:
+    model, prompt = small("llama", torch.float64), torch.tensor([1, 2, 3])
+    long = drawn(model, prompt, 300, Sampling(50, 8.0, 0))
+    assert drawn(model, prompt, 7, Sampling(50, 8.0, 0)) == long[:7]
+    assert len(set(long[256:])) > 10  # the numbers of the second portion
+
+
+def test_autocast_is_that_of_the_argument_or_of_the_caller() -> None:
+    """Matrices are in bfloat16 and vectors in float32, as in a loaded model."""
+    model, on = small("gpt2", torch.float32), list[bool]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
+    model.lm_head.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
+    arguments = model, [[1, 2, 3], [4]], 2, GREEDY, [torch.Generator()] * 2
+    found = list(generate(*arguments, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert list(generate(*arguments)) == found
+        list(generate(*arguments, dtype=torch.float32))
+    assert on == [True] * 4 + [False] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+def test_a_graph_draws_what_the_step_draws(preset: str) -> None:
+    """Also in the next call, which finds the graph of the first one, with other prompts and other numbers."""
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 40, "vocab_size": 60}
+    config = ModelConfig(arch_preset=preset, **(sizes | PRESETS[preset] | {"weight_tying": False}))
+    torch.manual_seed(0)
+    model = GPT(config, resolve_ops("auto", "cuda")).cuda().eval()
+    sampling = Sampling(50, 2.0, 20, 0.95)
+    for seed in range(3):
+        prompts = [torch.randint(0, 50, (length,)).tolist() for length in (3, 30)]
+        found = []
+        for capture in (False, True):
+            sources = [torch.Generator().manual_seed(seed + row) for row in range(2)]
+            found.append(list(generate(model, prompts, 60, sampling, sources, capture=capture)))
+        assert found[0] == found[1]
+    assert model in generation._kept
 
 
 def test_a_cache_takes_no_more_than_its_size() -> None:

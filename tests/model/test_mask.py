@@ -15,7 +15,7 @@ from gptperf.config import ModelConfig, command_line
 from gptperf.errors import ConfigError
 from gptperf.flops import flops_per_token
 from gptperf.model import GPT, SDPA, KVCache
-from gptperf.model.generate import generate
+from gptperf.model.generate import Sampling, generate
 from gptperf.model.mask import Mask, _block_mask, document_starts, make_masks
 
 END = 7
@@ -160,8 +160,7 @@ def test_samples_have_no_document_mask() -> None:
     texts = []
     for end in (None, END):
         gpt.document_end = end
-        keys: dict[str, Any] = {"vocab_size": 50, "temperature": 0, "top_k": 0, "generator": torch.Generator()}
-        texts.append(list(generate(gpt, tokens()[0, :22], 30, **keys)))
+        texts.append(list(generate(gpt, [tokens()[0, :22].tolist()], 30, Sampling(50, 0, 0), [torch.Generator()])))
     assert texts[0] == texts[1]
 
 
