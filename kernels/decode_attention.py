@@ -30,7 +30,7 @@ PROGRAMS = 264
 """Most programs among which the keys of a head are shared: two for each multiprocessor of an H200."""
 KEYS = 256
 """Least capacity of the cache for each program that shares a head."""
-TILE = 16384
+TILE = 8192
 """Most elements of a tile of keys, which a program holds in registers."""
 
 
@@ -64,6 +64,13 @@ def _head(
 
 
 @triton.jit
+def _joined(a, b, INTERLEAVED: tl.constexpr):
+    """Returns the elements of both halves as one vector, in the order of memory."""
+    pairs = tl.join(a, b) if INTERLEAVED else tl.permute(tl.join(a, b), (1, 0))
+    return tl.reshape(pairs, [2 * a.shape[0]])
+
+
+@triton.jit
 def _decode_attention_kernel(
     QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, eps, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_ROPE: tl.constexpr,
@@ -80,12 +87,15 @@ def _decode_attention_kernel(
     first = tl.where(cols < half, cols * 2 if INTERLEAVED else cols, D)
     second = tl.where(cols < half, cols * 2 + 1 if INTERLEAVED else cols + half, D)
     whole = tl.arange(0, 2 * BLOCK_D).to(tl.int64)
+    if not INTERLEAVED and half < BLOCK_D:  # each half is padded
+        whole = tl.where(whole < BLOCK_D, tl.where(whole < half, whole, D), whole - BLOCK_D + half)
     token = QKV + row * ((H + 2 * K) * D)
     table = position * half + cols
     qa, qb = _head(token + head * D, COS, SIN, Q_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
     ka, kb = _head(token + (H + kv) * D, COS, SIN, K_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
     value = tl.load(token + (H + K + kv) * D + whole, mask=whole < D, other=0.0)
     qa, qb = qa * scale, qb * scale
+    q, new_key = _joined(qa, qb, INTERLEAVED), _joined(ka, kb, INTERLEAVED)
     # The first program of a head begins with the new token; the others begin with nothing.
     maximum = tl.where(split == 0, tl.sum(qa * ka + qb * kb, axis=0), float("-inf"))
     total = tl.where(split == 0, 1.0, 0.0)
@@ -98,11 +108,9 @@ def _decode_attention_kernel(
         place = start + tl.arange(0, BLOCK_S).to(tl.int64)
         at = ((row * size + place) * K + kv)[:, None] * D
         live = (place < high)[:, None]
-        a = tl.load(KEYS + at + first[None, :], mask=live & (first < D)[None, :], other=0.0).to(tl.float32)
-        b = tl.load(KEYS + at + second[None, :], mask=live & (second < D)[None, :], other=0.0).to(tl.float32)
+        k = tl.load(KEYS + at + whole[None, :], mask=live & (whole < D)[None, :], other=0.0).to(tl.float32)
         v = tl.load(VALUES + at + whole[None, :], mask=live & (whole < D)[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(a * qa[None, :] + b * qb[None, :], axis=1)
-        scores = tl.where(place < high, scores, float("-inf"))
+        scores = tl.where(place < high, tl.sum(k * q[None, :], axis=1), float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=0))
         kept = tl.exp(maximum - higher)
         weights = tl.exp(scores - higher)
@@ -111,8 +119,7 @@ def _decode_attention_kernel(
         maximum = higher
     if split == 0 and head % (H // K) == 0:
         at = ((row * size + position) * K + kv) * D
-        tl.store(KEYS + at + first, ka.to(KEYS.dtype.element_ty), mask=(first < D) & (position < size))
-        tl.store(KEYS + at + second, kb.to(KEYS.dtype.element_ty), mask=(second < D) & (position < size))
+        tl.store(KEYS + at + whole, new_key.to(KEYS.dtype.element_ty), mask=(whole < D) & (position < size))
         tl.store(VALUES + at + whole, value, mask=(whole < D) & (position < size))
     if SPLITS == 1:
         tl.store(Y + (row * H + head) * D + whole, (mean / total).to(Y.dtype.element_ty), mask=whole < D)

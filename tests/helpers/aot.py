@@ -239,7 +239,7 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
 
 
 def decode_attention_case(heads: tuple[int, int, int], rows: int, size: int, dtype: torch.dtype, norm: bool) -> Case:
-    """Attention of a new token; `norm`: with QK-norm and interleaved rope, else with rope or, with an odd D, without."""
+    """Attention of a new token. `norm`: QK-norm and interleaved rope; else the other rope, or none with an odd D."""
     H, K, D = heads
 
     def call() -> None:
@@ -284,7 +284,7 @@ def cases(capability: int) -> Iterator[Case]:
         for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
     for dtype in (half, FULL) if capability == 90 else (half,):
-        for heads in ((12, 12, 64), (16, 16, 128), (32, 8, 128), (7, 1, 256), (3, 3, 9)):
+        for heads in ((12, 12, 64), (16, 16, 128), (32, 8, 128), (7, 1, 72), (3, 3, 9)):
             yield decode_attention_case(heads, 1, 2048, dtype, norm=False)
         yield decode_attention_case((16, 4, 128), 32, 2048, dtype, norm=True)
         yield from (draw_case(V, 50, dtype) for V in (257, 50304, 131072))
