@@ -17,6 +17,7 @@ Eager reference: `gptperf.kernels.reference.decode_attention`. There is no backw
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -166,14 +167,19 @@ def _forward(
     if not y.numel():
         return y
     count = splits(B * H, S)
-    parts, stats = y.new_empty((0,)).float(), y.new_empty((0,)).float()
-    if count > 1:
-        parts = qkv.new_empty((B * H * count, D), dtype=parts.dtype)
-        stats = qkv.new_empty((2, B * H * count), dtype=parts.dtype)
-    maxima, sums = stats if count > 1 else (stats, stats)
+    joined = B * H * count if count > 1 else 0
+    parts = qkv.new_empty((joined, D), dtype=torch.float32)
+    maxima, sums = (qkv.new_empty(joined, dtype=torch.float32) for _ in range(2))
     optional = [qkv if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
     block_d = power_of_2(ceil_div(D, 2))
-    sizes = {"H": H, "K": K, "D": D, "WINDOW": window, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
+    sizes: dict[str, int] = {
+        "H": H,
+        "K": K,
+        "D": D,
+        "WINDOW": window,
+        "HAS_ROPE": cos is not None,
+        "HAS_NORM": q_weight is not None,
+    }
     sizes |= {"INTERLEAVED": interleaved, "SPLITS": count, "BLOCK_S": max(16, min(256, TILE // (2 * block_d)))}
     tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
     constants = {**sizes, "BLOCK_D": block_d, "num_warps": 8}
@@ -185,8 +191,8 @@ def _forward(
 
 
 def _fake(qkv: Tensor, positions: Tensor, keys: Tensor, *_: object) -> Tensor:
-    B, _, K, D = keys.shape
-    return qkv.new_empty((B, 1, qkv.shape[2] - 2 * K * D))
+    K, D = keys.shape[2:]
+    return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] - 2 * K * D))
 
 
 _decode_attention = register(

@@ -267,15 +267,17 @@ def decode_attention(
     else:
         q, k, v = qkv.view(B, H + 2 * K, D).split([H, K, K], dim=1)
         if q_weight is not None and k_weight is not None:
-            q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+            acc = _accumulator(qkv)
+            q = F.rms_norm(q.to(acc), q_weight.shape, q_weight.to(acc), eps).to(qkv.dtype)
+            k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
     batch = torch.arange(B, device=qkv.device)
     keys[batch, positions], values[batch, positions] = k, v
     if qkv.device.type == "cpu":  # elsewhere the host would wait for the device
         S = int(positions.max()) + 1
     place, position = torch.arange(S, device=qkv.device), positions[:, None]
     seen = place <= position if window == 0 else (place <= position) & (place > position - window)
-    attended = (x[:, :S].transpose(1, 2) for x in (keys, values))
-    y = F.scaled_dot_product_attention(q[:, :, None], *attended, seen[:, None, None], enable_gqa=H != K)
+    k, v = keys[:, :S].transpose(1, 2), values[:, :S].transpose(1, 2)
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=H != K)
     return y.view(B, 1, H * D)
 
 

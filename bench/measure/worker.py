@@ -103,7 +103,7 @@ def _waterfall(name: str, quick: bool, folder: Path) -> Found:
 
 
 def _generation(name: str, _: bool, __: Path) -> Found:
-    _, model, batch_size = name.split("/")
+    model, batch_size = name.split("/")[1:]
     found = generation.measure(model, int(batch_size))
     print(generation.line(found))
     return {"results": found, "protocol": generation.PROTOCOL}

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from gptperf.config import ModelConfig
 from gptperf.errors import note
-from gptperf.model.attention import SDPA, FlashAttention, KVCache, ManualAttention
+from gptperf.model.attention import SDPA, Attention, FlashAttention, KVCache, ManualAttention
 from gptperf.model.gpt import GPT
 from gptperf.model.position import LearnedAbsolute, NoPosition, RoPE
 
@@ -58,10 +58,12 @@ class _Decoder:
         # A plugin's attention or positions may need the number of tokens on the host: then each sequence has caches of
         # its own, and each step a forward pass for each sequence.
         positions, backends = _BUILT_IN
-        own = {type(block.attention.backend) for block in model.blocks}
-        self.together = type(model.position) in positions and own <= backends
+        layers = [module for module in model.modules() if type(module) is Attention]
+        known = {type(model.position)} <= positions and {type(layer.backend) for layer in layers} <= backends
+        self.together = known and len(layers) == len(model.blocks)
         self.alone: list[list[KVCache]] = [[] for _ in range(rows)]
-        self.caches = [self._cache(model, rows) for _ in model.blocks] if self.together else []
+        weights = [layer.qkv.weight for layer in layers] if self.together else []
+        self.caches = [self._cache(model.config, rows, dtype or weight.dtype) for weight in weights]
         self.capture = capture and self.together and device.type == "cuda"
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -70,8 +72,7 @@ class _Decoder:
             self.read = [torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(_AHEAD + 1)]
             self.events = [torch.cuda.Event() for _ in self.read]
 
-    def _cache(self, model: GPT, rows: int) -> KVCache:
-        config, dtype = model.config, self.dtype or model.blocks[0].attention.qkv.weight.dtype
+    def _cache(self, config: ModelConfig, rows: int, dtype: torch.dtype) -> KVCache:
         # Zeros, because what a sequence does not attend to must still be finite.
         shape = rows, self.size, config.kv_heads, config.head_width
         keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
@@ -106,9 +107,10 @@ class _Decoder:
         # Without a cache, because weights that autocast has cast in a graph must not be read outside of it.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
-    def provide(self, numbers: Tensor) -> None:
-        """Sets the random numbers of the next steps, `(steps, B)` float32 with steps up to `_NUMBERS`."""
-        self.numbers[: len(numbers)] = numbers.to(self.device)
+    def provide(self, generators: Sequence[torch.Generator], steps: int) -> None:
+        """Draws the random numbers of the next steps, at most `_NUMBERS`; each sequence has its own source."""
+        found = [torch.rand(steps, generator=source, device=source.device).cpu() for source in generators]
+        self.numbers[:steps] = torch.stack(found, dim=1).to(self.device)
         self.counters[-1] = 0
 
     def step(self, model: GPT) -> None:
@@ -175,7 +177,12 @@ _kept: "weakref.WeakKeyDictionary[GPT, tuple[Any, _Decoder]]" = weakref.WeakKeyD
 
 
 def _decoder(model: GPT, *arguments: Any) -> tuple[Any, _Decoder]:
-    """Returns a decoder and what it is valid for: the arguments, and the memory of the weights."""
+    """Returns a decoder and what it is valid for: its arguments, and the memory of the weights."""
+    *others, dtype = arguments
+    kind = model.wte.weight.device.type
+    if dtype is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    arguments = *others, None if dtype == torch.float32 else dtype
     key = arguments, tuple(x.data_ptr() for x in model.parameters())
     found, decoder = _kept.pop(model, (None, None))  # taken out while it is in use
     if decoder is None or found != key:
@@ -197,8 +204,8 @@ def generate(
 ) -> Iterator[list[int]]:
     """Yields the tokens that continue prompts, one of each prompt at a time.
 
-    On a CPU, and without `capture`, tokens are yielded as soon as they are drawn. With a CUDA graph a GPU is up to
-    `_AHEAD` steps ahead. A sequence gets the same tokens in any batch, up to the rounding of matrix products.
+    Tokens are yielded as soon as they are drawn; with a CUDA graph the GPU is up to `_AHEAD` steps ahead. A sequence
+    gets the same tokens in any batch, up to the rounding of matrix products.
 
     Only the last `block_size` tokens of a prompt are read. When the cache of a sequence holds `block_size` tokens, it
     is built anew from the last half of them, so every token but the first ones sees at least half a context.
@@ -216,10 +223,6 @@ def generate(
     contexts = [list(ids[-block:]) for ids in prompts]
     lengths = [len(ids) for ids in contexts]
     size = min(block, -(-(max(lengths) + tokens) // _SIZE) * _SIZE)
-    kind = model.wte.weight.device.type
-    if dtype is None and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    dtype = None if dtype == torch.float32 else dtype
     key, decoder = _decoder(model, len(prompts), size, sampling, capture, dtype)
     decoder.fill(model, dict(enumerate(contexts)))
     waiting: deque[Callable[[], list[int]]] = deque()
@@ -233,9 +236,7 @@ def generate(
     try:
         for step in range(tokens):
             if step % _NUMBERS == 0:
-                count = min(_NUMBERS, tokens - step)
-                numbers = [torch.rand(count, generator=source, device=source.device).cpu() for source in generators]
-                decoder.provide(torch.stack(numbers, dim=1))
+                decoder.provide(generators, min(_NUMBERS, tokens - step))
             full = [row for row, length in enumerate(lengths) if length > block]
             if full:
                 while waiting:

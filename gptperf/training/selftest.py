@@ -105,7 +105,8 @@ class _Inputs:
 
     def position_options(self) -> tuple[Any, ...]:
         """The arguments of decode_attention after the cache: tables of rope, QK-norm, eps and pairs."""
-        model, tables = self.model, (None, None)
+        model = self.model
+        tables: tuple[Tensor, ...] | tuple[None, None] = (None, None)
         if model.position_encoding == "rope":
             angles = torch.linspace(0, 3, 4 * ROWS * model.head_width // 2, device=self.device)
             angles = angles.view(4 * ROWS, model.head_width // 2)
