@@ -247,10 +247,9 @@ def generate(
             decoder.step(model)
             lengths = [length + 1 for length in lengths]
             waiting.append(decoder.fetch())
-            while len(waiting) > (_AHEAD if decoder.graph is not None and step else 0):
+            ahead = _AHEAD if decoder.graph is not None and 0 < step < tokens - 1 else 0
+            while len(waiting) > ahead:
                 yield read()
-        while waiting:
-            yield read()
     finally:
         if decoder.graph is not None:
             _kept[model] = key, decoder
