@@ -180,15 +180,16 @@ def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> N
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
     op = "symmetric_matmul"
-    if x.dtype not in FLOATS or x.dim() != 3 or not x.is_contiguous():
-        wanted = "(B, M, K) in a floating-point dtype, contiguous"
+    if x.dtype not in FLOATS or x.dim() != 3 or not (x.is_contiguous() or x.mT.is_contiguous()):
+        wanted = "(B, M, K) in a floating-point dtype, contiguous or the transpose of that"
         raise ValueError(f"{op}: found x {_describe(x)} with strides {x.stride()}, wanted {wanted}")
     for name, tensor, shape in (("z", z, tuple(x.shape)), ("add", add, (x.shape[0], x.shape[1], x.shape[1]))):
         if tensor is None:
             continue
         same = tensor.dtype == x.dtype and tensor.device == x.device
-        if tensor.shape != shape or not same or not tensor.is_contiguous():
-            wanted = f"{shape} {x.dtype} on {x.device}, contiguous"
+        laid_out = tensor.stride() == x.stride() if name == "z" else tensor.is_contiguous()
+        if tensor.shape != shape or not same or not laid_out:
+            wanted = f"{shape} {x.dtype} on {x.device}, " + ("with the strides of x" if name == "z" else "contiguous")
             raise ValueError(f"{op}: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
 
 

@@ -341,8 +341,8 @@ def symmetric_matmul(
     x x^T is symmetric. So is the product of two symmetric matrices with the same eigenvectors, such as a power of one.
 
     Args:
-        x: `(B, M, K)`, contiguous.
-        z: like x; default: x itself. The kernel computes the lower half of the result alone.
+        x: `(B, M, K)`, contiguous or the transpose (`mT`) of a contiguous tensor.
+        z: like x, with its strides; default: x itself. The kernel computes the lower half of the result alone.
         add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
         alpha, beta: factors.
 

@@ -37,8 +37,9 @@ def program_shape(M: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def _symmetric_matmul_kernel(
-    X, Z, ADD, Y, M, K, alpha, beta, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    X, Z, ADD, Y, M, K, row_stride, column_stride, alpha, beta,
+    HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     number, matrix = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     # Tiles are counted row by row of the triangle, so row i begins with number i (i + 1) / 2. The square root may be
     # off by a rounding.
@@ -49,9 +50,9 @@ def _symmetric_matmul_kernel(
     rows = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     columns = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     lanes = tl.arange(0, BLOCK_K).to(tl.int64)
-    left = X + matrix * M * K + rows[:, None] * K + lanes[None, :]
-    right = Z + matrix * M * K + columns[None, :] * K + lanes[:, None]
-    total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64)
+    left = X + matrix * M * K + rows[:, None] * row_stride + lanes[None, :] * column_stride
+    right = Z + matrix * M * K + columns[None, :] * row_stride + lanes[:, None] * column_stride
+    total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64) * column_stride
     for start in range(0, K, BLOCK_K):
         inside = lanes < K - start
         a = tl.load(left, mask=(rows[:, None] < M) & inside[None, :], other=0.0)
@@ -80,7 +81,8 @@ def _forward(x: Tensor, z: Tensor | None, add: Tensor | None, alpha: float, beta
         tiles = ceil_div(M, constants["BLOCK"])
         grid = (tiles * (tiles + 1) // 2, B)
         tensors = (x, x if z is None else z, x if add is None else add, y)
-        launch(_symmetric_matmul_kernel, grid, tensors, (M, K, alpha, beta), constants)
+        numbers = (M, K, x.stride(1), x.stride(2), alpha, beta)
+        launch(_symmetric_matmul_kernel, grid, tensors, numbers, constants)
     return y
 
 

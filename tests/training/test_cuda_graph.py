@@ -121,15 +121,12 @@ def test_an_overflow_of_float16_skips_the_same_steps() -> None:
 @pytest.mark.gpu
 def test_gradients_that_are_not_finite_skip_the_same_steps() -> None:
     def spoil(engine: Engine, step: int) -> None:
-        weight = engine.model.lm_head.weight.data
-        if step == 6:
-            weight[3, 3] = float("inf")
-        if step == 8:
-            engine.weights.publish()  # the master weights are as before
+        if step == 6:  # in the copy that the model reads; the skipped update writes it anew from the master weights
+            engine.model.lm_head.weight.data[3, 3] = float("inf")
 
     launched, replayed, _ = _both(range(12), spoil, "--compile=False", *CASES["llama"])
     _assert_same(launched, replayed)
-    assert launched[11][3] == 2
+    assert [row[3] for row in launched[:12]] == [0] * 6 + [1] * 6
 
 
 @pytest.mark.gpu
@@ -180,8 +177,10 @@ def test_a_whole_run_is_the_same(tmp_path: Path) -> None:
         resolved = command_line.resolve(flags)
         assert trainer.train(resolved.config, resolved.origins) == 0
         records = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-        losses.append([(r.get("iter"), r.get("loss"), r.get("val_loss"), r.get("grad_norm")) for r in records])
+        rows = [(r.get("iter"), r.get("loss"), r.get("val_loss"), r.get("grad_norm")) for r in records]
+        losses.append([row for row in rows if row[1:] != (None, None, None)])  # saves end in another order
     assert len([row for row in losses[0] if row[1] is not None]) >= 37
+    assert len([row for row in losses[0] if row[2] is not None]) >= 4
     assert losses[0] == losses[1]
 
 
