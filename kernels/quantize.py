@@ -4,7 +4,7 @@
 
 A tensor core of Hopper reads both fp8 operands along the dimension that a matmul sums over. The forward pass and the
 gradient of the input read rows of x and dy, the gradient of the weight reads their columns; so a matrix that is used in
-both ways is written twice and read once. The scale is a number in device memory. If it is 0, `_amax_kernel`, which
+both ways is written twice and read once. The scale is a number in device memory. If it is 0, `_quantize_amax_kernel`, which
 otherwise returns at once, first finds the largest value, and the scale follows from it. Nothing is decided on the host.
 
 Statistics of the input are collected on the way. Each program writes its part; the caller combines the parts of all
@@ -137,7 +137,7 @@ def tile_at(tile, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def _amax_kernel(X, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _quantize_amax_kernel(X, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if tl.load(SCALE) == 0.0:
         top = tl.zeros((), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
@@ -218,7 +218,7 @@ def _forward(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, fr
     outputs = _forward_fake(x, scale, e5m2, rows, columns, fresh)
     if x.numel():
         constants = {"ROWS": rows, "COLUMNS": columns}
-        kernels = (_amax_kernel, _quantize_kernel)
+        kernels = (_quantize_amax_kernel, _quantize_kernel)
         launch_tiles(kernels, *x.shape, tile_shape(columns), (x, scale), outputs, constants, e5m2, fresh)
     elif fresh:
         outputs[2].fill_(1)

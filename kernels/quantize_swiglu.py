@@ -53,7 +53,9 @@ def _gradients(gate, up, dy):
 
 
 @triton.jit
-def _product_amax_kernel(GATE_UP, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _quantize_product_amax_kernel(
+    GATE_UP, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     if tl.load(SCALE) == 0.0:
         top = tl.zeros((), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
@@ -66,7 +68,7 @@ def _product_amax_kernel(GATE_UP, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _product_kernel(
+def _quantize_product_kernel(
     GATE_UP, SCALE, AMAX, Q, FACTORS, STATISTICS, M,
     N: tl.constexpr, FRESH: tl.constexpr,
     IS_E5M2: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -91,7 +93,7 @@ def _product_kernel(
 
 
 @triton.jit
-def _gradient_amax_kernel(
+def _quantize_gradient_amax_kernel(
     DY, GATE_UP, PRODUCT_SCALE, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     if tl.load(SCALE) == 0.0:
@@ -108,7 +110,7 @@ def _gradient_amax_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _quantize_gradient_kernel(
     DY, GATE_UP, PRODUCT_SCALE, SCALE, AMAX, Q, QT, YT, FACTORS, STATISTICS, M,
     N: tl.constexpr, FRESH: tl.constexpr,
     IS_E5M2: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -147,7 +149,7 @@ def _forward(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate_up = gate_up.contiguous()
     outputs = _forward_fake(gate_up, scale)
     if gate_up.numel():
-        kernels = (_product_amax_kernel, _product_kernel)
+        kernels = (_quantize_product_amax_kernel, _quantize_product_kernel)
         launch_tiles(kernels, *outputs[0].shape, FORWARD_TILE, (gate_up, scale), outputs, {}, False, True)
     else:
         outputs[1].fill_(1)
@@ -168,7 +170,7 @@ def _backward(dy: Tensor, gate_up: Tensor, scale: Tensor, product_scale: Tensor,
     outputs = _backward_fake(dy, gate_up, scale, product_scale, e5m2)
     if dy.numel():
         inputs = (dy, gate_up, product_scale, scale)
-        kernels = (_gradient_amax_kernel, _gradient_kernel)
+        kernels = (_quantize_gradient_amax_kernel, _quantize_gradient_kernel)
         launch_tiles(kernels, *dy.shape, BACKWARD_TILE, inputs, outputs, {}, e5m2, True)
     else:
         outputs[3].fill_(1)

@@ -22,7 +22,7 @@ from gptperf.kernels.checks import check_swiglu, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, wgrad
 
-__all__ = ["swiglu"]
+__all__ = ["swiglu", "swiglu_backward"]
 
 
 def program_shape(F: int) -> dict[str, int]:
@@ -102,10 +102,10 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
-    return _swiglu_backward(dy, ctx.saved_tensors[0], False)[0]
+    return swiglu_backward(dy, ctx.saved_tensors[0], False)[0]
 
 
-_swiglu_backward = register(
+swiglu_backward = register(
     "swiglu_backward(Tensor dy, Tensor gate_up, bool product) -> (Tensor, Tensor)", _backward, _backward_fake
 )
 _swiglu = register("swiglu(Tensor gate_up) -> Tensor", _forward, _forward_fake, _save, _differentiate)
@@ -124,7 +124,7 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weight = ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad
-        dgate_up, product = _swiglu_backward(dgrad(dout, weight), gate_up, needs_weight)
+        dgate_up, product = swiglu_backward(dgrad(dout, weight), gate_up, needs_weight)
         dweight = wgrad(dout, product) if needs_weight else None
         return dgate_up, dweight, bias_grad(dout) if needs_bias else None
 

@@ -16,6 +16,7 @@ from gptperf import registry
 from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
 from gptperf.config.presets import PRESETS
+from gptperf.config.notes import notes_of
 from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
 
@@ -227,6 +228,14 @@ class SystemConfig(_Section):
     """Device; auto is the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute dtype. Master weights and optimizer states are always float32."""
+    matmul_dtype: Literal["dtype", "fp8"] = "dtype"
+    """Operands of the blocks' linear layers. dtype: as the key dtype; fp8: 8-bit floats (Ada, Hopper, Blackwell)."""
+    fp8_level: Literal["forward", "forward+dgrad", "full"] = "full"
+    """Matmuls in fp8. forward: of the forward pass; dgrad: also for gradients of inputs; full: also of weights."""
+    fp8_scaling: Literal["delayed", "current"] = "delayed"
+    """Scales of fp8. delayed: from the last iterations; current: from the tensor itself, which is read once more."""
+    fp8_skip: str = ""
+    """Comma-separated layers without fp8: first, last or numbers of blocks, attention, ffn, blocks.3.ffn.out."""
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
@@ -278,7 +287,7 @@ class SystemConfig(_Section):
 
     @property
     def peak_dtype(self) -> str:
-        """Dtype of the matmuls, and therefore of the peak that the MFU is relative to."""
+        """Dtype of the peak that the MFU is relative to, also where matmuls run in fp8."""
         return self.dtype
 
 
@@ -349,31 +358,7 @@ class Config:
 
     def notes(self) -> list[str]:
         """Returns a line for each choice that is valid but may surprise."""
-        lines = []
-        end = self.optimizer.lr_decay_iters or self.train.max_iters
-        if self.optimizer.warmup_iters >= end:
-            lines.append(
-                f"warmup_iters = {self.optimizer.warmup_iters} is not shorter than the schedule ({end} iterations), so "
-                "the learning rate never reaches its peak"
-            )
-        model = self.model
-        if model.own_activation is not None and model.activation != KEYS["activation"].default:
-            applied = f"ffn_type = {model.ffn_type!r} applies {model.own_activation}"
-            lines.append(f"activation = {model.activation!r} has no effect: {applied}")
-        if model.arch_preset == "gpt2" and model.norm_position == "post":
-            lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
-        if self.data.document_mask:
-            lines.append(
-                "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "
-                "document; a log line counts those of its batches"
-            )
-        masked = self.data.document_mask or min(model.windows) < model.block_size
-        card = registry.card("attention_backend", model.attention_backend)
-        dense = card is not None and card.kept_mask(model.block_size, model.dropout > 0) > 0
-        if masked and dense and self.system.device != "cpu":
-            why = "dropout > 0" if model.dropout else f"block_size = {model.block_size} is not a multiple of 128"
-            lines.append(f"{why}: masks have block_size x block_size elements, because FlexAttention does not run")
-        return lines
+        return notes_of(self)
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}

@@ -11,6 +11,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Checkpoint",
     "Eval",
+    "Float8",
     "Gradients",
     "Iteration",
     "Memory",
@@ -186,6 +187,21 @@ class Stability(TypedDict, total=False):
     """Number of steps skipped so far because a gradient was not finite."""
 
 
+class Float8(TypedDict, total=False):
+    """What was counted of the tensors that fp8 quantises, since the last entry. Of several ranks the largest counts."""
+
+    saturated_share: float
+    """Share of the elements that were above the largest number of their scale, and were clamped, 0..1."""
+    flushed_share: float
+    """Share of the elements that became 0, 0..1."""
+    stale_scales: float
+    """Number of tensors whose values were far below what their scale leaves room for."""
+    saturated_layers: Mapping[str, float]
+    """Layer -> share of clamped elements, of the tensor with most of them; layers without any are left out."""
+    flushed_layers: Mapping[str, float]
+    """Likewise for elements that became 0."""
+
+
 class Iteration(TypedDict, total=False):
     """Event `iteration`: one logged optimizer step."""
 
@@ -207,6 +223,8 @@ class Iteration(TypedDict, total=False):
     stability: Stability
     loss_scale: float
     """Scale of the loss in float16."""
+    float8: Float8
+    """What fp8 does to the tensors; only with fp8."""
 
 
 class Eval(TypedDict, total=False):

@@ -26,7 +26,10 @@ _MARKS = (
     ("attention", r"sdpa|flash|fmha|cudnn::fusion|attention"),
     ("gemm", r"nvjet|gemm|gemv|cutlass|cublas|xmma|splitKreduce"),
     ("loader", r"Memcpy HtoD|random_from_to"),
-    ("memory_bound", r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale)\w*_kernel|at::native|^Memcpy|^Memset|cub::"),
+    (
+        "memory_bound",
+        r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale|quantize)\w*_kernel|at::native|^Memcpy|^Memset|cub::",
+    ),
 )
 """Pairs of a part and a pattern for the names of its kernels; the first match counts. An eager AdamW consists of
 kernels that other code uses too, so it counts as memory_bound."""

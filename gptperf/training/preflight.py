@@ -28,6 +28,7 @@ from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
+from gptperf.training.float8 import check_float8
 from gptperf.training.resume import find_checkpoint
 
 __all__ = ["Inputs", "check_device", "check_disk", "check_inputs", "check_plan", "find_peak", "throughput_of"]
@@ -61,8 +62,9 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         stack: holds the lock of the run's folder, which the main rank takes.
 
     Raises:
-        OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
+        ConfigError, DeviceError, OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
     """
+    check_float8(config, process.device)
     planned = check_plan(config, process)
     train_tokens, val_tokens = open_dataset(config.data, config.model, process)
     order_of(train_tokens, config.model.block_size, config.train.seed)  # raises if the data is too short

@@ -138,6 +138,10 @@ class Reporter:
         self._waited_s = waited_s
         if engine.scaler.is_enabled():
             record["loss_scale"] = engine.scaler.get_scale()
+        if engine.float8 is not None:
+            record["float8"], saturates = engine.float8.record(engine.micro_batches)
+            if saturates is not None:
+                self._console.warning(saturates)
         return record
 
     def _speed(self, step_ms: float, tokens: int, pairs: int) -> dict[str, Any]:

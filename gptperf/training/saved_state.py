@@ -1,6 +1,6 @@
 """Saves the whole resumable state of a run in a checkpoint, and restores it.
 
-The state consists of master weights, optimizer states and their step count, the loss scale, the random states, buffers
+The state consists of master weights, optimizer states and their step count, the scales of fp8 and of the loss, the random states, buffers
 and frozen parameters of plugins, the tokenizer's vocabulary, the position in the run, and everything that a later run
 is compared with (`gptperf.training.matching`).
 
@@ -135,6 +135,8 @@ def snapshot(
     buffers = dict(_buffers(engine.model))
     if engine.process.is_main:
         tensors |= {"rng": rng} | ({"buffers": buffers} if buffers else {})
+        if engine.float8 is not None:
+            tensors["float8"] = engine.float8.tensors()
         if vocabulary:
             tensors[VOCABULARY] = vocabulary_tensors(vocabulary)
     return tensors, {
@@ -245,6 +247,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str) -> TrainSt
     if not isinstance(saved["scaler"], dict):
         raise TypeError(f"scaler: {saved['scaler']!r}")
     engine.scaler.load_state_dict(saved["scaler"])
+    if engine.float8 is not None:
+        engine.float8.restore(checkpoint.tensors.get("float8", {}))
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
     if "cuda" in rng and engine.process.device.type == "cuda":
