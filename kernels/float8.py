@@ -9,7 +9,7 @@ Values beyond the largest number are clamped to it. Infinities and NaN become Na
 still found and skipped.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ SCALE_EXPONENT = 100
 """The exponent of a scale lies between this and its negative; the inverse too is then a normal float32 number."""
 
 
-@dataclass(frozen=True)
-class Float8:
+class Float8(NamedTuple):
     """An 8-bit float format."""
 
     dtype: torch.dtype
@@ -55,12 +54,12 @@ def format_of(e5m2: bool) -> Float8:
     return E5M2 if e5m2 else E4M3
 
 
-def scale_of(amax: Tensor, top: int) -> Tensor:
+def scale_of(amax: Tensor, top: int | Tensor) -> Tensor:
     """Returns the scale of tensors from their largest absolute values; 1 where one is not finite.
 
     Args:
         amax: float32, any shape, not negative.
-        top: `Float8.top` of the format.
+        top: `Float8.top` of the format, or an int32 tensor of one for each.
     """
     biased = (amax.contiguous().view(torch.int32) >> 23) & 255  # exponent of amax plus 127
     exponent = (top - 1 - (biased - 127)).clamp(-SCALE_EXPONENT, SCALE_EXPONENT)

@@ -23,8 +23,7 @@ matmuls save. A norm that writes 8 bits itself would save 3 units twice, a rope 
 Eager reference: the same functions over `gptperf.kernels.reference`, on a CPU. Source: Micikevicius et al., 2022.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,15 +45,14 @@ FAST_FORWARD, FAST_BACKWARD = True, False
 _IS_E5M2 = GRADIENTS is E5M2
 
 
-@dataclass(eq=False)
-class Float8State:
+class Float8State(NamedTuple):
     """How a linear layer is computed in 8 bits."""
 
     scales: tuple[Tensor, Tensor, Tensor]
     """The scales of x, W and dy, each the first element of a float32 tensor whose address is a multiple of 16; 0 stands
     for the scale of the tensor's own largest value."""
     probe: Tensor
-    """A leaf of zeros `(3, 3, PROGRAMS)` that requires a gradient: the statistics of x, W and dy in this micro-batch."""
+    """A leaf of zeros `(3, 3, PROGRAMS)`, whose gradient is the statistics of x, W and dy in this micro-batch."""
     level: str = "full"
     """One of `LEVELS`."""
     keeps_input: bool = False
@@ -196,28 +194,42 @@ class _SwiGLU(torch.autograd.Function):
         y_factors, y_stats, down_factors, down_stats, dup_scale, dy_scale = rest
         level, triton, needs = ctx.level, ctx.triton, ctx.needs_input_grad
         stats = dup_stats = torch.zeros_like(x_stats)
+        full, dup_bias = level == "full", None
         if level == "forward":
             dgate_up, y = _swiglu_backward(triton, dgrad(dout, down), gate_up)
-            dx, dup, ddown = dgrad(dgate_up, up), wgrad(dgate_up, x), wgrad(dout, y)
-            dup_bias = bias_grad(dgate_up) if needs[2] else None
+            dx = dgrad(dgate_up, up)
         else:
-            q, qt, factors, stats = _quantize(triton, dout, dy_scale, e5m2=_IS_E5M2, columns=level == "full")
+            q, qt, factors, stats = _quantize(triton, dout, dy_scale, e5m2=_IS_E5M2, columns=full)
             dy = _dgrad(triton, q, factors[1], down, down_factors)
-            if level == "full":
-                dq, dqt, yt, dup_factors, dup_stats = _quantize_swiglu_backward(
-                    triton, dy, gate_up, dup_scale, y_factors
-                )
-                ddown = scaled_mm(qt, yt, factors[1], y_factors[1], down.dtype, FAST_BACKWARD)
-                dup = scaled_mm(dqt, x, dup_factors[1], x_factors[1], up.dtype, FAST_BACKWARD)
-                dup_bias = (dq.float().sum(0) * dup_factors[1]).to(up.dtype) if needs[2] else None
-            else:
-                dgate_up, y = _swiglu_backward(triton, dy, gate_up)
-                dq, _, dup_factors, dup_stats = _quantize(triton, dgate_up, dup_scale, e5m2=_IS_E5M2)
-                dup, ddown = wgrad(dgate_up, x), wgrad(dout, y)
-                dup_bias = bias_grad(dgate_up) if needs[2] else None
+            known = (dy, gate_up, dup_scale, y_factors)
+            if full and not needs[2]:
+                dq, dqt, y, dup_factors, dup_stats = _quantize_swiglu_backward(triton, *known)
+            else:  # also for the gradient of a bias, which 8 bits would spoil
+                dq, dqt, y, dup_factors, dup_stats, dgate_up = _in_parts(triton, *known, full)
             dx = _dgrad(triton, dq, dup_factors[1], up, up_factors)
+        if full:
+            ddown = scaled_mm(qt, y, factors[1], y_factors[1], down.dtype, FAST_BACKWARD)
+            dup = scaled_mm(dqt, x, dup_factors[1], x_factors[1], up.dtype, FAST_BACKWARD)
+        else:
+            dup, ddown = wgrad(dgate_up, x), wgrad(dout, y)
+        if needs[2]:
+            dup_bias = bias_grad(dgate_up)
         probes = torch.stack([x_stats, up_stats, dup_stats]), torch.stack([y_stats, down_stats, stats])
         return dx, dup, dup_bias, ddown, bias_grad(dout) if needs[4] else None, *probes, *[None] * 8
+
+
+def _in_parts(
+    triton: bool, dy: Tensor, gate_up: Tensor, dup_scale: Tensor, y_factors: Tensor, full: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns what `_quantize_swiglu_backward` does, and the gradient of gate_up before it is quantised.
+
+    The product is in 8 bits and transposed with `full`, else in 16 bits.
+    """
+    dgate_up, y = _swiglu_backward(triton, dy, gate_up)
+    dq, dqt, factors, stats = _quantize(triton, dgate_up, dup_scale, e5m2=_IS_E5M2, columns=full)
+    if full:
+        y = _quantize(triton, y, y_factors, rows=False, columns=True, fresh=False)[1]
+    return dq, dqt, y, factors, stats, dgate_up
 
 
 def _down(

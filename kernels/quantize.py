@@ -4,8 +4,9 @@
 
 A tensor core of Hopper reads both fp8 operands along the dimension that a matmul sums over. The forward pass and the
 gradient of the input read rows of x and dy, the gradient of the weight reads their columns; so a matrix that is used in
-both ways is written twice and read once. The scale is a number in device memory. If it is 0, `_quantize_amax_kernel`, which
-otherwise returns at once, first finds the largest value, and the scale follows from it. Nothing is decided on the host.
+both ways is written twice and read once. The scale is a number in device memory. If it is 0, `_quantize_amax_kernel`,
+which otherwise returns at once, first finds the largest value, and the scale follows from it. Nothing is decided on the
+host.
 
 Statistics of the input are collected on the way. Each program writes its part; the caller combines the parts of all
 matrices at once. Bytes moved for M rows of N columns of 16 bits: 2 M N read, M N written for each layout; with a scale
@@ -183,8 +184,7 @@ def _quantize_kernel(
 
 def launch_tiles(
     kernels: tuple[Any, Any],
-    M: int,
-    N: int,
+    size: tuple[int, int],
     shape: Mapping[str, int],
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -196,7 +196,7 @@ def launch_tiles(
 
     Args:
         kernels: the two kernels; the first takes the inputs and AMAX, the second the outputs too.
-        M, N: rows and columns of the matrix that is quantised.
+        size: rows M and columns N of the matrix that is quantised.
         shape: the tile and the warps.
         inputs: the pointers before AMAX; the last one is SCALE.
         outputs: the pointers after AMAX.
@@ -204,7 +204,9 @@ def launch_tiles(
         e5m2: whether the format is E5M2, else E4M3.
         fresh: whether statistics are collected and the scale may be 0.
     """
-    grid = (min(ceil_div(M, shape["BLOCK_M"]) * ceil_div(N, shape["BLOCK_N"]), PROGRAMS),)
+    M, N = size if all(size) else (0, 1)  # without a tile, the kernel writes the scale and statistics of nothing
+    tiles = ceil_div(M, shape["BLOCK_M"]) * ceil_div(N, shape["BLOCK_N"])
+    grid = (max(1, min(tiles, PROGRAMS)),)
     amax = torch.empty(power_of_2(PROGRAMS) if fresh else 1, dtype=torch.int32, device=inputs[0].device)
     if fresh:
         launch(kernels[0], grid, (*inputs, amax), (M,), {"N": N, **shape})
@@ -216,13 +218,9 @@ def launch_tiles(
 def _forward(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, fresh: bool) -> Quantized:
     x = x.contiguous()
     outputs = _forward_fake(x, scale, e5m2, rows, columns, fresh)
-    if x.numel():
-        constants = {"ROWS": rows, "COLUMNS": columns}
-        kernels = (_quantize_amax_kernel, _quantize_kernel)
-        launch_tiles(kernels, *x.shape, tile_shape(columns), (x, scale), outputs, constants, e5m2, fresh)
-    elif fresh:
-        outputs[2].fill_(1)
-        outputs[3].zero_()
+    kernels, size = (_quantize_amax_kernel, _quantize_kernel), (x.shape[0], x.shape[1])
+    constants = {"ROWS": rows, "COLUMNS": columns}
+    launch_tiles(kernels, size, tile_shape(columns), (x, scale), outputs, constants, e5m2, fresh)
     return outputs
 
 
@@ -235,7 +233,8 @@ def _forward_fake(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: boo
 
 
 _quantize: Callable[..., Quantized] = register(
-    "quantize(Tensor x, Tensor scale, bool e5m2, bool rows, bool columns, bool fresh) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, Tensor scale, bool e5m2, bool rows, bool columns, bool fresh) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )

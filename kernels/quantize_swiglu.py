@@ -148,12 +148,10 @@ def _quantize_gradient_kernel(
 def _forward(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate_up = gate_up.contiguous()
     outputs = _forward_fake(gate_up, scale)
-    if gate_up.numel():
-        kernels = (_quantize_product_amax_kernel, _quantize_product_kernel)
-        launch_tiles(kernels, *outputs[0].shape, FORWARD_TILE, (gate_up, scale), outputs, {}, False, True)
-    else:
-        outputs[1].fill_(1)
-        outputs[2].zero_()
+    kernels = (_quantize_product_amax_kernel, _quantize_product_kernel)
+    launch_tiles(
+        kernels, (gate_up.shape[0], gate_up.shape[1] // 2), FORWARD_TILE, (gate_up, scale), outputs, {}, False, True
+    )
     return outputs
 
 
@@ -168,13 +166,9 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _backward(dy: Tensor, gate_up: Tensor, scale: Tensor, product_scale: Tensor, e5m2: bool) -> _Gradients:
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     outputs = _backward_fake(dy, gate_up, scale, product_scale, e5m2)
-    if dy.numel():
-        inputs = (dy, gate_up, product_scale, scale)
-        kernels = (_quantize_gradient_amax_kernel, _quantize_gradient_kernel)
-        launch_tiles(kernels, *dy.shape, BACKWARD_TILE, inputs, outputs, {}, e5m2, True)
-    else:
-        outputs[3].fill_(1)
-        outputs[4].zero_()
+    inputs = (dy, gate_up, product_scale, scale)
+    kernels = (_quantize_gradient_amax_kernel, _quantize_gradient_kernel)
+    launch_tiles(kernels, (dy.shape[0], dy.shape[1]), BACKWARD_TILE, inputs, outputs, {}, e5m2, True)
     return outputs
 
 

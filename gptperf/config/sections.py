@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from gptperf import registry
 from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
-from gptperf.config.presets import PRESETS
 from gptperf.config.notes import notes_of
+from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
 

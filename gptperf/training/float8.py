@@ -10,7 +10,6 @@ CUDA graphs can replay it.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from gptperf.kernels.float8 import E4M3, STATISTICS, scale_of
 from gptperf.kernels.float8_linear import GRADIENTS, OPERANDS, Float8State
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
+from gptperf.monitor.events import Float8
 
 __all__ = ["HISTORY", "Float8Layers", "check_float8", "make_float8"]
 
@@ -52,7 +52,7 @@ def check_float8(config: Config, device: torch.device) -> None:
     nearest_value = "nearest: --matmul_dtype=dtype, which computes in bfloat16"
     if device.type != "cuda" and config.system.kernels != "eager":
         raise DeviceError(
-            f"matmul_dtype = 'fp8' needs a GPU, found {device.type}; {nearest_value}; --kernels=eager emulates it, slowly"
+            f"matmul_dtype = 'fp8' needs a GPU, found {device.type}; {nearest_value}; --kernels=eager emulates it"
         )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
@@ -61,7 +61,7 @@ def check_float8(config: Config, device: torch.device) -> None:
     tokens = config.train.batch_size * config.model.block_size
     if tokens % _MULTIPLE:
         raise ConfigError(
-            f"batch_size, block_size: matmul_dtype = 'fp8' needs micro-batches of a multiple of {_MULTIPLE} tokens, found "
+            f"batch_size, block_size: matmul_dtype = 'fp8' needs a multiple of {_MULTIPLE} tokens a micro-batch, found "
             f"{tokens}; {nearest_value}"
         )
 
@@ -165,7 +165,7 @@ class Float8Layers:
             history.zero_() if found is None else history.copy_(found)
         self._write_scales()
 
-    def record(self, micro_batches: int) -> tuple[dict[str, Any], str | None]:
+    def record(self, micro_batches: int) -> tuple[Float8, str | None]:
         """Returns what was counted since the last log line, and a warning that names a layer which saturates, or None.
 
         Waits for the device.
@@ -180,7 +180,7 @@ class Float8Layers:
         elements = self._elements.double() * micro_batches * updates
         saturated, flushed = counts[..., 0] / elements, counts[..., 1] / elements
         worst = dict(zip(self.names, saturated.amax(1).tolist(), strict=True))
-        record = {
+        record: Float8 = {
             "saturated_share": (counts[..., 0].sum() / elements.sum()).item(),
             "flushed_share": (counts[..., 1].sum() / elements.sum()).item(),
             "stale_scales": (counts[..., 2] > 0).sum().item(),
@@ -195,8 +195,8 @@ class Float8Layers:
         self._warned.add(name)
         operand = OPERANDS[int(saturated[self.names.index(name)].argmax())]
         return record, (
-            f"fp8: {name} saturates: {worst[name]:.2%} of the elements of its {operand} were above the largest number of "
-            f"the scale and were clamped; --fp8_skip={name} keeps it in bfloat16"
+            f"fp8: {name} saturates: {worst[name]:.2%} of the elements of its {operand} were above the largest number "
+            f"of the scale and were clamped; --fp8_skip={name} keeps it in bfloat16"
         )
 
 

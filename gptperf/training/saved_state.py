@@ -1,8 +1,8 @@
 """Saves the whole resumable state of a run in a checkpoint, and restores it.
 
-The state consists of master weights, optimizer states and their step count, the scales of fp8 and of the loss, the random states, buffers
-and frozen parameters of plugins, the tokenizer's vocabulary, the position in the run, and everything that a later run
-is compared with (`gptperf.training.matching`).
+The state consists of master weights, optimizer states and their step count, the loss scale, the largest values that
+decide the scales of fp8, the random states, buffers and frozen parameters of plugins, the tokenizer's vocabulary, the
+position in the run, and everything that a later run is compared with (`gptperf.training.matching`).
 
 The iteration is the position in the data, because the tokens of a batch and the elements that dropout drops are
 functions of seed and iteration. The random states are saved for plugins that draw from them.

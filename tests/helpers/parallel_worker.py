@@ -136,6 +136,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "scales": scales,
         "pairs": pairs,
         "held": held,
+        "largest": {} if engine.float8 is None else {k: x.tolist() for k, x in engine.float8.tensors().items()},
         "moved_by": collectives.name,
         "reason": collectives.reason,
         "buckets": len(buckets),
