@@ -120,7 +120,7 @@ def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: 
     peak = peak_here(config)
     if peak is None:
         return record | {"waterfall": None, "reason": "no peak is known for this GPU, so no MFU"}
-    fall = waterfall.waterfall(found, waterfall.step_flops(config), peak.flop_s, step_ms)
+    fall = waterfall.waterfall(found, waterfall.step_flops(config, peak=peak), peak.flop_s, step_ms)
     return record | {
         "waterfall": fall.lost_points,
         "mfu_percent": fall.mfu_percent,

@@ -22,6 +22,11 @@ def notes_of(config: Any) -> list[str]:
         lines.append(f"activation = {model.activation!r} has no effect: {applied}")
     if model.arch_preset == "gpt2" and model.norm_position == "post":
         lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
+    if config.system.matmul_dtype == "fp8":
+        lines.append(
+            "fp8: the MFU is relative to the bfloat16 peak (bf16-equivalent); blended_mfu_percent counts each matmul "
+            "relative to the peak of its own dtype"
+        )
     if config.data.document_mask:
         lines.append(
             "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "

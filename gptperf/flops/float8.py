@@ -1,16 +1,16 @@
-"""How many of a model's matmul FLOPs run in 8 bits. Loads no torch."""
+"""What fp8 changes: the matmul FLOPs that run in 8 bits, the bytes that quantisation moves. Loads no torch."""
 
-from fractions import Fraction
+from collections.abc import Iterator
 
 from gptperf.config import Config
-from gptperf.flops.count import flops_per_token
-from gptperf.flops.matmuls import linears
+from gptperf.flops.matmuls import Linear, linears
+from gptperf.flops.model_cards import ffn_of
 
-__all__ = ["float8_share", "skips"]
+__all__ = ["float8_bytes", "float8_flops", "float8_layers", "skips"]
 
 _MATMULS = {"forward": 1, "forward+dgrad": 2, "full": 3}
 """Level -> how many of the three matmuls of a linear layer run in 8 bits."""
-_LAYER_OF = {"qkv": "attention.qkv", "out": "attention.out"}
+_NAMES = {"qkv": "attention.qkv", "out": "attention.out"}
 
 
 def skips(fp8_skip: str, layer: str, n_layer: int) -> bool:
@@ -27,20 +27,42 @@ def skips(fp8_skip: str, layer: str, n_layer: int) -> bool:
     return any(part in words or f"{layer}.".startswith(f"{part}.") for part in filter(None, fp8_skip.split(",")))
 
 
-def float8_share(config: Config) -> Fraction:
-    """Returns the share of the strict training FLOPs whose matmuls run in 8 bits, 0..1.
+def float8_layers(config: Config) -> Iterator[tuple[Linear, int]]:
+    """Yields the linear layers of a block, each with the number of blocks in which it runs in 8 bits.
 
-    The layers of an FFN have the names of its card here, so a skipped part blocks.N.ffn.NAME counts only by that name.
+    A layer of an FFN is known here by the name in the card: ffn_gate_up is blocks.N.ffn.gate_up.
     """
     if config.system.matmul_dtype != "fp8":
-        return Fraction(0)
-    model, forward = config.model, 0
+        return
+    model = config.model
     for linear in linears(model):
-        if linear.part == "lm_head":
-            continue
-        name = _LAYER_OF.get(linear.matmul.name, f"ffn.{linear.matmul.name.removeprefix('ffn_')}")
-        blocks = range(linear.times)
-        run = sum(not skips(config.system.fp8_skip, f"blocks.{i}.{name}", model.n_layer) for i in blocks)
-        forward += 2 * linear.matmul.weight * run
-    per_token = forward * _MATMULS[config.system.fp8_level]
-    return Fraction(per_token) / Fraction(flops_per_token(model, "strict").training_per_token)
+        if linear.part != "lm_head":
+            name = _NAMES.get(linear.matmul.name, f"ffn.{linear.matmul.name.removeprefix('ffn_')}")
+            layers = (f"blocks.{i}.{name}" for i in range(model.n_layer))
+            yield linear, sum(not skips(config.system.fp8_skip, layer, model.n_layer) for layer in layers)
+
+
+def float8_flops(config: Config, again: int = 0) -> int:
+    """Returns the FLOPs per trained token that run in 8 bits; `again` is how often backward runs the forward pass."""
+    forward = sum(2 * linear.matmul.weight * blocks for linear, blocks in float8_layers(config))
+    return forward * (_MATMULS[config.system.fp8_level] + again)
+
+
+def float8_bytes(config: Config) -> tuple[int, int]:
+    """Returns the bytes that quantisation moves besides what is moved in 16 bits: per token, and per micro-batch.
+
+    An input is read, and written in 8 bits; with level full it is also written transposed; likewise a gradient. Where
+    an op of the FFN writes 8 bits itself, they replace its 16 bits. A weight is read and written twice.
+    """
+    per_token = per_micro_batch = 0
+    level, fused = config.system.fp8_level, ffn_of(config.model).op is not None
+    cast = 4 if level == "full" else 3
+    for linear, blocks in float8_layers(config):
+        into, out = cast * linear.matmul.into, 0 if level == "forward" else cast * linear.matmul.out
+        if fused and linear.part == "ffn" and linear.matmul.into != config.model.n_embd:
+            into = -linear.matmul.into * (2 if level == "full" else 1)
+        elif fused and linear.part == "ffn" and level == "full":
+            out = 0
+        per_token += blocks * (into + out)
+        per_micro_batch += blocks * linear.matmul.weight * (3 if level == "forward" else 6)
+    return per_token, per_micro_batch

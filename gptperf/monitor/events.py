@@ -122,6 +122,9 @@ class Mfu(TypedDict, total=False):
     """Speed of one iteration. Unknown figures are absent, such as the MFU on a device without a known peak."""
 
     mfu_percent: float
+    """FLOPs of the model relative to the peak of `peak_dtype`, also where matmuls run in fp8."""
+    blended_mfu_percent: float
+    """MFU in which each matmul counts relative to the peak of its own dtype; only with fp8."""
     achieved_tflops: float
     """TFLOP/s achieved by one GPU, comparable with the peak, which is that of one GPU too."""
     hardware_peak_tflops: float
@@ -317,6 +320,7 @@ class Summary(TypedDict, total=False):
     weight of one model for each data set."""
     tokens_per_sec: float | None
     mfu_percent: float | None
+    blended_mfu_percent: float
     convention: str
     hardware_peak_tflops: float
     peak_dtype: str

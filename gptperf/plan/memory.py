@@ -15,6 +15,7 @@ from typing import Literal
 from gptperf import flops, registry
 from gptperf.cards import BUCKET_NUMEL, FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config, ModelConfig
+from gptperf.flops.float8 import float8_layers
 from gptperf.flops.matmuls import biases
 from gptperf.flops.model_cards import attention_of, block_of, ffn_of, norm_of, optimizer_of, position_of
 from gptperf.kernels.logit_chunks import chunk_rows, padded
@@ -208,8 +209,20 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; the next op keeps the output of the norm
     kept += position.kept(C, KD, model.qk_norm) + C  # with attention's output
     kept += attention_of(model).kept(model.block_size, model.n_head) + _mask_elements(config)
-    kept += ffn.kept(F, implementation)
+    kept += ffn.kept(F, implementation) - _float8_saves(config)
     return kept if implementation == "triton" else kept + position.kept_by_pytorch(C, implementation == "compiled")
+
+
+def _float8_saves(config: Config) -> float:
+    """Returns the elements per token and layer by which fp8 keeps less: half of the inputs that it keeps in 8 bits.
+
+    Attention keeps the input of the output projection, and SwiGLU's op computes that of the down projection again.
+    """
+    if config.system.fp8_level != "full":
+        return 0.0
+    whole = {linear.matmul.name: linear.matmul.into * blocks for linear, blocks in float8_layers(config)}
+    own = "ffn_out" if ffn_of(config.model).op is not None else ""
+    return sum(n for name, n in whole.items() if name not in ("out", own)) / 2 / config.model.n_layer
 
 
 def _mask_elements(config: Config) -> float:

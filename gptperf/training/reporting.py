@@ -259,7 +259,7 @@ class Reporter:
             speed = self._speed(step_ms, state.timed_tokens, state.timed_pairs)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
-            named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
+            named = ("blended_mfu_percent", "convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
             summary |= {key: speed[key] for key in named if key in speed}  # type: ignore[typeddict-item]
         if self._plan is not None:
             uncounted_bytes = self._engine.weights.collectives.uncounted_bytes

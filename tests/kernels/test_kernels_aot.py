@@ -81,7 +81,11 @@ def test_every_launch_compiles(arch: str, compilations: dict[str, Future[Reports
     none(failed)
     [functions] = [report["functions"] for report in reports if "functions" in report]
     launched = {report["kernel"] for report in reports if "kernel" in report}
-    assert launched == {name for name in functions if name.endswith("_kernel")}
+    has_float8 = int(arch.removeprefix("sm_")) >= 89
+    wanted = {
+        name for name in functions if name.endswith("_kernel") and (has_float8 or not name.startswith("quantize"))
+    }
+    assert launched == wanted
 
 
 def test_no_double_precision(kernels: Reports) -> None:
