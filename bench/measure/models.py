@@ -31,14 +31,19 @@ PLANNED = {
 }
 """Runs whose plan is compared with a measurement. The rates of the plan are fitted to the first and the sixth run; no
 formula of the plan is fitted to the last run."""
+_FP8 = ["--compile=True", "--kernels=triton", "--matmul_dtype=fp8"]
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
     "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
     "triton": ["--compile=False", "--kernels=triton"],
     "triton+compiled": ["--compile=True", "--kernels=triton"],
     "auto+compiled": ["--compile=True", "--kernels=auto"],
+    "fp8": _FP8,
+    "fp8_forward": [*_FP8, "--fp8_level=forward"],
+    "fp8_dgrad": [*_FP8, "--fp8_level=forward+dgrad"],
+    "fp8_current": [*_FP8, "--fp8_scaling=current"],
 }
-STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled")
+STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled", "fp8")
 """Variants with a cell of `python -m bench`."""
 DEFAULT_VARIANT = "triton+compiled"
 """The variant that a run on a GPU uses by default."""

@@ -28,14 +28,16 @@ from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import Process, start_process
 from gptperf.errors import run_main
+from gptperf.flops.float8 import float8_flops
 from gptperf.formats import mfu_scale
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
+from gptperf.model import GPT
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.step import StepResult, train_step
 
-__all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
+__all__ = ["conventions", "main", "measure", "measure_config", "measure_engine", "of_serial", "peak_here", "profiled"]
 
 PROFILED = 5
 WARM_UP_MS = 2000.0  # time of warm-up before profiled steps, after which the card runs at its power cap again
@@ -163,20 +165,31 @@ def measure_config(
     process = start_process("cuda")
     before = _probe_tflops()
     torch.cuda.empty_cache()
-    figures, ops = _timed(config, process, steps, profile, ceilings)
+    figures, ops = measure_engine(config, process, steps, profile=profile, ceilings=ceilings)
     gc.collect()
     torch.cuda.empty_cache()
     figures["probe_tflops"] = {"before": before, "after": _probe_tflops()}
     return {"config": config.sections(), "ops": ops, "results": figures}
 
 
-def _timed(
-    config: Config, process: Process, steps: int, profile: bool, ceilings: Mapping[str, Any] | None
+def measure_engine(
+    config: Config,
+    process: Process,
+    steps: int,
+    *,
+    profile: bool = False,
+    ceilings: Mapping[str, Any] | None = None,
+    change: Callable[[GPT], object] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the figures and the ops of a step. When it returns, the memory of the engine is free."""
+    """Returns the figures and the ops of a step. When it returns, the memory of the engine is free.
+
+    `change` changes the model after it is built; the other arguments are those of `measure`.
+    """
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     engine = build_engine(config, process)
+    if change is not None:
+        change(engine.model)
     scope = compile_engine(engine)
     batches = random_batches(engine)
 
@@ -191,7 +204,8 @@ def _timed(
     timed = step_timing.time_steps(step_timing.cuda_window(run, watch), steps, meter.joules, meter.reason)
     peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
     spread, peak = timed.spread, peak_here(config)
-    record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(spread.ms)
+    throughput = Throughput(config.model, config.tokens_per_iter, 1, peak, float8_flops=float8_flops(config))
+    record = throughput.record(spread.ms)
     figures: dict[str, Any] = {
         "compile": scope,
         "step_ms": spread.ms,

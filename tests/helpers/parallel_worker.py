@@ -101,9 +101,8 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     engine.weights.share()
     compile_engine(engine)
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
-    collectives, gathers = engine.weights.collectives, []
+    collectives, gathers, scales, pairs = engine.weights.collectives, [], list[float](), list[int]()
     held = _watch_what_is_held(engine.weights)
-    scales, pairs = list[float](), list[int]()
 
     def overflowing(gradient: Tensor) -> Tensor:
         """Returns the gradient with infinities in one row, which under sharding belongs to one rank."""
