@@ -29,6 +29,8 @@ CASES = {
     "eager ops": ["--arch_preset=llama", "--kernels=eager", "--dropout=0.1"],
     "recompute": ["--arch_preset=llama", "--recompute=full"],
     "windows": ["--arch_preset=llama", "--window=32,full"],
+    "fp8": ["--arch_preset=llama", "--matmul_dtype=fp8"],
+    "fp8 in part": ["--arch_preset=gpt2", "--matmul_dtype=fp8", "--fp8_level=forward+dgrad", "--fp8_skip=first"],
 }
 
 
@@ -64,6 +66,7 @@ def _train(engine: Engine, steps: range, between: Callable[[Engine, int], None] 
         found.append([result.loss.item(), result.gradient_norm.item(), figures, engine.skipped.item(), _known(engine)])
         found[-1].append(engine.scaler.get_scale())
     found += [bucket.master.cpu() for bucket in engine.weights.buckets]
+    found += [] if engine.float8 is None else [engine.float8.history.cpu()]
     found += [state.cpu() for b in engine.weights.buckets for state in engine.optimizer.states(b).values()]
     return found
 
