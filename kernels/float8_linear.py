@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptperf.kernels import reference
-from gptperf.kernels.float8 import E5M2, PROGRAMS, STATISTICS
+from gptperf.kernels.float8 import E5M2, INVERSE, PROGRAMS, STATISTICS
 from gptperf.kernels.linear import bias_grad, dgrad, operand_dtype, scaled_mm, wgrad
 
 __all__ = ["GRADIENTS", "LEVELS", "OPERANDS", "Float8State", "float8_linear", "float8_swiglu"]
@@ -66,7 +66,7 @@ class Float8State(NamedTuple):
         return scale.new_zeros(len(OPERANDS), len(STATISTICS), PROGRAMS).requires_grad_()
 
 
-def _quantize(triton: bool, x: Tensor, scale: Tensor, **options: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize(triton: bool, x: Tensor, scale: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if triton:
         from gptperf.kernels.quantize import quantize  # not above, because eager PyTorch runs without triton
 
@@ -104,14 +104,14 @@ def _forward(
     """Returns y, x transposed in 8 bits (empty unless `columns`), and factors and statistics of x and W."""
     q, qt, x_factors, x_statistics = _quantize(triton, x, scales[0], columns=columns)
     w, _, w_factors, w_statistics = _quantize(triton, weight, scales[1])
-    y = scaled_mm(q, w, x_factors[1], w_factors[1], x.dtype, FAST_FORWARD, bias)
+    y = scaled_mm(q, w, x_factors[INVERSE], w_factors[INVERSE], x.dtype, FAST_FORWARD, bias)
     return y, qt, x_factors, x_statistics, w_factors, w_statistics
 
 
 def _dgrad(triton: bool, dy: Tensor, inverse: Tensor, weight: Tensor, w_factors: Tensor) -> Tensor:
     """Returns dx = dy W for dy in 8 bits."""
-    _, wt, _, _ = _quantize(triton, weight, w_factors, rows=False, columns=True, fresh=False)
-    return scaled_mm(dy, wt, inverse, w_factors[1], weight.dtype, FAST_BACKWARD)
+    _, wt, _, _ = _quantize(triton, weight, w_factors, rows=False, columns=True, after=inverse)
+    return scaled_mm(dy, wt, inverse, w_factors[INVERSE], weight.dtype, FAST_BACKWARD)
 
 
 class _Linear(torch.autograd.Function):
@@ -136,11 +136,11 @@ class _Linear(torch.autograd.Function):
             probe = torch.stack([x_stats, w_stats, torch.zeros_like(x_stats)])
             return dgrad(dy, weight), wgrad(dy, x), dbias, probe, *[None] * 6
         q, qt, factors, stats = _quantize(triton, dy, dy_scale, e5m2=_IS_E5M2, columns=level == "full")
-        dx = _dgrad(triton, q, factors[1], weight, w_factors)
+        dx = _dgrad(triton, q, factors[INVERSE], weight, w_factors)
         if level == "full":
             if ctx.keeps_input:
-                x = _quantize(triton, x, x_factors, rows=False, columns=True, fresh=False)[1]
-            dweight = scaled_mm(qt, x, factors[1], x_factors[1], weight.dtype, FAST_BACKWARD)
+                x = _quantize(triton, x, x_factors, rows=False, columns=True, after=factors)[1]
+            dweight = scaled_mm(qt, x, factors[INVERSE], x_factors[INVERSE], weight.dtype, FAST_BACKWARD)
         else:
             dweight = wgrad(dy, x)
         return dx, dweight, dbias, torch.stack([x_stats, w_stats, stats]), *[None] * 6
@@ -200,16 +200,16 @@ class _SwiGLU(torch.autograd.Function):
             dx = dgrad(dgate_up, up)
         else:
             q, qt, factors, stats = _quantize(triton, dout, dy_scale, e5m2=_IS_E5M2, columns=full)
-            dy = _dgrad(triton, q, factors[1], down, down_factors)
+            dy = _dgrad(triton, q, factors[INVERSE], down, down_factors)
             known = (dy, gate_up, dup_scale, y_factors)
             if full and not needs[2]:
                 dq, dqt, y, dup_factors, dup_stats = _quantize_swiglu_backward(triton, *known)
             else:  # also for the gradient of a bias, which 8 bits would spoil
                 dq, dqt, y, dup_factors, dup_stats, dgate_up = _in_parts(triton, *known, full)
-            dx = _dgrad(triton, dq, dup_factors[1], up, up_factors)
+            dx = _dgrad(triton, dq, dup_factors[INVERSE], up, up_factors)
         if full:
-            ddown = scaled_mm(qt, y, factors[1], y_factors[1], down.dtype, FAST_BACKWARD)
-            dup = scaled_mm(dqt, x, dup_factors[1], x_factors[1], up.dtype, FAST_BACKWARD)
+            ddown = scaled_mm(qt, y, factors[INVERSE], y_factors[INVERSE], down.dtype, FAST_BACKWARD)
+            dup = scaled_mm(dqt, x, dup_factors[INVERSE], x_factors[INVERSE], up.dtype, FAST_BACKWARD)
         else:
             dup, ddown = wgrad(dgate_up, x), wgrad(dout, y)
         if needs[2]:
@@ -228,7 +228,7 @@ def _in_parts(
     dgate_up, y = _swiglu_backward(triton, dy, gate_up)
     dq, dqt, factors, stats = _quantize(triton, dgate_up, dup_scale, e5m2=_IS_E5M2, columns=full)
     if full:
-        y = _quantize(triton, y, y_factors, rows=False, columns=True, fresh=False)[1]
+        y = _quantize(triton, y, y_factors, rows=False, columns=True, after=dy)[1]
     return dq, dqt, y, factors, stats, dgate_up
 
 
@@ -238,7 +238,7 @@ def _down(
     """Returns the down projection of the product, and factors and statistics of the product and the weight."""
     y, y_factors, y_stats = _quantize_swiglu(triton, gate_up, scales[0])
     w, _, w_factors, w_stats = _quantize(triton, down, scales[1])
-    out = scaled_mm(y, w, y_factors[1], w_factors[1], gate_up.dtype, FAST_FORWARD, bias)
+    out = scaled_mm(y, w, y_factors[INVERSE], w_factors[INVERSE], gate_up.dtype, FAST_FORWARD, bias)
     return out, (y_factors, y_stats, w_factors, w_stats)
 
 

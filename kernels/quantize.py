@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptperf.kernels.checks import check_quantize, check_triton, interpreter_is_on
-from gptperf.kernels.float8 import E4M3, E5M2, PROGRAMS, SCALE_EXPONENT, STATISTICS, format_of
+from gptperf.kernels.float8 import E4M3, E5M2, FACTORS, INVERSE, PROGRAMS, SCALE_EXPONENT, STATISTICS, format_of
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
 __all__ = ["amax_bits", "count", "launch_tiles", "quantize", "read_scale", "save_amax", "save_statistics", "to_float8"]
@@ -33,6 +33,7 @@ Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 BLOCK_PROGRAMS = tl.constexpr(power_of_2(PROGRAMS))
 MOST_PROGRAMS = tl.constexpr(PROGRAMS)
 LIMIT = tl.constexpr(SCALE_EXPONENT)
+FACTORS_SIZE, INVERSE_AT = tl.constexpr(FACTORS), tl.constexpr(INVERSE)
 LARGEST_4, LARGEST_5 = tl.constexpr(E4M3.largest), tl.constexpr(E5M2.largest)
 TOP_4, TOP_5 = tl.constexpr(E4M3.top), tl.constexpr(E5M2.top)
 SHIFT_4, SHIFT_5 = tl.constexpr(23 - E4M3.mantissa), tl.constexpr(23 - E5M2.mantissa)
@@ -82,8 +83,8 @@ def read_scale(SCALE, AMAX, IS_E5M2: tl.constexpr):
 def save_factors(FACTORS, scale):
     """Stores a scale and its inverse, which is exact."""
     if tl.program_id(0) == 0:
-        tl.store(FACTORS, scale)
-        tl.store(FACTORS + 1, 1.0 / scale)
+        at = tl.arange(0, FACTORS_SIZE)
+        tl.store(FACTORS + at, tl.where(at < INVERSE_AT, scale, 1.0 / scale))
 
 
 @triton.jit
@@ -215,25 +216,26 @@ def launch_tiles(
     launch(kernels[1], grid, (*inputs, amax, *outputs), (M,), constants)
 
 
-def _forward(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, fresh: bool) -> Quantized:
+def _forward(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, after: Tensor | None) -> Quantized:
     x = x.contiguous()
-    outputs = _forward_fake(x, scale, e5m2, rows, columns, fresh)
+    outputs = _forward_fake(x, scale, e5m2, rows, columns, after)
     kernels, size = (_quantize_amax_kernel, _quantize_kernel), (x.shape[0], x.shape[1])
     constants = {"ROWS": rows, "COLUMNS": columns}
-    launch_tiles(kernels, size, tile_shape(columns), (x, scale), outputs, constants, e5m2, fresh)
+    launch_tiles(kernels, size, tile_shape(columns), (x, scale), outputs, constants, e5m2, after is None)
     return outputs
 
 
-def _forward_fake(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, fresh: bool) -> Quantized:
+def _forward_fake(x: Tensor, scale: Tensor, e5m2: bool, rows: bool, columns: bool, after: Tensor | None) -> Quantized:
+    fresh = after is None
     dtype, (M, N) = format_of(e5m2).dtype, x.shape
     q = x.new_empty((M, N) if rows else (0,), dtype=dtype)
     qt = x.new_empty((N, M) if columns else (0,), dtype=dtype)
-    factors = scale.new_empty(2 if fresh else 0)
+    factors = scale.new_empty(FACTORS if fresh else 0)
     return q, qt, factors, scale.new_empty((len(STATISTICS), PROGRAMS) if fresh else (0,))
 
 
 _quantize: Callable[..., Quantized] = register(
-    "quantize(Tensor x, Tensor scale, bool e5m2, bool rows, bool columns, bool fresh) "
+    "quantize(Tensor x, Tensor scale, bool e5m2, bool rows, bool columns, Tensor? after) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -241,9 +243,15 @@ _quantize: Callable[..., Quantized] = register(
 
 
 def quantize(
-    x: Tensor, scale: Tensor, *, e5m2: bool = False, rows: bool = True, columns: bool = False, fresh: bool = True
+    x: Tensor,
+    scale: Tensor,
+    *,
+    e5m2: bool = False,
+    rows: bool = True,
+    columns: bool = False,
+    after: Tensor | None = None,
 ) -> Quantized:
     """Quantises x; arguments, results and errors are those of `gptperf.kernels.reference.quantize`."""
     check_quantize(x, scale)
     check_triton("quantize", x)
-    return _quantize(x, scale, e5m2, rows, columns, fresh)
+    return _quantize(x, scale, e5m2, rows, columns, after)

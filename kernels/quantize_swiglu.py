@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptperf.kernels.checks import check_swiglu, check_triton
-from gptperf.kernels.float8 import E4M3, PROGRAMS, STATISTICS, format_of
+from gptperf.kernels.float8 import E4M3, FACTORS, PROGRAMS, STATISTICS, format_of
 from gptperf.kernels.launch import register
 from gptperf.kernels.quantize import (
     amax_bits,
@@ -157,7 +157,7 @@ def _forward(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward_fake(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=E4M3.dtype)
-    return q, scale.new_empty(2), scale.new_empty((len(STATISTICS), PROGRAMS))
+    return q, scale.new_empty(FACTORS), scale.new_empty((len(STATISTICS), PROGRAMS))
 
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -176,7 +176,7 @@ def _backward_fake(dy: Tensor, gate_up: Tensor, scale: Tensor, product_scale: Te
     (M, F), dtype = dy.shape, format_of(e5m2).dtype
     q, columns = gate_up.new_empty((M, 2 * F), dtype=dtype), gate_up.new_empty((2 * F, M), dtype=dtype)
     product = gate_up.new_empty((F, M), dtype=E4M3.dtype)
-    return q, columns, product, scale.new_empty(2), scale.new_empty((len(STATISTICS), PROGRAMS))
+    return q, columns, product, scale.new_empty(FACTORS), scale.new_empty((len(STATISTICS), PROGRAMS))
 
 
 _quantize_swiglu = register(

@@ -16,7 +16,7 @@ from gptperf.kernels.checks import (
     check_rope,
     check_swiglu,
 )
-from gptperf.kernels.float8 import PROGRAMS, format_of, scale_of
+from gptperf.kernels.float8 import INVERSE, PROGRAMS, format_of, scale_of
 from gptperf.kernels.linear import linear
 
 __all__ = ["adamw", "layer_norm", "linear_cross_entropy", "quantize", "quantize_swiglu", "quantize_swiglu_backward"]
@@ -182,7 +182,13 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(
-    x: Tensor, scale: Tensor, *, e5m2: bool = False, rows: bool = True, columns: bool = False, fresh: bool = True
+    x: Tensor,
+    scale: Tensor,
+    *,
+    e5m2: bool = False,
+    rows: bool = True,
+    columns: bool = False,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantises a matrix to 8-bit floats: q = round(clamp(x s)); infinities become NaN.
 
@@ -191,12 +197,14 @@ def quantize(
         scale: float32, of which the first element is s; 0 stands for the scale of x's own largest value.
         e5m2: whether the format is E5M2, else E4M3.
         rows, columns: whether q and its transpose are wanted.
-        fresh: whether this is the first use of x in a step. Later uses give the scale that the first one has returned,
-            and get no statistics.
+        after: None in the first use of x in a step. A later use, in backward, gives the scale that the first one has
+            returned and gets no statistics; it gives a tensor of backward here, without which torch.compile would move
+            it to the forward pass, and keep q until backward.
 
     Returns:
-        q `(M, N)`, q transposed `(N, M)`, the scale and its inverse `(2,)` float32, and `gptperf.kernels.float8`'s
-        statistics of x in `PROGRAMS` parts, `(3, PROGRAMS)` float32. What is not wanted is empty.
+        q `(M, N)`, q transposed `(N, M)`, `(FACTORS,)` float32 with the scale at 0 and its inverse at `INVERSE`, and the
+        statistics of x in `PROGRAMS` parts, `(3, PROGRAMS)` float32. What is not wanted is empty. The names are those
+        of `gptperf.kernels.float8`.
 
     Raises:
         ValueError: x is not a matrix of floating-point numbers, or the scale does not fit.
@@ -204,6 +212,7 @@ def quantize(
     Source: Micikevicius et al., 2022, section 3.
     """
     check_quantize(x, scale)
+    fresh = after is None
     form, wide = format_of(e5m2), x.to(_accumulator(x))
     size = wide.abs()
     amax = size.max().float() if x.numel() else scale.new_zeros(())
@@ -213,7 +222,7 @@ def quantize(
     saturated = ((scaled > form.largest) & (size < torch.inf)).sum()
     flushed = ((scaled <= form.smallest / 2) & (size > 0)).sum()
     parts = F.pad(torch.stack([amax, saturated.float(), flushed.float()])[:, None], (0, PROGRAMS - 1))
-    factors = torch.stack([used, 1 / used]) if fresh else scale.new_empty(0)
+    factors = torch.stack([used, 1 / used]).repeat_interleave(INVERSE) if fresh else scale.new_empty(0)
     transposed = q.t().contiguous() if columns else nothing
     return q if rows else nothing, transposed, factors, parts if fresh else scale.new_empty(0)
 
@@ -226,7 +235,7 @@ def quantize_swiglu(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
         scale: see `quantize`.
 
     Returns:
-        The product `(M, F)`, its scale and the inverse, and its statistics, as from `quantize`.
+        The product `(M, F)`, its factors, and its statistics, as from `quantize`.
 
     Raises:
         ValueError: gate_up or the scale does not fit.
@@ -250,8 +259,8 @@ def quantize_swiglu_backward(
         e5m2: whether the format of the gradient is E5M2, else E4M3.
 
     Returns:
-        The gradient `(M, 2 F)` and transposed `(2 F, M)`, the product transposed `(F, M)`, and the gradient's scale
-        with its inverse and its statistics, as from `quantize`.
+        The gradient `(M, 2 F)` and transposed `(2 F, M)`, the product transposed `(F, M)`, and the gradient's
+        factors and statistics, as from `quantize`.
 
     Raises:
         ValueError: gate_up or a scale does not fit.
@@ -259,7 +268,7 @@ def quantize_swiglu_backward(
     check_swiglu(gate_up, None, None)
     dgate_up, product = _swiglu_backward(dy, gate_up)
     q, columns, factors, statistics = quantize(dgate_up, scale, e5m2=e5m2, columns=True)
-    return q, columns, quantize(product, product_scale, rows=False, columns=True, fresh=False)[1], factors, statistics
+    return q, columns, quantize(product, product_scale, rows=False, columns=True, after=dy)[1], factors, statistics
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

@@ -60,7 +60,7 @@ def kernel_calls(rows: int = M, n_embd: int = C, d_ff: int = F, device: str = "c
         both = partial(quantize.quantize, tensor, scale, e5m2=e5m2, columns=True)
         calls[f"quantize {name}, both layouts"] = (4 * tensor.numel(), both)
     calls["quantize x, rows"] = (3 * x.numel(), partial(quantize.quantize, x, scale))
-    again = partial(quantize.quantize, x, scale, rows=False, columns=True, fresh=False)
+    again = partial(quantize.quantize, x, scale, rows=False, columns=True, after=scale)
     calls["quantize x, columns, again"] = (3 * x.numel(), again)
     calls["quantize x, its own scale"] = (
         6 * x.numel(),

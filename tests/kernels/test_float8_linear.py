@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gptperf.kernels import reference
-from gptperf.kernels.float8 import E4M3, Float8
+from gptperf.kernels.float8 import E4M3, INVERSE, Float8
 from gptperf.kernels.float8_linear import GRADIENTS, LEVELS, Float8State, float8_linear, float8_swiglu
 from gptperf.model.recompute import CHECKPOINT_OPTIONS
 
@@ -39,7 +39,7 @@ def _leaves(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 def _quantised(x: Tensor, form: Float8) -> Tensor:
     """The numbers that x has in 8 bits with its own scale, in float64."""
     q, _, factors, _ = reference.quantize(x, torch.zeros(1, device=DEVICE), e5m2=form is GRADIENTS)
-    return q.double() * factors[1].double()
+    return q.double() * factors[INVERSE].double()
 
 
 @pytest.mark.parametrize("triton", [False, True])

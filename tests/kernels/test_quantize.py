@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from gptperf.kernels import reference
-from gptperf.kernels.float8 import E4M3, E5M2, Float8, scale_of
+from gptperf.kernels.float8 import E4M3, E5M2, FACTORS, Float8, scale_of
 from gptperf.kernels.quantize import quantize
 from gptperf.kernels.quantize_swiglu import quantize_swiglu, quantize_swiglu_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-SHAPES = [(1, 1), (7, 300), (130, 65), (64, 128), (0, 16)]
+SHAPES = [(1, 1), (7, 300), (130, 65), (0, 16)]
 FORMATS = {False: E4M3, True: E5M2}
 
 
@@ -67,8 +67,8 @@ def test_rounding_is_to_the_nearest_even(e5m2: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_is_the_reference(shape: tuple[int, int], e5m2: bool, scale: float) -> None:
     x = _spread(*shape)
-    for rows, columns, fresh in ((True, True, True), (True, False, True), (False, True, bool(scale == 0))):
-        options = {"e5m2": e5m2, "rows": rows, "columns": columns, "fresh": fresh}
+    for rows, columns, after in ((True, True, None), (False, True, None if scale == 0 else x)):
+        options = {"e5m2": e5m2, "rows": rows, "columns": columns, "after": after}
         _same_results(quantize(x, _scale(scale), **options), reference.quantize(x, _scale(scale), **options))
 
 
@@ -84,7 +84,7 @@ def test_clamped_finite_and_not_a_number(op: Callable[..., tuple[Tensor, ...]], 
     assert all(map(math.isnan, found[2:5]))
     assert found[5:9] == [0.0, 0.0, form.smallest, 0.0]
     _same(qt, q.t().contiguous())
-    assert factors.tolist() == [1.0, 1.0]
+    assert factors.tolist() == [1.0] * FACTORS
     assert math.isnan(parts[0].amax().item())
     assert parts[1:].sum(1).tolist() == [2.0, 2.0]
 
@@ -140,8 +140,8 @@ def test_the_registered_ops() -> None:
     x, scale = torch.randn(16, 32, device=DEVICE), _scale(0.0)
     tests = ("test_schema", "test_faketensor")
     ops = torch.ops.gptperf
-    torch.library.opcheck(ops.quantize, (x, scale, True, True, True, True), test_utils=tests)
-    torch.library.opcheck(ops.quantize, (x, _scale(2.0), False, False, True, False), test_utils=tests)
+    torch.library.opcheck(ops.quantize, (x, scale, True, True, True, None), test_utils=tests)
+    torch.library.opcheck(ops.quantize, (x, _scale(2.0), False, False, True, x), test_utils=tests)
     torch.library.opcheck(ops.quantize_swiglu, (x, scale), test_utils=tests)
     arguments = (x[:, :16].contiguous(), x, scale, _scale(1.0), True)
     torch.library.opcheck(ops.quantize_swiglu_backward, arguments, test_utils=tests)
