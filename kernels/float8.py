@@ -14,24 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "E4M3",
-    "E5M2",
-    "FACTORS",
-    "INVERSE",
-    "PROGRAMS",
-    "SCALE_EXPONENT",
-    "STATISTICS",
-    "Float8",
-    "format_of",
-    "scale_of",
-]
+__all__ = ["E4M3", "E5M2", "FACTORS", "INVERSE", "PROGRAMS", "SCALE_EXPONENT", "STATISTICS"]
+__all__ += ["Float8", "format_of", "scale_of"]
 
 PROGRAMS = 528
 """Most programs of a kernel that quantises, and partial results in its statistics: four for each multiprocessor of an
 H200. The same on every GPU, because statistics have this shape."""
 FACTORS, INVERSE = 8, 4
-"""Elements of the tensor with a scale, and the index of the inverse scale: both at multiples of 16 bytes, for cuBLAS."""
+"""Elements of the tensor with a scale, and the index of the inverse scale: both at multiples of 16 bytes."""
 STATISTICS = ("amax", "saturated", "flushed")
 """What is counted of a matrix before it is quantised: its largest absolute value, NaN if there is a NaN; its numbers
 that are clamped; its numbers that become 0."""

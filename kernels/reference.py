@@ -202,9 +202,9 @@ def quantize(
             it to the forward pass, and keep q until backward.
 
     Returns:
-        q `(M, N)`, q transposed `(N, M)`, `(FACTORS,)` float32 with the scale at 0 and its inverse at `INVERSE`, and the
-        statistics of x in `PROGRAMS` parts, `(3, PROGRAMS)` float32. What is not wanted is empty. The names are those
-        of `gptperf.kernels.float8`.
+        q `(M, N)`, q transposed `(N, M)`, factors `(FACTORS,)` float32 with the scale at 0 and its inverse at
+        `INVERSE`, and the statistics of x in `PROGRAMS` parts, `(3, PROGRAMS)` float32. What is not wanted is empty.
+        The names are those of `gptperf.kernels.float8`.
 
     Raises:
         ValueError: x is not a matrix of floating-point numbers, or the scale does not fit.
