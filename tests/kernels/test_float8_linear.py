@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from kernel_rule import check
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -146,23 +146,20 @@ def _results(run: Callable[[Tensor], Tensor], leaves: list[Tensor], states: list
 
 @pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
-    run, *rest = _block(DEVICE == "cuda")
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_results(run, *rest), _results(compiled, *rest), strict=True):
-        assert torch.equal(a, b)
+    """The same bits; the forward pass keeps inputs in 8 bits for backward and no weights.
 
-
-@pytest.mark.slow
-def test_a_compiled_forward_pass_keeps_inputs_in_8_bits_and_no_weights() -> None:
-    """A compiler that runs an op as early as it can would quantise for backward in the forward pass, and keep that."""
+    A compiler that runs an op as early as it can would quantise for backward in the forward pass, and keep the result.
+    """
     forward: list[torch.fx.GraphModule] = []
     backend = aot_autograd(
-        fw_compiler=lambda graph, _: (forward.append(graph), graph)[1],
-        bw_compiler=lambda graph, _: graph,
+        fw_compiler=lambda graph, _: make_boxed_func((forward.append(graph), graph)[1]),
+        bw_compiler=lambda graph, _: make_boxed_func(graph),
         partition_fn=min_cut_rematerialization_partition,
     )
     run, *rest = _block(triton=True)
-    list(_results(torch.compile(run, fullgraph=True, backend=backend), *rest))
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for a, b in zip(_results(run, *rest), _results(compiled, *rest), strict=True):
+        assert torch.equal(a, b)
     [outputs] = [node.args[0] for node in forward[0].graph.nodes if node.op == "output"]
     kept = [tuple(x.meta["val"].shape) for x in outputs if x.meta["val"].dtype == E4M3.dtype]  # type: ignore[union-attr]
     assert kept == [(K, M), (K, M)]
