@@ -1,15 +1,13 @@
-"""Measures fp8: `python -m bench.measure.float8 [--what kernels gemms torchao] [--sweep] [--json PATH]`.
+"""Measures fp8: `python -m bench.measure.float8 [--what kernels gemms] [--sweep] [--json PATH]`.
 
 - kernels: the kernels that quantise, on the shapes of llama_1.36b at 16 x 2048, as fractions of the speed of a copy
   that moves the same bytes; with --sweep also other tiles, so that the best ones can be written into the kernels.
 - gemms: the matmuls of its blocks in bfloat16 and in 8 bits, with sums of fewer bits or not, and with either format of
   the gradient.
-- torchao: a step of the model in plain PyTorch with torchao's float8 (tensorwise) and torch.compile, the rival of
-  `python -m bench.measure.step --variants fp8`.
+
+A step in fp8 is the variant `fp8` of `bench.measure.step`, and `bench.measure.rivals` times it beside torchao's.
 """
 
-import dataclasses
-import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +19,15 @@ from typing import Annotated, Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from bench.measure import timing
-from bench.measure.models import MODELS, resolve
-from bench.measure.step import measure_engine
 from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
-from gptperf.distributed.process import start_process
 from gptperf.errors import run_main
 from gptperf.kernels import quantize, quantize_swiglu
 from gptperf.kernels.linear import scaled_mm
-from gptperf.model import GPT, SwiGLU
 
-__all__ = ["kernel_calls", "main", "torchao_model"]
+__all__ = ["kernel_calls", "main"]
 
 M, C, F = 32768, 2048, 5632
 Calls = dict[str, tuple[int, Callable[[], object]]]
@@ -119,56 +112,16 @@ def _gemms(rounds: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def _unfused(self: SwiGLU, x: Tensor) -> Tensor:
-    """The forward of SwiGLU in plain modules, which torchao replaces."""
-    gate, up = self.gate_up(x).chunk(2, dim=-1)
-    return self.out(torch.nn.functional.silu(gate) * up)
-
-
-def _is_of_a_block(_: object, name: str) -> bool:
-    return name.startswith("blocks.")
-
-
-def torchao_model(model: GPT) -> GPT:
-    """Replaces the linear layers of the blocks by torchao's, with tensorwise scales.
-
-    Raises:
-        ImportError: torchao is not installed.
-    """
-    torchao = importlib.import_module("torchao.float8")
-    config = torchao.Float8LinearConfig.from_recipe_name("tensorwise")
-    if not torch.cuda.is_available():
-        config = dataclasses.replace(config, emulate=True)
-    for module in model.modules():
-        if isinstance(module, SwiGLU):
-            module.forward = partial(_unfused, module)  # type: ignore[method-assign]
-    torchao.convert_to_float8_training(
-        model, config=config, module_filter_fn=lambda _, name: name.startswith("blocks.")
-    )
-    return model
-
-
-def _torchao(model: str, steps: int) -> dict[str, Any]:
-    """Measures a step with torchao's layers: our buckets, AdamW and batches, PyTorch's ops, the model as one graph."""
-    config = resolve(model, "compiled")
-    results, _ = measure_engine(config, start_process("cuda"), steps, change=torchao_model)
-    return results
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Float8Flags(Flags):
     """What to measure."""
 
-    what: tuple[Annotated[str, Choice(("kernels", "gemms", "torchao"))], ...] = ("kernels", "gemms", "torchao")
+    what: tuple[Annotated[str, Choice(("kernels", "gemms"))], ...] = ("kernels", "gemms")
     """Parts."""
-    model: Annotated[str, Choice(tuple(MODELS))] = "llama_1.36b"
-    """Model of torchao's step."""
     sweep: bool = False
     """Measure the kernels with other tiles too."""
     rounds: Annotated[int, Range(1)] = 7
     """Windows of each kernel and matmul."""
-    steps: Annotated[int, Range(1)] = 31
-    """Steps of torchao that are timed."""
     json: Path | None = None
     """Write the figures to this file, too."""
 
@@ -179,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.measure.float8: no GPU here; fp8 is timed on a GPU only")
         return 0
-    found: dict[str, Any] = {"environment": timing.environment(("torchao",))}
+    found: dict[str, Any] = {"environment": timing.environment()}
     for part in args.what:
         with timing.side_stream():
             rows: list[dict[str, Any]] = []
@@ -188,8 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += _sweep(args.rounds) if args.sweep else ()
             elif part == "gemms":
                 rows += _gemms(args.rounds)
-        if part == "torchao":
-            rows.append(_torchao(args.model, args.steps))
         found[part] = rows
         for row in rows:
             print(json.dumps(row), flush=True)

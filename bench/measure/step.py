@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.measure import timing
 from bench.measure.models import MODELS, VARIANTS, resolve
 from bench.measure.serial import serial_ms
-from gptperf import flops
+from gptperf import flops, plan
 from gptperf.config import Config
 from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
@@ -31,27 +31,27 @@ from gptperf.errors import run_main
 from gptperf.flops.float8 import float8_flops
 from gptperf.formats import mfu_scale
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
-from gptperf.model import GPT
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
-from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.engine import build_engine, compile_engine, open_graphs
 from gptperf.training.step import StepResult, train_step
 
-__all__ = ["conventions", "main", "measure", "measure_config", "measure_engine", "of_serial", "peak_here", "profiled"]
+__all__ = ["conventions", "main", "measure", "measure_config", "micro_batch_ms", "of_serial", "peak_here"]
+__all__ += ["profiled", "random_batches"]
 
 PROFILED = 5
 WARM_UP_MS = 2000.0  # time of warm-up before profiled steps, after which the card runs at its power cap again
 _PROBE = 8192
 
 
-def random_batches(engine: Engine, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+def random_batches(config: Config, device: torch.device, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Yields batches of new random tokens without end, made on the device.
 
     Args:
-        engine: Engine whose shape and device the batches have.
+        config: Configuration with the shape of a batch.
+        device: Device of the batches.
         generator: Source of the tokens; default: the device's own generator.
     """
-    config, device = engine.config, engine.process.device
     shape = (config.train.batch_size, config.model.block_size + 1)
     while True:
         tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
@@ -62,6 +62,18 @@ def peak_here(config: Config) -> Peak | None:
     """Returns the dense peak of the current device, or None (then there is no MFU) if the table does not have it."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
+
+
+def micro_batch_ms(config: Config) -> float | None:
+    """Returns the planned milliseconds of a micro-batch on this GPU, or None if they are not known."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = match_gpu(properties.name, properties.total_memory / 1e9)
+    if gpu is None or plan.unplannable(config, gpu) is not None:
+        return None
+    planned = plan.plan(config, gpu, recompute=config.system.recompute)
+    return planned.step_ms / config.train.gradient_accumulation_steps
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:
@@ -165,33 +177,23 @@ def measure_config(
     process = start_process("cuda")
     before = _probe_tflops()
     torch.cuda.empty_cache()
-    figures, ops = measure_engine(config, process, steps, profile=profile, ceilings=ceilings)
+    figures, ops = _timed(config, process, steps, profile, ceilings)
     gc.collect()
     torch.cuda.empty_cache()
     figures["probe_tflops"] = {"before": before, "after": _probe_tflops()}
     return {"config": config.sections(), "ops": ops, "results": figures}
 
 
-def measure_engine(
-    config: Config,
-    process: Process,
-    steps: int,
-    *,
-    profile: bool = False,
-    ceilings: Mapping[str, Any] | None = None,
-    change: Callable[[GPT], object] | None = None,
+def _timed(
+    config: Config, process: Process, steps: int, profile: bool, ceilings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the figures and the ops of a step. When it returns, the memory of the engine is free.
-
-    `change` changes the model after it is built; the other arguments are those of `measure`.
-    """
+    """Returns the figures and the ops of a step. When it returns, the memory of the engine is free."""
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     engine = build_engine(config, process)
-    if change is not None:
-        change(engine.model)
     scope = compile_engine(engine)
-    batches = random_batches(engine)
+    graphs = open_graphs(engine, micro_batch_ms(config), print)
+    batches = random_batches(config, process.device)
 
     def run(step: int) -> StepResult:
         return train_step(engine, batches, step)
@@ -208,6 +210,7 @@ def measure_engine(
     record = throughput.record(spread.ms)
     figures: dict[str, Any] = {
         "compile": scope,
+        "cuda_graph": graphs,
         "step_ms": spread.ms,
         "p10_ms": spread.p10_ms,
         "p90_ms": spread.p90_ms,
