@@ -15,7 +15,6 @@ Rivals:
     torchao             the plain model with float8 linears (tensorwise) under torch.compile; needs torchao
 """
 
-import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -33,7 +32,7 @@ from bench.measure.models import RIVAL_MODELS, SHAPES, rival_config
 from bench.measure.plain_model import PlainGPT, unsupported
 from bench.measure.step import micro_batch_ms, random_batches
 from gptperf import flops
-from gptperf.config import Config, SystemConfig
+from gptperf.config import Config
 from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import start_process
@@ -72,11 +71,10 @@ def _ours(turn: Turn) -> Step:
 
 
 def _bfloat16(turn: Turn) -> Step:
-    system, sections = turn.config.system, dataclasses.fields(SystemConfig)
+    system = turn.config.system
     if system.matmul_dtype != "fp8":
         raise NotImplementedError("it is gptperf itself; wanted --flags=--matmul_dtype=fp8")
-    usual = {key.name: key.default for key in sections if key.name.startswith(("matmul_dtype", "fp8_"))}
-    return _ours(replace(turn, config=replace(turn.config, system=replace(system, **usual))))
+    return _ours(replace(turn, config=replace(turn.config, system=system.without_fp8())))
 
 
 def _trained(turn: Turn, model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor]) -> Step:

@@ -285,6 +285,10 @@ class SystemConfig(_Section):
         """Dtype of the copy of the weight matrices that the model reads, and therefore of their gradients."""
         return self.dtype
 
+    def without_fp8(self) -> "SystemConfig":
+        """Returns this section with all matmuls in the compute dtype."""
+        return dataclasses.replace(self, matmul_dtype="dtype", fp8_level="full", fp8_scaling="delayed", fp8_skip="")
+
     @property
     def peak_dtype(self) -> str:
         """Dtype of the peak that the MFU is relative to, also where matmuls run in fp8."""

@@ -6,7 +6,7 @@ import platform
 import torch
 
 from gptperf import __version__, flops
-from gptperf.config import KEYS, Config
+from gptperf.config import Config
 from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
@@ -92,9 +92,8 @@ def _float8_pays(config: Config, planned: Plan) -> list[str]:
     """Returns a line on the predicted gain of fp8, if the run uses it."""
     if config.system.matmul_dtype != "fp8":
         return []
-    defaults = {key: KEYS[key].default for key in ("matmul_dtype", "fp8_level", "fp8_scaling", "fp8_skip")}
     other = plan(
-        dataclasses.replace(config, system=dataclasses.replace(config.system, **defaults)),
+        dataclasses.replace(config, system=config.system.without_fp8()),
         find_gpu(planned.gpu),
         num_gpus=planned.num_gpus,
         strategy=planned.strategy,
