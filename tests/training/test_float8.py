@@ -1,6 +1,8 @@
 """Runs with fp8 matmuls: which layers, scales and what decides them, resume, refusals, what the log says."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from gptperf.kernels.float8 import E4M3, PROGRAMS
 from gptperf.kernels.float8_linear import GRADIENTS
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
-from gptperf.training import float8
+from gptperf.plan import find_gpu, plan
+from gptperf.training import float8, startup_info
 from gptperf.training.float8 import HISTORY, Float8Layers, check_float8
 
 FP8 = ("--matmul_dtype=fp8", "--dtype=bfloat16", "--kernels=eager")
@@ -229,6 +232,20 @@ def test_levels_train_alike(corpus: Path, tmp_path: Path) -> None:
     assert len({str(found) for found in seen}) == len(seen)
     last = [float.fromhex(found[-1][1]) for found in seen]
     assert max(last) - min(last) < 0.05
+
+
+def test_the_start_says_what_to_expect() -> None:
+    """The planned time relative to bfloat16; a model whose time is not that of its matmuls is told so."""
+    for model, says in (
+        ("llama_1.36b", r"fp8 takes 0\.[67]\d of the time of bfloat16$"),
+        ("tiny", "it does not pay here"),
+    ):
+        flags = ["--n_embd=128"] if model == "tiny" else []
+        config = command_line.resolve([model, *flags, "--device=cuda", "--dtype=bfloat16", "--matmul_dtype=fp8"]).config
+        [line] = startup_info._float8_pays(config, plan(config, find_gpu("H200")))
+        assert re.search(says, line), line
+        usual = dataclasses.replace(config, system=config.system.without_fp8())
+        assert startup_info._float8_pays(usual, plan(usual, find_gpu("H200"))) == []
 
 
 def test_the_probe_is_no_parameter() -> None:
