@@ -22,9 +22,9 @@ PROGRAMS = 528
 H200. The same on every GPU, because statistics have this shape."""
 FACTORS, INVERSE = 8, 4
 """Elements of the tensor with a scale, and the index of the inverse scale: both at multiples of 16 bytes."""
-STATISTICS = ("amax", "saturated", "flushed")
-"""What is counted of a matrix before it is quantised: its largest absolute value, NaN if there is a NaN; its numbers
-that are clamped; its numbers that become 0."""
+STATISTICS = ("amax", "saturated", "flushed", "counted")
+"""What is counted of a matrix before it is quantised: its largest absolute value, NaN if there is a NaN; and, of a
+sample of its elements, those that are clamped, those that become 0, and all."""
 SCALE_EXPONENT = 100
 """The exponent of a scale lies between this and its negative; the inverse too is then a normal float32 number."""
 

@@ -52,7 +52,7 @@ class Float8State(NamedTuple):
     """The scales of x, W and dy, each the first element of a float32 tensor whose address is a multiple of 16; 0 stands
     for the scale of the tensor's own largest value."""
     probe: Tensor
-    """A leaf of zeros `(3, 3, PROGRAMS)`, whose gradient is the statistics of x, W and dy in this micro-batch."""
+    """A leaf of zeros `(3, 4, PROGRAMS)`, whose gradient is the statistics of x, W and dy in this micro-batch."""
     level: str = "full"
     """One of `LEVELS`."""
     keeps_input: bool = False

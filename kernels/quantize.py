@@ -27,11 +27,13 @@ from gptperf.kernels.checks import check_quantize, check_triton, interpreter_is_
 from gptperf.kernels.float8 import E4M3, E5M2, FACTORS, INVERSE, PROGRAMS, SCALE_EXPONENT, STATISTICS, format_of
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
-__all__ = ["amax_bits", "count", "launch_tiles", "quantize", "read_scale", "save_amax", "save_statistics", "to_float8"]
+__all__ = ["bits_of", "count", "is_counted", "largest_of", "launch_tiles", "quantize", "read_scale", "save_amax"]
+__all__ += ["save_factors", "save_statistics", "tile_at", "to_float8"]
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 BLOCK_PROGRAMS = tl.constexpr(power_of_2(PROGRAMS))
 MOST_PROGRAMS = tl.constexpr(PROGRAMS)
+COUNT_EVERY = tl.constexpr(8)
 LIMIT = tl.constexpr(SCALE_EXPONENT)
 FACTORS_SIZE, INVERSE_AT = tl.constexpr(FACTORS), tl.constexpr(INVERSE)
 LARGEST_4, LARGEST_5 = tl.constexpr(E4M3.largest), tl.constexpr(E5M2.largest)
@@ -51,9 +53,24 @@ def tile_shape(columns: bool) -> dict[str, int]:
 
 
 @triton.jit
-def amax_bits(x):
-    """Returns the largest absolute value of float32 x (m, n) as bits. As bits, NaN is larger than every number."""
-    return tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1), axis=0)
+def bits_of(x):
+    """Returns the absolute values of float32 x as bits. As bits, NaN is larger than every number."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def largest_of(bits):
+    """Returns the largest element of bits (m, n)."""
+    return tl.max(tl.max(bits, axis=1), axis=0)
+
+
+@triton.jit
+def is_counted(tile):
+    """Returns whether a tile belongs to the sample that is counted: counting every tile would take as long as the rest.
+
+    The tiles of a program lie far apart, so the sample is spread over the matrix.
+    """
+    return (tile // tl.num_programs(0)) % COUNT_EVERY == 0
 
 
 @triton.jit
@@ -104,30 +121,33 @@ def to_float8(x, scale, dtype: tl.constexpr, IS_E5M2: tl.constexpr, ROUND: tl.co
 
 
 @triton.jit
-def count(x, scale, IS_E5M2: tl.constexpr):
-    """Returns how many elements of float32 x (m, n) are clamped, and how many become 0 without being 0."""
+def count(x, scale, mask, IS_E5M2: tl.constexpr):
+    """Returns how many elements of float32 x (m, n) are clamped, become 0 without being 0, and are not masked."""
     size = tl.abs(x)
     scaled = size * scale
     saturated = (scaled > (LARGEST_5 if IS_E5M2 else LARGEST_4)) & (size < float("inf"))
     flushed = (scaled <= (HALF_5 if IS_E5M2 else HALF_4)) & (size > 0.0)
-    return (
-        tl.sum(tl.sum(saturated.to(tl.float32), axis=1), axis=0),
-        tl.sum(tl.sum(flushed.to(tl.float32), axis=1), axis=0),
-    )
+    return _total(saturated), _total(flushed), _total(mask)
 
 
 @triton.jit
-def save_statistics(STATISTICS, top, saturated, flushed):
+def _total(flags):
+    return tl.sum(tl.sum(flags.to(tl.float32), axis=1), axis=0)
+
+
+@triton.jit
+def save_statistics(STATISTICS, top, saturated, flushed, counted):
     """Stores the statistics of this program; the first program stores 0 for those that do not run."""
     programs = tl.arange(0, BLOCK_PROGRAMS)
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
         unused = (programs >= tl.num_programs(0)) & (programs < MOST_PROGRAMS)
-        for row in tl.static_range(3):
+        for row in tl.static_range(4):
             tl.store(STATISTICS + row * MOST_PROGRAMS + programs, tl.zeros_like(programs).to(tl.float32), mask=unused)
     tl.store(STATISTICS + program, top.to(tl.float32, bitcast=True))
     tl.store(STATISTICS + MOST_PROGRAMS + program, saturated)
     tl.store(STATISTICS + 2 * MOST_PROGRAMS + program, flushed)
+    tl.store(STATISTICS + 3 * MOST_PROGRAMS + program, counted)
 
 
 @triton.jit
@@ -141,14 +161,14 @@ def tile_at(tile, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 @triton.jit
 def _quantize_amax_kernel(X, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if tl.load(SCALE) == 0.0:
-        top = tl.zeros((), tl.int32)
+        top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
             mask = (rows < M)[:, None] & (cols < N)[None, :]
             x = tl.load(X + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            top = tl.maximum(top, amax_bits(x))
-        save_amax(AMAX, top)
+            top = tl.maximum(top, bits_of(x))
+        save_amax(AMAX, largest_of(top))
 
 
 @triton.jit
@@ -162,7 +182,8 @@ def _quantize_kernel(
         save_factors(FACTORS, scale)
     else:
         scale = tl.load(SCALE)
-    top, saturated, flushed = tl.zeros((), tl.int32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    saturated, flushed, counted = tl.zeros((), tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -175,12 +196,14 @@ def _quantize_kernel(
         if COLUMNS:
             tl.store(QT + cols[:, None] * M + rows[None, :], tl.trans(q), mask=tl.trans(mask))
         if FRESH:
-            top = tl.maximum(top, amax_bits(x))
-            more_saturated, more_flushed = count(x, scale, IS_E5M2)
-            saturated += more_saturated
-            flushed += more_flushed
+            top = tl.maximum(top, bits_of(x))
+            if is_counted(tile):
+                more_saturated, more_flushed, more = count(x, scale, mask, IS_E5M2)
+                saturated += more_saturated
+                flushed += more_flushed
+                counted += more
     if FRESH:
-        save_statistics(STATISTICS, top, saturated, flushed)
+        save_statistics(STATISTICS, largest_of(top), saturated, flushed, counted)
 
 
 def launch_tiles(

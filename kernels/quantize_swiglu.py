@@ -20,8 +20,10 @@ from gptperf.kernels.checks import check_swiglu, check_triton
 from gptperf.kernels.float8 import E4M3, FACTORS, PROGRAMS, STATISTICS, format_of
 from gptperf.kernels.launch import register
 from gptperf.kernels.quantize import (
-    amax_bits,
+    bits_of,
     count,
+    is_counted,
+    largest_of,
     launch_tiles,
     read_scale,
     save_amax,
@@ -57,14 +59,14 @@ def _quantize_product_amax_kernel(
     GATE_UP, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     if tl.load(SCALE) == 0.0:
-        top = tl.zeros((), tl.int32)
+        top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
             mask = (rows < M)[:, None] & (cols < N)[None, :]
             gate, up = _load_gate_up(GATE_UP, rows, cols, mask, N)
-            top = tl.maximum(top, amax_bits(gate * tl.sigmoid(gate) * up))
-        save_amax(AMAX, top)
+            top = tl.maximum(top, bits_of(gate * tl.sigmoid(gate) * up))
+        save_amax(AMAX, largest_of(top))
 
 
 @triton.jit
@@ -76,7 +78,8 @@ def _quantize_product_kernel(
     tl.static_assert(FRESH)
     scale = read_scale(SCALE, AMAX, IS_E5M2)
     save_factors(FACTORS, scale)
-    top, saturated, flushed = tl.zeros((), tl.int32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    saturated, flushed, counted = tl.zeros((), tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -85,11 +88,13 @@ def _quantize_product_kernel(
         y = gate * tl.sigmoid(gate) * up
         q = to_float8(y, scale, Q.dtype.element_ty, IS_E5M2, ROUND)
         tl.store(Q + rows[:, None] * N + cols[None, :], q, mask=mask)
-        top = tl.maximum(top, amax_bits(y))
-        more_saturated, more_flushed = count(y, scale, IS_E5M2)
-        saturated += more_saturated
-        flushed += more_flushed
-    save_statistics(STATISTICS, top, saturated, flushed)
+        top = tl.maximum(top, bits_of(y))
+        if is_counted(tile):
+            more_saturated, more_flushed, more = count(y, scale, mask, IS_E5M2)
+            saturated += more_saturated
+            flushed += more_flushed
+            counted += more
+    save_statistics(STATISTICS, largest_of(top), saturated, flushed, counted)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _quantize_gradient_amax_kernel(
     DY, GATE_UP, PRODUCT_SCALE, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     if tl.load(SCALE) == 0.0:
-        top = tl.zeros((), tl.int32)
+        top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -105,8 +110,8 @@ def _quantize_gradient_amax_kernel(
             gate, up = _load_gate_up(GATE_UP, rows, cols, mask, N)
             dy = tl.load(DY + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
             dgate, dup, _ = _gradients(gate, up, dy)
-            top = tl.maximum(top, tl.maximum(amax_bits(dgate), amax_bits(dup)))
-        save_amax(AMAX, top)
+            top = tl.maximum(top, tl.maximum(bits_of(dgate), bits_of(dup)))
+        save_amax(AMAX, largest_of(top))
 
 
 @triton.jit
@@ -119,7 +124,8 @@ def _quantize_gradient_kernel(
     scale = read_scale(SCALE, AMAX, IS_E5M2)
     save_factors(FACTORS, scale)
     product_scale = tl.load(PRODUCT_SCALE)
-    top, saturated, flushed = tl.zeros((), tl.int32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    saturated, flushed, counted = tl.zeros((), tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -137,12 +143,14 @@ def _quantize_gradient_kernel(
         tl.store(QT + tl.cast(M, tl.int64) * N + at_transposed, tl.trans(q), mask=mask_transposed)
         q = to_float8(y, product_scale, YT.dtype.element_ty, False, ROUND)
         tl.store(YT + at_transposed, tl.trans(q), mask=mask_transposed)
-        top = tl.maximum(top, tl.maximum(amax_bits(dgate), amax_bits(dup)))
-        gate_saturated, gate_flushed = count(dgate, scale, IS_E5M2)
-        up_saturated, up_flushed = count(dup, scale, IS_E5M2)
-        saturated += gate_saturated + up_saturated
-        flushed += gate_flushed + up_flushed
-    save_statistics(STATISTICS, top, saturated, flushed)
+        top = tl.maximum(top, tl.maximum(bits_of(dgate), bits_of(dup)))
+        if is_counted(tile):
+            gate_saturated, gate_flushed, more = count(dgate, scale, mask, IS_E5M2)
+            up_saturated, up_flushed, _ = count(dup, scale, mask, IS_E5M2)
+            saturated += gate_saturated + up_saturated
+            flushed += gate_flushed + up_flushed
+            counted += 2.0 * more
+    save_statistics(STATISTICS, largest_of(top), saturated, flushed, counted)
 
 
 def _forward(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -203,7 +203,7 @@ def quantize(
 
     Returns:
         q `(M, N)`, q transposed `(N, M)`, factors `(FACTORS,)` float32 with the scale at 0 and its inverse at
-        `INVERSE`, and the statistics of x in `PROGRAMS` parts, `(3, PROGRAMS)` float32. What is not wanted is empty.
+        `INVERSE`, and the statistics of x in `PROGRAMS` parts, `(4, PROGRAMS)` float32. What is not wanted is empty.
         The names are those of `gptperf.kernels.float8`.
 
     Raises:
@@ -221,7 +221,8 @@ def quantize(
     scaled, nothing = size * used, q.new_empty(0)
     saturated = ((scaled > form.largest) & (size < torch.inf)).sum()
     flushed = ((scaled <= form.smallest / 2) & (size > 0)).sum()
-    parts = F.pad(torch.stack([amax, saturated.float(), flushed.float()])[:, None], (0, PROGRAMS - 1))
+    counts = torch.stack([amax, saturated.float(), flushed.float(), torch.full_like(amax, x.numel())])
+    parts = F.pad(counts[:, None], (0, PROGRAMS - 1))
     factors = torch.stack([used, 1 / used]).repeat_interleave(INVERSE) if fresh else scale.new_empty(0)
     transposed = q.t().contiguous() if columns else nothing
     return q if rows else nothing, transposed, factors, parts if fresh else scale.new_empty(0)

@@ -191,7 +191,8 @@ class Stability(TypedDict, total=False):
 
 
 class Float8(TypedDict, total=False):
-    """What was counted of the tensors that fp8 quantises, since the last entry. Of several ranks the largest counts."""
+    """What was counted in a sample of the tensors that fp8 quantises, since the last entry; of several ranks the
+    largest counts."""
 
     saturated_share: float
     """Share of the elements that were above the largest number of their scale, and were clamped, 0..1."""

@@ -89,18 +89,12 @@ class Float8Layers:
         self._scales = torch.zeros(*shape, 4, device=device)  # each at a multiple of 16 bytes
         self._seen = torch.zeros(*shape, len(STATISTICS), device=device)
         """Statistics of the current iteration."""
-        self._counts = torch.zeros(*shape, 3, device=device)
-        """Since the last log line: clamped elements, elements that became 0, and iterations with a stale scale."""
-        self._updates = torch.zeros((), device=device)
-        """Iterations since the last log line."""
+        self._counts = torch.zeros(*shape, len(STATISTICS), device=device)
+        """Since the last log line: elements that were clamped, that became 0, that were counted; iterations with a
+        stale scale."""
         self._tops = torch.tensor([E4M3.top, E4M3.top, GRADIENTS.top], dtype=torch.int32, device=device)
         self._largest = torch.tensor([E4M3.largest, E4M3.largest, GRADIENTS.largest], device=device)
         self._states: list[Float8State] = []
-        tokens = config.train.batch_size * config.model.block_size
-        self._elements = torch.tensor(
-            [[tokens * x.in_features, x.weight.numel(), tokens * x.out_features] for x in layers.values()]
-        )
-        """Elements of each tensor in a micro-batch."""
         self._warned: set[str] = set()
         for i, (name, layer) in enumerate(layers.items()):
             x, weight, dy = self._scales[i].unbind()
@@ -137,7 +131,6 @@ class Float8Layers:
         scale = self._scales[..., 0]
         stale = (amax > 0) & (amax * scale < _STALE * self._largest) & (scale > 0)
         self._counts += torch.cat([self._seen[..., 1:], stale[..., None].float()], -1)
-        self._updates += 1
         self.history.copy_(torch.cat([amax[..., None], self.history[..., :-1]], -1))
         self._write_scales()
         self._seen.zero_()
@@ -165,25 +158,20 @@ class Float8Layers:
             history.zero_() if found is None else history.copy_(found)
         self._write_scales()
 
-    def record(self, micro_batches: int) -> tuple[Float8, str | None]:
+    def record(self) -> tuple[Float8, str | None]:
         """Returns what was counted since the last log line, and a warning that names a layer which saturates, or None.
 
         Waits for the device.
-
-        Args:
-            micro_batches: micro-batches of an iteration on this rank.
         """
-        updates = max(self._updates.item(), 1)
         counts = self._counts.double().cpu()
         self._counts.zero_()
-        self._updates.zero_()
-        elements = self._elements.double() * micro_batches * updates
-        saturated, flushed = counts[..., 0] / elements, counts[..., 1] / elements
+        counted = counts[..., 2].clamp(min=1)
+        saturated, flushed = counts[..., 0] / counted, counts[..., 1] / counted
         worst = dict(zip(self.names, saturated.amax(1).tolist(), strict=True))
         record: Float8 = {
-            "saturated_share": (counts[..., 0].sum() / elements.sum()).item(),
-            "flushed_share": (counts[..., 1].sum() / elements.sum()).item(),
-            "stale_scales": (counts[..., 2] > 0).sum().item(),
+            "saturated_share": (counts[..., 0].sum() / counted.sum()).item(),
+            "flushed_share": (counts[..., 1].sum() / counted.sum()).item(),
+            "stale_scales": (counts[..., 3] > 0).sum().item(),
             "saturated_layers": {name: share for name, share in worst.items() if share > 0},
             "flushed_layers": {
                 name: share for name, share in zip(self.names, flushed.amax(1).tolist(), strict=True) if share > 0

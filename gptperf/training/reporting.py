@@ -139,7 +139,7 @@ class Reporter:
         if engine.scaler.is_enabled():
             record["loss_scale"] = engine.scaler.get_scale()
         if engine.float8 is not None:
-            record["float8"], saturates = engine.float8.record(engine.micro_batches)
+            record["float8"], saturates = engine.float8.record()
             if saturates is not None:
                 self._console.warning(saturates)
         return record
