@@ -20,9 +20,9 @@ from gptperf.kernels.checks import check_swiglu, check_triton
 from gptperf.kernels.float8 import E4M3, FACTORS, PROGRAMS, STATISTICS, format_of
 from gptperf.kernels.launch import register
 from gptperf.kernels.quantize import (
+    COUNT_EVERY,
     bits_of,
     count,
-    is_counted,
     largest_of,
     launch_tiles,
     read_scale,
@@ -59,7 +59,7 @@ def _quantize_product_amax_kernel(
     GATE_UP, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     if tl.load(SCALE) == 0.0:
-        top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        top = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -78,7 +78,7 @@ def _quantize_product_kernel(
     tl.static_assert(FRESH)
     scale = read_scale(SCALE, AMAX, IS_E5M2)
     save_factors(FACTORS, scale)
-    top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    top = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
     saturated, flushed, counted = tl.zeros((), tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -89,11 +89,14 @@ def _quantize_product_kernel(
         q = to_float8(y, scale, Q.dtype.element_ty, IS_E5M2, ROUND)
         tl.store(Q + rows[:, None] * N + cols[None, :], q, mask=mask)
         top = tl.maximum(top, bits_of(y))
-        if is_counted(tile):
-            more_saturated, more_flushed, more = count(y, scale, mask, IS_E5M2)
-            saturated += more_saturated
-            flushed += more_flushed
-            counted += more
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0) * COUNT_EVERY):
+        rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        gate, up = _load_gate_up(GATE_UP, rows, cols, mask, N)
+        more_saturated, more_flushed, more = count(gate * tl.sigmoid(gate) * up, scale, mask, IS_E5M2)
+        saturated += more_saturated
+        flushed += more_flushed
+        counted += more
     save_statistics(STATISTICS, largest_of(top), saturated, flushed, counted)
 
 
@@ -102,7 +105,7 @@ def _quantize_gradient_amax_kernel(
     DY, GATE_UP, PRODUCT_SCALE, SCALE, AMAX, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     if tl.load(SCALE) == 0.0:
-        top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        top = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
@@ -124,7 +127,7 @@ def _quantize_gradient_kernel(
     scale = read_scale(SCALE, AMAX, IS_E5M2)
     save_factors(FACTORS, scale)
     product_scale = tl.load(PRODUCT_SCALE)
-    top = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    top = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
     saturated, flushed, counted = tl.zeros((), tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -144,12 +147,17 @@ def _quantize_gradient_kernel(
         q = to_float8(y, product_scale, YT.dtype.element_ty, False, ROUND)
         tl.store(YT + at_transposed, tl.trans(q), mask=mask_transposed)
         top = tl.maximum(top, tl.maximum(bits_of(dgate), bits_of(dup)))
-        if is_counted(tile):
-            gate_saturated, gate_flushed, more = count(dgate, scale, mask, IS_E5M2)
-            up_saturated, up_flushed, _ = count(dup, scale, mask, IS_E5M2)
-            saturated += gate_saturated + up_saturated
-            flushed += gate_flushed + up_flushed
-            counted += 2.0 * more
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0) * COUNT_EVERY):
+        rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        gate, up = _load_gate_up(GATE_UP, rows, cols, mask, N)
+        dy = tl.load(DY + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dgate, dup, _ = _gradients(gate, up, dy)
+        gate_saturated, gate_flushed, more = count(dgate, scale, mask, IS_E5M2)
+        up_saturated, up_flushed, _ = count(dup, scale, mask, IS_E5M2)
+        saturated += gate_saturated + up_saturated
+        flushed += gate_flushed + up_flushed
+        counted += 2.0 * more
     save_statistics(STATISTICS, largest_of(top), saturated, flushed, counted)
 
 
