@@ -8,9 +8,9 @@ both ways is written twice and read once. The scale is a number in device memory
 which otherwise returns at once, first finds the largest value, and the scale follows from it. Nothing is decided on the
 host.
 
-Statistics of the input are collected on the way: its largest value, and counts of a sixteenth of its tiles. Each program
-writes its part; the caller combines the parts of all matrices at once. Bytes moved for M rows of N columns of 16 bits: 2 M N read, M N written for each layout; with a scale
-of 0 2 M N more are read.
+Statistics of the input are collected on the way: its largest value, and counts of a sixteenth of its tiles. Each
+program writes its part; the caller combines the parts of all matrices at once. Bytes moved for M rows of N columns of
+16 bits: 2 M N read, M N written for each layout; with a scale of 0 2 M N more are read.
 
 Eager reference: `gptperf.kernels.reference.quantize`. Source: Micikevicius et al., 2022, section 3.
 """
