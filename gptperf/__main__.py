@@ -19,11 +19,12 @@ COMMANDS = {
     "plan": "predict memory and speed of a run on any known GPU",
     "flops": "count parameters, FLOPs and bytes of a model",
     "hardware": "print the GPU table, or measure what this GPU reaches",
+    "evaluate": "score a model: loss on a data set, tasks by likelihood, tasks that its training data contains",
     "seen": "list the documents that a run read between two iterations",
     "report": "write a page about a run",
     "compare": "rank runs, or compare architectures",
     "ablate": "train changes of a configuration over several seeds, and compare them",
-    "hugging_face": "import the weights of a Hugging Face GPT-2 or LLaMA",
+    "hugging_face": "import models of Hugging Face, nanoGPT and GGUF files; export runs for transformers",
     "monitor.schema": "print the JSON Schema of a run's log",
 }
 """Name of a command and of its module in `gptperf` -> what the command does."""

@@ -13,11 +13,13 @@ subclass of `gptperf.errors.GptperfError`; a command instead prints one line and
 module loads no torch.
 """
 
+import math
 import os
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptperf.config import KEYS, Config, ModelConfig, command_line
 from gptperf.errors import CheckpointError, DataError, mistakes, nearest
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from gptperf.data.tokenizers import Tokenizer
     from gptperf.model import GPT
 
-__all__ = ["LoadedModel", "generate", "load_config", "load_model", "sampling_problems", "train"]
+__all__ = ["LoadedModel", "checkpoint_path", "generate", "load_config", "load_model", "loaded_from"]
+__all__ += ["sampling_problems", "stream", "train"]
 
 
 def load_config(*arguments: str) -> Config:
@@ -97,6 +100,8 @@ class LoadedModel:
     """Directory of the checkpoint."""
     step: int
     """Number of iterations that the model was trained for."""
+    config: Mapping[str, Mapping[str, Any]]
+    """Configuration of the training: section -> key -> value."""
 
 
 def load_model(
@@ -126,31 +131,62 @@ def load_model(
         >>> with torch.no_grad():
         ...     logits = loaded.model(ids)  # (B, T, padded vocab_size)
     """
+    return loaded_from(read_checkpoint(Path(run), checkpoint), device)
+
+
+def loaded_from(found: "Checkpoint", device: Literal["auto", "cuda", "cpu"] = "auto") -> LoadedModel:
+    """Returns the model of a checkpoint that is in memory; `load_model` has the errors.
+
+    Args:
+        found: The checkpoint.
+        device: "auto" is the GPU where there is one.
+    """
+    from gptperf.distributed.process import start_process
+
+    tokenizer = saved_tokenizer(found)
+    here = start_process(device).device
+    model, dtype = build_model(found, here)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=here,
+        dtype=dtype,
+        path=found.path,
+        step=found.step,
+        config=found.state["config"],
+    )
+
+
+def read_checkpoint(run: Path, which: Literal["latest", "best"]) -> "Checkpoint":
+    """Reads what `load_model` needs of a checkpoint; the arguments are those of `load_model`."""
+    from gptperf.checkpoint import load
+    from gptperf.training.saved_state import VOCABULARY
+
+    return load(checkpoint_path(run, which), only=("model", "buffers", VOCABULARY))
+
+
+def build_model(found: "Checkpoint", here: "torch.device") -> tuple["GPT", "torch.dtype"]:
+    """Returns the model of a checkpoint in evaluation mode, and its compute dtype."""
     import torch
 
-    from gptperf.checkpoint import load
-    from gptperf.distributed.process import start_process
     from gptperf.distributed.replicated import Replicated
     from gptperf.model import GPT
     from gptperf.training import selftest
     from gptperf.training.build import DTYPES
-    from gptperf.training.saved_state import VOCABULARY, restore_weights
+    from gptperf.training.saved_state import restore_weights
 
-    found = load(_checkpoint_path(Path(run), checkpoint), only=("model", "buffers", VOCABULARY))
     saved = found.state["config"]
-    here = start_process(device).device
     dtype = DTYPES[saved["system"]["dtype"]] if here.type == "cuda" else torch.float32
     config = ModelConfig(**saved["model"])
-    tokenizer = _tokenizer(found, config)
     ops = resolve_ops("auto", here.type)
     ops = without_triton(ops, "auto", selftest.broken_ops(ops, config, here, dtype))
     with here:
         model = GPT(config, ops).eval()
     restore_weights(found, model, Replicated(model, dtype))
-    return LoadedModel(model=model, tokenizer=tokenizer, device=here, dtype=dtype, path=found.path, step=found.step)
+    return model, dtype
 
 
-def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
+def saved_tokenizer(found: "Checkpoint") -> "Tokenizer":
     """Returns the tokenizer of a checkpoint, from the files in it; an earlier version has saved its name alone."""
     from gptperf.data.format import TokenizerInfo
     from gptperf.data.tokenizers import restore_tokenizer
@@ -158,30 +194,51 @@ def _tokenizer(found: "Checkpoint", model: ModelConfig) -> "Tokenizer":
 
     saved = found.state["tokenizer"]
     if saved["name"] == "unknown":
-        raise DataError(f"{found.path}: found no tokenizer, wanted one; convert the model with --tokenizer=...")
+        raise DataError(
+            f"{found.path}: found no tokenizer, wanted one; convert the model with --tokenizer=NAME: "
+            "python -m gptperf.hugging_face FOLDER --tokenizer=NAME --out_dir=OUT"
+        )
     info = TokenizerInfo(**({"vocab_size": 0, "eot": 0} | saved))
     tokenizer = restore_tokenizer(info, saved_vocabulary(found), found.path)
-    if tokenizer.vocab_size > model.vocab_size:
+    vocab_size = found.state["config"]["model"]["vocab_size"]
+    if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{found.path}: found tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, and vocab_size = "
-            f"{model.vocab_size:,}; wanted at most as many ids as the model has"
+            f"{vocab_size:,}; wanted at most as many ids as the model has"
         )
     return tokenizer
 
 
-def _checkpoint_path(run: Path, which: str) -> Path:
-    from gptperf.checkpoint import best, latest
+def checkpoint_path(run: Path, which: Literal["latest", "best"] = "latest", step: int | None = None) -> Path:
+    """Returns the directory of a checkpoint.
+
+    Args:
+        run: Directory of a run, of its checkpoints, or of one checkpoint.
+        which: Which checkpoint of a run: the newest one, or the one with the lowest validation loss.
+        step: Iteration of the checkpoint of a run; None: `which` decides.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    from gptperf.checkpoint import best, checkpoints, latest
 
     directory = run / "checkpoints" if os.path.isdir(run / "checkpoints") else run
     if os.path.isfile(directory / "MANIFEST.json"):
         return directory
-    found = (latest if which == "latest" else best)(directory)
-    if found is None and which == "best" and latest(directory) is not None:
-        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
-    if found is None:
+    infos = checkpoints(directory)
+    if not infos:
         runs = [str(folder.parent) for folder in run.parent.glob("*/checkpoints")]
         near = nearest(str(run), runs)
         raise CheckpointError(f"{run}: found no checkpoint, wanted the folder of a run or of a checkpoint{near}")
+    if step is not None:
+        there = {info.step: info.path for info in infos}
+        if step not in there:
+            close = min(there, key=lambda other: abs(other - step))
+            raise CheckpointError(f"{run}: found no checkpoint of step {step}; nearest: --step={close}")
+        return there[step]
+    found = latest(directory) if which == "latest" else best(directory)
+    if found is None:
+        raise CheckpointError(f"{run}: found no checkpoint with a validation loss; nearest: --checkpoint=latest")
     return found.path
 
 
@@ -194,6 +251,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 1337,
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """Continues a text.
 
@@ -205,12 +263,13 @@ def generate(
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Number of the likeliest tokens to draw from; 0 draws from all.
         seed: Seed of the draws. The same seed gives the same samples on the same device.
+        stop: Strings that end a sample. It ends before the first of them in the continuation.
 
     Returns:
         The prompt with its continuation, for each sample.
 
     Raises:
-        ConfigError: A number is below its smallest value.
+        ConfigError: A number is below its smallest value, or a stop string is empty.
 
     Example:
         >>> generate(load_model("out/tiny"), "def ", tokens=20, temperature=0)
@@ -218,37 +277,85 @@ def generate(
     """
     import torch
 
+    _refuse(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k, stop=stop)
+    draws = torch.Generator(loaded.device).manual_seed(seed)
+    keys: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k}
+    return [prompt + "".join(stream(loaded, prompt, **keys, seed=draws, stop=stop)) for _ in range(num_samples)]
+
+
+def stream(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: "int | torch.Generator" = 1337,
+    stop: str | Sequence[str] = (),
+) -> Iterator[str]:
+    """Continues a text, and returns the continuation in pieces, each as soon as its characters are complete.
+
+    Args:
+        loaded, prompt, tokens, temperature, top_k, stop: As for `generate`.
+        seed: Seed of the draws; or a generator on the model's device, which goes on where it is.
+
+    Returns:
+        The pieces. Joined they are the continuation that `generate` returns after the prompt.
+
+    Raises:
+        ConfigError: As for `generate`.
+
+    Example:
+        >>> for piece in stream(load_model("out/tiny"), "def ", stop="\\n\\n"):
+        ...     print(piece, end="", flush=True)
+    """
+    import torch
+
+    from gptperf.data.text_stream import before_stop, new_text
+
+    _refuse(tokens=tokens, num_samples=1, temperature=temperature, top_k=top_k, stop=stop)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    draws = torch.Generator(loaded.device).manual_seed(seed) if isinstance(seed, int) else seed
+    new = _drawn(loaded, ids, tokens, temperature, top_k, draws)
+    return before_stop(new_text(tokenizer, ids, new), [stop] if isinstance(stop, str) else stop)
+
+
+def _drawn(
+    loaded: LoadedModel, ids: list[int], tokens: int, temperature: float, top_k: int, draws: "torch.Generator"
+) -> Iterator[int]:
+    """Yields the ids that continue `ids`."""
+    import torch
+
     from gptperf.model.generate import generate as generate_ids
 
-    wrong = sampling_problems(tokens=tokens, num_samples=num_samples, temperature=temperature, top_k=top_k)
+    new = generate_ids(
+        loaded.model,
+        torch.tensor(ids, device=loaded.device),
+        tokens,
+        vocab_size=loaded.tokenizer.vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        generator=draws,
+    )
+    for _ in range(tokens):
+        # Autocast would stay on between two tokens if it surrounded the loop.
+        with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
+            token = next(new)
+        yield token
+
+
+def _refuse(**arguments: Any) -> None:
+    wrong = sampling_problems(**arguments)
     if wrong:
         raise mistakes(wrong)
-    tokenizer = loaded.tokenizer
-    ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.eot], device=loaded.device)
-    generator = torch.Generator(loaded.device).manual_seed(seed)
-    start = tokenizer.decode(ids.tolist())
-    texts = []
-    with torch.no_grad(), torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
-        for _ in range(num_samples):
-            new = generate_ids(
-                loaded.model,
-                ids,
-                tokens,
-                vocab_size=tokenizer.vocab_size,
-                temperature=temperature,
-                top_k=top_k,
-                generator=generator,
-            )
-            # Some tokenizers drop the space at the start of a text, so the new tokens are decoded after the prompt's.
-            whole = tokenizer.decode([*ids.tolist(), *new.tolist()])
-            own = whole.removeprefix(start) if whole.startswith(start) else tokenizer.decode(new.tolist())
-            texts.append(prompt + own)
-    return texts
 
 
-def sampling_problems(*, tokens: int, num_samples: int, temperature: float, top_k: int) -> list[str]:
-    """Returns a line for each number of `generate` that is too small, so that a command can refuse it at once."""
-    return [
+def sampling_problems(
+    *, tokens: int, num_samples: int, temperature: float, top_k: int, stop: str | Sequence[str] = ()
+) -> list[str]:
+    """Returns a line for each argument of `generate` that is wrong, so that a command can refuse it at once."""
+    wrong = [
         f"{name}: found {value}, wanted {lowest} or more; nearest: {lowest}"
         for name, value, lowest in (
             ("tokens", tokens, 1),
@@ -258,3 +365,8 @@ def sampling_problems(*, tokens: int, num_samples: int, temperature: float, top_
         )
         if not value >= lowest
     ]
+    if temperature == math.inf:
+        wrong.append("temperature: found inf, wanted a number of 0 or more")
+    if "" in ([stop] if isinstance(stop, str) else stop):
+        wrong.append("stop: found an empty string, which ends every text at once; wanted a text")
+    return wrong

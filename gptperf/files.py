@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "keep_locked",
     "make_directory",
     "make_temporary",
+    "new_folder",
     "open_regular",
     "remove_leftovers",
     "replace_text",
@@ -130,6 +132,34 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder as a whole: it has all its files or does not exist.
+
+    Yields the path of an empty temporary folder beside `path`, in which the body writes and syncs files. When the body
+    ends, the temporary folder is renamed to `path`, which is absent or an empty folder; when the body raises, it is
+    removed. Leftovers of killed processes are removed from the parent folder.
+
+    Raises:
+        DiskError: The folder cannot be written, or `path` has files by now. Every `OSError` of the body becomes a
+            `DiskError`.
+    """
+    try:
+        make_directory(path.parent)
+        remove_leftovers(path.parent)
+        temporary, lock = make_temporary(path, folder=True)
+        try:
+            yield temporary
+            sync_directory(temporary)  # before the rename, as in `replacing`
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is no such folder
+            os.close(lock)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error}", full=error.errno == errno.ENOSPC) from error
 
 
 _TEMPORARY = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}")

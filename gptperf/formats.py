@@ -18,6 +18,7 @@ __all__ = [
     "rough_duration",
     "short_count",
     "value_text",
+    "with_error",
     "with_unit",
 ]
 
@@ -29,6 +30,14 @@ _MOST_ITEMS = 50
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def with_error(scores: Mapping[str, Any], name: str) -> str:
+    """Returns a score of a task with its standard error `NAME_stderr`, if it has one: "0.2512 +- 0.0043"."""
+    form = ".4g" if name == "perplexity" else ".4f"
+    error = scores.get(f"{name}_stderr")
+    shown = number(scores.get(name), form)
+    return shown if error is None else f"{shown} +- {number(error, form)}"
 
 
 def number(value: float | None, form: str, missing: str = "-") -> str:

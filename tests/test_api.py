@@ -122,4 +122,4 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     assert found == tmp_path / "tiny"
     with pytest.raises(CheckpointError, match="no checkpoint with a validation loss; nearest: --checkpoint=latest"):
         api.load_model(found, checkpoint="best")
-    assert api._checkpoint_path(found, "latest").name == "step-00000000"
+    assert api.checkpoint_path(found, "latest").name == "step-00000000"

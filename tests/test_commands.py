@@ -194,6 +194,17 @@ def test_a_boolean_is_written_in_one_way_everywhere(value: str) -> None:
         (["compare", "--configs", "nope.toml", "tini", "--html=x"], ["--html goes with runs"]),
         (["compare", "--configs", "nope.toml", "tini"], ["nope.toml: No such file", "'tini', wanted"]),
         (["report", "a", "b", "--ot=x"], ["found 'b'", "unknown key 'ot'"]),
+        (
+            ["evaluate", "--contains", "--ngrm=3", "--split=test", "--num_fewshot=2", "--batch_size=0"],
+            [
+                "no MODEL",
+                "--contains goes with",
+                "nearest: ngram",
+                "split: found",
+                "nearest: shots",
+                "batch_size: found 0",
+            ],
+        ),
         (["doctor", "json", "--verbose"], ["found 'json', wanted --json", "unknown key 'verbose'"]),
         (["flops", "tiny", "json", "--n_layr=3"], ["found 'json', wanted --json", "nearest: n_layer"]),
         (["train", "tiny", "--n_layer=0", "--show_confg"], ["n_layer: found 0", "nearest: show_config"]),

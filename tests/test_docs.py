@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(page for folder in ("", "gptperf", "configs", "bench", "tests") for page in (ROOT / folder).glob("*.md"))
+FOLDERS = ("", "gptperf", "configs", "configs/speedrun", "bench", "tests")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 
 
 def _anchors(text: str) -> set[str]:

@@ -20,6 +20,7 @@ from gptperf.formats import (
     rough_duration,
     short_count,
     value_text,
+    with_error,
     with_unit,
 )
 
@@ -146,3 +147,17 @@ def test_one_line_holds_no_control_character_and_is_short(text: str, most: int) 
     assert len(found) <= most
     if text.isprintable() and len(text) <= most:
         assert found == text
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ({"acc": 0.25123}, "0.2512"),
+        ({"acc": 0.25123, "acc_stderr": 0.0043}, "0.2512 +- 0.0043"),
+        ({"acc": None, "acc_stderr": None}, "-"),
+        ({"acc_norm": 0.5}, "-"),
+    ],
+)
+def test_a_score_has_its_standard_error(scores: dict[str, float | None], text: str) -> None:
+    assert with_error(scores, "acc") == text
+    assert with_error({"perplexity": 418315169917.3, "perplexity_stderr": 88.0}, "perplexity") == "4.183e+11 +- 88"

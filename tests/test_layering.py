@@ -19,14 +19,15 @@ errors cards formats
 files registry kernels
 config ops
 flops data model distributed
-hardware checkpoint
+hardware checkpoint tasks
 plan monitor
 report
 compare
 ablate
 training
 api
-sample prepare hugging_face doctor seen
+prepare hugging_face doctor seen
+sample evaluate
 train
 __main__
 """
@@ -36,7 +37,7 @@ WITHOUT_TORCH = [
     "__main__ errors cards files formats registry ops config config.command_line api train sample prepare doctor",
     "flops flops.__main__ hardware hardware.__main__ hardware.ceiling_cache hardware.measure plan plan.__main__",
     "monitor.waterfall monitor.step_timing monitor.trace monitor.schema monitor.trackers monitor.runs monitor.run_log",
-    "report.__main__ compare.__main__ ablate.__main__ seen.__main__",
+    "report.__main__ compare.__main__ ablate.__main__ seen.__main__ evaluate.__main__ tasks",
 ]
 """Modules whose import loads no torch: they run before a configuration is known to be good, or without a GPU."""
 

@@ -125,7 +125,7 @@ class PlainGPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.rope = config.position_encoding == "rope"
         if self.rope:
-            half = config.head_dim // 2
+            half = config.head_width // 2
             rates = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
             angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), rates)
             self.register_buffer("cos", angles.cos().float(), persistent=False)

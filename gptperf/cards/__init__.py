@@ -7,7 +7,8 @@ component to its card. A card's methods take sizes, never a configuration or a t
 
 A plugin passes its own card to `registry.register`: an instance of one of these classes, or of a subclass.
 
-Sizes: T tokens, C n_embd, H query heads, K key and value heads, D head_dim, F FFN width, L n_layer.
+Sizes: T tokens, C n_embd, H query heads, K key and value heads, D head_dim, F FFN width, L n_layer. HD and KD are the
+products, the widths of the queries and of the keys.
 """
 
 from gptperf.cards.activation import Activation

@@ -38,9 +38,9 @@ FLASH_ATTN = AttentionBackend(windows=True)
 MANUAL = AttentionBackend(kept_score_matrices=2, windows=True, documents=True)
 
 
-def projections(C: int, KD: int) -> tuple[Matmul, Matmul]:
+def projections(C: int, HD: int, KD: int) -> tuple[Matmul, Matmul]:
     """Returns the packed projection to queries, keys and values, and the output projection."""
-    return Matmul("qkv", C + 2 * KD, C), Matmul("out", C, C)
+    return Matmul("qkv", HD + 2 * KD, C), Matmul("out", C, HD)
 
 
 def causal_pairs(T: int, window: int) -> int:

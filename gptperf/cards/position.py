@@ -1,6 +1,6 @@
 """Cards of the position encodings. They include the split of the packed projection into heads, and QK-norm.
 
-The packed projection of a token has C + 2 K D elements: queries, keys and values. Queries and keys have C + K D.
+The packed projection of a token has (H + 2 K) D elements: queries, keys and values. Queries and keys have (H + K) D.
 """
 
 from dataclasses import dataclass
@@ -24,33 +24,33 @@ class PositionEncoding:
         """Returns the number of parameters that the encoding has in the whole model."""
         return 0
 
-    def elements(self, L: int, C: int, KD: int) -> int:
+    def elements(self, L: int, C: int, HD: int, KD: int) -> int:
         """Returns the number of elements per token that the encoding changes, over all layers."""
         return 0
 
-    def moved(self, L: int, C: int, KD: int, qk_norm: bool) -> Moved:
+    def moved(self, L: int, C: int, HD: int, KD: int, qk_norm: bool) -> Moved:
         """Returns the elements that encoding, split and QK-norm move per token, over all layers."""
         # Backward of the split writes the three gradients into one tensor.
-        forward, backward = 0, 2 * (C + 2 * KD)
+        forward, backward = 0, 2 * (HD + 2 * KD)
         if qk_norm:
-            forward, backward = forward + 2 * (C + KD), backward + 3 * (C + KD)
+            forward, backward = forward + 2 * (HD + KD), backward + 3 * (HD + KD)
         return Moved(L * forward, L * backward)
 
-    def kept(self, C: int, KD: int, qk_norm: bool) -> int:
+    def kept(self, HD: int, KD: int, qk_norm: bool) -> int:
         """Returns the elements kept for backward per token and layer: q, k, v, and the input of QK-norm."""
-        return C + 2 * KD + (C + KD if qk_norm else 0)
+        return HD + 2 * KD + (HD + KD if qk_norm else 0)
 
     def kept_statistics(self, H: int, K: int, qk_norm: bool) -> int:
         """Returns the float32 numbers kept for backward per token and layer: the statistics of QK-norm."""
         return H + K if qk_norm else 0
 
-    def kept_by_pytorch(self, C: int, compiled: bool) -> float:
+    def kept_by_pytorch(self, HD: int, compiled: bool) -> float:
         """Returns the elements per token and layer that PyTorch's own ops keep beyond those that the cards list.
 
         The numbers were fitted to one run each on an H200 with PyTorch 2.11, llama_1.36b at 16 x 2048 tokens (RoPE) and
         gpt2_124m at 64 x 1024 (no RoPE), with a peak of 86.0 and 28.7 GB compiled, and 111.8 and 64.0 GB not compiled.
         """
-        return 0.0 if compiled else 2.0 * C
+        return 0.0 if compiled else 2.0 * HD
 
 
 class LearnedAbsolute(PositionEncoding):
@@ -59,33 +59,33 @@ class LearnedAbsolute(PositionEncoding):
     def parameters(self, T: int, C: int) -> int:
         return T * C
 
-    def elements(self, L: int, C: int, KD: int) -> int:
+    def elements(self, L: int, C: int, HD: int, KD: int) -> int:
         return C
 
-    def moved(self, L: int, C: int, KD: int, qk_norm: bool) -> Moved:
-        forward, backward = super().moved(L, C, KD, qk_norm)
+    def moved(self, L: int, C: int, HD: int, KD: int, qk_norm: bool) -> Moved:
+        forward, backward = super().moved(L, C, HD, KD, qk_norm)
         return Moved(forward + 2 * C, backward + C)  # backward sums the gradient over the batch
 
 
 class RoPE(PositionEncoding):
     """RoPE: one op does split, QK-norm and rotation. With QK-norm its backward reads queries and keys again."""
 
-    def elements(self, L: int, C: int, KD: int) -> int:
-        return L * (C + KD)
+    def elements(self, L: int, C: int, HD: int, KD: int) -> int:
+        return L * (HD + KD)
 
-    def moved(self, L: int, C: int, KD: int, qk_norm: bool) -> Moved:
-        packed = C + 2 * KD
-        return Moved(L * 2 * packed, L * (2 * packed + (C + KD if qk_norm else 0)))
+    def moved(self, L: int, C: int, HD: int, KD: int, qk_norm: bool) -> Moved:
+        packed = HD + 2 * KD
+        return Moved(L * 2 * packed, L * (2 * packed + (HD + KD if qk_norm else 0)))
 
-    def kept(self, C: int, KD: int, qk_norm: bool) -> int:
-        packed = C + 2 * KD
+    def kept(self, HD: int, KD: int, qk_norm: bool) -> int:
+        packed = HD + 2 * KD
         return packed + (packed if qk_norm else 0)  # QK-norm reads the packed tensor, and the op writes v once more
 
     def kept_statistics(self, H: int, K: int, qk_norm: bool) -> int:
         return 0  # backward computes them again
 
-    def kept_by_pytorch(self, C: int, compiled: bool) -> float:
-        return float(C) if compiled else 6.5 * C
+    def kept_by_pytorch(self, HD: int, compiled: bool) -> float:
+        return float(HD) if compiled else 6.5 * HD
 
 
 NO_POSITION = PositionEncoding(cost=Cost(0, "no position encoding"), documents=True)

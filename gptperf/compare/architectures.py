@@ -15,7 +15,7 @@ from gptperf.registry import KINDS
 __all__ = ["compare", "table"]
 
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-_SWITCHES = ("bias", "weight_tying", "qk_norm", "dropout")
+_SWITCHES = ("bias", "attention_bias", "weight_tying", "qk_norm", "dropout")
 
 
 def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
@@ -49,9 +49,10 @@ def compare(paths: Sequence[str], gpu: Gpu | None) -> dict[str, dict[str, Any]]:
 def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
     model = config.model
     facts: dict[str, Any] = {key: getattr(model, key) for key in _SIZES}
-    facts |= {"n_kv_head": model.kv_heads, "d_ff": model.ffn_width, "vocab_size": model.padded_vocab_size}
+    facts |= {"n_kv_head": model.kv_heads, "head_dim": model.head_width, "d_ff": model.ffn_width}
+    facts["vocab_size"] = model.padded_vocab_size
     facts |= {key: getattr(model, key) for key in (*KINDS, *_SWITCHES)}
-    facts["activation"] = model.applied_activation
+    facts |= {"activation": model.applied_activation, "attention_bias": model.attention_biases}
     count = None if flops.uncountable_parameters(model) else flops.parameters(model)
     for part in ("embedding", "position", "attention", "ffn", "norm", "lm_head", "total", "non_embedding"):
         facts[f"parameters, {part.replace('_', ' ')}"] = None if count is None else getattr(count, part)

@@ -9,7 +9,7 @@ from gptperf.report.figures import lines_for
 from gptperf.report.page import Section, render
 from gptperf.report.tables import Table, aligned
 
-__all__ = ["differing_table", "html", "ranking_table", "text"]
+__all__ = ["differing_table", "html", "ranking_table", "tasks_table", "text"]
 
 
 def ranking_table(ranking: Ranking) -> Table:
@@ -46,6 +46,19 @@ def ranking_table(ranking: Ranking) -> Table:
     )
 
 
+def tasks_table(ranking: Ranking) -> Table | None:
+    """Returns the accuracies of the runs' last evaluations of tasks, with a row for each run; None without tasks."""
+    names = list(dict.fromkeys(name for run in ranking.runs for name in run.tasks))
+    if not names:
+        return None
+    rows = []
+    for run in ranking.runs:
+        at = next((e.iter for e in reversed(run.evals) if e.tasks), None)
+        cells = [formats.with_error(run.tasks.get(name, {}), "acc") for name in names]
+        rows.append((run.name, formats.number(at, ","), *cells))
+    return Table(("acc", "iteration", *names), rows)
+
+
 def _scales(ranking: Ranking) -> list[str]:
     """Returns what the MFUs of the runs are relative to, each once."""
     return list(dict.fromkeys(run.mfu_scale for run in ranking.runs if run.mfu_scale))
@@ -74,7 +87,8 @@ def differing_table(ranking: Ranking) -> Table | None:
 def text(ranking: Ranking, page: Path | None = None) -> str:
     """Returns the ranking as text for a terminal, with the path of the page if one was written."""
     differing = differing_table(ranking)
-    parts = [ranking.how, aligned(ranking_table(ranking))]
+    parts, tasks = [ranking.how, aligned(ranking_table(ranking))], tasks_table(ranking)
+    parts += [aligned(tasks)] if tasks is not None else []
     parts += [f"what differs:\n{aligned(differing)}"] if differing is not None else []
     remarks = _remarks(ranking)
     parts += ["\n".join(remarks)] if remarks else []
@@ -90,7 +104,9 @@ def html(ranking: Ranking) -> str:
     lines = lines_for([run.name for run in ranking.runs])
     charts = curves.charts(ranking.runs, lines, ranking.tokens)
     sections = [Section("", [f"Ranked by {ranking.how}."], [ranking_table(ranking)], below=_remarks(ranking))]
-    differing = differing_table(ranking)
+    differing, tasks = differing_table(ranking), tasks_table(ranking)
+    if tasks is not None:
+        sections.append(Section("Task scores", tables=[tasks]))
     if differing is not None:
         sections.append(Section("What differs", tables=[differing]))
     elif len(ranking.runs) > 1:

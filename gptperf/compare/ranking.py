@@ -131,6 +131,7 @@ def record(ranking: Ranking, left_out: Sequence[LeftOut]) -> dict[str, Any]:
                 "loss": loss,
                 "last_val_loss": run.evals[-1].loss if run.evals else None,
                 "best_val_loss": min((e.loss for e in run.evals), default=None),
+                "tasks": {name: dict(scores) for name, scores in run.tasks.items()},
                 "tokens": run.steps[-1].tokens if run.steps else None,
                 "mfu_percent": run.mfu_percent,
                 "mfu_scale": run.mfu_scale,

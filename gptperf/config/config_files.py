@@ -23,7 +23,7 @@ _PREFIXES = ("full_", "preset_")
 
 def shipped() -> list[str]:
     """Returns the names of the configurations that come with the package."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
+    return sorted(path.relative_to(_SHIPPED).with_suffix("").as_posix() for path in _SHIPPED.rglob("*.toml"))
 
 
 def is_config(text: str) -> bool:
@@ -34,12 +34,13 @@ def is_config(text: str) -> bool:
 def _path(text: str) -> Path:
     """Returns the file that a CONFIG means: an existing file, else the shipped one of that name.
 
-    `NAME`, `NAME.toml` and `configs/NAME.toml` can name a shipped configuration; a path in another folder cannot.
+    `NAME`, `NAME.toml` and `configs/NAME.toml` can name a shipped configuration, where NAME may be in a folder, such as
+    `speedrun/fineweb_edu_124m`; a path in a folder that is not shipped cannot.
     """
     path = Path(text if text.endswith(".toml") else f"{text}.toml")
-    if path.parent in _FOLDERS[:2] and not os.path.exists(path):
-        there = _SHIPPED / path.name
-        return there if os.path.exists(there) else path
+    name = path.relative_to("configs") if path.is_relative_to("configs") else path
+    if not os.path.exists(path) and name.with_suffix("").as_posix() in shipped():
+        return _SHIPPED / name
     return path
 
 

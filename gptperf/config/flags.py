@@ -101,16 +101,18 @@ class Taken(Generic[F]):
     """Name of the module, such as `gptperf.plan`."""
 
 
-def parse(kind: type[F], argv: Sequence[str] | None, command: str, about: str, after: str = "") -> F:
+def parse(
+    kind: type[F], argv: Sequence[str] | None, command: str, about: str, after: str = "", *, greedy: bool = True
+) -> F:
     """Reads the command line of a command that takes no configuration.
 
     Args:
         kind: dataclass of the flags.
-        argv: the command line without the program's name; None means the command line of this process. A flag that
-            takes several values takes all words after it.
+        argv: the command line without the program's name; None means the command line of this process.
         command: name of the module, such as `gptperf.sample`.
         about: what the command does, for `--help`.
         after: text at the end of `--help`, printed as it is.
+        greedy: whether a flag that takes several values takes all words after it, or one each time it is given.
 
     Raises:
         ConfigError: the command line is wrong; the message has one line for each mistake.
@@ -122,7 +124,7 @@ def parse(kind: type[F], argv: Sequence[str] | None, command: str, about: str, a
     usage = " ".join(["python -m", command, *(f"{word.upper()}{' ...' * keys[word].many}" for word in words)])
     _print_help(argv, command, f"{usage} [--key=value ...]\n\n{about}", {"command": kind, "common": _Common}, after)
     known = keys | _keys(_Common)
-    given, rest, problems = split(argv, known, greedy=True)
+    given, rest, problems = split(argv, known, greedy=greedy)
     free = [keys[word] for word in words if word not in {one.name for one in given}]
     given += _placed(rest, free, usage, known, problems)
     bad = {one.name for one in given}

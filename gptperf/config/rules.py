@@ -47,8 +47,18 @@ def _divisible(c: _Values, what: str, by: str) -> str | None:
     return f"{what} = {c[what]} is not a multiple of {by} = {c[by]}; nearest {by}: {near}"
 
 
+def _heads(c: _Values) -> str | None:
+    return None if c["head_dim"] is not None else _divisible(c, "n_embd", "n_head")
+
+
 def _odd_head_dim(c: _Values) -> str | None:
-    if c["position_encoding"] != "rope" or c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
+    if c["position_encoding"] != "rope":
+        return None
+    if c["head_dim"] is not None:
+        if c["head_dim"] % 2 == 0:
+            return None
+        return f"RoPE rotates pairs of elements, but head_dim = {c['head_dim']} is odd; nearest: {c['head_dim'] + 1}"
+    if c["n_embd"] % c["n_head"] or c["n_embd"] // c["n_head"] % 2 == 0:
         return None
     near = f"; nearest n_embd: {c['n_embd'] + 1}"
     if c["n_embd"] % 2 == 0:
@@ -69,6 +79,22 @@ def _window(c: _Values) -> str | None:
             f"window = {c['window']!r} has {len(parts)} parts for n_layer = {c['n_layer']}; wanted at most one a layer"
         )
     return None
+
+
+def _rope_scaling(c: _Values) -> str | None:
+    if c["rope_scaling"] == "none" or c["position_encoding"] == "rope":
+        return None
+    return (
+        f"rope_scaling = {c['rope_scaling']!r} needs position_encoding = 'rope', found {c['position_encoding']!r}; "
+        "nearest: rope_scaling = 'none'"
+    )
+
+
+def _freq_factors(c: _Values) -> str | None:
+    low, high = c["rope_low_freq_factor"], c["rope_high_freq_factor"]
+    if c["rope_scaling"] != "llama3" or low < high:
+        return None
+    return f"rope_high_freq_factor = {high} is not above rope_low_freq_factor = {low}; nearest: {2 * low}"
 
 
 def _kv_heads(c: _Values) -> str | None:
@@ -231,10 +257,12 @@ def _flash_attn_rule(key: str, wanted: str, impossible: object) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(("n_embd", "n_head"), partial(_divisible, what="n_embd", by="n_head")),
+    Rule(("n_embd", "n_head"), _heads),
     Rule(("n_kv_head", "n_head"), _kv_heads),
     Rule(("window", "n_layer"), _window),
     Rule(("position_encoding", "n_embd", "n_head"), _odd_head_dim),
+    Rule(("rope_scaling", "position_encoding"), _rope_scaling),
+    Rule(("rope_low_freq_factor", "rope_high_freq_factor", "rope_scaling"), _freq_factors),
     Rule(("attention_backend",), _flash_attn),
     _flash_attn_rule("dtype", "dtype = 'bfloat16' or 'float16'", "float32"),
     _flash_attn_rule("device", "a GPU, but device = 'cpu'", "cpu"),

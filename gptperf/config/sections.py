@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from gptperf import registry
-from gptperf.cards import FFN
 from gptperf.config.keys import Choice, Component, Key, Range, key_of, value_problem
-from gptperf.config.notes import notes_of
+from gptperf.config.model_sizes import ModelSizes
+from gptperf.config.notes import notes_on
 from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.errors import ConfigError
@@ -47,7 +46,7 @@ class _Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section):
+class ModelConfig(_Section, ModelSizes):
     """The model: its sizes and its components."""
 
     arch_preset: Annotated[str, Choice(tuple(PRESETS))] = "gpt2"
@@ -60,6 +59,8 @@ class ModelConfig(_Section):
     """Number of key and value heads (grouped-query attention); default: n_head."""
     n_embd: Annotated[int, Range(1, 2**20)] = 768
     """Width of the residual stream."""
+    head_dim: Annotated[int, Range(1, 65_536)] | None = None
+    """Width of one head; default: n_embd / n_head."""
     d_ff: Annotated[int, Range(1, 2**24)] | None = None
     """Width of the FFN; default: 4 n_embd (standard), or 8/3 n_embd rounded up to a multiple (swiglu)."""
     d_ff_multiple: Annotated[int, Range(1, 2**20)] = 256
@@ -87,6 +88,8 @@ class ModelConfig(_Section):
     """standard: up projection, activation, down projection. swiglu: silu(gate) * up, down projection."""
     bias: bool = False
     """Add a bias to the linear layers of attention and FFN."""
+    attention_bias: Literal["none", "qkv", "all"] | None = None
+    """Biases of attention: none; qkv: of queries, keys and values; all: of the output too; default: as bias says."""
     weight_tying: bool = True
     """Use the token embedding as the weight of lm_head."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
@@ -99,47 +102,16 @@ class ModelConfig(_Section):
     """Base of the wavelengths of RoPE."""
     rope_pairs: Literal["half", "interleaved"] = "half"
     """Elements that RoPE rotates together. half: i and i + D/2, as in Hugging Face; interleaved: 2i and 2i + 1."""
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """Tokens that a query attends to in each layer; `block_size` where nothing limits it."""
-        parts = self.window.split(",")
-        pattern = [self.block_size if part == "full" else min(int(part), self.block_size) for part in parts]
-        return tuple(pattern[i % len(pattern)] for i in range(self.n_layer))
-
-    @property
-    def head_dim(self) -> int:
-        """Width D of one head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def ffn_width(self) -> int:
-        """Width of the FFN: `d_ff`, or the default for the FFN type."""
-        if self.d_ff is not None:
-            return self.d_ff
-        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
-        return 4 * self.n_embd if ffn is None else ffn.default_width(self.n_embd, self.d_ff_multiple)
-
-    @property
-    def applied_activation(self) -> str:
-        """The activation that the FFN applies: its own if it has one, as SwiGLU has SiLU, else `activation`."""
-        return self.own_activation or self.activation
-
-    @property
-    def own_activation(self) -> str | None:
-        """The FFN's own activation, which replaces `activation`; None if the FFN applies `activation`."""
-        ffn: FFN | None = registry.card("ffn_type", self.ffn_type)
-        return None if ffn is None else ffn.activation
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the embedding and of lm_head."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """linear: RoPE with all wavelengths times rope_factor. llama3: with the long ones, as in LLaMA 3.1."""
+    rope_factor: Annotated[float, Range(1)] = 8.0
+    """Factor of the wavelengths under rope_scaling."""
+    rope_low_freq_factor: Annotated[float, Range(0, exclude_low=True)] = 1.0
+    """llama3: wavelengths above rope_original_block_size divided by this are multiplied by rope_factor."""
+    rope_high_freq_factor: Annotated[float, Range(0, exclude_low=True)] = 4.0
+    """llama3: wavelengths below rope_original_block_size divided by this are kept; those between are mixed."""
+    rope_original_block_size: Annotated[int, Range(1, 2**24)] = 8192
+    """llama3: sequence length that the model was trained with before its context was extended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +176,10 @@ class TrainConfig(_Section):
     """Iterations between evaluations; the last iteration is always evaluated."""
     eval_iters: Annotated[int, Range(1, 10**9)] = 200
     """Number of validation batches per evaluation, limited by the size of the validation split."""
+    eval_tasks: str = ""
+    """Task files, with commas between them, whose items an evaluation scores by likelihood."""
+    eval_tasks_interval: _Iterations | None = None
+    """Iterations between evaluations of eval_tasks; default: eval_interval. The last iteration is always evaluated."""
     save_interval: _Iterations | None = None
     """Iterations between checkpoints; default: eval_interval. The last iteration is always saved."""
     async_save: bool = True
@@ -362,7 +338,7 @@ class Config:
 
     def notes(self) -> list[str]:
         """Returns a line for each choice that is valid but may surprise."""
-        return notes_of(self)
+        return notes_on(self.flat(), self.model.windows, {name: key.default for name, key in KEYS.items()})
 
 
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}

@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -35,7 +36,8 @@ from gptperf.errors import CheckpointError, ConfigError, DataError, GptperfError
 __all__ = ["Watchdog", "process_state"]
 
 _FAILED = "failed: "
-_MISTAKES = tuple(f"{_FAILED}E{kind.exit_code}: " for kind in (ConfigError, DataError, CheckpointError))
+_MISTAKES = {f" {_FAILED}E{kind.exit_code}: ": kind for kind in (ConfigError, DataError, CheckpointError)}
+_RELAYED = re.compile(r"(?<=: )rank \d+: ")  # an error that a rank raised because another one has it
 
 
 def process_state(pid: int, started: str | None = None) -> State:
@@ -71,6 +73,11 @@ def _identity() -> tuple[int, str, str, str]:
         return pid, started, host, f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return pid, "", host, f"{host} {pid}"
+
+
+def _kind(fault: Fault) -> type[GptperfError]:
+    """Returns the error with which the other ranks end: a mistake of the user that one rank found is the job's."""
+    return next((kind for text, kind in _MISTAKES.items() if text in fault.text), PeerError)
 
 
 class Watchdog:
@@ -186,7 +193,8 @@ class Watchdog:
         assert self._store is not None
         for _ in range(15):
             if self._store.check(["failed"]):
-                return json.loads(self._store.get("failed"))[1].partition(_FAILED)[2] == text
+                said = json.loads(self._store.get("failed"))[1].partition(_FAILED)[2]
+                return _RELAYED.sub("", said, 1) == _RELAYED.sub("", text, 1)
             time.sleep(0.1)
         return False
 
@@ -250,18 +258,18 @@ class Watchdog:
                 words.join(2 * GRACE_S)  # it is a thread because a full pipe or a dead disk may block it
                 if fault.hang:
                     self._kill(fault.ranks)
-                self.end(PeerError.exit_code)
+                self.end(_kind(fault).exit_code)
                 return
 
     def _say(self, fault: Fault) -> None:
         """Prints, publishes and logs a fault before this process ends."""
         line = fault.text.partition("\n")[0]
         if not self._is_reported_mistake(fault):
-            report(PeerError(f"{line}; rank {self.rank} was in {self.progress.where}"))
+            report(_kind(fault)(f"{line}; rank {self.rank} was in {self.progress.where}"))
         with contextlib.suppress(RuntimeError, OSError):
             if self.judge.store_silent_s <= 2 * BEAT_S:
                 self._publish(fault)
-            self.last_words(f"E{PeerError.exit_code}: {line}")
+            self.last_words(f"E{_kind(fault).exit_code}: {line}")
             if fault.hang:
                 self._dump_stacks()
                 # Other ranks write their stacks too. If this one ended at once, their collectives would fail, and the
@@ -274,7 +282,7 @@ class Watchdog:
         """Returns whether the fault is a mistake of the user that a rank on this host has printed already."""
         beats = [self.view.beats.get(rank) for rank in fault.ranks]
         near = all(beat is not None and beat.place == self.identity[-1] for beat in beats)
-        return near and any(f" {mistake}" in fault.text for mistake in _MISTAKES)
+        return near and _kind(fault) is not PeerError
 
     def _kill(self, ranks: Sequence[int]) -> None:
         """Kills ranks on this host that hang and do not end by themselves; torchrun would wait 30 s for each."""

@@ -80,7 +80,7 @@ def attended_pairs(model: ModelConfig) -> int:
 
 def _score_flops(model: ModelConfig, pairs: int | Fraction) -> int | Fraction:
     # The number of query heads counts: grouped keys and values do not reduce the scores.
-    return exact(2 * 2 * pairs * model.n_head * model.head_dim)
+    return exact(2 * 2 * pairs * model.query_width)
 
 
 def _count(convention: str, model: ModelConfig, pairs: int) -> FlopCount:
@@ -170,9 +170,9 @@ class Convention:
 
 CONVENTIONS: dict[str, Convention] = {
     "strict": Convention(_strict, "matmuls, causal scores; every MFU uses it", "PaLM's rule, exact"),
-    "palm": Convention(_palm, "matmuls, all T x T scores: 12LCT", "Chowdhery et al. 2022, app. B"),
+    "palm": Convention(_palm, "matmuls, all T x T scores: 12LHDT", "Chowdhery et al. 2022, app. B"),
     "nanogpt": Convention(
-        _nanogpt, "6N + 12LCT, N all but the position table", "nanoGPT, estimate_mfu", uncountable_parameters
+        _nanogpt, "6N + 12LHDT, N all but the position table", "nanoGPT, estimate_mfu", uncountable_parameters
     ),
     "6n": Convention(_six_n, "6N, N all parameters; no scores", "Hoffmann et al. 2022", uncountable_parameters),
     "hfu": Convention(_hfu, "strict, and matmuls that backward repeats", "Korthikanti et al. 2022"),

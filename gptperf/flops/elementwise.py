@@ -88,12 +88,12 @@ def vector_flops(model: ModelConfig) -> VectorCount:
     block = block_of(model)
     position = position_of(model)
     ffn = ffn_of(model)
-    n, t, c, kv_width = model.n_layer, model.block_size, model.n_embd, model.kv_heads * model.head_dim
+    n, t, c = model.n_layer, model.block_size, model.n_embd
     pairs = model.n_head * attended_pairs(model)
     elements = {
         "norm": (block.norms * n + 1) * t * c,
         "residual": 2 * n * t * c,
-        "position": t * position.elements(n, c, kv_width),
+        "position": t * position.elements(n, c, model.query_width, model.kv_width),
         "activation": n * t * ffn.elements(model.ffn_width),
         "bias": t * biases(model),
         "softmax": pairs,
@@ -103,5 +103,5 @@ def vector_flops(model: ModelConfig) -> VectorCount:
     costs = part_costs(model.normalization, model.position_encoding, model.ffn_type, model.activation)
     parts = {part: costs[part][1].flops * count for part, count in elements.items()}
     if model.qk_norm:
-        parts["norm"] += RMSNORM.cost.flops * n * t * (c + kv_width)
+        parts["norm"] += RMSNORM.cost.flops * n * t * (model.query_width + model.kv_width)
     return VectorCount(tokens=t, **parts)

@@ -9,8 +9,6 @@ from gptperf.flops.model_cards import ffn_of
 
 __all__ = ["Linear", "biases", "linears", "uncountable_flops", "weights"]
 
-_BIASED = ("qkv", "output", "ffn")  # lm_head never has a bias
-
 
 class Linear(NamedTuple):
     """A linear layer, and the number of times that a model has it."""
@@ -32,7 +30,7 @@ def linears(model: ModelConfig) -> tuple[Linear, ...]:
     The FFN must have a card (see `uncountable_flops`).
     """
     ffn = ffn_of(model)
-    qkv, out = projections(model.n_embd, model.kv_heads * model.head_dim)
+    qkv, out = projections(model.n_embd, model.query_width, model.kv_width)
     return (
         Linear("qkv", qkv, model.n_layer),
         Linear("output", out, model.n_layer),
@@ -48,6 +46,6 @@ def weights(model: ModelConfig, *parts: str) -> int:
 
 def biases(model: ModelConfig, *parts: str) -> int:
     """Returns the elements of the linear layers' biases, over all layers, for all or only these parts."""
-    if not model.bias:
-        return 0
-    return sum(x.times * x.matmul.out for x in linears(model) if x.part in (parts or _BIASED))
+    attention = {"none": (), "qkv": ("qkv",), "all": ("qkv", "output")}[model.attention_biases]
+    biased = (*attention, "ffn") if model.bias else attention  # lm_head never has a bias
+    return sum(x.times * x.matmul.out for x in linears(model) if x.part in biased and (not parts or x.part in parts))

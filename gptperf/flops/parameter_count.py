@@ -54,7 +54,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
     ffn = ffn_of(model)
     n, c = model.n_layer, model.n_embd
     norms = block.norms * n + 1  # the last one is before lm_head, in post-norm too
-    qk_norms = 2 * model.head_dim * n if model.qk_norm else 0
+    qk_norms = 2 * model.head_width * n if model.qk_norm else 0
     embedding = model.padded_vocab_size * c
     return ParameterCount(
         embedding=embedding,

@@ -80,7 +80,7 @@ def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool
     block = block_of(model)
     position = position_of(model)
     ffn = ffn_of(model)
-    n, c, v, kv_width = model.n_layer, model.n_embd, model.padded_vocab_size, model.kv_heads * model.head_dim
+    n, c, v = model.n_layer, model.n_embd, model.padded_vocab_size
 
     def traffic(forward: int, backward: int) -> Traffic:
         return Traffic(element_bytes * forward, element_bytes * backward)
@@ -91,7 +91,7 @@ def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool
         element_bytes=element_bytes,
         embedding=traffic(2 * c, 2 * c),
         norm=traffic(*block.moved(n, c)),
-        position=traffic(*position.moved(n, c, kv_width, model.qk_norm)),
+        position=traffic(*position.moved(n, c, model.query_width, model.kv_width, model.qk_norm)),
         activation=traffic(n * activation.forward, n * activation.backward),
         bias=traffic(0, biases(model)),
         dropout=Traffic(*[(2 * element_bytes + 1) * dropped] * 2),  # one element in and out, and a mask of one byte

@@ -115,7 +115,7 @@ def workload(model: ModelConfig, batch_size: int) -> tuple[Work, ...]:
     Raises:
         ConfigError: as in `gemm_list`.
     """
-    sizes = (batch_size, model.block_size, model.n_head, model.kv_heads, model.head_dim)
+    sizes = (batch_size, model.block_size, model.n_head, model.kv_heads, model.head_width)
     return (
         *gemm_list(model, batch_size),
         Gemm("square", "forward", _SQUARE, _SQUARE, _SQUARE, 0),

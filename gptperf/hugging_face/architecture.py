@@ -1,109 +1,177 @@
 """Which architecture of gptperf a config.json of Hugging Face describes."""
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptperf.config import ModelConfig
-from gptperf.errors import CheckpointError, GptperfError
+from gptperf.config import Config, ModelConfig
+from gptperf.errors import CheckpointError, ConfigError, GptperfError
+from gptperf.hugging_face.described import Described, refused, with_defaults
+from gptperf.hugging_face.own_config import OWN, own_model
 
-__all__ = ["Described", "model_config"]
+__all__ = ["ACTIVATIONS", "GPT2_NAMES", "LLAMA_NAMES", "ROPE_NAMES", "Described", "model_config"]
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+GPT2_NAMES = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "d_ff": "n_inner",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "weight_tying": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+"""Key here -> the key of a GPT-2's config.json that has the same value."""
+LLAMA_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "weight_tying": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+"""The same for the config.json of a LLaMA, Mistral or Qwen."""
 
-Described = Mapping[str, Any]
-"""Content of a config.json."""
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "leaky_relu": "leaky_relu",
+    "silu": "silu",
+}
+"""Name of an activation in a config.json -> its name here."""
+ROPE_NAMES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_block_size",
+    },
+}
+"""Kind of RoPE in a config.json -> its keys, and their names here."""
 
 
 def model_config(described: Described) -> ModelConfig:
     """Returns the architecture that a config.json describes.
 
     Raises:
-        CheckpointError: The model is neither a GPT-2 nor a LLaMA, or has a part that gptperf does not have.
+        CheckpointError: The model is of another family than `FAMILIES`, or has a part that gptperf does not have.
     """
-    kind = described.get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise CheckpointError(f"config.json: model_type: found {kind!r}, wanted gpt2 or llama")
+    if described.get("model_type") == OWN:
+        return own_model(described)
+    values, kind = with_defaults(described), described["model_type"]
+    names = GPT2_NAMES if kind == "gpt2" else LLAMA_NAMES
+    keys = {ours: values[theirs] for ours, theirs in names.items()}
     try:
-        return ModelConfig(**(_gpt2_keys if kind == "gpt2" else _llama_keys)(described))
+        model = ModelConfig(**keys | (_gpt2_keys(values) if kind == "gpt2" else _llama_keys(values, kind)))
+        return Config(model=model).model  # which checks the keys together, too
+    except ConfigError as error:
+        words = re.findall(r"\w+", str(error))
+        there = ", ".join(f"{ours} is {names[ours]}" for ours in names if ours in words and ours != names[ours])
+        raise CheckpointError(f"config.json: {error}{f' ({there} there)' * bool(there)}") from error
     except GptperfError:
         raise
-    except KeyError as error:
-        raise CheckpointError(f"config.json: found no {error}, which a {kind} has") from error
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"config.json: does not describe a {kind}: {error}") from error
 
 
 def _gpt2_keys(described: Described) -> dict[str, Any]:
-    for key, wanted in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        _want(described, key, wanted)
-    name = described.get("activation_function", "gelu_new")
-    if name not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: activation_function: found {name!r}, wanted one of {', '.join(_ACTIVATIONS)}"
-        )
+    name = described["activation_function"]
+    if name not in ACTIVATIONS:
+        raise refused("activation_function", name, f"wanted one of {', '.join(ACTIVATIONS)}")
     return {
         "arch_preset": "gpt2_openai",
-        "n_layer": described["n_layer"],
-        "n_head": described["n_head"],
-        "n_embd": described["n_embd"],
-        "d_ff": described.get("n_inner"),
-        "block_size": described["n_positions"],
-        "vocab_size": described["vocab_size"],
         "normalization": "layernorm",
-        "activation": _ACTIVATIONS[name],
+        "activation": ACTIVATIONS[name],
         "position_encoding": "learned_absolute",
         "norm_position": "pre",
         "ffn_type": "standard",
         "bias": True,
-        "weight_tying": described.get("tie_word_embeddings", True),
-        "norm_eps": described.get("layer_norm_epsilon", 1e-5),
     }
 
 
-def _llama_keys(described: Described) -> dict[str, Any]:
-    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        _want(described, key, wanted)
-    rope = described.get("rope_scaling") or described.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or "factor" in rope:
-        raise CheckpointError(f"config.json: RoPE: found {kind!r}, wanted no scaling of the positions")
-    width, heads = described["hidden_size"], described["num_attention_heads"]
-    head_dim = described.get("head_dim") or width // heads
-    if head_dim * heads != width:
-        raise CheckpointError(
-            f"config.json: head_dim: found {head_dim}, wanted hidden_size / heads = {width / heads:g}"
-        )
+def _llama_keys(described: Described, kind: str) -> dict[str, Any]:
+    """Returns the keys of a LLaMA, Mistral or Qwen, whose blocks are alike."""
+    if described["hidden_act"] not in ("silu", "swish"):
+        raise refused("hidden_act", described["hidden_act"], "wanted silu")
+    biased, ffn_biased = described.get("attention_bias", kind == "qwen2"), described.get("mlp_bias", False)
+    if not isinstance(biased, bool):
+        raise refused("attention_bias", biased, "wanted true or false")
+    biases = "none" if not biased else "qkv" if kind == "qwen2" else "all"
+    head_dim, heads = described["head_dim"], described["num_attention_heads"]
     return {
         "arch_preset": "llama",
-        "n_layer": described["num_hidden_layers"],
-        "n_head": heads,
-        "n_kv_head": described.get("num_key_value_heads"),
-        "n_embd": width,
-        "d_ff": described["intermediate_size"],
-        "block_size": described["max_position_embeddings"],
-        "vocab_size": described["vocab_size"],
+        "head_dim": None if head_dim is None or head_dim * heads == described["hidden_size"] else head_dim,
         "normalization": "rmsnorm",
         "position_encoding": "rope",
+        "window": _window(described),
         "norm_position": "pre",
         "ffn_type": "swiglu",
-        "bias": False,
-        "weight_tying": described.get("tie_word_embeddings", False),
-        "norm_eps": described["rms_norm_eps"],
-        "rope_theta": float(described.get("rope_theta") or rope.get("rope_theta", 1e4)),
+        "bias": ffn_biased,
+        "attention_bias": None if biases == ("all" if ffn_biased else "none") else biases,
+        "qk_norm": kind == "qwen3",
+        **_rope(described),
     }
 
 
-def _want(described: Described, key: str, wanted: object) -> None:
-    """Checks that a key has the only value that gptperf supports; a missing key counts as that value.
+def _window(described: Described) -> str:
+    """Returns the window of each layer, as the key `window` has it; transformers counts the query itself, too."""
+    size = described.get("sliding_window")
+    if not described.get("use_sliding_window", True):
+        size = None
+    layers, kinds = described["num_hidden_layers"], described.get("layer_types")
+    if kinds is None and size is None:
+        return "full"
+    if kinds is None:
+        first, layers = described.get("max_window_layers", 0), min(layers, 10_000)  # more are refused below
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+        raise refused("layer_types", kinds, f"wanted {layers} of {' or '.join(known)}")
+    if size is None and "sliding_attention" in kinds:
+        raise refused("layer_types", kinds, "wanted full_attention alone, because no window is set and in use")
+    if not isinstance(size, int | None) or (size is not None and size < 1):
+        raise refused("sliding_window", size, "wanted a number of tokens above 0")
+    return _pattern(["full" if kind == known[0] else str(size) for kind in kinds])
 
-    Raises:
-        CheckpointError: The key has another value.
-    """
-    found = described.get(key, wanted)
-    if found != wanted:
-        raise CheckpointError(f"config.json: {key}: found {json.dumps(found)}, wanted {json.dumps(wanted)}")
+
+def _pattern(windows: Sequence[str]) -> str:
+    """Returns the shortest list that gives the windows of all layers when it is repeated."""
+    for count in range(1, len(windows)):
+        if all(window == windows[i % count] for i, window in enumerate(windows)):
+            return ",".join(windows[:count])
+    return ",".join(windows)
+
+
+def _rope(described: Described) -> dict[str, Any]:
+    """Returns the keys of RoPE, which transformers 4 has in rope_theta and rope_scaling, and 5 in rope_parameters."""
+    where = "rope_scaling" if described["rope_scaling"] else "rope_parameters"
+    given = described[where] or {}
+    if not isinstance(given, Mapping):
+        raise refused(where, given, "wanted a table of keys")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NAMES:
+        raise refused(f"{where}.rope_type", kind, f"wanted one of {', '.join(ROPE_NAMES)}")
+    partial = given.get("partial_rotary_factor", described["partial_rotary_factor"])
+    if partial not in (None, 1):
+        raise refused("partial_rotary_factor", partial, "wanted 1: RoPE rotates whole heads")
+    keys = ROPE_NAMES[kind]
+    for key, value in given.items():
+        if key not in (*keys, "rope_type", "type", "rope_theta", "partial_rotary_factor") and value is not None:
+            raise refused(f"{where}.{key}", value, f"wanted no such key beside rope_type {kind!r}")
+    if kind == "llama3":
+        given = {"original_max_position_embeddings": described["max_position_embeddings"], **given}
+    missing = [key for key in keys if given.get(key) is None]
+    if missing:
+        raise refused(f"{where}.{missing[0]}", None, f"wanted a number, which rope_type {kind!r} has")
+    scaling = {} if kind == "default" else {"rope_scaling": kind}
+    theta = given.get("rope_theta", described["rope_theta"])
+    return {"rope_theta": theta, **scaling, **{ours: given[key] for key, ours in keys.items()}}

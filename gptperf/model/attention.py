@@ -115,35 +115,43 @@ class FlashAttention(nn.Module):
 
 
 class KVCache:
-    """The keys and values of one attention layer during generation."""
+    """The keys and values of one attention layer during generation, in buffers of a fixed size.
 
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+    Args:
+        size: the most positions that it holds.
+    """
 
-    @property
-    def length(self) -> int:
-        """The number of cached positions."""
-        return 0 if self.k is None else self.k.shape[1]
+    def __init__(self, size: int) -> None:
+        self.size, self.length = size, 0
+        """The number of positions that it can hold, and that it holds."""
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v `(B, T, K, D)`, and returns the keys and values of all positions `(B, S, K, D)`."""
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=1)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=1)
-        return self.k, self.v
+        start, self.length = self.length, self.length + k.shape[1]
+        assert self.length <= self.size, "the cache is full"
+        if self.buffers is None:
+            B, _, K, D = k.shape
+            self.buffers = k.new_empty(B, self.size, K, D), v.new_empty(B, self.size, K, D)
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer[:, start : self.length] = new
+        all_k, all_v = self.buffers
+        return all_k[:, : self.length], all_v[:, : self.length]
 
 
 class Attention(nn.Module):
     """The attention layer: packed projection, position encoding, attention, output projection.
+
+    H D may be another width than C.
 
     With `qk_norm`, queries and keys are RMS-normalised over each head before they are rotated.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, D, K = config.n_embd, config.head_dim, config.kv_heads
-        self.qkv = Linear(C, C + 2 * K * D, bias=config.bias)
-        self.out = Linear(C, C, bias=config.bias)
+        C, D = config.n_embd, config.head_width
+        self.qkv = Linear(C, config.query_width + 2 * config.kv_width, bias=config.attention_biases != "none")
+        self.out = Linear(config.query_width, C, bias=config.attention_biases == "all")
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.backend = component("attention_backend", config.attention_backend)(config)

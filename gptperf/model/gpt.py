@@ -89,17 +89,31 @@ class GPT(nn.Module):
         self.norm.compile()
         self.loss = torch.compile(self.loss)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Computes the mean loss if targets are given, else the logits.
 
         Args:
             tokens: `(B, T)` int64.
             targets: `(B, T)` int64, or None; -100 does not count in the mean.
             caches: one cache for each block, or None; with caches, `tokens` follow the cached tokens.
+            last_only: compute the logits of the last token alone.
 
         Returns:
-            The loss as a float32 scalar, or logits `(B, T, V)`.
+            The loss as a float32 scalar, or logits `(B, T, V)`; `(B, 1, V)` with `last_only`.
         """
+        x = self.hidden(tokens, caches)
+        if targets is None:
+            return self.logits(x[:, -1:] if last_only else x)
+        return self.loss(x, self.lm_head.weight, targets)
+
+    def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Returns the output of the last norm `(B, T, C)`; the arguments are those of `forward`."""
         start = caches[0].length if caches else 0
         T = start + tokens.shape[1]
         starts = document_starts(tokens, self.document_end) if self.document_end is not None and not caches else None
@@ -125,7 +139,8 @@ class GPT(nn.Module):
                 self.units.leave(i + 1, (x, residual))
         if self.units is not None:
             self.units.enter(len(self.blocks) + 1)
-        x, _ = self.norm(x, residual)
-        if targets is None:
-            return self.lm_head(x)
-        return self.loss(x, self.lm_head.weight, targets)
+        return self.norm(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the logits `(..., V)` of outputs of the last norm `(..., C)`."""
+        return self.lm_head(hidden)

@@ -1,5 +1,7 @@
 """Position encodings. Shapes: B batch, T tokens, C n_embd, H query heads, K key and value heads, D head_dim."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from gptperf.config import ModelConfig
 from gptperf.ops import Ops
 from gptperf.registry import built_in
 
-__all__ = ["LearnedAbsolute", "NoPosition", "RoPE"]
+__all__ = ["LearnedAbsolute", "NoPosition", "RoPE", "frequencies"]
 
 
 @built_in("position_encoding", "none")
@@ -59,6 +61,26 @@ class LearnedAbsolute(NoPosition):
         return x + self.wpe.weight[start : start + x.shape[1]].to(x.dtype)
 
 
+def frequencies(config: ModelConfig) -> Tensor:
+    """Returns the angles of RoPE from one position to the next, `(D/2,)` float64.
+
+    Linear scaling divides all of them by `rope_factor` (Chen et al., 2023). The scaling of LLaMA 3.1 divides those of
+    which an original block has less than `rope_low_freq_factor` waves, keeps those of which it has more than
+    `rope_high_freq_factor`, and takes a mean of both between the two, with weights that are linear in the waves.
+    """
+    D = config.head_width
+    found = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if config.rope_scaling == "none":
+        return found
+    scaled = found / config.rope_factor
+    if config.rope_scaling == "linear":
+        return scaled
+    waves = config.rope_original_block_size * found / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return kept * found + (1 - kept) * scaled
+
+
 @built_in("position_encoding", "rope")
 class RoPE(NoPosition):
     """Rotary position encoding of queries and keys (Su et al., 2021); the model has one pair of float32 tables.
@@ -73,9 +95,7 @@ class RoPE(NoPosition):
         super().__init__(config, ops)
         self.interleaved = config.rope_pairs == "interleaved"
         self.op = ops.rope
-        D = config.head_dim
-        inverse = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
-        angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * inverse  # (T, D/2)
+        angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequencies(config)  # (T, D/2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 

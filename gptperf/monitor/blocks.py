@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gptperf.formats import byte_text, count_text, duration, mfu_scale, number, percent, with_unit
+from gptperf.formats import byte_text, count_text, duration, mfu_scale, number, percent, with_error, with_unit
 
 __all__ = [
+    "SCORES",
     "WIDTH",
     "checkpoint_lines",
     "evaluation_lines",
@@ -19,6 +20,8 @@ __all__ = [
 
 WIDTH = 80
 """Width of a horizontal rule in columns."""
+SCORES = ("acc", "acc_norm", "perplexity", "centred")
+"""The scores of a task that are shown, in their order; each may have a standard error `NAME_stderr`."""
 _KERNELS = 8  # number of kernels of a profile that are printed
 
 
@@ -203,7 +206,7 @@ def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the line of an evaluation, and one for each data set of a mixture.
+    """Returns the line of an evaluation, and one for each data set of a mixture and for each task.
 
     Args:
         record: an `Eval`.
@@ -215,6 +218,10 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     for name, source in (record.get("sources") or {}).items():
         loss = f"loss {number(source['val_loss'], '.4f', 'nan')}"
         lines.append(_row(name, f"{loss}  {source['share']:.1%} of the data read, {source['epochs']:.2f} epochs"))
+    for name, scores in (record.get("tasks") or {}).items():
+        lines.append(_row(name, "  ".join(f"{key} {with_error(scores, key)}" for key in SCORES[:-1] if key in scores)))
+    if len(record.get("tasks") or {}) > 1:
+        lines.append(_row("core", with_error(record, "core")))
     return lines
 
 

@@ -225,6 +225,9 @@ class Iteration(TypedDict, total=False):
     memory: Memory | Mapping[str, Any]
     gradients: Gradients
     stability: Stability
+    joules: float
+    """Energy that all GPUs of the job have used since the last entry of the process, or since its start, with what was
+    done between the iterations. Absent if the counter of a GPU cannot be read."""
     loss_scale: float
     """Scale of the loss in float16."""
     float8: Float8
@@ -241,6 +244,14 @@ class Eval(TypedDict, total=False):
     sources: dict[str, dict[str, float]]
     """Data set of a mixture -> its val_loss, and its share and epochs of the training data read so far. The validation
     loss is the mean of theirs by the weights of the mixture."""
+    tasks: dict[str, dict[str, float | None]]
+    """Task -> its scores, where `eval_tasks` was due: items, truncated (items that lost the start of their context),
+    acc, acc_norm or perplexity, and centred, each with its standard error NAME_stderr."""
+    core: float | None
+    """Mean of the centred scores of the tasks."""
+    core_stderr: float | None
+    tasks_ms: float
+    """Part of `time_ms` that the tasks took."""
 
 
 class Checkpoint(TypedDict, total=False):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
@@ -42,6 +43,8 @@ class LoggedEval(NamedTuple):
     iter: int
     tokens: float
     loss: float
+    tasks: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    """Task -> its scores, if the evaluation has tasks."""
 
 
 class LeftOut(NamedTuple):
@@ -87,6 +90,11 @@ class LoggedRun:
         """Number of iterations that the configuration asks for."""
         value = self.config.get("max_iters")
         return value if type(value) is int else None
+
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, float]]:
+        """Scores of the tasks in the last evaluation that has them."""
+        return next((e.tasks for e in reversed(self.evals) if e.tasks), {})
 
     @property
     def train_s(self) -> float | None:
@@ -274,8 +282,17 @@ def _evals(
             continue
         tokens = logged.get(iteration, iteration * (per_iter or 0.0))
         if not found or tokens > found[-1].tokens:
-            found.append(LoggedEval(iteration, tokens, loss))
+            found.append(LoggedEval(iteration, tokens, loss, _tasks(entry)))
     return tuple(found)
+
+
+def _tasks(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns task -> score -> value of the finite scores of an evaluation."""
+    scores = {one_line(str(name)): mapping(found) for name, found in mapping(entry.get("tasks")).items()}
+    return {
+        name: {str(key): number for key, value in found.items() if (number := finite(value)) is not None}
+        for name, found in scores.items()
+    }
 
 
 def _speed(

@@ -143,4 +143,8 @@ class EnergyMeter:
         """Returns the energy used since the driver was loaded, in joules, or None if the counter cannot be read."""
         if self._handle is None:
             return None
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        try:
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except self._nvml.NVMLError as error:
+            self.reason, self._handle = f"NVML: {error}", None
+            return None

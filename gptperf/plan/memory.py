@@ -195,7 +195,7 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     """Returns the elements per token that a block keeps for its backward."""
     model = config.model
     block, ffn = block_of(model), ffn_of(model)
-    C, F, KD = model.n_embd, model.ffn_width, model.kv_heads * model.head_dim
+    C, F, HD, KD = model.n_embd, model.ffn_width, model.query_width, model.kv_width
     inputs = block.inputs * C
     if recompute == "full":
         return inputs
@@ -204,13 +204,13 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
         # the next op is in the same block, or if no compiler sees that nothing needs it.
         last = 0 if block.passes_residual and config.system.compile else C
         hidden = sum(matmul.out for matmul in ffn.matmuls(C, F)[:-1])
-        return inputs + 2 * C + last + (C + 2 * KD) + hidden
+        return inputs + C + HD + last + (HD + 2 * KD) + hidden
     position, implementation = position_of(model), _implementation(config)
     kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; the next op keeps the output of the norm
-    kept += position.kept(C, KD, model.qk_norm) + C  # with attention's output
+    kept += position.kept(HD, KD, model.qk_norm) + HD  # with attention's output
     kept += attention_of(model).kept(model.block_size, model.n_head) + _mask_elements(config)
     kept += ffn.kept(F, implementation) - _float8_saves(config)
-    return kept if implementation == "triton" else kept + position.kept_by_pytorch(C, implementation == "compiled")
+    return kept if implementation == "triton" else kept + position.kept_by_pytorch(HD, implementation == "compiled")
 
 
 def _float8_saves(config: Config) -> float:
@@ -254,10 +254,10 @@ def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[floa
 def _backward_bytes(config: Config, recompute: Recompute) -> float:
     """Returns the bytes per token of the gradients and of recomputed tensors in the backward of one block."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
-    C, F, packed = model.n_embd, model.ffn_width, model.n_embd + 2 * model.kv_heads * model.head_dim
+    C, F, HD = model.n_embd, model.ffn_width, model.query_width
     ffn = ffn_of(model)
     # Gradients of attention's output, of q, k, v and of their projection, less what the FFN and its norm have freed.
-    attention = C + 2 * packed - ffn.kept(F, "triton") - 2 * C
+    attention = HD + 2 * (HD + 2 * model.kv_width) - ffn.kept(F, "triton") - 2 * C
     again = _layer_elements(config, "none") - _layer_elements(config, recompute)
     if recompute == "full" and not config.system.compile:
         again += _layer_elements(config, "full")  # a block that is not compiled holds its inputs until its end

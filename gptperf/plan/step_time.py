@@ -147,7 +147,7 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
 def _attention_share(config: Config, rates: Rates) -> float:
     model = config.model
     share = rates.attention * model.block_size / (model.block_size + _LONG_SEQUENCE)
-    return share * (1.0 if model.head_dim > 64 else _NARROW) * _mask_share(config)
+    return share * (1.0 if model.head_width > 64 else _NARROW) * _mask_share(config)
 
 
 def _mask_share(config: Config) -> float:

@@ -29,6 +29,7 @@ __all__ = ["CAPTIONS", "draw", "layer_order"]
 CAPTIONS = {
     "loss": "Loss, nats a token: training, and the evaluations on validation data.",
     "loss_tail": "The second half, on a linear axis.",
+    "tasks": "Share of the items of each task that are right.",
     "learning_rate": "",
     "gradient_norm": "Global norm of the gradient, before clipping.",
     "layers": "Norm of the gradient by layer.",
@@ -140,6 +141,20 @@ def _loss(plots: Any, log: RunLog, first: int = 0, scale: str = "log") -> Any:
 def _loss_tail(plots: Any, log: RunLog) -> Any:
     iterations = [entry["iter"] for entry in log["training_iterations"]]
     return _loss(plots, log, iterations[len(iterations) // 2], "linear") if len(iterations) >= 20 else None
+
+
+def _tasks(plots: Any, log: RunLog) -> Any:
+    names = dict.fromkeys(str(name) for entry in log["eval_steps"] for name in mapping(entry.get("tasks")))
+    lines = {name: series(log["eval_steps"], "tasks", name, "acc") for name in names}
+    lines = {name: line for name, line in lines.items() if line[0]}
+    if not lines:
+        return None
+    found, axes = _axes(plots)
+    for color, (name, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
+        axes.plot(xs, ys, color=color, marker="o", markersize=3.5, linewidth=1, label=_label(name))
+    axes.set_ylabel("acc")
+    legend(axes)
+    return found
 
 
 def _learning_rate(plots: Any, log: RunLog) -> Any:
@@ -334,6 +349,7 @@ def _waterfall(plots: Any, log: RunLog) -> Any:
 _CHARTS: dict[str, Callable[[Any, RunLog], Any]] = {
     "loss": _loss,
     "loss_tail": _loss_tail,
+    "tasks": _tasks,
     "learning_rate": _learning_rate,
     "gradient_norm": _gradient_norm,
     "layers": _layers,

@@ -7,24 +7,16 @@ from typing import Any
 from gptperf import formats
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import finite, gaps, mapping, series, value_at
+from gptperf.report.cells import CELL, ROWS, figure, text
+from gptperf.report.evaluations import evaluations, tasks
 from gptperf.report.page import Section, Tile, clean
 from gptperf.report.tables import Table, words
 
 __all__ = ["sections", "state"]
 
-_CELL, _TEXT_ROWS, _CONFIG_ROWS = 600, 200, 400
-"""Largest number of characters in a cell, and largest numbers of rows in tables of texts and of keys."""
-_EVALUATION = (("val_loss", 4), ("best_val_loss", 4), ("time_ms", 0))
+_CONFIG_ROWS = 400
+"""Largest number of rows in tables of keys."""
 _SPEED = ("mfu_percent", "hfu_percent", "of_ceiling_percent", "achieved_tflops", "tokens_per_sec")
-
-
-def text(value: Any) -> str:
-    """Returns a value of a log as text for a cell."""
-    return clean(formats.value_text(value), _CELL)
-
-
-def _figure(value: Any, digits: int = 2) -> str:
-    return formats.number(finite(value), f",.{digits}f")
 
 
 def state(log: RunLog, running: bool = False) -> Tile:
@@ -55,7 +47,19 @@ def sections(log: RunLog, running: bool = False) -> list[Section]:
         running: Whether the process of the run is still there.
     """
     found = [_verdict(log, running)]
-    makers = (_loss, _sample, _learning_rate, _gradients, _distribution, _speed, _memory, _stability, _waterfall, _plan)
+    makers = (
+        _loss,
+        tasks,
+        _sample,
+        _learning_rate,
+        _gradients,
+        _distribution,
+        _speed,
+        _memory,
+        _stability,
+        _waterfall,
+        _plan,
+    )
     for make in (*makers, _messages, _checkpoints, _built, _configuration, _environment):
         found += make(log)
     return found
@@ -140,7 +144,7 @@ def _remarks(log: RunLog, running: bool) -> list[str]:
         lines.append("Resumed after iteration " + _listed([entry["iter"] for entry in log["resumes"]]) + ".")
     if "mfu_percent" not in mapping(value_at((log["training_iterations"] or [{}])[-1], "mfu")):
         hint = log["startup_info"].get("peak_hint")
-        lines += [clean(text(hint), _CELL)] if hint else []
+        lines += [clean(text(hint), CELL)] if hint else []
     return lines
 
 
@@ -158,28 +162,9 @@ def _loss(log: RunLog) -> Iterator[Section]:
     lost, best = gaps(log), _best(log)
     lines = [f"Not a number at iteration {_listed(lost)}."] if lost else []
     if best is not None and "trigram_loss" in log["summary"]:
-        lines.append(f"A trigram model of the same data has {_figure(log['summary']['trigram_loss'], 4)}.")
+        lines.append(f"A trigram model of the same data has {figure(log['summary']['trigram_loss'], 4)}.")
     yield Section("Loss", lines, charts=["loss", "loss_tail"])
-    rows = [
-        (text(e["iter"]), *(_figure(e.get(key), digits) for key, digits in _EVALUATION))
-        for e in log["eval_steps"][-_TEXT_ROWS:]
-    ]
-    if rows:
-        columns = ("iteration", "validation loss", "best so far", "ms")
-        yield Section("Evaluations", tables=[Table(columns, rows), *_sources(log)], folded=len(rows) > 12)
-
-
-def _sources(log: RunLog) -> Iterator[Table]:
-    """Yields the table of the data sets of a mixture at the last evaluation that has them."""
-    last = next((entry for entry in reversed(log["eval_steps"]) if mapping(entry.get("sources"))), None)
-    if last is None:
-        return
-    figures = (("val_loss", 4), ("share", 4), ("epochs", 2))
-    rows = [
-        (text(name), *(_figure(mapping(source).get(key), digits) for key, digits in figures))
-        for name, source in list(mapping(last["sources"]).items())[:_TEXT_ROWS]
-    ]
-    yield Table((f"data set at {last['iter']:,}", "validation loss", "share of the data read", "epochs"), rows)
+    yield from evaluations(log)
 
 
 def _learning_rate(log: RunLog) -> Iterator[Section]:
@@ -227,7 +212,7 @@ def _scale(log: RunLog) -> list[str]:
 
 def _memory(log: RunLog) -> Iterator[Section]:
     parts = mapping(value_at(log["startup_info"], "plan", "memory_parts_gb"))
-    rows = [(text(str(name)), _figure(gb)) for name, gb in list(parts.items())[:30]]
+    rows = [(text(str(name)), figure(gb)) for name, gb in list(parts.items())[:30]]
     tables = [Table(("planned part", "GB"), rows)] if rows else []
     yield Section("Memory", tables=tables, charts=["memory"])
 
@@ -252,14 +237,14 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
         return
     last = log["profiles"][-1]
     parts, points = mapping(last.get("parts_ms")), mapping(last.get("waterfall"))
-    rows = [(text(str(name)), _figure(ms, 3), _figure(points.get(name))) for name, ms in list(parts.items())[:20]]
-    rows.append(("step, and MFU that is left", _figure(last.get("step_ms"), 3), _figure(last.get("mfu_percent"))))
+    rows = [(text(str(name)), figure(ms, 3), figure(points.get(name))) for name, ms in list(parts.items())[:20]]
+    rows.append(("step, and MFU that is left", figure(last.get("step_ms"), 3), figure(last.get("mfu_percent"))))
     tables = [Table(("part", "ms a step", "points of MFU"), rows)]
     given = last.get("kernels")
     kernels = [mapping(kernel) for kernel in given[:20]] if isinstance(given, list) else []
     if kernels:
         listed = [
-            (text(k.get("name"))[:90], text(k.get("part")), _figure(k.get("ms"), 3), text(k.get("calls")))
+            (text(k.get("name"))[:90], text(k.get("part")), figure(k.get("ms"), 3), text(k.get("calls")))
             for k in kernels
         ]
         tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed, frozenset({0, 1})))
@@ -290,7 +275,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
         if wanted and got:
             rows.append((label, text(wanted), text(got), f"{got / wanted - 1:+.1%}"))
     tables = [Table(("", "planned", "measured", "off"), rows)] if rows else []
-    parts = [(text(str(name)), _figure(ms)) for name, ms in list(mapping(plan.get("parts_ms")).items())[:30]]
+    parts = [(text(str(name)), figure(ms)) for name, ms in list(mapping(plan.get("parts_ms")).items())[:30]]
     tables += [Table(("planned part of an iteration", "ms"), parts)] if parts else []
     band = finite(plan.get("band"))
     lines = [] if band is None else [f"The plan's speed has a band of +-{band:.0%}."]
@@ -361,11 +346,11 @@ def _messages(log: RunLog) -> Iterator[Section]:
     notes = log["startup_info"].get("notes")
     lines = [text(note) for note in notes[:50]] if isinstance(notes, list) else []
     entries = log["messages"]
-    if len(entries) > _TEXT_ROWS:
-        lines.append(f"The last {_TEXT_ROWS} of {len(entries):,} messages.")
+    if len(entries) > ROWS:
+        lines.append(f"The last {ROWS} of {len(entries):,} messages.")
     rows = [
         (text(entry.get("level")), text(entry.get("iter")), text(entry.get("time")), text(entry.get("text")))
-        for entry in entries[-_TEXT_ROWS:]
+        for entry in entries[-ROWS:]
     ]
     tables = [words(("level", "iteration", "time", "message"), rows)] if rows else []
     if lines or tables:
@@ -374,8 +359,8 @@ def _messages(log: RunLog) -> Iterator[Section]:
 
 def _checkpoints(log: RunLog) -> Iterator[Section]:
     rows = [
-        (text(e["iter"]), _figure(e.get("val_loss"), 4), _figure(e.get("time_ms"), 0), text(e.get("path")))
-        for e in log["checkpoints"][-_TEXT_ROWS:]
+        (text(e["iter"]), figure(e.get("val_loss"), 4), figure(e.get("time_ms"), 0), text(e.get("path")))
+        for e in log["checkpoints"][-ROWS:]
     ]
     if rows:
         columns = ("iteration", "validation loss", "ms", "path")

@@ -168,7 +168,10 @@ def compare_data(saved: Mapping[str, Any], tokens: TokenSource | MixedTokens, wh
     before, now = saved.get("dataset", []), parts_of(tokens)
     if saved["dataset_fingerprint"] != tokens.fingerprint and before:
         changes = "; ".join(_changes(before, now)) or "the order of the data sets"
-        raise DataError(f"{where}: it was trained on other data (saved -> now): {changes}; wanted the same shards")
+        raise DataError(
+            f"{where}: it was trained on other data (saved -> now): {changes}; wanted the same data sets, weights and "
+            f"shards; --init_from={where} starts on other data from the weights of the model alone"
+        )
     for record, part in zip(before, now, strict=False):
         for file, begin, wanted in record["blocks"]:
             if part.source.block_sum(file, begin) != wanted:

@@ -5,6 +5,7 @@ tokens, and scales its time by the FLOPs. It changes no state of the run: it res
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gptperf.model import GPT
 from gptperf.plan import Plan
 from gptperf.training.build import DTYPES
 
-__all__ = ["SLOW_S", "Estimate", "available_gb", "check_sizes_given", "estimate", "slow_warning"]
+__all__ = ["SLOW_S", "Estimate", "available_gb", "check_sizes_given", "estimate", "slow_warning", "tasks_interval"]
 
 SLOW_S = 60.0
 """An iteration that takes longer than this gives a warning."""
@@ -52,26 +53,44 @@ class Estimate:
     iteration_s: float
     evaluation_s: float
     sample_s: float
+    tasks_s: float = 0.0
+    """Time of the tasks of `eval_tasks`, in each evaluation that has them."""
 
     def total_s(self, config: Config, done: int = 0) -> float:
         """Returns the seconds of the iterations after the first `done` ones, with their evaluations and the sample."""
         left = max(0, config.train.max_iters - done)
-        return left * self.iteration_s + evaluations(config, done) * self.evaluation_s + self.sample_s
+        tasks_s = _dues(done, config.train.max_iters, tasks_interval(config)) * self.tasks_s if self.tasks_s else 0.0
+        return left * self.iteration_s + evaluations(config, done) * self.evaluation_s + tasks_s + self.sample_s
 
     def line(self, config: Config, done: int = 0) -> str:
         """Returns the estimate as one line."""
         left, count = max(0, config.train.max_iters - done), evaluations(config, done)
         times = (self.iteration_s, self.evaluation_s, self.total_s(config, done))
         iteration, evaluation, total = map(rough_duration, times)
+        tasks = f", {rough_duration(self.tasks_s)} its tasks" if self.tasks_s else ""
         return (
-            f"estimate, within a factor of 2: {iteration} an iteration, {evaluation} an evaluation, and {total} in all "
-            f"(iterations: {left:,}, evaluations: {count:,})"
+            f"estimate, within a factor of 2: {iteration} an iteration, {evaluation} an evaluation{tasks}, and {total} "
+            f"in all (iterations: {left:,}, evaluations: {count:,})"
         )
 
 
 def evaluations(config: Config, done: int) -> int:
     """Returns the number of evaluations after the first `done` iterations; the last iteration is evaluated too."""
     last, interval = config.train.max_iters, config.train.eval_interval
+    count = _dues(done, last, interval)
+    if config.train.eval_tasks:
+        both = math.lcm(interval, tasks_interval(config))
+        count += _dues(done, last, tasks_interval(config)) - _dues(done, last, both)
+    return count
+
+
+def tasks_interval(config: Config) -> int:
+    """Returns the number of iterations between evaluations of `eval_tasks`."""
+    return config.train.eval_tasks_interval or config.train.eval_interval
+
+
+def _dues(done: int, last: int, interval: int) -> int:
+    """Returns how often something is due after `done` iterations: at multiples of the interval and at the last one."""
     return 0 if done >= last else last // interval - done // interval + (last % interval > 0)
 
 
@@ -90,7 +109,12 @@ def check_sizes_given(origins: Mapping[str, str], device: torch.device) -> None:
 
 
 def estimate(
-    config: Config, world_size: int, device: torch.device, plan: Plan | None, val_tokens: Sequence[int]
+    config: Config,
+    world_size: int,
+    device: torch.device,
+    plan: Plan | None,
+    val_tokens: Sequence[int],
+    task_tokens: int = 0,
 ) -> Estimate | None:
     """Estimates the times of a run, or returns None if a component has no card, or on a GPU without a plan.
 
@@ -102,6 +126,7 @@ def estimate(
         device: device of this rank.
         plan: plan of the run, on a GPU.
         val_tokens: tokens of the validation split of each data set.
+        task_tokens: tokens of the tasks of `eval_tasks`.
     """
     if flops.uncountable_parameters(config.model) is not None:
         return None
@@ -122,7 +147,8 @@ def estimate(
     batch_tokens = config.train.batch_size * config.model.block_size
     batches = [min(config.train.eval_iters, max(1, tokens // batch_tokens)) for tokens in val_tokens]
     evaluation_s = sum(-(-count // world_size) for count in batches) * micro_s * _FORWARD
-    return Estimate(iteration_s, evaluation_s, config.log.sample_tokens * token_s)
+    tasks_s = task_tokens / batch_tokens / world_size * micro_s * _FORWARD
+    return Estimate(iteration_s, evaluation_s, config.log.sample_tokens * token_s, tasks_s)
 
 
 def slow_warning(found: Estimate, config: Config, device: torch.device) -> str | None:
@@ -156,8 +182,8 @@ def available_gb() -> float | None:
 
 def _smaller(model: ModelConfig) -> ModelConfig:
     """Returns a model of the same components and, if it is not very wide, the same width, that is quick to train."""
-    heads = max(1, min(model.n_head, _MOST_WIDTH // model.head_dim))
-    width = heads * model.head_dim
+    heads = max(1, min(model.n_head, _MOST_WIDTH // model.head_width))
+    width = max(1, min(model.n_embd * heads // model.n_head, max(_MOST_WIDTH, heads * model.head_width)))
     changes: dict[str, Any] = {
         "n_head": heads,
         "n_kv_head": None if heads < model.n_head else model.n_kv_head,

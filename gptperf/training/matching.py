@@ -18,8 +18,9 @@ from gptperf.training.kernel_digest import kernel_digest
 
 __all__ = ["DERIVED", "Told", "changed_keys", "changed_versions", "keep_schedule", "versions"]
 
-DERIVED = ("kv_heads", "ffn_width", "padded_vocab_size")
-"""Sizes that follow from several keys. They are compared in place of those keys."""
+DERIVED = ("kv_heads", "head_width", "ffn_width", "attention_biases", "padded_vocab_size")
+"""Properties that follow from several keys. They are compared in place of those keys."""
+_TOLD_BY_DERIVED = ("d_ff", "n_kv_head", "head_dim", "attention_bias")
 _MAY_DIFFER = frozenset({"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"})
 _MUST_MATCH = frozenset({"dtype", "seed"}) | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 _OF_THE_PROCESS = (
@@ -71,7 +72,13 @@ def _saved_values(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns key -> value of a checkpoint's configuration, and its `DERIVED` sizes."""
     # A key that the checkpoint lacks came after it: the run had what is the default now.
     defaults = {name: key.default for name, key in KEYS.items()}
-    return defaults | {name: v for section in saved["config"].values() for name, v in section.items()} | saved["model"]
+    found = defaults | {name: v for section in saved["config"].values() for name, v in section.items()}
+    if "head_width" not in saved["model"]:
+        found |= {
+            "head_width": found["n_embd"] // found["n_head"],
+            "attention_biases": "all" if found["bias"] else "none",
+        }
+    return found | saved["model"]
 
 
 def _decay_end(values: Mapping[str, Any]) -> int:
@@ -108,7 +115,7 @@ def changed_keys(saved: Mapping[str, Any], config: Config, *, weights_only: bool
     """
     before = _saved_values(saved)
     now: dict[str, Any] = config.flat() | {name: getattr(config.model, name) for name in DERIVED}
-    for name in ("d_ff", "n_kv_head", *_OF_THE_PROCESS):  # the first two are compared by the sizes in `DERIVED`
+    for name in (*_TOLD_BY_DERIVED, *_OF_THE_PROCESS):
         before[name] = now[name] = None
     before["lr_decay_iters"], now["lr_decay_iters"] = _decay_end(before), _decay_end(now)
     must = _MUST_MATCH | set(DERIVED)

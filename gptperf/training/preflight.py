@@ -27,6 +27,7 @@ from gptperf.monitor.run_lock import RunLock
 from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
+from gptperf.tasks import TaskRequests, encode_task, load_tasks
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.float8 import check_float8
@@ -51,6 +52,8 @@ class Inputs:
     """The tokenizer for the sample; None if the run prints no sample, and on every rank but the main one."""
     checkpoint: Checkpoint | None
     """The checkpoint that the run starts from."""
+    tasks: list[TaskRequests]
+    """The tasks of `eval_tasks`, encoded; the same on every rank."""
 
 
 def check_inputs(config: Config, process: Process, console: Console, stack: contextlib.ExitStack) -> Inputs:
@@ -82,8 +85,23 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         validation_batches(part.source, **validation_keys(config, process))  # raises if the split is too short
     if config.data.verify_data == "full":
         verify_all([train_tokens, val_tokens], process, console)
+    tasks = _tasks(config, info, vocabulary, train_tokens.path)
     found = find_checkpoint(config, out_dir / "checkpoints", process, console)
-    return Inputs(planned, info, train_tokens, val_tokens, vocabulary, tokenizer, found)
+    return Inputs(planned, info, train_tokens, val_tokens, vocabulary, tokenizer, found, tasks)
+
+
+def _tasks(config: Config, info: TokenizerInfo, vocabulary: dict[str, bytes], path: Path) -> list[TaskRequests]:
+    """Reads and encodes the tasks of `eval_tasks`.
+
+    Raises:
+        DataError: a file cannot be read or scored, an item does not fit `block_size`, or the tokenizer has no text.
+        DeviceError: a package of the tokenizer is not installed.
+    """
+    loaded = load_tasks([name.strip() for name in config.train.eval_tasks.split(",") if name.strip()])
+    if not loaded:
+        return []
+    tokenizer = restore_tokenizer(info, vocabulary, path)
+    return [encode_task(task, tokenizer, config.model.block_size) for task in loaded]
 
 
 def _sample_tokenizer(

@@ -10,6 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptperf.checkpoint.background import Saved
 from gptperf.errors import GptperfError
 from gptperf.monitor.clock import Lap, process_age_s
@@ -28,9 +30,11 @@ from gptperf.monitor.events import (
 from gptperf.monitor.journal import Journal, new_run_name
 from gptperf.monitor.memory import memory_record
 from gptperf.monitor.stability import LossWindow
+from gptperf.monitor.step_timing import EnergyMeter
 from gptperf.monitor.throughput import Throughput
 from gptperf.monitor.trackers import Trackers, open_trackers
 from gptperf.plan import Plan
+from gptperf.tasks import Scores, core
 from gptperf.training.engine import Engine
 from gptperf.training.saved_state import TrainState
 from gptperf.training.step import StepResult
@@ -63,6 +67,17 @@ class Reporter:
         self._first_step, self._first_tokens = state.step, state.tokens
         self._losses = LossWindow()
         self._waited_s = 0.0
+        device = engine.process.device
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+        self._energy = None if uuid is None else EnergyMeter(uuid)
+        self._joules = None if self._energy is None else self._energy.joules()
+
+    def _used_joules(self) -> float | None:
+        """Returns the energy that this rank's GPU has used since the last call, or None if it is unknown."""
+        now = None if self._energy is None else self._energy.joules()
+        used = None if now is None or self._joules is None else now - self._joules
+        self._joules = now
+        return used
 
     def _record(self, event: str, fields: Mapping[str, object]) -> None:
         if self._journal is not None:
@@ -109,8 +124,12 @@ class Reporter:
         if lap.steps == 0 and not self._losses.losses:
             self.message(f"first iteration: {lap.paused_s:.1f} s, {process_age_s():.1f} s after the start")
         record = self._iteration(result, loss, lap, waited_s, pairs)
+        ranks = self._process.gather((self._console.pending(), self._used_joules()))
+        used = [joules for _, joules in ranks if joules is not None]
+        if len(used) == len(ranks):
+            record["joules"] = sum(used)
         self._record("iteration", record)
-        for rank, warnings in enumerate(self._process.gather(self._console.pending())):
+        for rank, (warnings, _) in enumerate(ranks):
             self._console.gathered(rank, warnings)
         self._trackers.log("iteration", record)
         self._console.iteration(record, self._process.progress.run_left_s(lap.step_ms / 1e3) if lap.steps else None)
@@ -149,13 +168,22 @@ class Reporter:
         sequences = Fraction(tokens, self._config.model.block_size)
         return self._throughput.record(step_ms, pairs / sequences)
 
-    def evaluation(self, val_loss: float, time_ms: float, sources: Mapping[str, dict[str, float]]) -> None:
+    def evaluation(
+        self,
+        val_loss: float,
+        time_ms: float,
+        sources: Mapping[str, dict[str, float]],
+        tasks: Mapping[str, Scores],
+        tasks_ms: float,
+    ) -> None:
         """Reports an evaluation at this iteration, with the best loss so far from the state.
 
         Args:
             val_loss: the validation loss.
             time_ms: time of the evaluation.
             sources: figures of each data set of a mixture; empty without a mixture.
+            tasks: scores of the tasks; empty if they are not due.
+            tasks_ms: the part of the time that the tasks took.
         """
         record: Eval = {
             "iter": self._state.step,
@@ -165,6 +193,8 @@ class Reporter:
         }
         if sources:
             record["sources"] = dict(sources)
+        if tasks:
+            record |= {"tasks": dict(tasks), **core(tasks), "tasks_ms": tasks_ms}  # type: ignore[typeddict-item]
         self._record("eval", record)
         self._trackers.log("eval", record)
         self._console.evaluation(record)

@@ -81,7 +81,7 @@ class _Inputs:
         return self.normal(seed, n, dtype=torch.float32)
 
     def qk_weights(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        D = self.model.head_dim
+        D = self.model.head_width
         return (self.vector(5, D), self.vector(6, D)) if self.model.qk_norm else (None, None)
 
 
@@ -99,12 +99,12 @@ def _layer_norm(inputs: _Inputs, residual: Tensor | None) -> tuple[Any, ...]:
 
 def _qk_norm(inputs: _Inputs) -> tuple[Any, ...]:
     model = inputs.model
-    return inputs.normal(7, ROWS, model.n_head, model.head_dim), inputs.qk_weights()[0], model.norm_eps
+    return inputs.normal(7, ROWS, model.n_head, model.head_width), inputs.qk_weights()[0], model.norm_eps
 
 
 def _rope(inputs: _Inputs) -> tuple[Any, ...]:
     model = inputs.model
-    D, H, K = model.head_dim, model.n_head, model.kv_heads
+    D, H, K = model.head_width, model.n_head, model.kv_heads
     angles = torch.linspace(0, 3, ROWS * D // 2, device=inputs.device).view(ROWS, D // 2)
     qkv, interleaved = inputs.normal(7, 2, ROWS, (H + 2 * K) * D), model.rope_pairs == "interleaved"
     return qkv, angles.cos(), angles.sin(), H, K, *inputs.qk_weights(), model.norm_eps, interleaved

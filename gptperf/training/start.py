@@ -85,7 +85,8 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
         )
         return None
     validation = [len(part.source) for part in parts_of(inputs.val_tokens)]
-    expected = estimate(config, process.world_size, process.device, inputs.plan, validation)
+    task_tokens = sum(task.tokens for task in inputs.tasks)
+    expected = estimate(config, process.world_size, process.device, inputs.plan, validation, task_tokens)
     slow = None if expected is None else slow_warning(expected, config, process.device)
     if slow is not None and process.is_main:  # before anything large is built
         console.warning(slow)

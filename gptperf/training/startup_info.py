@@ -6,7 +6,7 @@ import platform
 import torch
 
 from gptperf import __version__, flops
-from gptperf.config import Config
+from gptperf.config import Config, ModelConfig
 from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
@@ -26,7 +26,7 @@ __all__ = ["startup_info"]
 
 _PAYS = 0.97
 """Predicted time with fp8, relative to bfloat16, from which a note says that it does not pay."""
-_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm")
+_COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm", "rope_scaling")
 
 
 def startup_info(
@@ -52,7 +52,7 @@ def startup_info(
         "kv_heads": model.kv_heads,
         "block_size": model.block_size,
         "vocab_size": model.padded_vocab_size,
-        "components": {key: getattr(model, key) for key in _COMPONENTS} | {"ffn_width": model.ffn_width},
+        "components": {key: getattr(model, key) for key in _COMPONENTS} | _derived(model),
         "kernels": engine.ops.chosen,
         "kernel_reasons": engine.ops.reasons,
         "batch_size": train.batch_size,
@@ -75,7 +75,6 @@ def startup_info(
         "versions": {"gptperf": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "notes": [*config.notes(), *data.get("notes", []), *filter(None, [unmeasured_versions(process.device.type)])],
     }
-    info["components"]["activation"] = model.applied_activation
     uncountable = flops.uncountable_flops(model)
     if uncountable is not None:
         info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
@@ -102,6 +101,12 @@ def _float8_pays(config: Config, planned: Plan) -> list[str]:
     ratio = planned.step_ms / other.step_ms
     pays = "" if ratio < _PAYS else "; it does not pay here: --matmul_dtype=dtype"
     return [f"fp8 takes {ratio:.2f} of the time of bfloat16{pays}"]
+
+
+def _derived(model: ModelConfig) -> dict[str, object]:
+    """Returns the properties of a model that follow from several keys, or from one that has no default."""
+    names = ("attention_biases", "head_width", "ffn_width")
+    return {name: getattr(model, name) for name in names} | {"activation": model.applied_activation}
 
 
 def _parallelism(config: Config, collectives: Collectives) -> str:

@@ -22,10 +22,11 @@ from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, O
 from gptperf.monitor.clock import StepClock, process_age_s
 from gptperf.monitor.console import Console
 from gptperf.monitor.slow_step import SlowSteps
+from gptperf.tasks import Scores
 from gptperf.training.build import compiler_errors
 from gptperf.training.dataset import source_facts
-from gptperf.training.estimate import check_sizes_given
-from gptperf.training.evaluation import evaluate, sample_text
+from gptperf.training.estimate import check_sizes_given, tasks_interval
+from gptperf.training.evaluation import evaluate, sample_text, score_tasks
 from gptperf.training.matching import Told
 from gptperf.training.preflight import check_device
 from gptperf.training.saved_state import changed_by_forward, snapshot
@@ -144,7 +145,7 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
                 _report_save(run, run.saver.poll(), must=False)
             request = points.after_iteration(run.engine.micro_batches)
             task = f"the evaluation of iteration {iteration}"
-            last, due = iteration == train.max_iters, iteration % train.eval_interval == 0
+            last, due = iteration == train.max_iters, iteration % train.eval_interval == 0 or _tasks_due(run)
             save_due = last or request > stop.NOTHING or iteration % (train.save_interval or train.eval_interval) == 0
             request = max(request, _evaluate_and_save(run, clock, points, evaluation=last or due, save=save_due))
             stopping = request == stop.STOP
@@ -316,10 +317,19 @@ def _evaluate(run: TrainingRun, points: StopPoints) -> float:
     val_loss = sum(part.weight * losses[part.name] for part in parts)
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
-    mixed = len(parts) > 1
+    mixed, scores, tasks_start = len(parts) > 1, dict[str, Scores](), time.perf_counter()
+    if _tasks_due(run):
+        scores = score_tasks(run.engine, run.inputs.tasks, points.drops)
     sources = source_facts(run.config, run.inputs.train_tokens, losses, state.step) if mixed else {}
-    run.reporter.evaluation(val_loss, 1e3 * (time.perf_counter() - start), sources)
+    now = time.perf_counter()
+    run.reporter.evaluation(val_loss, 1e3 * (now - start), sources, scores, 1e3 * (now - tasks_start))
     return val_loss
+
+
+def _tasks_due(run: TrainingRun) -> bool:
+    """Returns whether the evaluation of this iteration has the tasks of `eval_tasks`."""
+    step, last = run.state.step, run.config.train.max_iters
+    return bool(run.inputs.tasks) and (step == last or step % tasks_interval(run.config) == 0)
 
 
 def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:

@@ -92,7 +92,7 @@ def test_matmuls_of_an_ffn(name: str, bias: bool) -> None:
 def test_matmuls_of_attention(bias: bool) -> None:
     config = ModelConfig(**SIZES, bias=bias, attention_backend="manual")
     attention = Attention(config)
-    assert linear_shapes(attention) == matmul_shapes(cards.projections(24, 2 * 6), bias)
+    assert linear_shapes(attention) == matmul_shapes(cards.projections(24, 4 * 6, 2 * 6), bias)
 
 
 @pytest.mark.parametrize("name", KINDS["norm_position"])

@@ -66,7 +66,8 @@ def write_run(
     """A log with an evaluation at each iteration of `losses`, and training losses 0.1 below them.
 
     Args:
-        keys: `evals` turns the evaluations off, `name` is that of the journal, `per_iter` the tokens.
+        keys: `evals` turns the evaluations off, `name` is that of the journal, `per_iter` the tokens, `tasks` the
+            scores of tasks by iteration.
     """
     config = command_line.resolve([FILES[0], *flags]).config
     per_iter = keys.get("per_iter", 1000)
@@ -80,7 +81,7 @@ def write_run(
             fields |= {"mfu": {} if first else mfu, "memory": {"peak_gb": 28.5}, "gradients": {"global_norm": 0.5}}
             journal.write("iteration", {"iter": step, **fields})
             if keys.get("evals", True):
-                journal.write("eval", {"iter": step, "val_loss": loss})
+                journal.write("eval", {"iter": step, "val_loss": loss} | keys.get("tasks", {}).get(step, {}))
         if end:
             journal.write("summary", {"iterations": max(losses), "wall_time_s": 100.0})
     return journal.path
@@ -146,6 +147,25 @@ def test_the_best_loss_of_a_run_is_its_lowest(tmp_path: Path) -> None:
     write_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
     (row,) = ranking.record(ranked(tmp_path / "run"), [])["runs"]
     assert (row["best_val_loss"], row["last_val_loss"], row["loss"]) == (2.0, 2.5, 2.5)
+
+
+def test_scores_of_tasks_are_those_of_the_last_evaluation_that_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {step: {"tasks": {"arc": {"acc": acc, "acc_stderr": 0.0125}}} for step, acc in ((1, 0.25), (2, 0.375))}
+    scores[2]["tasks"] |= {"bad": {"acc": "x"}, "worse": 3}  # type: ignore[dict-item]
+    runs = [write_run(tmp_path / "a", {1: 4.0, 2: 3.0, 3: 2.0}, tasks=scores), write_run(tmp_path / "b", {1: 4.0})]
+    ranking_of = ranked(*runs)
+    table = page.tasks_table(ranking_of)
+    assert table is not None
+    assert sorted(map(tuple, table.rows)) == [("a", "2", "0.3750 +- 0.0125", "-", "-"), ("b", "-", "-", "-", "-")]
+    rows = {row["name"]: row for row in ranking.record(ranking_of, [])["runs"]}
+    assert rows["a"]["tasks"]["arc"] == {"acc": 0.375, "acc_stderr": 0.0125}
+    assert rows["b"]["tasks"] == {}
+    assert compare.main([*map(str, runs), "--html", str(tmp_path / "page.html")]) == 0
+    assert "0.3750 +- 0.0125" in capsys.readouterr().out
+    assert "0.3750 +- 0.0125" in (tmp_path / "page.html").read_text()
+    assert page.tasks_table(ranked(runs[1])) is None
 
 
 def test_without_evaluations_the_training_loss_ranks(tmp_path: Path) -> None:

@@ -207,6 +207,9 @@ def test_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--n_head=5"], "n_embd = 768 is not a multiple of n_head = 5; nearest n_head: 4"),
         (["--n_kv_head=5"], "n_head = 12 is not a multiple of n_kv_head = 5; nearest n_kv_head: 4"),
         (["--n_embd=36", "--position_encoding=rope"], "head_dim = n_embd / n_head = 3 is odd"),
+        (["--head_dim=5", "--position_encoding=rope"], "head_dim = 5 is odd; nearest: 6"),
+        (["--rope_scaling=linear"], "needs position_encoding = 'rope', found 'learned_absolute'"),
+        (["--arch_preset=llama", "--rope_scaling=llama3", "--rope_low_freq_factor=4"], "nearest: 8.0"),
         (["--min_lr=1"], "min_lr = 1.0 is above learning_rate = 0.0006; nearest min_lr: 0.0006"),
         (["--init_from=resum"], "init_from: found 'resum', wanted scratch, resume, auto or the path"),
         (["--kernels=triton", "--device=cpu"], "needs a GPU"),
@@ -374,14 +377,6 @@ def test_derived_widths() -> None:
 def test_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimizerConfig().learning_rate = 1.0  # type: ignore[misc]
-
-
-def test_notes() -> None:
-    assert any("warmup_iters = 20 is not" in n for n in _config("--max_iters=10", "--warmup_iters=20").notes())
-    assert any(
-        "activation = 'relu' has no effect" in line
-        for line in _config("--ffn_type=swiglu", "--activation=relu").notes()
-    )
 
 
 def test_no_rule_judges_a_key_that_is_wrong_itself(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ num_layers n_layer | n_layers n_layer | num_hidden_layers n_layer | n_layr n_lay
 hidden_size n_embd | d_model n_embd | dim n_embd | n_embed n_embd | intermediate_size d_ff | ffn_hidden_size d_ff
 num_attention_heads n_head | n_heads n_head | num_key_value_heads n_kv_head | num_query_groups n_kv_head
 norm normalization | norm_type normalization | pos position_encoding | positon position_encoding | act activation
-attn_implementation attention_backend | rms_norm_eps norm_eps | rope_base rope_theta | tie_word_embeddings weight_tying
+attn_implementation attention_backend | rms_norm_eps norm_eps | sliding_window window
+d_head head_dim | qkv_bias attention_bias | original_max_position_embeddings rope_original_block_size
+rope_base rope_theta | tie_word_embeddings weight_tying
 precision dtype | bf16 dtype=bfloat16 | fp16 dtype=float16 | amp dtype | no_cuda device=cpu | gpu device=cuda
 fsdp use_fsdp | zero3 use_fsdp | zero use_zero1 | use_distributed_optimizer use_zero1 | backend communication
 torch_compile compile | no_compile compile=false | no_bias bias=false | disable_compile compile=false
@@ -31,9 +33,9 @@ lr_scheduler_type lr_schedule | decay_lr lr_schedule | adam_epsilon adam_eps | a
 dataset_name dataset | datset dataset | num_workers prefetch | report_to wandb_log | run_name wandb_run_name
 vocab vocab_size | dropout_p dropout | swiglu ffn_type=swiglu | rope position_encoding=rope | dtyp dtype | sede seed
 """
-NOTHING = """optimizer optim muon verbose head_dim tp pp ep cp moe use_moe num_experts lora quantization
+NOTHING = """optimizer optim muon verbose tp pp ep cp moe use_moe num_experts lora quantization
 fp8 tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
-pin_memory patience early_stopping theta alibi sliding_window softcap foo x cosine eval_only tf32 dry_run interval"""
+pin_memory patience early_stopping theta alibi softcap foo x cosine eval_only tf32 dry_run interval"""
 
 
 @pytest.mark.parametrize("pair", [pair.split() for pair in MEANT.replace("\n", "|").split("|") if pair.strip()])
@@ -86,6 +88,7 @@ def test_a_value_has_a_near_one_or_none(flag: str, near: str | None) -> None:
 def test_every_synonym_means_something_that_exists() -> None:
     own = {"tokens", "num_samples", "temperature", "top_k", "prompt", "run", "gpu", "num_gpus", "name", "val_fraction"}
     own |= {"tokenizer", "text_field", "shard_tokens", "vary", "seeds", "parallel", "html", "list"}  # of other commands
+    own |= {"tasks", "shots", "limit", "contains", "ngram"}
     for meant in KEY_SYNONYMS.values():
         for text in meant:
             key, _, value = text.partition("=")

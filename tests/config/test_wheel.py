@@ -96,6 +96,8 @@ def test_every_installed_module_can_be_imported(installed: Path, tmp_path: Path)
         ".".join(path.relative_to(installed).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted((installed / "gptperf").rglob("*.py"))
     ]
+    if importlib.util.find_spec("transformers") is None:
+        names.remove("gptperf.hugging_face.modeling_gptperf")  # the class of exported models
     if importlib.util.find_spec("triton") is None:
         names = [name for name in names if not name.startswith("gptperf.kernels.") or name in WITHOUT_TRITON]
     code = (

@@ -342,8 +342,11 @@ def test_the_others_hear_of_an_error(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 def test_a_mistake_that_one_rank_sees_is_said_by_that_rank_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _two(None, DataError("torn")) == {0: 9, 1: 3}
+    """It ends all ranks with its code, also those that raise it because that rank has it."""
+    assert _two(None, DataError("torn")) == {0: 3, 1: 3}
     assert capsys.readouterr().err == "gptperf: E3: torn\n"
+    assert _two(DataError("rank 1: torn"), DataError("torn")) == {0: 3, 1: 3}
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.slow

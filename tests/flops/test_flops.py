@@ -135,19 +135,19 @@ def test_recompute_counts_in_hfu_alone() -> None:
 
 
 VECTOR = {"normalization": "rmsnorm", "position_encoding": "rope", "ffn_type": "swiglu", "n_kv_head": 1, "dropout": 0.1}
-VECTOR |= {"bias": True, "qk_norm": True}
+VECTOR |= {"bias": True, "attention_bias": "qkv", "qk_norm": True, "head_dim": 6}
 
 
 def test_vector_flops_by_hand() -> None:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "d_ff": 5, "block_size": 3, "vocab_size": 7}
     count = flops.vector_flops(build("gpt2", **sizes | VECTOR))
-    T, L, C, F, K, pairs = 3, 2, 8, 5, 4, 6
+    T, L, C, F, H, K, pairs = 3, 2, 8, 5, 12, 6, 6  # H and K are the widths of all query and of all key heads
     assert count.parts == {
-        "norm": 4 * T * (5 * C + L * (C + K)),
+        "norm": 4 * T * (5 * C + L * (H + K)),
         "residual": T * 2 * L * C,
-        "position": 3 * T * L * (C + K),
+        "position": 3 * T * L * (H + K),
         "activation": 5 * T * L * F,
-        "bias": T * L * (C + 2 * K + C + 2 * F + C),
+        "bias": T * L * (H + 2 * K + 2 * F + C),
         "softmax": 6 * L * 2 * pairs,
         "loss": 4 * T * 7,
         "dropout": 2 * (T * 5 * C + L * 2 * pairs),
@@ -263,13 +263,14 @@ def test_command_says_what_a_plugin_hides(monkeypatch: pytest.MonkeyPatch) -> No
 
 def parameter_shapes(m: ModelConfig) -> Shapes:
     """Every parameter's shape, written out as a state dict lists them."""
-    c, f, v, d = m.n_embd, m.ffn_width, m.padded_vocab_size, m.head_dim
+    c, f, v, d = m.n_embd, m.ffn_width, m.padded_vocab_size, m.head_width
     norm: Shapes = [(c,), (c,)] if m.normalization == "layernorm" else [(c,)]
     up = 2 * f if m.ffn_type == "swiglu" else f
     qkv = m.n_head * d + m.kv_heads * d + m.kv_heads * d
     linears = [(qkv, c), (c, m.n_head * d), (up, c), (c, f)]
     layer: Shapes = [*linears, *norm, *norm]
-    layer += [(out,) for out, _ in linears] if m.bias else []
+    biased = {None: m.bias * 2, "none": 0, "qkv": 1, "all": 2}[m.attention_bias]
+    layer += [(out,) for out, _ in [*linears[:biased], *(linears[2:] if m.bias else [])]]
     layer += [(d,), (d,)] if m.qk_norm else []
     shapes: Shapes = [(v, c), *norm, *layer * m.n_layer]
     shapes += [(m.block_size, c)] if m.position_encoding == "learned_absolute" else []
@@ -286,6 +287,8 @@ def test_parameters_of_every_combination() -> None:
         "weight_tying": (True, False),
         "qk_norm": (True, False),
         "n_kv_head": (None, 2),
+        "head_dim": (None, 6),
+        "attention_bias": (None, "none", "qkv", "all"),
         "vocab_multiple": (1, 64),
     }
     seen = set()
@@ -307,7 +310,7 @@ def test_parameters_of_every_combination() -> None:
 def test_flops_are_the_sum_over_queries() -> None:
     model = build("llama", n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=7, vocab_size=90, vocab_multiple=16)
     count = flops.flops_per_token(model)
-    head = 2 * 2 * model.head_dim
+    head = 2 * 2 * model.head_width
     assert count.scores == model.n_layer * model.n_head * sum(head * (t + 1) for t in range(model.block_size))
     assert count.qkv == 2 * 2 * 7 * 32 * (32 + 16 + 16)
     assert count.output == 2 * 2 * 7 * 32 * 32

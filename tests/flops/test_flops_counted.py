@@ -57,6 +57,8 @@ class Size(NamedTuple):
     vocab_size: int
     vocab_multiple: int
     batch: int
+    n_embd: int | None = None
+    """Width of the model; None: n_head times head_dim."""
 
 
 SIZE = Size(n_layer=1, n_head=6, head_dim=6, d_ff=33, block_size=7, vocab_size=13, vocab_multiple=8, batch=2)
@@ -73,6 +75,7 @@ def drawn(random: Random, even_head_dim: bool) -> Size:
         vocab_size=random.randint(1, 40),
         vocab_multiple=random.choice((1, 7, 16)),
         batch=random.randint(1, 3),
+        n_embd=random.choice((None, random.randint(1, 40))),
     )
 
 
@@ -80,7 +83,8 @@ def sized(size: Size, **components: Any) -> ModelConfig:
     return ModelConfig(
         n_layer=size.n_layer,
         n_head=size.n_head,
-        n_embd=size.n_head * size.head_dim,
+        n_embd=size.n_embd or size.n_head * size.head_dim,
+        head_dim=None if size.n_embd is None else size.head_dim,
         d_ff=size.d_ff,
         block_size=size.block_size,
         vocab_size=size.vocab_size,
@@ -98,7 +102,14 @@ def combinations() -> list[tuple[ModelConfig, int]]:
         size = drawn(random, even_head_dim=chosen["position_encoding"] == "rope")
         fewer = [n for n in range(1, size.n_head) if size.n_head % n == 0]
         kv_heads = random.choice(fewer) if chosen.pop("grouped") else None
-        components = {"n_kv_head": kv_heads, "ffn_type": ffn_type, "activation": activation, **chosen}
+        attention_bias = random.choice((None, "none", "qkv", "all"))
+        components = {
+            "n_kv_head": kv_heads,
+            "attention_bias": attention_bias,
+            "ffn_type": ffn_type,
+            "activation": activation,
+            **chosen,
+        }
         found.append((sized(size, attention_backend="manual", **components), size.batch))
     return found
 
@@ -138,7 +149,7 @@ def expected(model: ModelConfig, batch: int) -> dict[str, int]:
     """
     parts = flops.flops_per_token(model, "palm").parts
     assert parts.pop("other") == 0
-    parts["scores"] = parts["scores"] * ((model.head_dim > 1) + (model.block_size > 1)) // 2
+    parts["scores"] = parts["scores"] * ((model.head_width > 1) + (model.block_size > 1)) // 2
     return {name: 3 * batch * int(count) for name, count in parts.items()}
 
 
@@ -154,7 +165,7 @@ def test_every_combination_counts_what_pytorch_counts(capsys: pytest.CaptureFixt
         assert by_part(counter) == wanted, model
         totals.add(counter.get_total_flops())
     assert len(totals) > LEAST_COMBINATIONS / 2  # the sizes do change the count
-    assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= {(min(m.head_dim, 2), min(m.block_size, 2)) for m, _ in models}
+    assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= {(min(m.head_width, 2), min(m.block_size, 2)) for m, _ in models}
     with capsys.disabled():
         seconds = time.perf_counter() - start
         print(f"\n{len(models):,} combinations: FLOPs of every part equal to FlopCounterMode's ({seconds:.0f} s)")
@@ -215,7 +226,7 @@ def test_pytorchs_own_attention_counts_the_same(kv_heads: int | None) -> None:
 def test_a_flash_backward_repeats_one_product() -> None:
     """PyTorch counts what hfu with recompute = "flash" adds, over the full square."""
     model = sized(SIZE, n_kv_head=None)
-    T, H, D = model.block_size, model.n_head, model.head_dim
+    T, H, D = model.block_size, model.n_head, model.head_width
     with torch.device("meta"):
         q, k, v = (torch.empty(1, H, T, D, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as counter:
@@ -255,7 +266,7 @@ class Operands(TorchDispatchMode):
         if part is not None:
             self.elements[part] += sum(self._of_a_token(x) for x in tensors if x.dim() >= least_dim)
         if func is torch.ops.gptperf.rope_backward.default and self.model.qk_norm:
-            self.elements[part] -= self.model.kv_heads * self.model.head_dim  # the values of qkv are not read
+            self.elements[part] -= self.model.kv_heads * self.model.head_width  # the values of qkv are not read
         return out
 
     def _part(self, func: Any, tensors: list[Tensor]) -> tuple[str | None, int]:
@@ -290,7 +301,7 @@ def test_bytes_are_those_of_operands_and_results(
 ) -> None:
     batch, T = 3, 5
     names = {"position_encoding": position_encoding, "norm_position": norm_position, "ffn_type": ffn_type}
-    size = Size(2, 4, 6, 10, T, 17, 1, batch)
+    size = Size(2, 4, 6, 10, T, 17, 1, batch, n_embd=20 if qk_norm else None)
     model = sized(size, n_kv_head=2, qk_norm=qk_norm, bias=ffn_type == "standard", normalization="rmsnorm", **names)
     with torch.device("meta"):
         gpt, tokens = GPT(model, triton_ops), torch.zeros(batch, T, dtype=torch.int64)

@@ -24,6 +24,12 @@ ACTIVATIONS = {
     "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
     "relu_squared": lambda x: torch.where(x > 0, x, 0 * x) ** 2,
 }
+LLAMA3 = {
+    "rope_factor": 4.0,
+    "rope_low_freq_factor": 0.16,
+    "rope_high_freq_factor": 2.0,
+    "rope_original_block_size": 16,
+}
 CASES: list[dict[str, Any]] = [
     *({"activation": name, "ffn_type": "standard"} for name in ACTIVATIONS),
     *(
@@ -35,6 +41,11 @@ CASES: list[dict[str, Any]] = [
     {"position_encoding": "rope", "rope_pairs": "interleaved"},
     {"position_encoding": "rope", "attention_backend": "manual"},
     {"ffn_type": "swiglu", "bias": True, "weight_tying": False},
+    {"head_dim": 8, "qk_norm": True, "position_encoding": "rope"},
+    *({"attention_bias": kind, "bias": kind != "all"} for kind in ("none", "qkv", "all")),
+    {"position_encoding": "rope", "rope_scaling": "linear", "rope_factor": 3.0},
+    # Heads of four wavelengths: one kept, two mixed, one multiplied.
+    {"position_encoding": "rope", "rope_scaling": "llama3", "head_dim": 8, **LLAMA3},
 ]
 
 
@@ -52,11 +63,27 @@ class Formula:
         centred = x if self.config.normalization == "rmsnorm" else x - x.mean()
         return centred / ((centred**2).mean() + self.config.norm_eps).sqrt() * weight + bias
 
+    def wavelength(self, plain: float) -> float:
+        c = self.config
+        if c.rope_scaling == "none":
+            return plain
+        longest, shortest = (
+            c.rope_original_block_size / factor for factor in (c.rope_low_freq_factor, c.rope_high_freq_factor)
+        )
+        if c.rope_scaling == "linear" or plain > longest:
+            return plain * c.rope_factor
+        if plain < shortest:
+            return plain
+        share = (c.rope_original_block_size / plain - c.rope_low_freq_factor) / (
+            c.rope_high_freq_factor - c.rope_low_freq_factor
+        )
+        return 1 / ((1 - share) / (c.rope_factor * plain) + share / plain)
+
     def rotated(self, x: Tensor, at: int) -> Tensor:
         y, D = x.clone(), len(x)
         for i in range(D // 2):
             a, b = (2 * i, 2 * i + 1) if self.config.rope_pairs == "interleaved" else (i, i + D // 2)
-            angle = at * self.config.rope_theta ** (-2 * i / D)
+            angle = at / self.wavelength(2 * math.pi * self.config.rope_theta ** (2 * i / D)) * 2 * math.pi
             y[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
             y[b] = x[b] * math.cos(angle) + x[a] * math.sin(angle)
         return y
@@ -68,7 +95,7 @@ class Formula:
         return self.rotated(x, at) if self.config.position_encoding == "rope" else x
 
     def attention(self, name: str, xs: list[Tensor]) -> list[Tensor]:
-        H, K, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
+        H, K, D = self.config.n_head, self.config.kv_heads, self.config.head_width
         packed = [self.linear(f"{name}.qkv", x).view(H + 2 * K, D) for x in xs]
         found = []
         for t, _ in enumerate(xs):
@@ -150,12 +177,13 @@ def test_tokens_are_drawn_from_the_stated_distribution(temperature: float, top_k
     class Fixed:
         config, blocks = SimpleNamespace(block_size=8), (None,)
 
-        def __call__(self, tokens: Tensor, caches: Any) -> Tensor:
-            return logits.expand(1, tokens.shape[1], -1).clone()
+        def __call__(self, tokens: Tensor, caches: Any, last_only: bool) -> Tensor:
+            return logits.expand(1, 1, -1).clone()
 
     count, model, start = 1000, Fixed(), torch.zeros(1, dtype=torch.int64)
     keys = {"vocab_size": 5, "temperature": temperature, "top_k": top_k}
-    drawn = generate(model, start, count, **keys, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([*generate(model, start, count, **keys, generator=generator)])  # type: ignore[arg-type]
     kept = sorted(range(5), key=lambda i: -logits[i])[: top_k or 5]
     weights = {i: math.exp(logits[i] / temperature) for i in kept}
     for token in range(6):
@@ -178,6 +206,6 @@ def test_generation_goes_on_from_half_of_a_full_context() -> None:
         context = ids[-3:] if full else context + chosen
     prompt, generator = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), torch.Generator()
     with torch.no_grad():
-        found = generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator)
-    assert found.tolist() == ids[6:]
-    assert len(set(found.tolist())) > 3
+        found = list(generate(model, prompt, 20, vocab_size=11, temperature=0, top_k=0, generator=generator))
+    assert found == ids[6:]
+    assert len(set(found)) > 3

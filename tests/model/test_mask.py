@@ -28,7 +28,7 @@ def model(**changes: Any) -> GPT:
     for parameter in gpt.parameters():  # larger weights than at the start of training, so that attention matters
         torch.nn.init.normal_(parameter, std=0.3)
     if gpt.config.position_encoding == "rope":  # float32 angles of different positions differ by their rounding
-        inverse = 1e4 ** -(torch.arange(0, gpt.config.head_dim, 2).double() / gpt.config.head_dim)
+        inverse = 1e4 ** -(torch.arange(0, gpt.config.head_width, 2).double() / gpt.config.head_width)
         angle = torch.arange(gpt.config.block_size).double()[:, None] * inverse
         gpt.position.cos, gpt.position.sin = angle.cos(), angle.sin()
     return gpt
@@ -149,7 +149,7 @@ def test_backends_agree_with_windows() -> None:
 @pytest.mark.parametrize("step", [1, 5])
 def test_generation_with_a_cache_uses_the_window(step: int) -> None:
     gpt = model(position_encoding="rope", window="3,full,9")
-    caches = [KVCache() for _ in range(3)]
+    caches = [KVCache(45) for _ in range(3)]
     parts = [gpt(tokens()[:, i : i + step], caches=caches) for i in range(0, 45, step)]
     torch.testing.assert_close(torch.cat(parts, dim=1), gpt(tokens()[:, :45]), rtol=0, atol=1e-10)
 
@@ -161,8 +161,8 @@ def test_samples_have_no_document_mask() -> None:
     for end in (None, END):
         gpt.document_end = end
         keys: dict[str, Any] = {"vocab_size": 50, "temperature": 0, "top_k": 0, "generator": torch.Generator()}
-        texts.append(generate(gpt, tokens()[0, :22], 30, **keys))
-    assert texts[0].tolist() == texts[1].tolist()
+        texts.append(list(generate(gpt, tokens()[0, :22], 30, **keys)))
+    assert texts[0] == texts[1]
 
 
 def test_recomputation_keeps_the_mask() -> None:

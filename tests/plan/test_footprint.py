@@ -24,9 +24,28 @@ from gptperf.training.optimizers.adamw import AdamW
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--n_layer=1", "--n_embd=48", "--n_head=4", "--block_size=12", "--vocab_size=96", "--batch_size=3"]
-KEYS = ("arch_preset", "norm_position", "position_encoding", "n_kv_head", "qk_norm", "bias")
+KEYS = (
+    "arch_preset",
+    "norm_position",
+    "position_encoding",
+    "n_kv_head",
+    "qk_norm",
+    "bias",
+    "head_dim",
+    "attention_bias",
+)
+ATTENTION = {(4, False): ("none", "none"), (4, True): (20, "qkv"), (2, False): (8, "all"), (2, True): (6, "none")}
+"""Number of key heads, QK-norm -> head_dim and attention_bias."""
 COMBINATIONS = [
-    (preset, "pre" if heads == 4 else "post", position, heads, qk_norm, qk_norm != (heads == 4))
+    (
+        preset,
+        "pre" if heads == 4 else "post",
+        position,
+        heads,
+        qk_norm,
+        qk_norm != (heads == 4),
+        *ATTENTION[heads, qk_norm],
+    )
     for preset, position, heads, qk_norm in product(
         ("llama", "gpt2", "gpt2_openai"), ("rope", "learned_absolute", "none"), (4, 2), (False, True)
     )

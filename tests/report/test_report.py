@@ -26,9 +26,9 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 EVIL = "</title></script><script>alert(1)</script>$\\frac{1}{0}$--><img src=x onerror=alert(1)>\x00\x1b[31m\u202e\ud800"
-TITLES = ["Verdict", "Loss", "Evaluations", "Sample", "Learning rate", "Gradient norms", "Gradient distribution"]
-TITLES += ["Speed", "Memory", "Stability", "Where the time goes", "Plan against actual", "Messages", "Checkpoints"]
-TITLES += ["What was built", "Configuration", "Configuration: defaults", "Environment"]
+TITLES = ["Verdict", "Loss", "Evaluations", "Task scores", "Sample", "Learning rate", "Gradient norms"]
+TITLES += ["Gradient distribution", "Speed", "Memory", "Stability", "Where the time goes", "Plan against actual"]
+TITLES += ["Messages", "Checkpoints", "What was built", "Configuration", "Configuration: defaults", "Environment"]
 
 
 class Page(html.parser.HTMLParser):
@@ -96,7 +96,7 @@ def test_a_whole_log_has_every_section_and_chart(whole: Page) -> None:
     assert whole.words.count("MFU: strict, of 989.4 TFLOP/s dense.") == 3  # speed, waterfall, plan
     assert "preset llama (configs/llama_1.36b.toml)" in whole.words
     assert "grad_clip" in whole.words
-    for words in ("spike", "plateau", "best", "embedding", "23", "2^-18", "reserved", "plan", "memory bound"):
+    for words in ("spike", "plateau", "best", "embedding", "23", "2^-18", "lambada", "plan", "memory bound"):
         assert re.search(rf"<text[^>]*>\s*{re.escape(words)}\s*</text>", whole.text), words
     assert "currentColor" in whole.text
 
@@ -118,7 +118,7 @@ def test_few_entries_are_drawn(entries: int, tmp_path: Path) -> None:
     lines = events()
     kept = [lines[0], *[line for line in lines if line["event"] == "iteration"][1 : 1 + entries]]
     page = page_of(tmp_path, kept)
-    assert page.tags.count("svg") == len(CAPTIONS) - 2  # no second half, no profile
+    assert page.tags.count("svg") == len(CAPTIONS) - 3  # no second half, no tasks, no profile
 
 
 @pytest.mark.usefixtures("_undrawn")

@@ -62,7 +62,7 @@ def assert_lines_count_the_documents(log: dict[str, Any], config: Config, pairs:
     previous = 1  # the time of the first iteration has no speed
     for entry in log["training_iterations"][1:]:
         wanted = sequences * (entry["iter"] - previous) * dense
-        wanted += 3 * 2 * 2 * model.n_head * model.head_dim * sum(pairs[previous : entry["iter"]])
+        wanted += 3 * 2 * 2 * model.n_head * model.head_width * sum(pairs[previous : entry["iter"]])
         speed = entry["mfu"]
         per_token = wanted / (entry["iter"] - previous) / config.tokens_per_iter
         assert speed["flops_per_token"] == pytest.approx(per_token, rel=1e-12)

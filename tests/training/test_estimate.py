@@ -111,7 +111,7 @@ sizes = st.fixed_dictionaries(
 def test_every_model_has_a_small_one_to_measure(values: dict[str, object], half: int) -> None:
     model = dataclasses.replace(Config().model, n_embd=2 * half * int(str(values["n_head"])), **values)
     small = estimate._smaller(model)
-    assert small.head_dim == model.head_dim
+    assert small.head_width == model.head_width
     assert flops.parameters(small).total < 30_000_000
     assert (small.n_layer, small.block_size) <= (model.n_layer, model.block_size)
 

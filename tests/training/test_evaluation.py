@@ -53,3 +53,22 @@ def test_dropout_is_off_in_an_evaluation_and_on_again_after_it(corpus: Path) -> 
     assert engine.model.training
     batch = torch.zeros(2, 2, config.model.block_size, dtype=torch.int64)
     assert engine.model(*batch).item() != engine.model(*batch).item()
+
+
+def test_ranks_go_on_from_the_same_part(corpus: Path) -> None:
+    """One has two batches and the other one; requests to stop are agreed on after the same parts."""
+
+    class Alone(Process):
+        def mean(self, value: torch.Tensor) -> torch.Tensor:
+            return value
+
+    flags = [str(corpus / "small.toml"), f"--data_dir={corpus / 'data'}", "--eval_iters=3"]
+    tokens, parts = TokenSource.open(corpus / "data" / "text", "val"), []
+    for rank in (0, 1):
+        config = command_line.resolve(flags).config
+        process = Alone(rank, 2, torch.device("cpu"))
+        engine = build_engine(config, Process(0, 1, torch.device("cpu")))
+        engine.process = process
+        evaluate(engine, tokens)
+        parts.append(process.progress.part)
+    assert parts == [2, 2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from run_helpers import run, run_argv, run_log
+from task_helpers import TARGET, write_lines
 
 from gptperf import api, flops
 from gptperf.config import command_line
@@ -90,6 +91,25 @@ def test_times_and_losses_of_a_run_and_of_its_resume(
     assert (summary["best_val_loss"], summary["best_iter"], summary["val_loss"]) == (2.0, 4, 2.3)
     timed_s = 5 * 7 + 3 * 3  # all iterations but the first of each process
     assert summary["tokens_per_sec"] == pytest.approx(8 * TOKENS / timed_s)
+
+
+def test_tasks_take_no_time_of_an_iteration(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, [3.0, 2.0, 2.5])
+
+    def slow_tasks(*args: Any) -> dict[str, dict[str, float]]:
+        clock.now += 1000
+        return {"own": {"items": 3, "acc": 0.5, "centred": 0.25}}
+
+    monkeypatch.setattr(trainer, "score_tasks", slow_tasks)
+    tasks = write_lines(tmp_path / "own.jsonl", [TARGET])
+    flags = ["--log_interval=1", "--eval_interval=2", "--eval_tasks_interval=4", f"--eval_tasks={tasks}"]
+    run(corpus, tmp_path, *flags, "--max_iters=6")
+    log = run_log(tmp_path)
+    assert [entry["time_ms"] for entry in log["training_iterations"]] == [7e3] * 6
+    found = [(entry["time_ms"], entry.get("tasks_ms")) for entry in log["eval_steps"]]
+    assert found == [(100e3, None), (1100e3, 1000e3), (1100e3, 1000e3)]
+    assert log["eval_steps"][-1]["core"] == 0.25
+    assert log["summary"]["tokens_per_sec"] == pytest.approx(TOKENS / 7)
 
 
 def test_losses_are_those_of_model_and_data(corpus: Path, tmp_path: Path) -> None:

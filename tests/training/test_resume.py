@@ -181,7 +181,7 @@ def test_another_model_or_data_set_is_not_resumed(corpus: Path, tmp_path: Path) 
         run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dtype=bfloat16")
     (corpus / "other.txt").write_text("other text " * 5000)
     prepare(str(corpus / "other.txt"), data_dir=corpus / "data", name="other", quiet=True, overwrite=True)
-    with pytest.raises(DataError, match="wanted the same shards"):
+    with pytest.raises(DataError, match="wanted the same data sets, weights and shards"):
         run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--dataset=other")
     assert run(corpus, tmp_path, "--max_iters=4", "--init_from=resume", "--learning_rate=0.02") == 0
 
@@ -321,7 +321,7 @@ def test_what_may_differ_at_a_resume() -> None:
     numbers = {"max_iters": 7, "lr_decay_iters": 7}
     warnings = {key: told(key, numbers.get(key, "another")) for key in (*KEYS, *sizes)}
     same_model = {"arch_preset", "attention_backend", "dropout", "d_ff_multiple", "vocab_multiple"}
-    by_size = {"d_ff", "n_kv_head"}
+    by_size = {"d_ff", "n_kv_head", "head_dim", "attention_bias"}
     refused = {key for key in KEYS if KEYS[key].section == "model"} - same_model - by_size | set(sizes)
     refused |= {"dtype", "seed", "batch_size", "gradient_accumulation_steps"}
     assert {key for key, lines in warnings.items() if lines is None} == refused
@@ -329,6 +329,30 @@ def test_what_may_differ_at_a_resume() -> None:
     of_the_process |= {"collective_timeout_s", "verify_data"}
     assert {key for key, lines in warnings.items() if lines == []} == of_the_process | by_size
     assert warnings["learning_rate"] == [f"learning_rate: another -> {config.optimizer.learning_rate}"]
+
+
+def test_a_key_that_is_left_out_is_the_same_as_its_default() -> None:
+    def told(before: list[str], now: list[str], *, older: bool = False) -> list[str] | None:
+        """Returns the warnings about a checkpoint that was made with other flags, or None if it is refused."""
+        saved, config = (command_line.resolve(["tiny", *flags]).config for flags in (before, now))
+        sections = {name: dict(section) for name, section in saved.sections().items()}
+        derived = {name: getattr(saved.model, name) for name in matching.DERIVED}
+        if older:  # made before there were these keys
+            for name in ("head_dim", "attention_bias", "head_width", "attention_biases"):
+                sections["model"].pop(name, None)
+                derived.pop(name, None)
+        try:
+            return matching.changed_keys({"config": sections, "model": derived}, config)
+        except CheckpointError:
+            return None
+
+    width = command_line.resolve(["tiny"]).config.model.head_width
+    for flags in ([f"--head_dim={width}"], ["--attention_bias=none"], ["--head_dim=none", "--attention_bias=none"]):
+        assert told([], flags) == told(flags, []) == told([], flags, older=True) == []
+    assert told(["--bias=True"], ["--bias=True", "--attention_bias=all"], older=True) == []
+    for flags in ([f"--head_dim={2 * width}"], ["--attention_bias=qkv"], ["--attention_bias=all"]):
+        assert told([], flags) is told(flags, []) is told([], flags, older=True) is None
+    assert told(["--attention_bias=qkv"], ["--attention_bias=all"]) is None
 
 
 def _engine_for_versions(kernels: str) -> Any:

@@ -166,7 +166,7 @@ def test_another_mixture_is_not_resumed(own: Path) -> None:
     assert run(own, own / "out", *MIXED) == 0
     prepare(str(own / "code.txt"), data_dir=own / "data", name="more", quiet=True, val_fraction=0.3)
     cases = {
-        "web:1,code:1": r"web: weight 0.75 -> 0.5; code: weight 0.25 -> 0.5; wanted the same shards",
+        "web:1,code:1": r"web: weight 0.75 -> 0.5; code: weight 0.25 -> 0.5; wanted the same data sets, weights",
         "web:3,more:1": r"code was left out; more is new",
         "web": r"code was left out; web: weight 0.75 -> 1",
         "code:1,web:3": r"the order of the data sets",
