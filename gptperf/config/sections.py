@@ -220,7 +220,7 @@ class SystemConfig(_Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device; auto is the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype. Master weights and optimizer states are always float32."""
+    """Compute dtype. Master weights are always float32."""
     matmul_dtype: Literal["dtype", "fp8"] = "dtype"
     """Operands of the blocks' linear layers. dtype: as the key dtype; fp8: 8-bit floats (Ada, Hopper, Blackwell)."""
     fp8_level: Literal["forward", "forward+dgrad", "full"] = "full"

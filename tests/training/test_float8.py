@@ -73,10 +73,12 @@ def test_the_layers(skip: str, left_out: Callable[[str], bool]) -> None:
     assert {name for name, x in linears.items() if x.float8 is not None} == set(layers.names)
 
 
-@pytest.mark.parametrize("skip", ["", "blocks.0.ffn.out", "blocks.0.ffn.gate_up", "ffn"])
-def test_an_ffn_in_part(skip: str) -> None:
-    """SwiGLU computes the same, up to the format, whichever of its layers are in 8 bits."""
-    config = _config(f"--fp8_skip={skip}")
+@pytest.mark.parametrize("skip", ["", "blocks.0.ffn.out", "blocks.0.ffn.{up}", "ffn"])
+@pytest.mark.parametrize(("kind", "up"), [("swiglu", "gate_up"), ("standard", "up")])
+def test_an_ffn_in_part(kind: str, up: str, skip: str) -> None:
+    """An FFN computes the same, up to the format, whichever of its layers are in 8 bits."""
+    skip = skip.format(up=up)
+    config = _config(f"--fp8_skip={skip}", f"--ffn_type={kind}")
     model = GPT(config.model)
     ffn: Any = model.blocks[0].ffn
     x = torch.randn(2, 16, 32)
@@ -191,18 +193,22 @@ def test_the_gpus(capability: tuple[int, int], runs: bool, monkeypatch: pytest.M
         check_float8(_config(), torch.device("cuda", 0))
 
 
+MUON = ("--optimizer=muon", "--optimizer_state_dtype=bfloat16")
+
+
 def test_resume_is_bitwise(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the state of the scales, and, as a control, not without it."""
-    run(corpus, tmp_path / "a", *FP8, "--keep_checkpoints=9", "--max_iters=6", "--save_interval=2")
+    """With the state of the scales, and, as a control, not without it; Muon and bfloat16 moments change nothing."""
+    flags = (*FP8, *MUON, "--max_iters=6", "--save_interval=2")
+    run(corpus, tmp_path / "a", *flags, "--keep_checkpoints=9")
     found = tmp_path / "a/checkpoints"
     for name in ("b", "control"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
     (found / "step-00000002").rename(tmp_path / "b/checkpoints/step-00000002")
     (found / "step-00000004").rename(tmp_path / "control/checkpoints/step-00000004")
-    run(corpus, tmp_path / "b", *FP8, "--init_from=resume", "--max_iters=6", "--save_interval=2")
+    run(corpus, tmp_path / "b", *flags, "--init_from=resume")
     assert hashes(found / "step-00000006") == hashes(tmp_path / "b/checkpoints/step-00000006")
     monkeypatch.setattr(float8.Float8Layers, "restore", lambda *_: None)
-    run(corpus, tmp_path / "control", *FP8, "--init_from=resume", "--max_iters=6", "--save_interval=2")
+    run(corpus, tmp_path / "control", *flags, "--init_from=resume")
     assert hashes(found / "step-00000006") != hashes(tmp_path / "control/checkpoints/step-00000006")
 
 
