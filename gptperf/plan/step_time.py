@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gptperf import flops
 from gptperf.cards import FP32_BYTES, Implementation, causal_pairs, element_bytes
 from gptperf.config import Config
+from gptperf.flops.float8 import float8_bytes, float8_flops
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
@@ -48,6 +49,9 @@ documents in a layer without one. An H200 with PyTorch 2.11 reaches 0.44 with wi
 0.66 if one document fills the sequence; shorter documents take less time, which the plan leaves out, because it does
 not see the data: documents of 512 tokens on average take as long as no mask. Not measured: narrower windows, which are
 slower, the masks of T x T elements that replace FlexAttention with dropout, and other GPUs."""
+_FLOAT8 = 0.64
+"""Share of the fp8 peak that fp8 matmuls reach: single ones 1185 to 1356 of 1979 TFLOP/s on an H200. Not measured in a
+step, nor on other GPUs."""
 _NARROW = 0.68
 """Share of `Rates.attention` that attention reaches at head_dim 64 and less."""
 _MEASURED = 0.10
@@ -119,9 +123,14 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
     blocks = forward - scores - count.lm_head / count.tokens
     again = 1 if recompute == "full" else 0
     gemm = (3 * (forward - scores) + again * blocks) * tokens / (rates.gemm * peak)
+    if config.system.matmul_dtype == "fp8":
+        float8_peak = gpu.dense_tflops["fp8"] * 1e12
+        gemm -= float8_flops(config, again) * tokens * (1 / (rates.gemm * peak) - 1 / (_FLOAT8 * float8_peak))
     attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
     copy = rates.copy * gpu.hbm_byte_s
-    memory_bound = _memory_bound_bytes(config, recompute) * tokens / (copy * _OPS_OF_COPY[_implementation(config)])
+    quantised, weights = float8_bytes(config)
+    moved = (_memory_bound_bytes(config, recompute) + quantised) * tokens + weights * micro_batches
+    memory_bound = moved / (copy * _OPS_OF_COPY[_implementation(config)])
     optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
     # Under every strategy each GPU orthogonalizes its share of the matrices.
     products = optimizer_flops(config, halved=_implementation(config) == "triton")

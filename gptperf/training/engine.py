@@ -20,6 +20,7 @@ from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import GRAPHS_PAY_MS, CudaGraphs, graph_problem
+from gptperf.training.float8 import Float8Layers, make_float8
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
 
@@ -41,6 +42,8 @@ class Engine:
     monitor: GradientMonitor
     skipped: Tensor
     """Number of steps skipped because the gradients were not finite, a float32 scalar on the device."""
+    float8: Float8Layers | None = None
+    """The layers that run in 8 bits; None if none does."""
     graphs: CudaGraphs | None = None
     """CUDA graphs of the parts of a step; None where kernels are launched one by one."""
 
@@ -71,11 +74,12 @@ def build_engine(config: Config, process: Process) -> Engine:
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
     weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
+    float8 = make_float8(model, config, process.device, triton="triton" in ops.chosen.values())
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
     skipped = torch.zeros((), device=process.device)
-    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped, float8)
 
 
 def packed_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,8 @@ CASES = {
     "moments in bfloat16": ["--arch_preset=llama", "--optimizer_state_dtype=bfloat16"],
     "soft-cap": ["--arch_preset=llama", "--logit_softcap=15"],
     "windows": ["--arch_preset=llama", "--window=32,full"],
+    "fp8": ["--arch_preset=llama", "--matmul_dtype=fp8"],
+    "fp8 in part": ["--arch_preset=gpt2", "--matmul_dtype=fp8", "--fp8_level=forward+dgrad", "--fp8_skip=first"],
 }
 
 
@@ -67,6 +69,7 @@ def _train(engine: Engine, steps: range, between: Callable[[Engine, int], None] 
         found.append([result.loss.item(), result.gradient_norm.item(), figures, engine.skipped.item(), _known(engine)])
         found[-1].append(engine.scaler.get_scale())
     found += [bucket.master.cpu() for bucket in engine.weights.buckets]
+    found += [] if engine.float8 is None else [engine.float8.history.cpu()]
     found += [state.cpu() for b in engine.weights.buckets for state in engine.optimizer.states(b).values()]
     return found
 
