@@ -1,5 +1,7 @@
 """Every op in eager PyTorch: the fallback if no kernel can run, the oracle of the tests, the baseline of the bench.
 
+The ops that quantise to 8-bit floats are in `gptperf.kernels.float8_reference`.
+
 Statistics, rotations and the log-sum-exp are computed in float32 (in float64 for float64 input) and rounded once to the
 dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
 """
