@@ -96,7 +96,9 @@ def scaled_mm(
         `(M, N)`.
     """
     if a.is_cuda:
-        return torch._scaled_mm(a, b.t(), a_inverse, b_inverse, bias, out_dtype=dtype, use_fast_accum=fast)
+        # Inductor cannot add dimensions to a scalar that is a view of another tensor.
+        inverses = a_inverse.view(1, 1), b_inverse.view(1, 1)
+        return torch._scaled_mm(a, b.t(), *inverses, bias, out_dtype=dtype, use_fast_accum=fast)
     y = torch.mm(a.float(), b.float().t()) * (a_inverse * b_inverse)
     return (y if bias is None else y + bias.float()).to(dtype)
 

@@ -28,11 +28,14 @@ __all__ = ["symmetric_matmul"]
 def program_shape(M: int, itemsize: int) -> dict[str, int]:
     """Returns the side of a tile, the columns of x that a program takes at a time, warps and stages.
 
-    Large tiles read x least often; with M below 1024 they are too few for all multiprocessors. A stage of the large
-    tiles holds 32 KB, so that three fit into the 96 KB of the smallest GPUs. Not measured yet.
+    Large tiles read x least often. A stage of them holds 32 KB, so that three fit into the 96 KB of the smallest GPUs.
+    The fastest of 13 in float16 on an H200, 2026-11-30, in turns with torch.baddbmm: 24 products of 2048 x 2048 take
+    0.395 ms (8 warps: 0.461; torch 0.598), of 2048 x 5632 1.025 (1.258; 1.686), 48 of 768 x 768 0.064 (0.099; 0.078).
     """
-    block = 128 if M >= 1024 else 64
-    return {"BLOCK": block, "BLOCK_K": 64 if itemsize == 2 else 16, "num_warps": 8, "num_stages": 3}
+    block = 128 if M >= 512 else 64
+    if itemsize == 2:
+        return {"BLOCK": block, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK": block, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit

@@ -74,9 +74,8 @@ def _time_kernels(calls: Calls, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _sweep(rounds: int) -> Iterator[dict[str, Any]]:
-    """Yields the times of the kernels with other tiles, the fastest of each kernel first."""
+    """Yields the times of the kernels with other tiles."""
     for tiles, names in ((_ROW_TILES, ("x, rows", "quantize_swiglu")), (_TILES, ("both", "again", "_backward"))):
-        found: dict[str, list[dict[str, Any]]] = {}
         for tile in tiles:
             with (
                 mock.patch.object(quantize, "tile_shape", lambda _, tile=tile: tile),
@@ -86,9 +85,7 @@ def _sweep(rounds: int) -> Iterator[dict[str, Any]]:
                 calls = {name: call for name, call in kernel_calls().items() if name.endswith(names) or "both" in name}
                 calls = {name: call for name, call in calls.items() if any(word in name for word in names)}
                 for row in _time_kernels(calls, rounds):
-                    found.setdefault(row["name"], []).append(row | {"tile": tile})
-        for rows in found.values():
-            yield from sorted(rows, key=lambda row: row["us"])[:4]
+                    yield row | {"tile": tile}
 
 
 def _gemms(rounds: int) -> Iterator[dict[str, Any]]:
@@ -135,15 +132,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"environment": timing.environment()}
     for part in args.what:
         with timing.side_stream():
-            rows: list[dict[str, Any]] = []
-            if part == "kernels":
-                rows += _time_kernels(kernel_calls(), args.rounds)
-                rows += _sweep(args.rounds) if args.sweep else ()
-            elif part == "gemms":
-                rows += _gemms(args.rounds)
-        found[part] = rows
-        for row in rows:
-            print(json.dumps(row), flush=True)
+            rows = _gemms(args.rounds) if part == "gemms" else _time_kernels(kernel_calls(), args.rounds)
+            if part == "kernels" and args.sweep:
+                rows = itertools.chain(rows, _sweep(args.rounds))
+            found[part] = []
+            for row in rows:
+                print(json.dumps(row), flush=True)
+                found[part].append(row)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
