@@ -35,7 +35,7 @@ class Plan:
     limit_gb: float
     """Memory that PyTorch can allocate on the GPU."""
     parts_ms: dict[str, float]
-    """gemm, attention, memory_bound, optimizer, communication and other; they add up to an iteration."""
+    """gemm, attention, memory_bound, optimizer, communication, other and host; they add up to an iteration."""
     band: float
     """Relative error that the predicted step time may have."""
     tokens_per_iter: int

@@ -15,13 +15,11 @@ from gptperf.flops.float8 import float8_bytes, float8_flops
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
+from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
 __all__ = ["optimizer_flops", "parts_ms", "rates_of"]
 
-_GAPS_MS = 2.5
-"""Total idle time between the kernels of a micro-batch. It was 2.3 ms in the step of llama_1.36b on an H200 that gave
-the rates below."""
 _LONG_SEQUENCE = 128
 """Attention over T tokens runs at T / (T + this number) of the rate of a long sequence, because the diagonal tiles are
 half empty."""
@@ -112,7 +110,8 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         recompute: what backward recomputes.
 
     Returns:
-        gemm, attention, memory_bound, optimizer, communication and other; they add up to the iteration.
+        gemm, attention, memory_bound, optimizer, communication, other (starts and ends of kernels) and host (time in
+        which the GPU waits for launches); they add up to the iteration.
     """
     model, rates = config.model, rates_of(gpu)
     peak = gpu.dense_tflops[config.system.peak_dtype] * 1e12
@@ -143,9 +142,18 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         "memory_bound": memory_bound,
         "optimizer": optimizer,
         "communication": exposed,
-        "other": micro_batches * _GAPS_MS / 1e3,
+        "other": micro_batches * gaps_ms(config) / 1e3,
     }
+    parts["host"] = _waiting_s(config, micro_batches, sum(parts.values()))
     return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def _waiting_s(config: Config, micro_batches: float, gpu_s: float) -> float:
+    """Returns the seconds by which the host takes longer to launch an iteration than the GPU to run it."""
+    asked, problem = config.system.cuda_graph, graph_problem(config, "cuda")
+    if problem is None and (asked is True or (asked == "auto" and graphs_pay(config, 1e3 * gpu_s / micro_batches))):
+        return 0.0
+    return max(micro_batches * host_ms(config) / 1e3 - gpu_s, 0.0)
 
 
 def _attention_share(config: Config, rates: Rates) -> float:

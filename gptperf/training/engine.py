@@ -18,8 +18,9 @@ from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
+from gptperf.plan.host_time import graph_problem, graphs_pay
 from gptperf.training import build, selftest
-from gptperf.training.cuda_graph import GRAPHS_PAY_MS, CudaGraphs, graph_problem
+from gptperf.training.cuda_graph import CudaGraphs
 from gptperf.training.float8 import Float8Layers, make_float8
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
@@ -141,8 +142,11 @@ def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[st
     problem = graph_problem(engine.config, engine.process.device.type)
     if problem is not None and asked is True:
         raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
-    if problem is None and asked == "auto" and (micro_batch_ms is None or micro_batch_ms > GRAPHS_PAY_MS):
-        problem = f"they pay in micro-batches of at most {GRAPHS_PAY_MS:g} ms"
+    if problem is None and asked == "auto":
+        if micro_batch_ms is None:
+            problem = "the time of a micro-batch is not known for this GPU"
+        elif not graphs_pay(engine.config, micro_batch_ms):
+            problem = f"a micro-batch of {micro_batch_ms:.0f} ms hides the launches"
     if problem is not None:
         return f"off: {problem}"
     engine.graphs = CudaGraphs(engine.weights, must=asked is True, warn=warn)
