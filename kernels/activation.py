@@ -23,7 +23,7 @@ from gptperf.kernels.checks import check_activation, check_swiglu, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, wgrad
 
-__all__ = ["activation", "swiglu"]
+__all__ = ["activation", "activation_backward", "swiglu"]
 
 
 def program_shape(F: int) -> dict[str, int]:
@@ -193,10 +193,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return _activation_backward(dy, ctx.saved_tensors[0], ctx.name, False)[0], None
+    return activation_backward(dy, ctx.saved_tensors[0], ctx.name, False)[0], None
 
 
-_activation_backward = register(
+activation_backward = register(
     "activation_backward(Tensor dy, Tensor x, str name, bool product) -> (Tensor, Tensor)", _backward, _backward_fake
 )
 _activation = register("activation(Tensor x, str name) -> Tensor", _forward, _forward_fake, _save, _differentiate)
@@ -216,7 +216,7 @@ class _ActivationLinear(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, _, needs_weight, needs_bias = ctx.needs_input_grad
-        dx, y = _activation_backward(dgrad(dout, weight), x, ctx.name, needs_weight)
+        dx, y = activation_backward(dgrad(dout, weight), x, ctx.name, needs_weight)
         dweight = wgrad(dout, y) if needs_weight else None
         return dx, None, dweight, bias_grad(dout) if needs_bias else None
 

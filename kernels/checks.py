@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "SEED_NUMEL", "check_activation", "check_adamw", "check_decode_attention", "check_draw"]
-__all__ += ["check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu", "check_symmetric_matmul"]
-__all__ += ["check_triton"]
+__all__ += ["check_linear_cross_entropy", "check_norm", "check_quantize", "check_rope", "check_swiglu"]
+__all__ += ["check_symmetric_matmul", "check_triton", "interpreter_is_on"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SEED_NUMEL = 64
@@ -181,15 +181,16 @@ def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> N
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
     op = "symmetric_matmul"
-    if x.dtype not in FLOATS or x.dim() != 3 or not x.is_contiguous():
-        wanted = "(B, M, K) in a floating-point dtype, contiguous"
+    if x.dtype not in FLOATS or x.dim() != 3 or not (x.is_contiguous() or x.mT.is_contiguous()):
+        wanted = "(B, M, K) in a floating-point dtype, contiguous or the transpose of that"
         raise ValueError(f"{op}: found x {_describe(x)} with strides {x.stride()}, wanted {wanted}")
     for name, tensor, shape in (("z", z, tuple(x.shape)), ("add", add, (x.shape[0], x.shape[1], x.shape[1]))):
         if tensor is None:
             continue
         same = tensor.dtype == x.dtype and tensor.device == x.device
-        if tensor.shape != shape or not same or not tensor.is_contiguous():
-            wanted = f"{shape} {x.dtype} on {x.device}, contiguous"
+        laid_out = tensor.stride() == x.stride() if name == "z" else tensor.is_contiguous()
+        if tensor.shape != shape or not same or not laid_out:
+            wanted = f"{shape} {x.dtype} on {x.device}, " + ("with the strides of x" if name == "z" else "contiguous")
             raise ValueError(f"{op}: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
 
 
@@ -249,6 +250,18 @@ def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top
         raise ValueError(f"draw: found top_k {top_k} and top_p {top_p}, wanted 0 or more, and above 0 up to 1")
 
 
+def check_quantize(x: Tensor, scale: Tensor) -> None:
+    """Checks the arguments of quantize.
+
+    Raises:
+        ValueError: x is not a matrix of floating-point numbers, or the scale does not fit.
+    """
+    if x.dtype not in FLOATS or x.dim() != 2:
+        raise ValueError(f"quantize: found x {_describe(x)}, wanted (M, N) in a floating-point dtype")
+    if scale.dtype != torch.float32 or not scale.numel() or scale.device != x.device:
+        raise ValueError(f"quantize: found scale {_describe(scale)}, wanted at least one torch.float32 on {x.device}")
+
+
 def check_triton(op: str, x: Tensor) -> None:
     """Checks that a Triton kernel can run on x, the op's first argument. On a CPU only Triton's interpreter can.
 
@@ -257,18 +270,19 @@ def check_triton(op: str, x: Tensor) -> None:
     """
     if x.dtype == torch.float64:
         raise ValueError(f"{op}: found torch.float64, wanted float32, float16 or bfloat16 for the Triton kernel")
-    if not x.is_cuda and not _interpreter_is_on():
+    if not x.is_cuda and not interpreter_is_on():
         raise ValueError(f"{op}: found a tensor on {x.device}, wanted one on a CUDA GPU for the Triton kernel")
 
 
-def _interpreter_is_on() -> bool:
+def interpreter_is_on() -> bool:
+    """Returns whether Triton interprets its kernels on the CPU instead of compiling them."""
     import triton  # imported here only, because eager PyTorch runs without it
 
     return bool(triton.knobs.runtime.interpret)
 
 
 # What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
-_interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:

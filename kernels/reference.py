@@ -1,5 +1,7 @@
 """Every op in eager PyTorch: the fallback if no kernel can run, the oracle of the tests, the baseline of the bench.
 
+The ops that quantise to 8-bit floats are in `gptperf.kernels.float8_reference`.
+
 Statistics, rotations and the log-sum-exp are computed in float32 (in float64 for float64 input) and rounded once to the
 dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
 """
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptperf.kernels.adamw_reference import adamw
 from gptperf.kernels.checks import (
     check_activation,
     check_decode_attention,
@@ -22,7 +25,6 @@ from gptperf.kernels.checks import (
     check_symmetric_matmul,
 )
 from gptperf.kernels.linear import add_product, linear
-from gptperf.kernels.reference_adamw import adamw
 
 __all__ = ["ACTIVATIONS", "activation", "adamw", "decode_attention", "draw", "layer_norm", "linear_cross_entropy"]
 __all__ += ["rms_norm", "rope", "softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
@@ -334,8 +336,8 @@ def symmetric_matmul(
     x x^T is symmetric. So is the product of two symmetric matrices with the same eigenvectors, such as a power of one.
 
     Args:
-        x: `(B, M, K)`, contiguous.
-        z: like x; default: x itself. The kernel computes the lower half of the result alone.
+        x: `(B, M, K)`, contiguous or the transpose (`mT`) of a contiguous tensor.
+        z: like x, with its strides; default: x itself. The kernel computes the lower half of the result alone.
         add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
         alpha, beta: factors.
 

@@ -95,6 +95,7 @@ _KEYS = {
     "dtype=bfloat16": "bf16 bfloat16",
     "dtype=float16": "fp16 float16 half",
     "dtype=float32": "fp32 float32",
+    "matmul_dtype=fp8": "fp8 float8 use_fp8 enable_fp8 fp8_training enable_float8",
     "compile": "torch_compile use_compile use_torch_compile compile_model jit",
     "kernels": "use_kernels fused use_liger use_liger_kernel backend_ops",
     "kernels=triton": "triton use_triton",

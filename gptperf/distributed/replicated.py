@@ -1,6 +1,6 @@
 """Data parallelism (DDP), and the interface of every parallel strategy.
 
-Under every strategy the master weights, the gradients and the optimizer states are float32, in flat buckets; the model
+Under every strategy master weights and gradients are float32, and with the optimizer states in flat buckets; the model
 computes with a copy in the compute dtype. `Replicated` keeps all of them on every rank. `gptperf.distributed.zero1` and
 `gptperf.distributed.fsdp` override what they shard. Training step and checkpoint use this interface and do not know the
 strategy.

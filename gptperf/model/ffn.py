@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from gptperf import registry
 from gptperf.cards import Activation
 from gptperf.config import ModelConfig
+from gptperf.kernels.float8_linear import float8_swiglu
 from gptperf.model.linear import Linear
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
@@ -28,6 +29,8 @@ class StandardFFN(nn.Module):
         """Returns the output `(B, T, C)` for x `(B, T, C)`."""
         if self.op is None:  # an activation of a plugin
             return self.out(self.activation(self.up(x)))
+        if self.out.float8 is not None:
+            return self.out(self.op(self.up(x), self.name))
         return self.op(self.up(x), self.name, self.out.weight, self.out.bias)
 
 
@@ -44,4 +47,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`."""
-        return self.op(self.gate_up(x), self.out.weight, self.out.bias)
+        up, down = self.gate_up, self.out
+        if up.float8 is not None and down.float8 is not None:
+            return float8_swiglu(x, up.weight, up.bias, down.weight, down.bias, up.float8, down.float8)
+        if down.float8 is not None:
+            return down(self.op(up(x)))
+        return self.op(up(x), down.weight, down.bias)

@@ -219,7 +219,7 @@ def generate(
         dtype: the dtype of autocast; None: as the caller has set autocast. With float32 there is no autocast.
         capture: record the decode step as a CUDA graph, if the model is on a GPU. The weights must stay in place.
     """
-    block = model.config.block_size
+    block, half = model.config.block_size, model.config.block_size // 2 or 1
     contexts = [list(ids[-block:]) for ids in prompts]
     lengths = [len(ids) for ids in contexts]
     size = min(block, -(-(max(lengths) + tokens) // _SIZE) * _SIZE)
@@ -241,7 +241,6 @@ def generate(
             if full:
                 while waiting:
                     yield read()
-                half = block // 2 or 1
                 decoder.fill(model, {row: contexts[row][-half:] for row in full})
                 lengths = [half if length > block else length for length in lengths]
             decoder.step(model)

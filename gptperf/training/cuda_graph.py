@@ -20,32 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptperf.config import Config
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import DeviceError
 
-__all__ = ["GRAPHS_PAY_MS", "CudaGraphs", "graph_problem"]
+__all__ = ["CudaGraphs"]
 
-GRAPHS_PAY_MS = 60.0
-"""With `cuda_graph = "auto"`, graphs are used for micro-batches that the GPU finishes within this time. Longer ones
-hide the launches, and graphs would hold the memory of their activations for the whole run."""
 _WARM_UPS = 2  # the first call compiles, the second one has its final kernels and workspaces
-
-
-def graph_problem(config: Config, device_type: str) -> str | None:
-    """Returns why no part of this run's step can be recorded, or None.
-
-    Args:
-        config: configuration of the run.
-        device_type: "cuda" or "cpu".
-    """
-    if device_type != "cuda":
-        return "CUDA graphs need a GPU"
-    if config.system.use_fsdp:
-        return "FSDP frees the weights of a block and gathers them again, which a CUDA graph cannot record"
-    if config.system.recompute != "none" and config.model.dropout > 0:
-        return "recompute with dropout saves and restores the random state, which a CUDA graph cannot record"
-    return None
 
 
 class CudaGraphs:

@@ -18,8 +18,10 @@ from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
+from gptperf.plan.host_time import graph_problem, graphs_pay
 from gptperf.training import build, selftest
-from gptperf.training.cuda_graph import GRAPHS_PAY_MS, CudaGraphs, graph_problem
+from gptperf.training.cuda_graph import CudaGraphs
+from gptperf.training.float8 import Float8Layers, make_float8
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
 
@@ -41,6 +43,8 @@ class Engine:
     monitor: GradientMonitor
     skipped: Tensor
     """Number of steps skipped because the gradients were not finite, a float32 scalar on the device."""
+    float8: Float8Layers | None = None
+    """The layers that run in 8 bits; None if none does."""
     graphs: CudaGraphs | None = None
     """CUDA graphs of the parts of a step; None where kernels are launched one by one."""
 
@@ -71,11 +75,12 @@ def build_engine(config: Config, process: Process) -> Engine:
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
     weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
+    float8 = make_float8(model, config, process.device, triton="triton" in ops.chosen.values())
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
     skipped = torch.zeros((), device=process.device)
-    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped, float8)
 
 
 def packed_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -137,8 +142,11 @@ def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[st
     problem = graph_problem(engine.config, engine.process.device.type)
     if problem is not None and asked is True:
         raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
-    if problem is None and asked == "auto" and (micro_batch_ms is None or micro_batch_ms > GRAPHS_PAY_MS):
-        problem = f"they pay in micro-batches of at most {GRAPHS_PAY_MS:g} ms"
+    if problem is None and asked == "auto":
+        if micro_batch_ms is None:
+            problem = "the time of a micro-batch is not known for this GPU"
+        elif not graphs_pay(engine.config, micro_batch_ms):
+            problem = f"a micro-batch of {micro_batch_ms:.0f} ms hides the launches"
     if problem is not None:
         return f"off: {problem}"
     engine.graphs = CudaGraphs(engine.weights, must=asked is True, warn=warn)

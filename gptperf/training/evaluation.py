@@ -18,7 +18,6 @@ from gptperf.model import GPT
 from gptperf.model.generate import Sampling, generate
 from gptperf.tasks import Scores, TaskRequests, task_scores
 from gptperf.tasks.likelihood import likelihoods
-from gptperf.training.cuda_graph import CudaGraphs
 from gptperf.training.engine import Engine
 from gptperf.training.stopping import Dropped
 
@@ -49,9 +48,8 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     """
     keys = validation_keys(engine.config, engine.process)
     sharded = engine.config.system.use_fsdp
-    replay = None if engine.graphs is None or engine.weights.is_sharded else partial(_replayed, engine, engine.graphs)
-    arguments = (engine.model, val_tokens, keys, engine.process, engine.autocast, drops)
-    return mean_loss(*arguments, sharded=sharded, replay=replay)
+    where = (engine.model, val_tokens, keys, engine.process, engine.autocast)
+    return mean_loss(*where, drops, sharded=sharded, loss=partial(_replayed, engine))
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def mean_loss(
     drops: Callable[[], bool] | None = None,
     *,
     sharded: bool = False,
-    replay: Callable[[Tensor], Tensor] | None = None,
+    loss: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Returns the mean loss of a model over fixed batches, and leaves the model in its mode. See `evaluate`.
 
@@ -76,7 +74,7 @@ def mean_loss(
         autocast: returns the context in which the model computes.
         drops: see `evaluate`.
         sharded: whether a forward pass gathers the weights from all ranks.
-        replay: computes the loss of a batch with all of its rows, if a CUDA graph does so.
+        loss: returns the loss of a batch `(2, B, T)` on the host; default: one forward pass.
     """
     keys, training = dict(keys), model.training
     batches = validation_batches(source, **keys)
@@ -94,13 +92,7 @@ def mean_loss(
         if 0 < i < common and drops is not None and drops():
             model.train(training)
             raise Dropped
-        if replay is not None and batch.shape[1] == keys["batch_size"]:  # the last batch may have fewer rows
-            loss = replay(batch)
-        else:
-            inputs, targets = batch.to(process.device, non_blocking=True)
-            with autocast():
-                loss = model(inputs, targets)
-        sums[0] += loss.double() * rows
+        sums[0] += (_loss(model, autocast, process, batch) if loss is None else loss(batch)).double() * rows
         sums[1] += rows
         process.progress.end_part()
     model.train(training)
@@ -109,15 +101,23 @@ def mean_loss(
     return total / all_rows
 
 
-def _replayed(engine: Engine, graphs: CudaGraphs, batch: Tensor) -> Tensor:
-    """Returns the loss of a batch `(2, B, T)`, a float32 scalar, by the CUDA graph of an evaluation."""
-    static = graphs.static(batch)
+def _loss(
+    model: GPT, autocast: Callable[[], AbstractContextManager[object]], process: Process, batch: Tensor
+) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, a float32 scalar."""
+    inputs, targets = batch.to(process.device, non_blocking=True)
+    with autocast():
+        return model(inputs, targets)
 
-    def forward() -> Tensor:
-        with engine.autocast():
-            return engine.model(static[0], static[1])
 
-    return graphs.run("evaluation", forward)
+def _replayed(engine: Engine, batch: Tensor) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, by a CUDA graph where the run has them."""
+    forward = partial(_loss, engine.model, engine.autocast, engine.process)
+    graphs = engine.graphs
+    whole = batch.shape[1] == engine.config.train.batch_size  # the last batch may have fewer rows
+    if graphs is None or not whole or engine.weights.is_sharded:
+        return forward(batch)
+    return graphs.run("evaluation", partial(forward, graphs.static(batch)))
 
 
 def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:

@@ -77,6 +77,8 @@ def _forward_and_backward(
     total, pairs = torch.zeros((), device=process.device), None
     process.progress.start_iteration(step + 1, engine.micro_batches)
     weights.start_step()
+    if engine.float8 is not None:
+        engine.float8.start_step()
     for micro in range(engine.micro_batches):
         if micro and drops is not None and drops():
             weights.finish_gradients()  # completes the reductions that have begun
@@ -113,6 +115,8 @@ def _micro_batch(engine: Engine, batch: Tensor) -> Tensor:
     # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
     # ranks.
     engine.scaler.scale(loss / engine.config.train.gradient_accumulation_steps).backward()
+    if engine.float8 is not None:
+        engine.float8.collect()
     return loss.detach()
 
 
@@ -136,6 +140,8 @@ def _reduce_and_update(engine: Engine, *, watched: bool) -> tuple[Tensor, Tensor
     divisor, found_inf = clip_scale(norm, engine.config.optimizer.grad_clip)
     engine.skipped += found_inf
     _update(engine, divisor, found_inf, watched=watched)
+    if engine.float8 is not None:
+        engine.float8.update(engine.process)
     weights.finish_step()
     return norm, None if measured is None else torch.cat([measured, engine.monitor.update()])
 

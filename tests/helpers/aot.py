@@ -219,6 +219,24 @@ def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
     return Case(f"linear_cross_entropy{capped} {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
 
 
+def quantize_case(M: int, N: int, dtype: torch.dtype, e5m2: bool, columns: bool, fresh: bool) -> Case:
+    def call() -> None:
+        x, scale = torch.empty(M, N, dtype=dtype), torch.empty(4)
+        torch.ops.gptperf.quantize(x, scale, e5m2, True, columns, None if fresh else scale)
+
+    words = ["quantize", f"{M} x {N}", SHORT[dtype], "e5m2" * e5m2, "columns" * columns, "fresh" * fresh]
+    return Case(" ".join(filter(None, words)), call)
+
+
+def quantize_swiglu_case(F: int, dtype: torch.dtype, e5m2: bool) -> Case:
+    def call() -> None:
+        gate_up, dy, scale = torch.empty(ROWS, 2 * F, dtype=dtype), torch.empty(ROWS, F, dtype=dtype), torch.empty(4)
+        torch.ops.gptperf.quantize_swiglu(gate_up, scale)
+        torch.ops.gptperf.quantize_swiglu_backward(dy, gate_up, scale, scale, e5m2)
+
+    return Case(f"quantize_swiglu {F} {SHORT[dtype]} {'e5m2' if e5m2 else 'e4m3'}", call)
+
+
 def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -> Case:
     def call() -> None:
         master, moment = torch.empty(n), torch.empty(n, dtype=moments)
@@ -276,6 +294,7 @@ def cases(capability: int) -> Iterator[Case]:
     """Yields the cases for a GPU of this compute capability; see the module's docstring."""
     half = HALF if capability < 80 else BRAIN
     yield from every_case() if capability == 90 else representative_cases(half)
+    yield from float8_cases(capability) if capability >= 89 else ()
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
@@ -319,6 +338,18 @@ def every_case() -> Iterator[Case]:
         yield from (activation_case(name, 2048, dtype) for name in (ACTIVATIONS if dtype == BRAIN else ("gelu",)))
         yield from (cross_entropy_case(V, dtype) for V in (257, 32000, 50257, 50304, 128256))
     yield from (cross_entropy_case(V, BRAIN, cap=15.0) for V in (32000, 50257, 50304))
+
+
+def float8_cases(capability: int) -> Iterator[Case]:
+    """The kernels that write 8-bit floats, which a GPU has from capability 8.9."""
+    for e5m2 in (False, True):
+        for columns, fresh in ((False, True), (True, True), (True, False)):
+            yield quantize_case(ROWS, 2048, BRAIN, e5m2, columns, fresh)
+        yield quantize_swiglu_case(5632, BRAIN, e5m2)
+    if capability == 90:
+        yield quantize_case(1008, 144, BRAIN, False, True, True)
+        yield quantize_case(ROWS, 2048, FULL, True, True, True)
+        yield quantize_swiglu_case(144, BRAIN, True)
 
 
 def representative_cases(half: torch.dtype) -> Iterator[Case]:

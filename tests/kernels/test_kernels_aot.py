@@ -81,8 +81,12 @@ def test_every_launch_compiles(arch: str, compilations: dict[str, Future[Reports
     none(failed)
     [functions] = [report["functions"] for report in reports if "functions" in report]
     launched = {report["kernel"] for report in reports if "kernel" in report}
-    absent = {"symmetric_matmul._symmetric_matmul_kernel"} if arch == "sm_70" else set()  # eager PyTorch there
-    assert launched == {name for name in functions if name.endswith("_kernel")} - absent
+    wanted = {name for name in functions if name.endswith("_kernel")}
+    if arch == "sm_70":
+        wanted.remove("symmetric_matmul._symmetric_matmul_kernel")  # eager PyTorch there
+    if int(arch.removeprefix("sm_")) < 89:
+        wanted = {name for name in wanted if not name.startswith("quantize")}  # no 8-bit floats
+    assert launched == wanted
 
 
 def test_no_double_precision(kernels: Reports) -> None:

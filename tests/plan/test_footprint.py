@@ -21,6 +21,7 @@ from gptperf.kernels.logit_chunks import chunk_rows
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops
 from gptperf.plan import memory
+from gptperf.training.float8 import Float8Layers
 from gptperf.training.optimizers.adamw import AdamW
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,22 @@ def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
     unit = tokens.numel() * config.model.n_embd * 4
     found, wanted = peak_bytes(model, tokens, targets) / unit, 1e9 * planned / unit
     return None if abs(found - wanted) < 2 else f"{combination}, {recompute}: peak {found:.2f}, planned {wanted:.2f}"
+
+
+def check_float8(preset: str, *flags: str) -> str | None:
+    """Returns what is wrong with the bytes that a token more keeps in fp8, or None; statistics are kept once."""
+    kept = []
+    for batch_size in (1, 3):
+        sizes = ("--n_layer=2", "--n_embd=64", "--block_size=16", f"--batch_size={batch_size}")
+        config = config_of(*sizes, f"--arch_preset={preset}", "--dtype=bfloat16", "--matmul_dtype=fp8", *flags)
+        model = GPT(config.model, resolve_ops("triton", "cuda"))
+        Replicated(model, torch.bfloat16)  # the model computes with its copies
+        Float8Layers(model, config, triton=False)
+        shape = (batch_size, config.model.block_size)
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(kept_bytes(model, torch.randint(96, shape), torch.randint(96, shape)))
+    found, wanted = (kept[1] - kept[0]) / (2 * 16), memory.saved_bytes(config, "none")
+    return None if found == wanted else f"{preset} {flags}: kept {found}, planned {wanted}"
 
 
 @pytest.mark.slow
@@ -267,6 +284,9 @@ def main() -> int:
         importlib.import_module(f"gptperf.kernels.{name}").launch = lambda *_: None
     found = [check_kept(combination, mode) for combination in COMBINATIONS for mode in ("none", "full")]
     found += [check_peak(combination, mode) for combination in COMBINATIONS for mode in ("none", "selective", "full")]
+    for preset, level in product(("llama", "gpt2"), ("forward", "full")):
+        for skip in ("", "0", "attention", "blocks.0.ffn.out"):
+            found.append(check_float8(preset, f"--fp8_level={level}", f"--fp8_skip={skip}"))
     wrong = [text for text in found if text]
     print("\n".join(wrong), f"{len(found) - len(wrong)} of {len(found)} agree", sep="\n")
     return 1 if wrong else 0

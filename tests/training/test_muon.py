@@ -182,7 +182,9 @@ def test_each_matrix_moves_by_a_fifth_of_the_learning_rate(normuon: bool, dtype:
 def test_products_are_in_float16_unless_the_run_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     original = muon.orthogonalize
-    monkeypatch.setattr(muon, "orthogonalize", lambda x, op, dtype: (found.append(dtype), original(x, op, dtype))[1])
+    monkeypatch.setattr(
+        muon, "orthogonalize", lambda x, op, dtype, *how: (found.append(dtype), original(x, op, dtype, *how))[1]
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _, weights = _weights(dtype)
         for bucket in weights.buckets:
