@@ -73,15 +73,15 @@ def _joined(a, b, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def _decode_attention_kernel(
-    QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, eps, scale,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, window, eps, scale,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     kv = head // (H // K)
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     position = tl.load(POSITIONS + row)
     half: tl.constexpr = (D + 1) // 2
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -101,8 +101,8 @@ def _decode_attention_kernel(
     maximum = tl.where(split == 0, tl.sum(qa * ka + qb * kb, axis=0), float("-inf"))
     total = tl.where(split == 0, 1.0, 0.0)
     mean = tl.where(split == 0, value.to(tl.float32), 0.0)
-    begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else position * 0
-    share = tl.cdiv(position - begin, SPLITS)
+    begin = tl.maximum(position + 1 - window, 0)
+    share = tl.cdiv(position - begin, splits)
     low = begin + split * share
     high = tl.minimum(low + share, position)
     for start in range(low, high, BLOCK_S):
@@ -122,27 +122,25 @@ def _decode_attention_kernel(
         at = ((row * size + position) * K + kv) * D
         tl.store(KEYS + at + whole, new_key.to(KEYS.dtype.element_ty), mask=(whole < D) & (position < size))
         tl.store(VALUES + at + whole, value, mask=(whole < D) & (position < size))
-    if SPLITS == 1:
+    if splits == 1:
         tl.store(Y + (row * H + head) * D + whole, (mean / total).to(Y.dtype.element_ty), mask=whole < D)
     else:
-        part = (row * H + head) * SPLITS + split
+        part = (row * H + head) * splits + split
         tl.store(PARTS + part * D + whole, mean, mask=whole < D)
         tl.store(MAXIMA + part, maximum)
         tl.store(SUMS + part, total)
 
 
 @triton.jit
-def _join_kernel(
-    PARTS, MAXIMA, SUMS, Y, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _join_kernel(PARTS, MAXIMA, SUMS, Y, splits, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P).to(tl.int64)
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
-    maxima = tl.load(MAXIMA + head * SPLITS + part, mask=part < SPLITS, other=float("-inf"))
+    maxima = tl.load(MAXIMA + head * splits + part, mask=part < splits, other=float("-inf"))
     weights = tl.exp(maxima - tl.max(maxima, axis=0))
-    total = tl.sum(weights * tl.load(SUMS + head * SPLITS + part, mask=part < SPLITS, other=0.0), axis=0)
-    at = (head * SPLITS + part)[:, None] * D + cols[None, :]
-    means = tl.load(PARTS + at, mask=(part < SPLITS)[:, None] & (cols < D)[None, :], other=0.0)
+    total = tl.sum(weights * tl.load(SUMS + head * splits + part, mask=part < splits, other=0.0), axis=0)
+    at = (head * splits + part)[:, None] * D + cols[None, :]
+    means = tl.load(PARTS + at, mask=(part < splits)[:, None] & (cols < D)[None, :], other=0.0)
     y = tl.sum(weights[:, None] * means, axis=0) / total
     tl.store(Y + head * D + cols, y.to(Y.dtype.element_ty), mask=cols < D)
 
@@ -172,21 +170,14 @@ def _forward(
     maxima, sums = (qkv.new_empty(joined, dtype=torch.float32) for _ in range(2))
     optional = [qkv if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
     block_d = power_of_2(ceil_div(D, 2))
-    sizes: dict[str, int] = {
-        "H": H,
-        "K": K,
-        "D": D,
-        "WINDOW": window,
-        "HAS_ROPE": cos is not None,
-        "HAS_NORM": q_weight is not None,
-    }
-    sizes |= {"INTERLEAVED": interleaved, "SPLITS": count, "BLOCK_S": max(16, min(256, TILE // (2 * block_d)))}
+    sizes: dict[str, int] = {"H": H, "K": K, "D": D, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
+    sizes |= {"INTERLEAVED": interleaved, "BLOCK_S": max(16, min(128, TILE // (2 * block_d)))}
     tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
     constants = {**sizes, "BLOCK_D": block_d, "num_warps": 8}
-    launch(_decode_attention_kernel, (B * H, count), tensors, (S, eps, 1 / math.sqrt(D)), constants)
+    launch(_decode_attention_kernel, (B * H, count), tensors, (S, window or S, eps, 1 / math.sqrt(D)), constants)
     if count > 1:
         blocks = {"BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
-        launch(_join_kernel, (B * H,), (parts, maxima, sums, y), (), {"D": D, "SPLITS": count, **blocks})
+        launch(_join_kernel, (B * H,), (parts, maxima, sums, y), (count,), {"D": D, **blocks})
     return y
 
 

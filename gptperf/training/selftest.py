@@ -210,7 +210,7 @@ def _decoded(function: _Op, inputs: _Inputs) -> list[Tensor]:
     model, options = inputs.model, inputs.position_options()
     K, D = model.kv_heads, model.head_width
     qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()
-    keys, values = (inputs.normal(seed, 1, 4 * ROWS, K, D).detach() for seed in (14, 15))
+    keys, values = (inputs.normal(seed, 1, 512, K, D).detach() for seed in (14, 15))
     positions = torch.full((1,), ROWS, device=inputs.device)
     return [function(qkv, positions, keys, values, *options), keys, values]
 
