@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -71,7 +72,7 @@ def suffixes_of(path: Path) -> tuple[str, str]:
     kind, compression = suffixes_in_name(path)
     if not compression:
         head = b""
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
             head = file.read(6)
         found = next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), "")
         if found in _COMPRESSIONS:
@@ -82,19 +83,24 @@ def suffixes_of(path: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def open_file(path: Path, meter: Meter | None = None) -> Iterator[IO[bytes]]:
+def open_file(path: Path, meter: Meter | None = None, compression: str | None = None) -> Iterator[IO[bytes]]:
     """Opens the content of a file, decompressed, for the body of a `with`.
+
+    Args:
+        path: The file.
+        meter: Counts the bytes that are read.
+        compression: Its compression, if `suffixes_of` was asked already.
 
     Raises:
         DataError: In the body: the compressed file is truncated or corrupt.
         DeviceError: The package that decompresses the file is not installed.
         OSError: The file cannot be read.
     """
-    compression = suffixes_of(path)[1]
+    compression = suffixes_of(path)[1] if compression is None else compression
     damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-    with path.open("rb") as raw:
+    with open(path, "rb") as raw:
         if meter is not None:
-            meter.begin(raw, path.stat().st_size)
+            meter.begin(raw, os.fstat(raw.fileno()).st_size)
         with _COMPRESSIONS[compression](raw) if compression else raw as file:
             if zstandard := sys.modules.get("zstandard"):
                 damage = (*damage, zstandard.ZstdError)

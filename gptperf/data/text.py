@@ -34,6 +34,7 @@ NOT_UTF8 = "not UTF-8"
 
 PIECE_BYTES = 1 << 24
 """A longer document is handled in pieces of about this size, so that the memory use does not depend on its length."""
+_HEAD_BYTES = 1 << 16
 
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -119,7 +120,10 @@ def file_document(origin: Origin, open_content: Callable[[], AbstractContextMana
         OSError: The file cannot be read.
     """
     with open_content() as file:
-        head = file.read(PIECE_BYTES + 1)
+        head = file.read(min(_HEAD_BYTES, PIECE_BYTES + 1))
+        if len(head) == _HEAD_BYTES:
+            next(clean(iter([head, b""])))  # of a large file that is no text, only this is read
+            head += file.read(PIECE_BYTES + 1 - len(head))
     if len(head) <= PIECE_BYTES:
         data = b"".join(clean(iter([head])))
         if not data.strip():

@@ -53,9 +53,9 @@ def file_documents(
         DeviceError: A package that reads the file is not installed.
         OSError: The file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
         raise Refused("not a regular file")
-    kind, _ = suffixes_of(path)
+    kind, compression = suffixes_of(path)
     if kind in _ARCHIVES:
         raise Refused(f"format {kind}", "unpack it first")
     if kind in _UNREADABLE_FORMATS:
@@ -63,7 +63,7 @@ def file_documents(
     if kind in STRUCTURED:
         yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
     else:
-        yield file_document(Origin(name, 0, group), lambda: open_file(path, meter))
+        yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression))
 
 
 def record_documents(
@@ -189,7 +189,7 @@ def files_below(
                 found.append(Path(entry.path))
             elif entry.name not in without_names:
                 pending.append(Path(entry.path))
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(found, key=str)  # as by the relative path
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
