@@ -119,7 +119,7 @@ def _tokenizer(job: Job) -> Tokenizer:
     """Returns the tokenizer; a vocabulary that is to be trained never sees the validation split."""
     name, eot = job.tokenizer, job.eot
     if not name.startswith(PREFIX):
-        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER)
+        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER, data_dir=job.data_dir)
     vocabulary_size(name)
     if eot is not None:
         raise DataError(f"--eot: found {eot!r}, wanted none: {name} has <|endoftext|>")

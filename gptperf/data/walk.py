@@ -11,7 +11,15 @@ from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_reco
 from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
 from gptperf.errors import DataError, DeviceError
 
-__all__ = ["Fields", "documents_of", "file_documents", "files_below", "folder_documents", "record_documents"]
+__all__ = [
+    "Fields",
+    "check_format",
+    "documents_of",
+    "file_documents",
+    "files_below",
+    "folder_documents",
+    "record_documents",
+]
 
 _ARCHIVES = {".zip", ".tar", ".7z", ".rar", ".bz2", ".lz4", ".whl", ".jar", ".tbz"}
 _PATIENCE = 10_000
@@ -56,14 +64,19 @@ def file_documents(
     if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
         raise Refused("not a regular file")
     kind, compression = suffixes_of(path)
-    if kind in _ARCHIVES:
-        raise Refused(f"format {kind}", "unpack it first")
-    if kind in _UNREADABLE_FORMATS:
-        raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
+    check_format(kind)
     if kind in STRUCTURED:
         yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
     else:
         yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression))
+
+
+def check_format(kind: str) -> None:
+    """Raises `Refused` if files with the suffix `kind` are never read."""
+    if kind in _ARCHIVES:
+        raise Refused(f"format {kind}", "unpack it first")
+    if kind in _UNREADABLE_FORMATS:
+        raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
 
 
 def record_documents(
