@@ -23,7 +23,7 @@ from gptperf.formats import byte_text, rough_duration
 __all__ = ["estimate"]
 
 _FILES, _KINDS, _FILES_OF_A_KIND = 64, 32, 8
-"""Files of the sample by their share of the bytes; suffixes with most bytes; files that each of them has in any case."""
+"""Files of the sample by their share of the bytes; suffixes with most bytes; files of each of these in any case."""
 _FILE_BYTES = 1 << 17
 """Text of each file of the sample that is encoded."""
 _TRAINED_BYTES, _TRAINED_RATE = 4.0, 3e6
@@ -136,7 +136,9 @@ def _encoding(job: Job, kinds: list[tuple[float, list[bytes]]]) -> tuple[str, fl
         return name, _TRAINED_BYTES, _TRAINED_RATE, len(os.sched_getaffinity(0)), size
     tokenizer: Tokenizer = load_tokenizer(job.tokenizer, eot=job.eot, data_dir=job.data_dir)
     begin = time.perf_counter()
-    encoded = [(size, sum(map(len, texts)), sum(len(tokenizer.encode(text)) for text in texts)) for size, texts in kinds]
+    encoded = [
+        (size, sum(map(len, texts)), sum(len(tokenizer.encode(text)) for text in texts)) for size, texts in kinds
+    ]
     rate = sum(n_bytes for _, n_bytes, _ in encoded) / max(time.perf_counter() - begin, 1e-6)
     itemsize = token_dtype(tokenizer.vocab_size).itemsize
     tokens = sum(size * found / max(n_bytes, 1) for size, n_bytes, found in encoded)

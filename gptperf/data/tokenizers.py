@@ -94,7 +94,9 @@ def load_tokenizer(
     known = tiktoken.list_encoding_names()
     if name in known:
         return TiktokenTokenizer.download(name, eot, instead)
-    sets = {} if data_dir is None else {path.parent.name: path.parent for path in Path(data_dir).glob(f"[!.]*/{MANIFEST}")}
+    sets = (
+        {} if data_dir is None else {path.parent.name: path.parent for path in Path(data_dir).glob(f"[!.]*/{MANIFEST}")}
+    )
     if name in sets:
         return _of_data_set(sets[name], eot)
     if os.path.exists(name) or os.sep in name or name.endswith(".json"):

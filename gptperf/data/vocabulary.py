@@ -45,7 +45,7 @@ TRAINED_PATTERN = "|".join(
     ]
 )
 _SHORT_CHARACTERS = 1 << 15
-"""Characters after which `short_pieces` cuts. The tokenizers library takes 130 bytes of memory for each that it encodes."""
+"""Characters after which `short_pieces` cuts. The tokenizers library takes 130 bytes of memory for each of them."""
 _SMALLEST_PIECE = 1 << 12
 _WINDOW = 1 << 16
 """Characters before the end of a piece in which a good place for the cut is looked for."""
@@ -149,7 +149,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 def short_pieces(text: str, size: int = _SHORT_CHARACTERS) -> Iterator[str]:
     """Yields a text in pieces of a little more than `size` characters that have the same words as the whole.
 
-    A piece ends at the first of the two good places of `pieces` after `size` characters; a text without one stays whole.
+    A piece ends at the first good place of `pieces` after `size` characters; a text without one stays whole.
     """
     begin = 0
     while found := _LINE_OR_WORD.search(text, begin + size):
