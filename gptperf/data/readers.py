@@ -40,8 +40,8 @@ class Meter:
         self._raw: IO[bytes] | None = None
         self._size = 0
 
-    def begin(self, raw: IO[bytes], size: int) -> None:
-        """Begins a file of `size` bytes."""
+    def begin(self, raw: IO[bytes] | None, size: int) -> None:
+        """Begins a file of `size` bytes; None: it is read as a whole."""
         self.end()
         self._raw, self._size = raw, size
 
@@ -64,16 +64,18 @@ def suffixes_in_name(path: Path) -> tuple[str, str]:
     return suffixes[-1] if suffixes else "", compression
 
 
-def suffixes_of(path: Path) -> tuple[str, str]:
+def suffixes_of(path: Path, head: bytes | None = None) -> tuple[str, str]:
     """Returns the suffixes of a file's format and of its compression in lower case, such as (".jsonl", ".gz").
 
-    The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say.
+    The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say,
+    which are `head` if they are read already.
     """
     kind, compression = suffixes_in_name(path)
     if not compression:
-        head = b""
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-            head = file.read(6)
+        if head is None:
+            head = b""
+            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                head = file.read(6)
         found = next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), "")
         if found in _COMPRESSIONS:
             compression = found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptperf.data.documents import Origin
 from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_records, suffixes_in_name, suffixes_of
-from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
+from gptperf.data.text import EMPTY, HEAD_BYTES, Document, Refused, Skipped, file_document, text_document
 from gptperf.errors import DataError, DeviceError
 
 __all__ = [
@@ -63,12 +63,18 @@ def file_documents(
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
         raise Refused("not a regular file")
-    kind, compression = suffixes_of(path)
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(HEAD_BYTES)
+    kind, compression = suffixes_of(path, head)
     check_format(kind)
     if kind in STRUCTURED:
         yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
-    else:
-        yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression))
+        return
+    # A small file is opened once: each call of the system lets other threads go on, for which this one then waits.
+    whole = head if not compression and len(head) < HEAD_BYTES else None
+    if whole is not None and meter is not None:
+        meter.begin(None, len(whole))
+    yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression), whole)
 
 
 def check_format(kind: str) -> None:
