@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.measure.cases import HOST_SHAPES, LOSS_OP, OPS
-from bench.measure.models import MODELS, PLANNED, STEP_VARIANTS
+from bench.measure.models import MODELS, PLANNED, RIVAL_MODELS, SHAPES, STEP_VARIANTS
 from gptperf.errors import ConfigError
 
 __all__ = ["MICRO", "Cell", "all_cells", "select"]
@@ -54,6 +54,8 @@ def all_cells() -> tuple[Cell, ...]:
         seconds = 70 if large else 40
         quick_s = 45 if quick else None
         cells.append(Cell(f"waterfall/{model}", seconds, alone=True, quick_s=quick_s, needs=(ceilings.name,)))
+    for model in RIVAL_MODELS:
+        cells += [Cell(f"rivals/{model}/{shape}", 240 if model == _LARGE else 120, alone=True) for shape in SHAPES]
     cells.append(Cell(f"monitor/{_LARGE}", 90, alone=True))
     cells += [Cell(f"plan/{name}", 60 if _LARGE in name else 45, alone=True) for name in PLANNED]
     for op, row in OPS.items():

@@ -33,7 +33,7 @@ _LEAST_DISK_GB = 1.0
 _TRITON_TIMEOUT_S = 180
 _PACKAGES = ("torch", "triton", "numpy", "tiktoken", "rich", "tyro", "safetensors")
 _EXTRAS = ("flash-attn", "transformers", "datasets", "wandb", "tensorboard", "pytest", "pytest-benchmark")
-_PEAK_DTYPES = ("bfloat16", "float16", "float32")
+_PEAK_DTYPES = ("bfloat16", "float16", "float32", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)

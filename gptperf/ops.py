@@ -18,7 +18,8 @@ OPS = {
     "rms_norm": "gptperf.kernels.rms_norm",
     "layer_norm": "gptperf.kernels.layer_norm",
     "rope": "gptperf.kernels.rope",
-    "swiglu": "gptperf.kernels.swiglu",
+    "activation": "gptperf.kernels.activation",
+    "swiglu": "gptperf.kernels.activation",
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "adamw": "gptperf.kernels.adamw",
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
@@ -41,6 +42,7 @@ class Ops:
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rope: Callable[..., Any]
+    activation: Callable[..., Any]
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     adamw: Callable[..., None]

@@ -6,10 +6,15 @@ Each check takes the arguments of the op of that name in `gptperf.kernels.refere
 import torch
 from torch import Tensor
 
-__all__ = ["check_adamw", "check_linear_cross_entropy", "check_norm", "check_rope", "check_swiglu"]
-__all__ += ["check_symmetric_matmul", "check_triton"]
+__all__ = ["ACTIVATIONS", "SEED_NUMEL", "check_activation", "check_adamw", "check_linear_cross_entropy", "check_norm"]
+__all__ += ["check_quantize", "check_rope", "check_swiglu", "check_symmetric_matmul", "check_triton"]
+__all__ += ["interpreter_is_on"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SEED_NUMEL = 64
+"""Elements that share a seed in adamw."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared")
+"""Names that the op `activation` takes."""
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -75,6 +80,19 @@ def check_rope(
             _check_vector("rope", name, weight, qkv, torch.Size([D]))
 
 
+def check_activation(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Checks the arguments of activation.
+
+    Raises:
+        ValueError: the activation is unknown, or the weight or bias does not fit.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: found {name!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if x.dtype not in FLOATS or x.dim() == 0:
+        raise ValueError(f"activation: found x {_describe(x)}, wanted (..., F) in a floating-point dtype")
+    _check_down_projection("activation", x, x.shape[-1], weight, bias)
+
+
 def check_swiglu(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Checks the arguments of swiglu.
 
@@ -86,15 +104,7 @@ def check_swiglu(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     width = gate_up.shape[-1]
     if width % 2:
         raise ValueError(f"swiglu: found a last dimension of {width}, wanted an even one; nearest: {width + 1}")
-    if weight is None:
-        if bias is not None:
-            raise ValueError("swiglu: found a bias without a weight, wanted both, a weight alone or neither")
-        return
-    wanted = f"{gate_up.dtype} on {gate_up.device}"
-    if weight.dim() != 2 or weight.shape[1] != width // 2 or _does_not_match(weight, gate_up):
-        raise ValueError(f"swiglu: found weight {_describe(weight)}, wanted (C, {width // 2}) {wanted}")
-    if bias is not None and (bias.shape != weight.shape[:1] or _does_not_match(bias, gate_up)):
-        raise ValueError(f"swiglu: found bias {_describe(bias)}, wanted ({weight.shape[0]},) {wanted}")
+    _check_down_projection("swiglu", gate_up, width // 2, weight, bias)
 
 
 def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
@@ -124,17 +134,25 @@ def check_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignor
 
 
 def check_adamw(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, compute: Tensor | None, scalars: Tensor
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    compute: Tensor | None,
+    scalars: Tensor,
+    seeds: Tensor | None,
 ) -> None:
     """Checks the arguments of adamw.
 
     Raises:
         ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
     """
+    moment = exp_avg.dtype if exp_avg.dtype == torch.bfloat16 else torch.float32
     named = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    wanted = f"{tuple(master.shape)} torch.float32 on {master.device}, contiguous"
     for name, tensor in named.items():
-        if tensor.dtype != torch.float32 or not _is_laid_out_like(tensor, master):
+        dtype = moment if name.startswith("exp") else torch.float32
+        wanted = f"{tuple(master.shape)} {dtype} on {master.device}, contiguous"
+        if tensor.dtype != dtype or not _is_laid_out_like(tensor, master):
             raise ValueError(f"adamw: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
     if compute is not None and not _is_laid_out_like(compute, master):
         wanted = f"{tuple(master.shape)} on {master.device}, contiguous"
@@ -143,6 +161,17 @@ def check_adamw(
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted (6,) torch.float32, contiguous")
     if scalars.device != master.device:
         raise ValueError(f"adamw: found scalars {_describe(scalars)}, wanted them on {master.device}")
+    if moment == torch.float32:
+        if seeds is not None:
+            raise ValueError("adamw: found seeds with moments in float32, wanted None")
+        return
+    shape = (-(-master.numel() // SEED_NUMEL),)
+    wanted = f"{shape} torch.int32 on {master.device}, contiguous, because the moments are bfloat16"
+    if seeds is None:
+        raise ValueError(f"adamw: found no seeds, wanted {wanted}")
+    of_int32 = seeds.dtype == torch.int32 and seeds.is_contiguous() and seeds.device == master.device
+    if seeds.shape != shape or not of_int32:
+        raise ValueError(f"adamw: found seeds {_describe(seeds)}, wanted {wanted}")
 
 
 def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> None:
@@ -152,16 +181,29 @@ def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> N
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
     op = "symmetric_matmul"
-    if x.dtype not in FLOATS or x.dim() != 3 or not x.is_contiguous():
-        wanted = "(B, M, K) in a floating-point dtype, contiguous"
+    if x.dtype not in FLOATS or x.dim() != 3 or not (x.is_contiguous() or x.mT.is_contiguous()):
+        wanted = "(B, M, K) in a floating-point dtype, contiguous or the transpose of that"
         raise ValueError(f"{op}: found x {_describe(x)} with strides {x.stride()}, wanted {wanted}")
     for name, tensor, shape in (("z", z, tuple(x.shape)), ("add", add, (x.shape[0], x.shape[1], x.shape[1]))):
         if tensor is None:
             continue
         same = tensor.dtype == x.dtype and tensor.device == x.device
-        if tensor.shape != shape or not same or not tensor.is_contiguous():
-            wanted = f"{shape} {x.dtype} on {x.device}, contiguous"
+        laid_out = tensor.stride() == x.stride() if name == "z" else tensor.is_contiguous()
+        if tensor.shape != shape or not same or not laid_out:
+            wanted = f"{shape} {x.dtype} on {x.device}, " + ("with the strides of x" if name == "z" else "contiguous")
             raise ValueError(f"{op}: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")
+
+
+def check_quantize(x: Tensor, scale: Tensor) -> None:
+    """Checks the arguments of quantize.
+
+    Raises:
+        ValueError: x is not a matrix of floating-point numbers, or the scale does not fit.
+    """
+    if x.dtype not in FLOATS or x.dim() != 2:
+        raise ValueError(f"quantize: found x {_describe(x)}, wanted (M, N) in a floating-point dtype")
+    if scale.dtype != torch.float32 or not scale.numel() or scale.device != x.device:
+        raise ValueError(f"quantize: found scale {_describe(scale)}, wanted at least one torch.float32 on {x.device}")
 
 
 def check_triton(op: str, x: Tensor) -> None:
@@ -172,18 +214,19 @@ def check_triton(op: str, x: Tensor) -> None:
     """
     if x.dtype == torch.float64:
         raise ValueError(f"{op}: found torch.float64, wanted float32, float16 or bfloat16 for the Triton kernel")
-    if not x.is_cuda and not _interpreter_is_on():
+    if not x.is_cuda and not interpreter_is_on():
         raise ValueError(f"{op}: found a tensor on {x.device}, wanted one on a CUDA GPU for the Triton kernel")
 
 
-def _interpreter_is_on() -> bool:
+def interpreter_is_on() -> bool:
+    """Returns whether Triton interprets its kernels on the CPU instead of compiling them."""
     import triton  # imported here only, because eager PyTorch runs without it
 
     return bool(triton.knobs.runtime.interpret)
 
 
 # What torch.compiler.assume_constant_result sets; that function imports the compiler, which not every run needs.
-_interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreter_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
@@ -191,6 +234,19 @@ def _check_vector(op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Si
     if tensor.shape != shape or tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
         dtypes = str(x.dtype) if x.dtype == torch.float32 else f"{x.dtype} or torch.float32"
         raise ValueError(f"{op}: found {name} {_describe(tensor)}, wanted {tuple(shape)} {dtypes} on {x.device}")
+
+
+def _check_down_projection(op: str, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Checks the weight `(C, width)` and bias `(C,)` of a down projection, or that both are None."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{op}: found a bias without a weight, wanted both, a weight alone or neither")
+        return
+    wanted = f"{x.dtype} on {x.device}"
+    if weight.dim() != 2 or weight.shape[1] != width or _does_not_match(weight, x):
+        raise ValueError(f"{op}: found weight {_describe(weight)}, wanted (C, {width}) {wanted}")
+    if bias is not None and (bias.shape != weight.shape[:1] or _does_not_match(bias, x)):
+        raise ValueError(f"{op}: found bias {_describe(bias)}, wanted ({weight.shape[0]},) {wanted}")
 
 
 def _does_not_match(tensor: Tensor, x: Tensor) -> bool:

@@ -11,6 +11,8 @@ K columns and N outputs: M K + N K + M N for each matmul.
 PyTorch differentiates `linear`, and its gradients have the same bits as those of `dgrad`, `wgrad` and `bias_grad`. An
 op with its own backward calls these three functions.
 
+The matmuls of `gptperf.kernels.float8_linear` have operands in 8 bits: `scaled_mm`.
+
 Reference: `torch.nn.functional.linear`.
 """
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_product", "bias_grad", "dgrad", "linear", "operand_dtype", "wgrad"]
+__all__ = ["add_product", "bias_grad", "dgrad", "linear", "operand_dtype", "scaled_mm", "wgrad"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -69,6 +71,36 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -
     if out is None:
         return _rows(dy).t() @ _rows(x)
     return _mm(dy.t(), x, out, add)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    dtype: torch.dtype,
+    fast: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Computes a b^T of 8-bit floats, divided by their scales, (+ bias); on a CPU in float32.
+
+    Args:
+        a: `(M, K)`; K is a multiple of 16.
+        b: `(N, K)`; N is a multiple of 16.
+        a_inverse, b_inverse: the inverse scales, float32 scalars.
+        dtype: dtype of the result, to which it is rounded once.
+        fast: let Hopper's tensor cores keep partial sums in fewer bits than float32.
+        bias: `(N,)` in `dtype`, or None.
+
+    Returns:
+        `(M, N)`.
+    """
+    if a.is_cuda:
+        # Inductor cannot add dimensions to a scalar that is a view of another tensor.
+        inverses = a_inverse.view(1, 1), b_inverse.view(1, 1)
+        return torch._scaled_mm(a, b.t(), *inverses, bias, out_dtype=dtype, use_fast_accum=fast)
+    y = torch.mm(a.float(), b.float().t()) * (a_inverse * b_inverse)
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def bias_grad(dy: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
 """Every op in eager PyTorch: the fallback if no kernel can run, the oracle of the tests, the baseline of the bench.
 
+The ops that quantise to 8-bit floats are in `gptperf.kernels.float8_reference`.
+
 Statistics, rotations and the log-sum-exp are computed in float32 (in float64 for float64 input) and rounded once to the
 dtype of the input. The weights of the norms may be float32 while the activations have a lower precision.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptperf.kernels.checks import (
+    SEED_NUMEL,
+    check_activation,
     check_adamw,
     check_linear_cross_entropy,
     check_norm,
@@ -18,8 +25,18 @@ from gptperf.kernels.checks import (
 )
 from gptperf.kernels.linear import add_product, linear
 
-__all__ = ["adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "sum_shares", "swiglu"]
-__all__ += ["softcapped", "symmetric_matmul"]
+__all__ = ["ACTIVATIONS", "activation", "adamw", "layer_norm", "linear_cross_entropy", "rms_norm", "rope"]
+__all__ += ["softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as the released GPT-2: Hendrycks and Gimpel, 2016, section 2
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda x: F.relu(x).square(),  # So et al., 2021, Primer
+}
+"""Name -> function from a tensor of any shape to one like it."""
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -135,6 +152,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(rotated, -1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
+def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Applies an activation, and, with a weight, the down projection of the result.
+
+    Args:
+        x: `(..., F)`.
+        name: a key of `ACTIVATIONS`.
+        weight: `(C, F)`, the weight of the down projection, or None.
+        bias: `(C,)`, the bias of the down projection, or None.
+
+    Returns:
+        `(..., F)`, or `(..., C)` with a weight.
+
+    Raises:
+        ValueError: the activation is unknown, or the weight or bias does not fit.
+    """
+    check_activation(x, name, weight, bias)
+    y = ACTIVATIONS[name](x)
+    return y if weight is None else linear(y, weight, bias)
+
+
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Computes silu(gate) * up on the packed projection, and, with a weight, the down projection of that product.
 
@@ -204,11 +241,13 @@ def adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
+    seeds: Tensor | None = None,
 ) -> None:
     """Does one AdamW update in place, and writes the copy of the weights that the model reads.
 
     Args:
-        master, exp_avg, exp_avg_sq: the master weights and both moments, float32, any shape; updated.
+        master: the master weights, float32, any shape; updated.
+        exp_avg, exp_avg_sq: both moments like master, float32 or bfloat16; updated. bfloat16 is rounded at random.
         grad: like master, float32; may be overwritten.
         compute: like master, in the compute dtype, overwritten with the rounded weights; or None.
         scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, the divisor of the gradient, and a flag
@@ -216,15 +255,16 @@ def adamw(
         beta1, beta2: decay rates of the moments.
         eps: added to the square root of the second moment.
         weight_decay: decay rate of the weights; it is multiplied by the learning rate.
+        seeds: `(P / 64,)` int32 with moments in bfloat16: a seed for each 64 of the P weights, the same at every step.
 
     Raises:
         ValueError: tensors differ in shape, device or dtype, or one is not contiguous.
 
     Source: Loshchilov and Hutter, 2019, algorithm 2.
     """
-    check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars)
-    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
-    if not torch.compiler.is_compiling():  # PyTorch's own kernel; torch.compile makes one kernel of the formula below
+    check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, seeds)
+    lr, t, _, _, divisor, skip = scalars.unbind()
+    if seeds is None and not torch.compiler.is_compiling():  # PyTorch's kernel; torch.compile makes one of the formula
         torch._fused_adamw_(
             [master],
             [grad],
@@ -243,16 +283,56 @@ def adamw(
             found_inf=(skip != 0).float(),
         )
     else:
-        keep = skip == 0
-        g = grad / divisor
-        m = torch.lerp(exp_avg, g, 1 - beta1)
-        v = torch.lerp(exp_avg_sq, g * g, 1 - beta2)
-        w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
-        exp_avg.copy_(torch.where(keep, m, exp_avg))
-        exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
-        master.copy_(torch.where(keep, w, master))
+        _adamw(master, grad, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, weight_decay, seeds)
     if compute is not None:
         compute.copy_(master)
+
+
+def _adamw(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seeds: Tensor | None,
+) -> None:
+    """Does the update by its formula."""
+    lr, t, bias1, bias2, divisor, skip = scalars.unbind()
+    keep = skip == 0
+    g = grad / divisor
+    m = torch.lerp(exp_avg.float(), g, 1 - beta1)
+    v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
+    w = master * (1 - lr * weight_decay) - (lr / bias1) * m / ((v / bias2).sqrt() + eps)
+    if seeds is not None:
+        random = _random_bits(seeds, t).flatten()[: m.numel()].view(m.shape)
+        m, v = _round_to_bfloat16(m, random & 0xFFFF), _round_to_bfloat16(v, (random >> 16) & 0xFFFF)
+    exp_avg.copy_(torch.where(keep, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
+    master.copy_(torch.where(keep, w, master))
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Returns a permutation of int32 in which every bit depends on all bits of h: the finalizer of MurmurHash3."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * (0x85EBCA6B - 2**32)
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _random_bits(seeds: Tensor, t: Tensor) -> Tensor:
+    """Returns 32 random bits for each element, `(P / 64, 64)` int32: a hash of t, the seed and the place beside it."""
+    lane = torch.arange(SEED_NUMEL, dtype=torch.int32, device=seeds.device)
+    h = _mix(seeds ^ (t.to(torch.int32) * (0x9E3779B9 - 2**32)))
+    return _mix(h[:, None] + lane * (0x85EBCA77 - 2**32))
+
+
+def _round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
+    """Rounds float32 to values of bfloat16, up or down at random; `random` is an int32 from 0 to 2^16 - 1."""
+    bits = (x.view(torch.int32) + random) & -(2**16)
+    return torch.where(x.isnan(), x, bits.view(torch.float32))
 
 
 def symmetric_matmul(
@@ -263,8 +343,8 @@ def symmetric_matmul(
     x x^T is symmetric. So is the product of two symmetric matrices with the same eigenvectors, such as a power of one.
 
     Args:
-        x: `(B, M, K)`, contiguous.
-        z: like x; default: x itself. The kernel computes the lower half of the result alone.
+        x: `(B, M, K)`, contiguous or the transpose (`mT`) of a contiguous tensor.
+        z: like x, with its strides; default: x itself. The kernel computes the lower half of the result alone.
         add: `(B, M, M)`, contiguous symmetric matrices in x's dtype, or None.
         alpha, beta: factors.
 

@@ -28,17 +28,21 @@ __all__ = ["symmetric_matmul"]
 def program_shape(M: int, itemsize: int) -> dict[str, int]:
     """Returns the side of a tile, the columns of x that a program takes at a time, warps and stages.
 
-    Large tiles read x least often; with M below 1024 they are too few for all multiprocessors. A stage of the large
-    tiles holds 32 KB, so that three fit into the 96 KB of the smallest GPUs. Not measured yet.
+    Large tiles read x least often. A stage of them holds 32 KB, so that three fit into the 96 KB of the smallest GPUs.
+    The fastest of 13 in float16 on an H200, 2026-11-30, in turns with torch.baddbmm: 24 products of 2048 x 2048 take
+    0.395 ms (8 warps: 0.461; torch 0.598), of 2048 x 5632 1.025 (1.258; 1.686), 48 of 768 x 768 0.064 (0.099; 0.078).
     """
-    block = 128 if M >= 1024 else 64
-    return {"BLOCK": block, "BLOCK_K": 64 if itemsize == 2 else 16, "num_warps": 8, "num_stages": 3}
+    block = 128 if M >= 512 else 64
+    if itemsize == 2:
+        return {"BLOCK": block, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK": block, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
 def _symmetric_matmul_kernel(
-    X, Z, ADD, Y, M, K, alpha, beta, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    X, Z, ADD, Y, M, K, row_stride, column_stride, alpha, beta,
+    HAS_ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     number, matrix = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     # Tiles are counted row by row of the triangle, so row i begins with number i (i + 1) / 2. The square root may be
     # off by a rounding.
@@ -49,9 +53,9 @@ def _symmetric_matmul_kernel(
     rows = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     columns = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     lanes = tl.arange(0, BLOCK_K).to(tl.int64)
-    left = X + matrix * M * K + rows[:, None] * K + lanes[None, :]
-    right = Z + matrix * M * K + columns[None, :] * K + lanes[:, None]
-    total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64)
+    left = X + matrix * M * K + rows[:, None] * row_stride + lanes[None, :] * column_stride
+    right = Z + matrix * M * K + columns[None, :] * row_stride + lanes[:, None] * column_stride
+    total, step = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((), BLOCK_K, tl.int64) * column_stride
     for start in range(0, K, BLOCK_K):
         inside = lanes < K - start
         a = tl.load(left, mask=(rows[:, None] < M) & inside[None, :], other=0.0)
@@ -80,7 +84,8 @@ def _forward(x: Tensor, z: Tensor | None, add: Tensor | None, alpha: float, beta
         tiles = ceil_div(M, constants["BLOCK"])
         grid = (tiles * (tiles + 1) // 2, B)
         tensors = (x, x if z is None else z, x if add is None else add, y)
-        launch(_symmetric_matmul_kernel, grid, tensors, (M, K, alpha, beta), constants)
+        numbers = (M, K, x.stride(1), x.stride(2), alpha, beta)
+        launch(_symmetric_matmul_kernel, grid, tensors, numbers, constants)
     return y
 
 

@@ -73,7 +73,7 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     code, text = run(capsys)
     assert code == 0
     assert "GPU 0                  NVIDIA H200, 150.1 GB, compute capability 9.0" in text
-    assert "dense peak in TFLOPS: bfloat16 989.4, float16 989.4, float32 66.9 (H200: NVIDIA H200 data sheet" in text
+    assert "dense peak in TFLOPS: bfloat16 989.4, float16 989.4, float32 66.9, fp8 1978.9 (H200: " in text
     assert "nccl                   2.27.3" in text
     assert "device                 cuda: NVIDIA H200" in text
     assert "compile                block: torch.compile through Triton" in text

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptperf import ops
 from gptperf.kernels import reference
 
 __all__ = ["HOST_ROWS", "HOST_SHAPES", "IMPLS", "LOSS_OP", "OPS", "OURS", "YARDSTICKS", "Implementation", "Inputs"]
@@ -45,6 +46,7 @@ class Op:
 NORM = ((32768, 2048), (65536, 768), (16384, 4096), (8192, 8192))  # M, N
 ROPE = ((16, 16, 2048, 128, 16), (4, 32, 4096, 128, 32), (64, 12, 1024, 64, 12), (4, 32, 4096, 128, 8))  # B, H, T, D, K
 SWIGLU = ((32768, 5632), (16384, 14336), (65536, 2048))  # M, F
+ACTIVATION = ((65536, 3072), (16384, 16384))  # M, F
 LOSS = ((32768, 2048, 32000), (65536, 768, 50304), (16384, 4096, 128256))  # M, C, V
 PLAIN = ("eager", "compiled", "triton", "liger")
 OPS = {
@@ -53,6 +55,10 @@ OPS = {
     "layer_norm": Op(NORM, (*PLAIN, "torch_native", "cudnn"), (37, 96), (4096, 768)),
     "layer_norm_add": Op(NORM, (*PLAIN, "torch_native"), (37, 96), (4096, 768)),
     "rope": Op(ROPE, (*PLAIN, "liger_separate"), (2, 4, 9, 16, 2), (2, 16, 1024, 128, 4)),
+    "gelu": Op(ACTIVATION, PLAIN[:3], (19, 40), (4096, 3072)),
+    "gelu_recompute": Op(ACTIVATION, ("triton",), (19, 40), (4096, 3072)),
+    "gelu_tanh": Op(ACTIVATION[:1], PLAIN[:3], (19, 40), (4096, 3072)),
+    "relu_squared": Op(ACTIVATION[:1], PLAIN[:3], (19, 40), (4096, 3072)),
     "swiglu": Op(SWIGLU, PLAIN, (19, 40), (4096, 5632)),
     "swiglu_recompute": Op(SWIGLU, ("triton",), (19, 40), (4096, 5632)),
     "linear_cross_entropy": Op(LOSS, PLAIN, (23, 32, 101), (4096, 768, 50304)),
@@ -62,7 +68,7 @@ HOST_ROWS = (1, 8, 64, 512)
 HOST_SHAPES: dict[str, Callable[[int], Shape]] = {
     **dict.fromkeys((op for op in OPS if "norm" in op), lambda rows: (rows, 768)),
     "rope": lambda rows: (1, 12, rows, 64, 12),
-    "swiglu": lambda rows: (rows, 2048),
+    **dict.fromkeys(("gelu", "swiglu"), lambda rows: (rows, 2048)),
 }
 
 
@@ -86,9 +92,10 @@ def least_bytes(op: str, shape: Shape) -> dict[str, int]:
     if op == "linear_cross_entropy":
         return {}  # limited by its matrix products, not by memory
     M, d_ff = shape
-    if op == "swiglu_recompute":
-        return {"backward": 2 * 6 * M * d_ff}
-    return {"forward": 2 * 3 * M * d_ff, "backward": 2 * 5 * M * d_ff}
+    forward, backward = (3, 5) if op.startswith("swiglu") else (2, 3)
+    if op.endswith("_recompute"):
+        return {"backward": 2 * (backward + 1) * M * d_ff}
+    return {"forward": 2 * forward * M * d_ff, "backward": 2 * backward * M * d_ff}
 
 
 def share(impl: str, op: str, shape: Shape) -> float:
@@ -126,8 +133,8 @@ def make_inputs(
         targets = torch.randint(V, (M,), generator=generator, device=device)
         return {"x": normal(M, C), "weight": normal(V, C).mul_(0.02), "targets": targets}
     M, d_ff = shape
-    inputs = {"gate_up": normal(M, 2 * d_ff)}
-    return inputs | ({"dy": normal(M, d_ff)} if op == "swiglu_recompute" else {})
+    inputs = {"gate_up": normal(M, 2 * d_ff)} if op.startswith("swiglu") else {"x": normal(M, d_ff)}
+    return inputs | ({"dy": normal(M, d_ff)} if op.endswith("_recompute") else {})
 
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:
@@ -146,16 +153,19 @@ def call(function: Callable[..., Any], op: str, shape: Shape, inputs: Inputs) ->
 
 def eager(op: str) -> Callable[..., Any]:
     """Returns the eager reference of an op."""
+    if op in reference.ACTIVATIONS:
+        return partial(reference.activation, name=op)
     return getattr(reference, op.removesuffix("_add"))
 
 
 def kernel(op: str) -> Callable[..., Any]:
     """Returns the Triton implementation of an op."""
     name = op.removesuffix("_add").removesuffix("_recompute")
-    function = getattr(importlib.import_module(f"gptperf.kernels.{name}"), name)
-    if op == "swiglu_recompute":
-        return lambda gate_up, dy: torch.ops.gptperf.swiglu_backward(dy, gate_up, True)
-    return function
+    public = "activation" if name in reference.ACTIVATIONS else name
+    function = getattr(importlib.import_module(ops.OPS[public]), public)
+    if op.endswith("_recompute"):
+        return lambda x, dy: torch.ops.gptperf.activation_backward(dy, x, name, True)
+    return partial(function, name=name) if public != name else function
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptperf.config import Config, command_line
 
-__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "STEP_VARIANTS", "VARIANTS", "config_of", "planned", "resolve"]
+__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "RIVAL_MODELS", "SHAPES", "STEP_VARIANTS", "VARIANTS"]
+__all__ += ["config_of", "planned", "resolve", "rival_config"]
 
 MODELS = {
     "llama_1.36b": ["configs/llama_1.36b.toml", "--batch_size=16"],
     "gpt2_124m": ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64"],
     "llama_124m": ["configs/llama_124m.toml", "--batch_size=64"],
 }
+RIVAL_MODELS = ("shakespeare_char", "gpt2_124m", "llama_124m", "llama_1.36b")
+"""Models that are timed beside rivals."""
+SHAPES = ("small", "usual", "long")
+_LONG = 8192
 _LLAMA, _GPT2 = MODELS["llama_1.36b"], MODELS["gpt2_124m"]
 _GROUPED = ["configs/llama_124m.toml", "--n_layer=20", "--n_embd=1280", "--n_head=20", "--n_kv_head=4"]
 PLANNED = {
@@ -31,14 +36,19 @@ PLANNED = {
 }
 """Runs whose plan is compared with a measurement. The rates of the plan are fitted to the first and the sixth run; no
 formula of the plan is fitted to the last run."""
+_FP8 = ["--compile=True", "--kernels=triton", "--matmul_dtype=fp8"]
 VARIANTS = {
     "eager": ["--compile=False", "--kernels=eager"],
     "compiled": ["--compile=True", "--kernels=eager", "--compile_scope=model"],
     "triton": ["--compile=False", "--kernels=triton"],
     "triton+compiled": ["--compile=True", "--kernels=triton"],
     "auto+compiled": ["--compile=True", "--kernels=auto"],
+    "fp8": _FP8,
+    "fp8_forward": [*_FP8, "--fp8_level=forward"],
+    "fp8_dgrad": [*_FP8, "--fp8_level=forward+dgrad"],
+    "fp8_current": [*_FP8, "--fp8_scaling=current"],
 }
-STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled")
+STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled", "fp8")
 """Variants with a cell of `python -m bench`."""
 DEFAULT_VARIANT = "triton+compiled"
 """The variant that a run on a GPU uses by default."""
@@ -51,6 +61,28 @@ def resolve(model: str, variant: str) -> Config:
         ConfigError: The configuration file is missing.
     """
     return command_line.resolve([*MODELS[model], "--gradient_accumulation_steps=1", *VARIANTS[variant]]).config
+
+
+def rival_config(model: str, shape: str, flags: Sequence[str] = ()) -> Config:
+    """Returns the configuration of a model that is timed beside rivals, with everything else at its default.
+
+    Args:
+        model: One of `RIVAL_MODELS`.
+        shape: One of `SHAPES`. small: one sequence; usual: the batch of the bench; long: sequences of 8192 tokens, as
+            many tokens as usual.
+        flags: More flags.
+
+    Raises:
+        ConfigError: The configuration file is missing, or a flag is wrong.
+    """
+    given = [*MODELS.get(model, [f"configs/{model}.toml"]), "--gradient_accumulation_steps=1", *flags]
+    usual = command_line.resolve(given).config
+    if shape == "small":
+        given.append("--batch_size=1")
+    if shape == "long":
+        batch = max(1, usual.train.batch_size * usual.model.block_size // _LONG)
+        given += [f"--block_size={_LONG}", f"--batch_size={batch}"]
+    return command_line.resolve(given).config
 
 
 def planned(name: str) -> Config:

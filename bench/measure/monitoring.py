@@ -41,7 +41,7 @@ def measure(model: str, windows: int = WINDOWS) -> dict[str, Any]:
     config = resolve(model, DEFAULT_VARIANT)
     engine = build_engine(config, start_process("cuda"))
     scope = compile_engine(engine)
-    batches = random_batches(engine)
+    batches = random_batches(engine.config, engine.process.device)
 
     def run(watching: bool, step: int) -> None:
         result = train_step(engine, batches, step, watched=watching and _is_watched(step))

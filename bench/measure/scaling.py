@@ -134,7 +134,7 @@ def _measure(case: Case, process: Process, save: bool, start_together: Callable[
     engine.weights.share()
     compile_engine(engine)
     seed = 1000 + dist.get_rank()  # every rank reads other tokens
-    batches = random_batches(engine, torch.Generator(process.device).manual_seed(seed))
+    batches = random_batches(config, process.device, torch.Generator(process.device).manual_seed(seed))
     moved = engine.weights.collectives
 
     def run(step: int) -> StepResult:

@@ -22,34 +22,36 @@ from torch import Tensor
 from bench.measure import timing
 from bench.measure.models import MODELS, VARIANTS, resolve
 from bench.measure.serial import serial_ms
-from gptperf import flops
+from gptperf import flops, plan
 from gptperf.config import Config
 from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import Process, start_process
 from gptperf.errors import run_main
+from gptperf.flops.float8 import float8_flops
 from gptperf.formats import mfu_scale
 from gptperf.hardware import Peak, gpu_state, match_gpu, peak_flop_s
 from gptperf.monitor import step_timing, trace, waterfall
 from gptperf.monitor.throughput import Throughput
-from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.engine import build_engine, compile_engine, open_graphs
 from gptperf.training.step import StepResult, train_step
 
-__all__ = ["conventions", "main", "measure", "measure_config", "of_serial", "peak_here", "profiled"]
+__all__ = ["conventions", "main", "measure", "measure_config", "micro_batch_ms", "of_serial", "peak_here"]
+__all__ += ["profiled", "random_batches"]
 
 PROFILED = 5
 WARM_UP_MS = 2000.0  # time of warm-up before profiled steps, after which the card runs at its power cap again
 _PROBE = 8192
 
 
-def random_batches(engine: Engine, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+def random_batches(config: Config, device: torch.device, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Yields batches of new random tokens without end, made on the device.
 
     Args:
-        engine: Engine whose shape and device the batches have.
+        config: Configuration with the shape of a batch.
+        device: Device of the batches.
         generator: Source of the tokens; default: the device's own generator.
     """
-    config, device = engine.config, engine.process.device
     shape = (config.train.batch_size, config.model.block_size + 1)
     while True:
         tokens = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
@@ -60,6 +62,18 @@ def peak_here(config: Config) -> Peak | None:
     """Returns the dense peak of the current device, or None (then there is no MFU) if the table does not have it."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
+
+
+def micro_batch_ms(config: Config) -> float | None:
+    """Returns the planned milliseconds of a micro-batch on this GPU, or None if they are not known."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = match_gpu(properties.name, properties.total_memory / 1e9)
+    if gpu is None or plan.unplannable(config, gpu) is not None:
+        return None
+    planned = plan.plan(config, gpu, recompute=config.system.recompute)
+    return planned.step_ms / config.train.gradient_accumulation_steps
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:
@@ -120,7 +134,7 @@ def profiled(run: Callable[[int], object], first: int, config: Config, step_ms: 
     peak = peak_here(config)
     if peak is None:
         return record | {"waterfall": None, "reason": "no peak is known for this GPU, so no MFU"}
-    fall = waterfall.waterfall(found, waterfall.step_flops(config), peak.flop_s, step_ms)
+    fall = waterfall.waterfall(found, waterfall.step_flops(config, peak=peak), peak.flop_s, step_ms)
     return record | {
         "waterfall": fall.lost_points,
         "mfu_percent": fall.mfu_percent,
@@ -178,7 +192,8 @@ def _timed(
     begun = time.perf_counter()
     engine = build_engine(config, process)
     scope = compile_engine(engine)
-    batches = random_batches(engine)
+    graphs = open_graphs(engine, micro_batch_ms(config), print)
+    batches = random_batches(config, process.device)
 
     def run(step: int) -> StepResult:
         return train_step(engine, batches, step)
@@ -191,9 +206,11 @@ def _timed(
     timed = step_timing.time_steps(step_timing.cuda_window(run, watch), steps, meter.joules, meter.reason)
     peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
     spread, peak = timed.spread, peak_here(config)
-    record = Throughput(config.model, config.tokens_per_iter, 1, peak).record(spread.ms)
+    throughput = Throughput(config.model, config.tokens_per_iter, 1, peak, float8_flops=float8_flops(config))
+    record = throughput.record(spread.ms)
     figures: dict[str, Any] = {
         "compile": scope,
+        "cuda_graph": graphs,
         "step_ms": spread.ms,
         "p10_ms": spread.p10_ms,
         "p90_ms": spread.p90_ms,

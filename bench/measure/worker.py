@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.measure import loader, monitoring, op_errors, ops, step, timing
+from bench.measure import loader, monitoring, op_errors, ops, rivals, step, timing
 from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
-from bench.measure.models import DEFAULT_VARIANT, planned, resolve
+from bench.measure.models import DEFAULT_VARIANT, planned, resolve, rival_config
 from bench.measure.op_tables import error_table, host_table, table
 from gptperf.hardware.measure import measure as measure_ceilings
 from gptperf.hardware.measure_command import report
@@ -102,6 +102,17 @@ def _waterfall(name: str, quick: bool, folder: Path) -> Found:
     return {**found, "protocol": f"{step_timing.STEP_PROTOCOL} Then {step.PROFILED} steps under the profiler."}
 
 
+def _rivals(name: str, quick: bool, _: Path) -> Found:
+    model, shape = name.split("/")[1:]
+    folder = os.environ.get("NANOGPT")
+    turn = rivals.Turn(rival_config(model, shape), Path(folder) if folder else None)
+    found = rivals.measure(turn, (rivals.OURS, *rivals.RIVALS), rounds=3, steps=_QUICK_STEPS)
+    print("\n".join(rivals.lines(found)))
+    failed = [found[rivals.OURS]["reason"]] if "reason" in found[rivals.OURS] else []
+    results: Found = {"model": model, "shape": shape, "contenders": found}
+    return {"config": turn.config.sections(), "results": results, "protocol": rivals.__doc__, "failed": failed}
+
+
 def _monitor(name: str, _: bool, __: Path) -> Found:
     return {**monitoring.measure(name.split("/")[1]), "protocol": monitoring.PROTOCOL}
 
@@ -147,6 +158,7 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
     "ceilings": _ceilings,
     "step": _step,
     "waterfall": _waterfall,
+    "rivals": _rivals,
     "monitor": _monitor,
     "plan": _plan,
     "loader": _loader,

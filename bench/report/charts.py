@@ -20,6 +20,7 @@ _COMPONENT = {
     "rms_norm": ("normalization", "rmsnorm"),
     "layer_norm": ("normalization", "layernorm"),
     "rope": ("position_encoding", "rope"),
+    "gelu": ("activation", "gelu"),
     "swiglu": ("ffn_type", "swiglu"),
 }
 """Op -> kind and name of the component whose card states the op's FLOPs per element."""

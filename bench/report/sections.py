@@ -48,7 +48,19 @@ def verdict_lines(records: Records) -> list[str]:
 def sections(records: Records) -> list[Section]:
     """Returns all sections of a folder of results; cells that were not measured have no section."""
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
-    makers = (_steps, _conventions, _waterfalls, _monitoring, _cross_check, _plans, _ceilings, _ops, _errors, _host)
+    makers = (
+        _steps,
+        _rivals,
+        _conventions,
+        _waterfalls,
+        _monitoring,
+        _cross_check,
+        _plans,
+        _ceilings,
+        _ops,
+        _errors,
+        _host,
+    )
     for make in (*makers, _loader, _micro):
         found += make(records)
     return [*found, _environment(records), *_protocols(records)]
@@ -141,6 +153,24 @@ def _waterfalls(records: Records) -> Iterator[Section]:
             names = ", ".join(f"{name[:60]} {ms:.3f} ms" for name, ms in list(unknown.items())[:8])
             lines.append(f"Kernels that no pattern knows, counted as other: {names}.")
         yield Section("Waterfall", lines, tables, charts)
+
+
+def _rivals(records: Records) -> Iterator[Section]:
+    rows = []
+    for record in _done(records, "rivals").values():
+        found = record["results"]
+        for name, row in found["contenders"].items():
+            head = (found["model"], found["shape"], name)
+            if "reason" in row:
+                rows.append((*head, row["reason"], "", "", ""))
+                continue
+            span = f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}"
+            figures = (number(row["step_ms"], ",.3f"), span, number(row["tokens_per_sec"], ",.0f"))
+            rows.append((*head, *figures, number(row["ratio"], ".3f")))
+    if rows:
+        columns = ("model", "shape", "contender", "ms/step", "p10 to p90", "tokens/s", "time / gptperf's")
+        lines = ["Contenders take turns in one process; new random tokens in every step. Above 1 gptperf is faster."]
+        yield Section("Beside other stacks", lines, [Table(columns, rows)])
 
 
 def _monitoring(records: Records) -> Iterator[Section]:

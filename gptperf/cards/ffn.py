@@ -16,7 +16,8 @@ class FFN:
     cost: Cost | None = None
     """Element-wise cost of the FFN's own activation, or None if it applies the configured one, which has a card."""
     op: str | None = None
-    """The op of `gptperf.ops` that runs the FFN between its matmuls, or None if there is no such op."""
+    """The op of `gptperf.ops` that runs everything after the first matmul, or None if there is no such op. An FFN that
+    applies the configured activation has it only if the card of that activation names the same op."""
 
     def default_width(self, C: int, multiple: int) -> int:
         """Returns the default F, which applies if the configuration has none; `multiple` is `d_ff_multiple`."""
@@ -37,20 +38,22 @@ class FFN:
 
     def moved(self, F: int) -> Moved:
         """Returns the elements that everything between the matmuls moves per token and layer."""
-        return Moved(2 * F, 3 * F)
+        again = F if self.op else 0  # backward writes the output again, for the gradient of the down projection
+        return Moved(2 * F, 3 * F + again)
 
     def kept(self, F: int, implementation: Implementation) -> int:
         """Returns the elements kept for backward per token and layer, besides the FFN's input."""
-        output = 0 if implementation == "compiled" else F  # Inductor computes the activation again
-        return F + output
+        again = implementation == "compiled" or (implementation == "triton" and self.op is not None)
+        return F if again else 2 * F  # Inductor and the op compute the activation again
 
     def backward_peak(self, F: int) -> int:
         """Returns the most elements per token that exist at once between the matmuls of backward.
 
-        Elements kept from the forward pass are not included. In the standard FFN the peak is the gradient of the
-        activation's output, and then the gradient of its input, when the output itself is freed.
+        Elements kept from the forward pass are not included. With the op, these are the gradients of the activation's
+        output and input, and the recomputed output. Without it, the gradient of the output, and then that of the input,
+        when the output itself is freed.
         """
-        return F
+        return 3 * F if self.op else F
 
 
 class SwiGLU(FFN):
@@ -78,5 +81,5 @@ class SwiGLU(FFN):
         return 4 * F
 
 
-STANDARD = FFN()
+STANDARD = FFN(op="activation")
 SWIGLU = SwiGLU(activation="silu", cost=Cost(5, "silu of gate, times up"), op="swiglu")

@@ -14,7 +14,9 @@ class Optimizer:
     """AdamW, which updates float32 master weights in one pass."""
 
     states: int = 2
-    """Number of float32 state tensors, each with the size of the weights."""
+    """Number of state tensors, each with the size of the weights."""
+    element_bytes: int = FP32_BYTES
+    """Bytes of an element of a state of AdamW; those of Muon are float32."""
 
     def state_bytes(self, parameters: int, hidden: int = 0, rows: int = 0) -> int:
         """Returns the bytes of the states.
@@ -24,7 +26,7 @@ class Optimizer:
             hidden: how many of them belong to the matrices of the blocks.
             rows: rows of these matrices.
         """
-        return FP32_BYTES * self.states * parameters
+        return self.element_bytes * self.states * parameters
 
     def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
         """Returns the bytes that one update moves.
@@ -37,8 +39,7 @@ class Optimizer:
             hidden: how many of them belong to the matrices of the blocks.
             copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
         """
-        read, written = 2 + self.states, 1 + self.states
-        return parameters * (FP32_BYTES * (read + written) + copy_bytes)
+        return parameters * (3 * FP32_BYTES + 2 * self.element_bytes * self.states + copy_bytes)
 
     def flops(self, rows: int, columns: int, halved: bool) -> int:
         """Returns the FLOPs of the matrix products that update one matrix of a block; none here."""

@@ -195,7 +195,7 @@ def split(
 
 def _values(queue: list[str], key: Key | None, greedy: bool) -> Iterator[str]:
     """Removes the values of a flag without "=" from the front of the words after it, and yields them."""
-    if key is not None and key.type is bool and not (queue and queue[0].lower() in ("true", "false")):
+    if key is not None and key.type is bool and not (queue and queue[0].lower() in ("true", "false", *key.words)):
         yield "true"
         return
     several = greedy and key is not None and key.many

@@ -62,6 +62,8 @@ class Key(NamedTuple):
     rule: Range | Component | Choice | None
     many: bool = False
     """Whether the value is a tuple; type and rule are then those of each of its elements."""
+    words: tuple[str, ...] = ()
+    """Words that are valid besides the values of the type, such as "auto" for a boolean."""
 
     @property
     def choices(self) -> tuple[str, ...] | None:
@@ -78,7 +80,7 @@ class Key(NamedTuple):
         if isinstance(self.rule, Range):
             words = str(self.rule).replace("a number", "a whole number" if self.type is int else "a number")
         else:
-            words = _WANTED[self.type]
+            words = ", ".join([*self.words, _WANTED[self.type]])
         return words + (" (or left out)" if self.optional else "")
 
 
@@ -90,6 +92,7 @@ def key_of(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
         else (hint,)
     )
     optional = type(None) in parts
+    words = tuple(w for part in parts[1:] if typing.get_origin(part) is Literal for w in typing.get_args(part))
     hint = next(part for part in parts if part is not type(None))
     rule: Range | Component | Choice | None = None
     many = typing.get_origin(hint) is tuple
@@ -99,12 +102,12 @@ def key_of(section: str, field: dataclasses.Field[Any], hint: Any) -> Key:
         hint, rule = typing.get_args(hint)[:2]
     if typing.get_origin(hint) is Literal:
         hint, rule = str, Choice(typing.get_args(hint))
-    return Key(field.name, section, hint, optional, field.default, rule, many)
+    return Key(field.name, section, hint, optional, field.default, rule, many, words)
 
 
 def value_problem(key: Key, value: Any) -> str | None:
     """Returns what is wrong with a value, or None. The type must match: a string is never read as a number."""
-    if value is None and key.optional:
+    if (value is None and key.optional) or (isinstance(value, str) and value in key.words):
         return None
     wrong_type = type(value) is not key.type and not (key.type is float and type(value) is int)
     if wrong_type and not (key.type is Path and isinstance(value, Path)):

@@ -40,6 +40,11 @@ def notes_on(c: Mapping[str, Any], windows: Sequence[int], usual: Mapping[str, A
     ]
     if c["arch_preset"] == "gpt2" and c["norm_position"] == "post":
         lines.append("preset gpt2 is post-norm without biases; the released GPT-2 is preset gpt2_openai")
+    if c["matmul_dtype"] == "fp8":
+        lines.append(
+            "fp8: the MFU is relative to the bfloat16 peak (bf16-equivalent); blended_mfu_percent counts each matmul "
+            "relative to the peak of its own dtype"
+        )
     if c["document_mask"]:
         lines.append(
             "document_mask = true: the plan and the FLOPs before the first iteration assume that a sequence is one "

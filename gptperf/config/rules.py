@@ -190,6 +190,29 @@ def _only_muon(c: _Values, key: str, off: object) -> str | None:
     return f"{key} = {str(c[key]).lower()} applies to Muon only, but optimizer = {c['optimizer']!r}; {near}"
 
 
+def _fp8_dtype(c: _Values) -> str | None:
+    if c["matmul_dtype"] != "fp8" or c["dtype"] == "bfloat16":
+        return None
+    return f"matmul_dtype = 'fp8' needs dtype = 'bfloat16', found {c['dtype']!r}; nearest: matmul_dtype = 'dtype'"
+
+
+def _only_fp8(c: _Values, key: str, default: str) -> str | None:
+    if c[key] == default or c["matmul_dtype"] == "fp8":
+        return None
+    return f"{key} = {c[key]!r} applies to matmul_dtype = 'fp8' only; nearest: {key} = {default!r}"
+
+
+def _fp8_skip(c: _Values) -> str | None:
+    words = ("first", "last", "attention", "ffn")
+    for part in filter(None, c["fp8_skip"].split(",")):
+        block = re.fullmatch(r"(?:blocks\.)?(\d{1,6})(?:\.[\w.]+)?", part, re.ASCII)
+        if part in words or (block and int(block[1]) < c["n_layer"] and (part == block[1] or part[0] == "b")):
+            continue
+        wanted = f"wanted first, last, a block below n_layer = {c['n_layer']}, attention, ffn, or a layer blocks.N.NAME"
+        return f"fp8_skip = {c['fp8_skip']!r}: found {part!r}, {wanted}{nearest(part, words)}"
+    return None
+
+
 def _profile(c: _Values) -> str | None:
     if not c["profile"]:
         return None
@@ -282,6 +305,12 @@ RULES: tuple[Rule, ...] = (
     Rule(("use_fsdp", "compile", "compile_scope"), _fsdp_as_one_graph, _set(compile_scope="block")),
     Rule(("fsdp_reduce_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_reduce_once"), _set(fsdp_reduce_once=False)),
     Rule(("fsdp_gather_once", "use_fsdp"), partial(_only_fsdp, key="fsdp_gather_once"), _set(fsdp_gather_once=False)),
+    Rule(("matmul_dtype", "dtype"), _fp8_dtype, _set(matmul_dtype="dtype")),
+    *(
+        Rule((key, "matmul_dtype"), partial(_only_fp8, key=key, default=default), _set(**{key: default}))
+        for key, default in (("fp8_level", "full"), ("fp8_scaling", "delayed"), ("fp8_skip", ""))
+    ),
+    Rule(("fp8_skip", "n_layer"), _fp8_skip),
     Rule(("recompute", "compile", "compile_scope"), _full_recompute_as_one_graph, _set(compile_scope="block")),
     Rule(("profile", "max_iters"), _profile, {"profile": _profiled}),
     Rule(("wandb_log",), partial(_missing_package, flag="wandb_log", package="wandb")),

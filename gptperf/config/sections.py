@@ -172,6 +172,8 @@ class OptimizerConfig(_Section):
     """Divide each row of Muon's update by the root of its mean square, averaged with beta2 (NorMuon)."""
     cautious_weight_decay: bool = False
     """Muon decays only the weights that its update moves towards zero."""
+    optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's moments. bfloat16 saves 4 bytes a parameter, and is rounded up or down at random."""
     grad_clip: Annotated[float, Range(0)] = 1.0
     """Maximum global norm of the gradients; 0 disables clipping."""
 
@@ -218,11 +220,21 @@ class SystemConfig(_Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device; auto is the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype. Master weights and optimizer states are always float32."""
+    """Compute dtype. Master weights are always float32."""
+    matmul_dtype: Literal["dtype", "fp8"] = "dtype"
+    """Operands of the blocks' linear layers. dtype: as the key dtype; fp8: 8-bit floats (Ada, Hopper, Blackwell)."""
+    fp8_level: Literal["forward", "forward+dgrad", "full"] = "full"
+    """Matmuls in fp8. forward: of the forward pass; dgrad: also for gradients of inputs; full: also of weights."""
+    fp8_scaling: Literal["delayed", "current"] = "delayed"
+    """Scales of fp8. delayed: from the last iterations; current: from the tensor itself, which is read once more."""
+    fp8_skip: str = ""
+    """Comma-separated layers without fp8: first, last or numbers of blocks, attention, ffn, blocks.3.ffn.out."""
     compile: bool = True
     """Use torch.compile."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Record the launches of a step as CUDA graphs and replay them. auto: where launching takes longer than the GPU."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -266,9 +278,13 @@ class SystemConfig(_Section):
         """Dtype of the copy of the weight matrices that the model reads, and therefore of their gradients."""
         return self.dtype
 
+    def without_fp8(self) -> "SystemConfig":
+        """Returns this section with all matmuls in the compute dtype."""
+        return dataclasses.replace(self, matmul_dtype="dtype", fp8_level="full", fp8_scaling="delayed", fp8_skip="")
+
     @property
     def peak_dtype(self) -> str:
-        """Dtype of the matmuls, and therefore of the peak that the MFU is relative to."""
+        """Dtype of the peak that the MFU is relative to, also where matmuls run in fp8."""
         return self.dtype
 
 

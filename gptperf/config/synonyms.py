@@ -65,6 +65,7 @@ _KEYS = {
     "beta1": "adam_beta1 b1 momentum betas",
     "beta2": "adam_beta2 b2",
     "adam_eps": "eps epsilon adam_epsilon",
+    "optimizer_state_dtype": "state_dtype moment_dtype moments_dtype optim_dtype optimizer_dtype adam_dtype optim_bits",
     "grad_clip": "clip clip_grad max_norm max_grad_norm gradient_clipping gradient_clip grad_norm_clip "
     "grad_clip_norm clip_grad_norm gradient_clip_val",
     "batch_size": "bs mbs batch micro_batch micro_batch_size local_batch_size device_batch_size train_batch_size "
@@ -94,6 +95,7 @@ _KEYS = {
     "dtype=bfloat16": "bf16 bfloat16",
     "dtype=float16": "fp16 float16 half",
     "dtype=float32": "fp32 float32",
+    "matmul_dtype=fp8": "fp8 float8 use_fp8 enable_fp8 fp8_training enable_float8",
     "compile": "torch_compile use_compile use_torch_compile compile_model jit",
     "kernels": "use_kernels fused use_liger use_liger_kernel backend_ops",
     "kernels=triton": "triton use_triton",

@@ -1,6 +1,6 @@
 """Data parallelism (DDP), and the interface of every parallel strategy.
 
-Under every strategy the master weights, the gradients and the optimizer states are float32, in flat buckets; the model
+Under every strategy master weights and gradients are float32, and with the optimizer states in flat buckets; the model
 computes with a copy in the compute dtype. `Replicated` keeps all of them on every rank. `gptperf.distributed.zero1` and
 `gptperf.distributed.fsdp` override what they shard. Training step and checkpoint use this interface and do not know the
 strategy.
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -233,6 +234,17 @@ class Replicated(Access):
         while self._reduces_now and self._reduced < len(self.buckets) and self.buckets[self._reduced].full:
             self._reduce(self.buckets[self._reduced])
             self._reduced += 1
+
+    def bookkeeping(self) -> Any:
+        """Returns what the host knows about the gradients of this step, for `set_bookkeeping`."""
+        return [(frozenset(bucket.started), bucket.full) for bucket in self.buckets], self._reduced
+
+    def set_bookkeeping(self, known: Any) -> None:
+        """Sets what the host knows about the gradients, after work on the device that Python did not launch."""
+        buckets, self._reduced = known
+        for bucket, (started, full) in zip(self.buckets, buckets, strict=True):
+            bucket.started, bucket.full = set(started), full
+            bucket.arrived.clear()
 
     @property
     def _reduces_now(self) -> bool:

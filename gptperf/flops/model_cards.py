@@ -3,8 +3,20 @@
 The caller makes sure that each component has a card (`registry.no_card`).
 """
 
+from dataclasses import replace
+
 from gptperf import registry
-from gptperf.cards import FFN, OPTIMIZERS, AttentionBackend, Block, Norm, Optimizer, PositionEncoding
+from gptperf.cards import (
+    FFN,
+    OPTIMIZERS,
+    Activation,
+    AttentionBackend,
+    Block,
+    Norm,
+    Optimizer,
+    PositionEncoding,
+    element_bytes,
+)
 from gptperf.config import ModelConfig, OptimizerConfig
 
 __all__ = ["attention_of", "block_of", "ffn_of", "norm_of", "optimizer_of", "position_of"]
@@ -35,11 +47,15 @@ def block_of(model: ModelConfig) -> Block:
 
 
 def ffn_of(model: ModelConfig) -> FFN:
-    """Returns the card of the model's FFN."""
-    card: FFN = registry.card("ffn_type", model.ffn_type)
-    return card
+    """Returns the card of the model's FFN, with the op that runs it with the configured activation."""
+    ffn: FFN = registry.card("ffn_type", model.ffn_type)
+    activation: Activation | None = registry.card("activation", model.activation)
+    if ffn.cost is not None or (activation is not None and activation.op == ffn.op):
+        return ffn
+    return replace(ffn, op=None)
 
 
 def optimizer_of(optimizer: OptimizerConfig) -> Optimizer:
-    """Returns the card of the optimizer."""
-    return OPTIMIZERS["normuon" if optimizer.normuon else optimizer.optimizer]
+    """Returns the card of the optimizer, with the size of its moments."""
+    card = OPTIMIZERS["normuon" if optimizer.normuon else optimizer.optimizer]
+    return replace(card, element_bytes=element_bytes(optimizer.optimizer_state_dtype))

@@ -28,6 +28,8 @@ class Peak(NamedTuple):
     """The peak and its origin, as text for people."""
     dtype: str = ""
     """Dtype whose peak this is."""
+    float8_flop_s: float | None = None
+    """Peak of the same GPU in fp8; None if it has none or the user gave the peak."""
 
     def record(self) -> dict[str, Any]:
         """Returns the fields of a log record that name this peak."""
@@ -92,7 +94,8 @@ def peak_flop_s(
     rates = {} if gpu is None else gpu.dense_tflops if basis == "dense" else gpu.sparse_tflops
     if gpu is None or dtype not in rates:
         return None
-    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {short}, {basis})", dtype)
+    float8 = 1e12 * rates["fp8"] if "fp8" in rates else None
+    return Peak(rates[dtype] * 1e12, basis, f"{rates[dtype]:,.1f} TFLOPS ({gpu.name} {short}, {basis})", dtype, float8)
 
 
 def no_peak_hint(device_name: str, dtype: str, basis: Basis = "dense") -> str:

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+from gptperf import registry
+from gptperf.cards import Activation
 from gptperf.config import ModelConfig
+from gptperf.kernels.float8_linear import float8_swiglu
 from gptperf.model.linear import Linear
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
@@ -12,17 +15,23 @@ __all__ = ["StandardFFN", "SwiGLU"]
 
 @built_in("ffn_type", "standard")
 class StandardFFN(nn.Module):
-    """The FFN of GPT-2: up projection, activation, down projection."""
+    """The FFN of GPT-2: up projection, activation, down projection. An op runs gptperf's own activations."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.up = Linear(config.n_embd, config.ffn_width, bias=config.bias)
         self.out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
-        self.activation = component("activation", config.activation)
+        self.activation, self.name = component("activation", config.activation), config.activation
+        card: Activation | None = registry.card("activation", config.activation)
+        self.op = None if card is None or card.op is None else getattr(ops, card.op)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`."""
-        return self.out(self.activation(self.up(x)))
+        if self.op is None:  # an activation of a plugin
+            return self.out(self.activation(self.up(x)))
+        if self.out.float8 is not None:
+            return self.out(self.op(self.up(x), self.name))
+        return self.op(self.up(x), self.name, self.out.weight, self.out.bias)
 
 
 @built_in("ffn_type", "swiglu")
@@ -38,4 +47,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`."""
-        return self.op(self.gate_up(x), self.out.weight, self.out.bias)
+        up, down = self.gate_up, self.out
+        if up.float8 is not None and down.float8 is not None:
+            return float8_swiglu(x, up.weight, up.bias, down.weight, down.bias, up.float8, down.float8)
+        if down.float8 is not None:
+            return down(self.op(up(x)))
+        return self.op(up(x), down.weight, down.bias)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from gptperf.kernels.float8_linear import Float8State, float8_linear
 from gptperf.kernels.linear import linear
 
 __all__ = ["Linear"]
@@ -16,6 +17,9 @@ class Linear(nn.Linear):
             whole matrices updates one by one; default: the weight is one matrix.
     """
 
+    float8: Float8State | None = None
+    """How the layer is computed in 8 bits, or None; `gptperf.training.float8` sets it."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, packed: tuple[int, ...] = ()):
         super().__init__(in_features, out_features, bias)
         assert sum(packed) in (0, out_features), f"{packed} rows are not {out_features}"
@@ -23,4 +27,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `(..., out_features)` for x `(..., in_features)`."""
+        if self.float8 is not None:
+            return float8_linear(x, self.weight, self.bias, self.float8)
         return linear(x, self.weight, self.bias)

@@ -103,7 +103,7 @@ def _hardware(info: Mapping[str, Any]) -> list[str]:
     if info.get("memory_gb") is not None:
         lines.append(_row("Memory per GPU", byte_text(1e9 * info["memory_gb"])))
     labels = {"dtype": "Precision", "parallelism": "Parallelism", "attention_backend": "Attention"}
-    lines += _rows(info, labels | {"compile": "torch.compile"})
+    lines += _rows(info, labels | {"compile": "torch.compile", "cuda_graph": "CUDA graphs"})
     if info.get("versions"):
         lines.append(_row("Versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items())))
     return lines
@@ -161,6 +161,7 @@ def iteration_lines(
     mfu = record.get("mfu") or {}
     convention = f" {mfu['convention']}" if "convention" in mfu else ""
     speeds = [f"MFU: {percent(mfu['mfu_percent'])}{convention}"] if "mfu_percent" in mfu else []
+    speeds += [f"Blended: {percent(mfu['blended_mfu_percent'])}"] if "blended_mfu_percent" in mfu else []
     speeds += [f"Of ceiling: {mfu['of_ceiling_percent']:.1f}%"] if "of_ceiling_percent" in mfu else []
     speeds += [f"Achieved: {with_unit(mfu['achieved_tflops'] * 1e12, 'F')}"] if "achieved_tflops" in mfu else []
     peak = mfu_scale({**mfu, "convention": None}).removeprefix("of ").replace("TFLOP/s", "TF")

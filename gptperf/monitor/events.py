@@ -11,6 +11,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Checkpoint",
     "Eval",
+    "Float8",
     "Gradients",
     "Iteration",
     "Memory",
@@ -86,6 +87,8 @@ class StartupInfo(TypedDict, total=False):
     """Backend of the attention, with details of its choice."""
     compile: str
     """model, block, or off with the reason."""
+    cuda_graph: str
+    """on, or off with the reason."""
     versions: dict[str, str]
     """Versions of gptperf, torch and python."""
     hardware_peak_tflops: float
@@ -122,6 +125,9 @@ class Mfu(TypedDict, total=False):
     """Speed of one iteration. Unknown figures are absent, such as the MFU on a device without a known peak."""
 
     mfu_percent: float
+    """FLOPs of the model relative to the peak of `peak_dtype`, also where matmuls run in fp8."""
+    blended_mfu_percent: float
+    """MFU in which each matmul counts relative to the peak of its own dtype; only with fp8."""
     achieved_tflops: float
     """TFLOP/s achieved by one GPU, comparable with the peak, which is that of one GPU too."""
     hardware_peak_tflops: float
@@ -187,6 +193,22 @@ class Stability(TypedDict, total=False):
     """Number of steps skipped so far because a gradient was not finite."""
 
 
+class Float8(TypedDict, total=False):
+    """What was counted in a sample of the tensors that fp8 quantises, since the last entry; of several ranks the
+    largest counts."""
+
+    saturated_share: float
+    """Share of the elements that were above the largest number of their scale, and were clamped, 0..1."""
+    flushed_share: float
+    """Share of the elements that became 0, 0..1."""
+    stale_scales: float
+    """Number of tensors whose values were far below what their scale leaves room for."""
+    saturated_layers: Mapping[str, float]
+    """Layer -> share of clamped elements, of the tensor with most of them; layers without any are left out."""
+    flushed_layers: Mapping[str, float]
+    """Likewise for elements that became 0."""
+
+
 class Iteration(TypedDict, total=False):
     """Event `iteration`: one logged optimizer step."""
 
@@ -211,6 +233,8 @@ class Iteration(TypedDict, total=False):
     done between the iterations. Absent if the counter of a GPU cannot be read."""
     loss_scale: float
     """Scale of the loss in float16."""
+    float8: Float8
+    """What fp8 does to the tensors; only with fp8."""
 
 
 class Eval(TypedDict, total=False):
@@ -311,6 +335,7 @@ class Summary(TypedDict, total=False):
     weight of one model for each data set."""
     tokens_per_sec: float | None
     mfu_percent: float | None
+    blended_mfu_percent: float
     convention: str
     hardware_peak_tflops: float
     peak_dtype: str

@@ -82,9 +82,12 @@ class StepProfiler:
         parts = breakdown(kernels, steps, waits_of(trace))
         found |= {"step_ms": parts.step_ms, "parts_ms": parts.parts_ms, "kernels": _longest(kernels, steps)}
         if self.peak is not None and flops.uncountable_flops(self.config.model) is None:
-            work = step_flops(self.config, self.num_gpus, sum(int(pairs) for pairs in self._pairs) / steps or None)
+            mean = sum(int(pairs) for pairs in self._pairs) / steps or None
+            work = step_flops(self.config, self.num_gpus, mean, self.peak)
             fall = waterfall(parts, work, self.peak.flop_s, parts.step_ms)
             found |= {"waterfall": fall.lost_points, "mfu_percent": fall.mfu_percent, "convention": "strict"}
+            if self.config.system.matmul_dtype == "fp8":
+                found["convention"] = "strict, each matmul of its own peak"
             found |= self.peak.record()  # type: ignore[typeddict-item]
         return found
 

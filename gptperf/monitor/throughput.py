@@ -24,6 +24,7 @@ class Throughput:
         peak: Peak | None,
         ceiling_flop_s: float | None = None,
         recompute: str = "none",
+        float8_flops: int = 0,
     ):
         """
         Args:
@@ -33,6 +34,7 @@ class Throughput:
             peak: peak of one GPU; None if it is not known.
             ceiling_flop_s: measured rate of one GPU on the model's matmuls alone; None if it was not measured.
             recompute: what backward computes again; these FLOPs count in HFU alone.
+            float8_flops: FLOPs per token whose matmuls run in fp8.
         """
         self.tokens_per_iter = tokens_per_iter
         self.num_gpus = num_gpus
@@ -40,6 +42,7 @@ class Throughput:
         self.ceiling_flop_s = ceiling_flop_s
         self.model = model
         self.recompute = recompute
+        self.float8_flops = float8_flops
 
     def mfu(self, step_ms: float, pairs: int | Fraction | None = None) -> float | None:
         """Returns the model FLOPs utilisation (0..1): FLOP/s of the model's matmuls divided by the peak of all GPUs.
@@ -62,7 +65,8 @@ class Throughput:
         Returns:
             mfu_percent, achieved_tflops and hardware_peak_tflops (of one GPU), tokens_per_sec (of the job),
             flops_per_token, convention, peak_dtype, peak_basis; of_ceiling_percent, the share of the measured ceiling;
-            if backward computes anything again, hfu_percent, which includes the recomputed FLOPs.
+            if backward computes anything again, hfu_percent, which includes the recomputed FLOPs; with fp8,
+            blended_mfu_percent, in which each matmul counts relative to the peak of its own dtype.
         """
         record: dict[str, Any] = {}
         per_token, mfu = _flops_per_token(self.model, pairs=pairs), self.mfu(step_ms, pairs)
@@ -74,6 +78,12 @@ class Throughput:
             assert per_token is not None
             assert hardware is not None
             record["hfu_percent"] = 100 * mfu * hardware / per_token
+        float8_peak = None if self.peak is None else self.peak.float8_flop_s
+        if mfu is not None and self.float8_flops and float8_peak is not None:
+            assert per_token is not None
+            assert self.peak is not None
+            saved = self.float8_flops / per_token * (1 - self.peak.flop_s / float8_peak)
+            record["blended_mfu_percent"] = 100 * mfu * (1 - saved)
         achieved = None if per_token is None else per_token * tokens_s / self.num_gpus  # of one GPU
         if achieved is not None:
             record["achieved_tflops"] = achieved / 1e12

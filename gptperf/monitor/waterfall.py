@@ -11,6 +11,8 @@ from fractions import Fraction
 
 from gptperf import flops
 from gptperf.config import Config
+from gptperf.flops.float8 import float8_flops
+from gptperf.hardware import Peak
 from gptperf.monitor.trace import Interval, Kernel
 
 __all__ = ["PARTS", "Breakdown", "Waterfall", "breakdown", "classify", "step_flops", "waterfall"]
@@ -26,7 +28,10 @@ _MARKS = (
     ("attention", r"sdpa|flash|fmha|cudnn::fusion|attention"),
     ("gemm", r"nvjet|gemm|gemv|cutlass|cublas|xmma|splitKreduce"),
     ("loader", r"Memcpy HtoD|random_from_to"),
-    ("memory_bound", r"^_(norm|rope|swiglu|cross_entropy|column_sum|scale)\w*_kernel|at::native|^Memcpy|^Memset|cub::"),
+    (
+        "memory_bound",
+        r"^_(norm|rope|activation|cross_entropy|column_sum|scale|quantize)\w*_kernel|at::native|^Memcpy|^Memset|cub::",
+    ),
 )
 """Pairs of a part and a pattern for the names of its kernels; the first match counts. An eager AdamW consists of
 kernels that other code uses too, so it counts as memory_bound; the products of Muon that are not symmetric run in
@@ -126,7 +131,9 @@ def breakdown(kernels: Sequence[Kernel], steps: int, waits: Sequence[Interval] =
     )
 
 
-def step_flops(config: Config, num_gpus: int = 1, pairs: float | None = None) -> tuple[float, float]:
+def step_flops(
+    config: Config, num_gpus: int = 1, pairs: float | None = None, peak: Peak | None = None
+) -> tuple[float, float]:
     """Returns the strict FLOPs of a step on one GPU, as a pair: those of matrix products, and those of attention.
 
     Args:
@@ -134,12 +141,17 @@ def step_flops(config: Config, num_gpus: int = 1, pairs: float | None = None) ->
         num_gpus: GPUs that share the step.
         pairs: mean (query, key) pairs of the GPU in a step, of one head and over all layers, where attention stays
             inside a document; None: a sequence is one document.
+        peak: peak that the FLOPs are divided by. With it, fp8 FLOPs count as fewer, by the ratio of the two peaks, so
+            that the MFU is the blended one.
     """
     sequences = config.tokens_per_iter / num_gpus / config.model.block_size
     mean = None if pairs is None else Fraction(pairs / sequences)
     count = flops.flops_per_token(config.model, "strict", pairs=mean)
     attention = 3 * count.scores
-    return float(count.training - attention) * sequences, float(attention) * sequences
+    gemm = float(count.training - attention) * sequences
+    if peak is not None and peak.float8_flop_s is not None:
+        gemm -= float8_flops(config) * count.tokens * sequences * (1 - peak.flop_s / peak.float8_flop_s)
+    return gemm, float(attention) * sequences
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ PyTorch and Inductor decide what eager ops keep; the constants for these ops wer
 loads no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptperf import flops, registry
 from gptperf.cards import BUCKET_NUMEL, FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config, ModelConfig
+from gptperf.flops.float8 import WRITES_FLOAT8, float8_layers
 from gptperf.flops.matmuls import biases, hidden_matrices
 from gptperf.flops.model_cards import attention_of, block_of, ffn_of, norm_of, optimizer_of, position_of
 from gptperf.kernels.logit_chunks import chunk_rows, padded
@@ -209,8 +210,25 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     kept: float = block.norms * 2 * C  # a norm keeps the sum that it reads; the next op keeps the output of the norm
     kept += position.kept(HD, KD, model.qk_norm) + HD  # with attention's output
     kept += attention_of(model).kept(model.block_size, model.n_head) + _mask_elements(config)
-    kept += ffn.kept(F, implementation)
+    kept += ffn.kept(F, implementation) - _float8_saves(config, implementation)
     return kept if implementation == "triton" else kept + position.kept_by_pytorch(HD, implementation == "compiled")
+
+
+def _float8_saves(config: Config, implementation: Implementation) -> float:
+    """Returns the elements per token and layer by which fp8 keeps less: half of the inputs that it keeps in 8 bits.
+
+    Attention keeps the input of the output projection, and SwiGLU's op computes that of the down projection again.
+    Another op of an FFN runs without the down projection, so that its output is kept.
+    """
+    model, ffn, saves = config.model, ffn_of(config.model), 0.0
+    for linear, blocks in float8_layers(config):
+        name, recomputed = linear.matmul.name, linear.matmul.name == "ffn_out" and ffn.op in WRITES_FLOAT8
+        if name == "ffn_out" and not recomputed:
+            F = model.ffn_width
+            saves -= blocks * (replace(ffn, op=None).kept(F, implementation) - ffn.kept(F, implementation))
+        if config.system.fp8_level == "full" and name != "out" and not recomputed:
+            saves += blocks * linear.matmul.into / 2
+    return saves / model.n_layer
 
 
 def _mask_elements(config: Config) -> float:

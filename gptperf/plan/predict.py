@@ -35,7 +35,7 @@ class Plan:
     limit_gb: float
     """Memory that PyTorch can allocate on the GPU."""
     parts_ms: dict[str, float]
-    """gemm, attention, memory_bound, optimizer, communication and other; they add up to an iteration."""
+    """gemm, attention, memory_bound, optimizer, communication, other and host; they add up to an iteration."""
     band: float
     """Relative error that the predicted step time may have."""
     tokens_per_iter: int
@@ -74,6 +74,8 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
     if config.system.peak_dtype not in gpu.dense_tflops:
         has = "has no bfloat16 units" if not has_bfloat16(gpu.capability) else "has none in the table"
         return f"dtype = {config.system.peak_dtype!r}: {gpu.name} {has}; nearest: --dtype=float16"
+    if config.system.matmul_dtype == "fp8" and "fp8" not in gpu.dense_tflops:
+        return f"matmul_dtype = 'fp8': {gpu.name} has none in the table; nearest: --matmul_dtype=dtype"
     return None
 
 

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from gptperf import flops
 from gptperf.cards import FP32_BYTES, Implementation, causal_pairs, element_bytes
 from gptperf.config import Config
+from gptperf.flops.float8 import float8_bytes, float8_flops
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
+from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
 __all__ = ["optimizer_flops", "parts_ms", "rates_of"]
 
-_GAPS_MS = 2.5
-"""Total idle time between the kernels of a micro-batch. It was 2.3 ms in the step of llama_1.36b on an H200 that gave
-the rates below."""
 _LONG_SEQUENCE = 128
 """Attention over T tokens runs at T / (T + this number) of the rate of a long sequence, because the diagonal tiles are
 half empty."""
@@ -48,6 +47,9 @@ documents in a layer without one. An H200 with PyTorch 2.11 reaches 0.44 with wi
 0.66 if one document fills the sequence; shorter documents take less time, which the plan leaves out, because it does
 not see the data: documents of 512 tokens on average take as long as no mask. Not measured: narrower windows, which are
 slower, the masks of T x T elements that replace FlexAttention with dropout, and other GPUs."""
+_FLOAT8 = 0.64
+"""Share of the fp8 peak that fp8 matmuls reach: single ones 1185 to 1356 of 1979 TFLOP/s on an H200. Not measured in a
+step, nor on other GPUs."""
 _NARROW = 0.68
 """Share of `Rates.attention` that attention reaches at head_dim 64 and less."""
 _MEASURED = 0.10
@@ -108,7 +110,8 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         recompute: what backward recomputes.
 
     Returns:
-        gemm, attention, memory_bound, optimizer, communication and other; they add up to the iteration.
+        gemm, attention, memory_bound, optimizer, communication, other (starts and ends of kernels) and host (time in
+        which the GPU waits for launches); they add up to the iteration.
     """
     model, rates = config.model, rates_of(gpu)
     peak = gpu.dense_tflops[config.system.peak_dtype] * 1e12
@@ -119,9 +122,14 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
     blocks = forward - scores - count.lm_head / count.tokens
     again = 1 if recompute == "full" else 0
     gemm = (3 * (forward - scores) + again * blocks) * tokens / (rates.gemm * peak)
+    if config.system.matmul_dtype == "fp8":
+        float8_peak = gpu.dense_tflops["fp8"] * 1e12
+        gemm -= float8_flops(config, again) * tokens * (1 / (rates.gemm * peak) - 1 / (_FLOAT8 * float8_peak))
     attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
     copy = rates.copy * gpu.hbm_byte_s
-    memory_bound = _memory_bound_bytes(config, recompute) * tokens / (copy * _OPS_OF_COPY[_implementation(config)])
+    quantised, weights = float8_bytes(config)
+    moved = (_memory_bound_bytes(config, recompute) + quantised) * tokens + weights * micro_batches
+    memory_bound = moved / (copy * _OPS_OF_COPY[_implementation(config)])
     optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
     # Under every strategy each GPU orthogonalizes its share of the matrices.
     products = optimizer_flops(config, halved=_implementation(config) == "triton")
@@ -134,9 +142,18 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         "memory_bound": memory_bound,
         "optimizer": optimizer,
         "communication": exposed,
-        "other": micro_batches * _GAPS_MS / 1e3,
+        "other": micro_batches * gaps_ms(config) / 1e3,
     }
+    parts["host"] = _waiting_s(config, micro_batches, sum(parts.values()))
     return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def _waiting_s(config: Config, micro_batches: float, gpu_s: float) -> float:
+    """Returns the seconds by which the host takes longer to launch an iteration than the GPU to run it."""
+    asked, problem = config.system.cuda_graph, graph_problem(config, "cuda")
+    if problem is None and (asked is True or (asked == "auto" and graphs_pay(config, 1e3 * gpu_s / micro_batches))):
+        return 0.0
+    return max(micro_batches * host_ms(config) / 1e3 - gpu_s, 0.0)
 
 
 def _attention_share(config: Config, rates: Rates) -> float:

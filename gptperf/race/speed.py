@@ -19,7 +19,8 @@ from gptperf.config import Config, command_line
 from gptperf.distributed.process import start_process
 from gptperf.files import replace_text
 from gptperf.monitor.step_timing import EnergyMeter
-from gptperf.training.engine import build_engine, compile_engine
+from gptperf.training.engine import build_engine, compile_engine, open_graphs
+from gptperf.training.preflight import check_plan
 from gptperf.training.step import train_step
 
 __all__ = ["TURNS", "Window", "in_turns", "measure"]
@@ -66,6 +67,9 @@ def _steps_of(config: Config, process: Any, meter: EnergyMeter | None) -> Callab
     """Builds an arm, and returns a function that runs some of its steps and waits for them."""
     engine = build_engine(config, process)
     compile_engine(engine)
+    planned = check_plan(config, process)
+    micro_batches = config.train.gradient_accumulation_steps
+    open_graphs(engine, None if planned is None else planned.step_ms / micro_batches, print)  # as training does
     batches, done = _random_batches(config, process.device), 0
 
     def wait() -> None:

@@ -1,6 +1,6 @@
 """Builds the objects that a training step works on: model, weights, optimizer, and their helpers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,14 @@ from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
+from gptperf.plan.host_time import graph_problem, graphs_pay
 from gptperf.training import build, selftest
+from gptperf.training.cuda_graph import CudaGraphs
+from gptperf.training.float8 import Float8Layers, make_float8
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
 
-__all__ = ["Engine", "build_engine", "compile_engine", "make_weights"]
+__all__ = ["Engine", "build_engine", "compile_engine", "make_weights", "open_graphs"]
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Engine:
     monitor: GradientMonitor
     skipped: Tensor
     """Number of steps skipped because the gradients were not finite, a float32 scalar on the device."""
+    float8: Float8Layers | None = None
+    """The layers that run in 8 bits; None if none does."""
+    graphs: CudaGraphs | None = None
+    """CUDA graphs of the parts of a step; None where kernels are launched one by one."""
 
     @property
     def micro_batches(self) -> int:
@@ -59,20 +66,21 @@ def build_engine(config: Config, process: Process) -> Engine:
     of the model into buckets, which the optimizer then reads.
     """
     dtype = build.DTYPES[config.system.compute_dtype]
-    unused = () if config.optimizer.optimizer == "muon" else ("symmetric_matmul",)
-    ops = resolve_ops(config.system.kernels, process.device.type, unused)
-    whole = config.optimizer.optimizer == "muon"
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, muon=whole))
+    moments = build.DTYPES[config.optimizer.optimizer_state_dtype]
+    muon = config.optimizer.optimizer == "muon"
+    ops = resolve_ops(config.system.kernels, process.device.type, () if muon else ("symmetric_matmul",))
+    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments, muon=muon))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     single = config.train.gradient_accumulation_steps == process.world_size
-    weights = make_weights(model, config.system, process, single, packed_rows(model) if whole else None)
+    weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
+    float8 = make_float8(model, config, process.device, triton="triton" in ops.chosen.values())
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
     monitor = GradientMonitor(weights.places, weights.numel, process.device, weights.summed, weights.largest)
     skipped = torch.zeros((), device=process.device)
-    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped)
+    return Engine(config, process, ops, model, weights, optimizer, scaler, monitor, skipped, float8)
 
 
 def packed_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -112,6 +120,37 @@ def make_weights(
         announces = not (system.compile and system.compile_scope == "model")
         return Sharded(*where, single=single, packed=packed, announces=announces)
     return Replicated(*where, single=single, packed=packed)
+
+
+def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[str], object]) -> str:
+    """Makes the CUDA graphs of the engine, if the configuration asks for them or if they make this run faster.
+
+    Args:
+        engine: the engine, compiled.
+        micro_batch_ms: planned milliseconds of a micro-batch on the GPU, or None if they are not known.
+        warn: called if a graph cannot be recorded later.
+
+    Returns:
+        "on", or "off" with the reason, for the log.
+
+    Raises:
+        DeviceError: they were asked for, and this run cannot use them.
+    """
+    asked = engine.config.system.cuda_graph
+    if asked is False:
+        return "off"
+    problem = graph_problem(engine.config, engine.process.device.type)
+    if problem is not None and asked is True:
+        raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
+    if problem is None and asked == "auto":
+        if micro_batch_ms is None:
+            problem = "the time of a micro-batch is not known for this GPU"
+        elif not graphs_pay(engine.config, micro_batch_ms):
+            problem = f"a micro-batch of {micro_batch_ms:.0f} ms hides the launches"
+    if problem is not None:
+        return f"off: {problem}"
+    engine.graphs = CudaGraphs(engine.weights, must=asked is True, warn=warn)
+    return "on"
 
 
 def compile_engine(engine: Engine, *, must: bool = False) -> str:

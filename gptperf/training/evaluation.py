@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def evaluate(engine: Engine, val_tokens: TokenSource, drops: Callable[[], bool] 
     """
     keys = validation_keys(engine.config, engine.process)
     sharded = engine.config.system.use_fsdp
-    return mean_loss(engine.model, val_tokens, keys, engine.process, engine.autocast, drops, sharded=sharded)
+    where = (engine.model, val_tokens, keys, engine.process, engine.autocast)
+    return mean_loss(*where, drops, sharded=sharded, loss=partial(_replayed, engine))
 
 
 @torch.no_grad()
@@ -60,6 +62,7 @@ def mean_loss(
     drops: Callable[[], bool] | None = None,
     *,
     sharded: bool = False,
+    loss: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Returns the mean loss of a model over fixed batches, and leaves the model in its mode. See `evaluate`.
 
@@ -71,6 +74,7 @@ def mean_loss(
         autocast: returns the context in which the model computes.
         drops: see `evaluate`.
         sharded: whether a forward pass gathers the weights from all ranks.
+        loss: returns the loss of a batch `(2, B, T)` on the host; default: one forward pass.
     """
     keys, training = dict(keys), model.training
     batches = validation_batches(source, **keys)
@@ -88,16 +92,32 @@ def mean_loss(
         if 0 < i < common and drops is not None and drops():
             model.train(training)
             raise Dropped
-        inputs, targets = batch.to(process.device, non_blocking=True)
-        with autocast():
-            loss = model(inputs, targets)
-        sums[0] += loss.double() * rows
+        sums[0] += (_loss(model, autocast, process, batch) if loss is None else loss(batch)).double() * rows
         sums[1] += rows
         process.progress.end_part()
     model.train(training)
     process.progress.part = after  # the same on every rank, as `drops` needs it
     total, all_rows = process.mean(sums).tolist()
     return total / all_rows
+
+
+def _loss(
+    model: GPT, autocast: Callable[[], AbstractContextManager[object]], process: Process, batch: Tensor
+) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, a float32 scalar."""
+    inputs, targets = batch.to(process.device, non_blocking=True)
+    with autocast():
+        return model(inputs, targets)
+
+
+def _replayed(engine: Engine, batch: Tensor) -> Tensor:
+    """Returns the loss of a batch `(2, B, T)`, by a CUDA graph where the run has them."""
+    forward = partial(_loss, engine.model, engine.autocast, engine.process)
+    graphs = engine.graphs
+    whole = batch.shape[1] == engine.config.train.batch_size  # the last batch may have fewer rows
+    if graphs is None or not whole or engine.weights.is_sharded:
+        return forward(batch)
+    return graphs.run("evaluation", partial(forward, graphs.static(batch)))
 
 
 def _as_many_as_any_rank(batches: Iterator[Tensor], process: Process, block_size: int) -> Iterator[tuple[Tensor, int]]:

@@ -28,8 +28,8 @@ _MUST_MATCH = (
     | {k for k, key in KEYS.items() if key.section == "model"} - _MAY_DIFFER
 )
 _MAY_FORK = frozenset({"dtype", "seed", "optimizer", "normuon"})
-"""Keys of a fork that may differ from its parent's: the state is float32, and the states that another optimizer lacks
-begin at zero."""
+"""Keys of a fork that may differ from its parent's: no state is in the compute dtype, and those that another optimizer
+lacks begin at zero."""
 _OF_THE_PROCESS = (
     "init_from",
     "overwrite",

@@ -19,6 +19,7 @@ from gptperf.data.tokenizers import NoVocabularyError, Tokenizer, read_vocabular
 from gptperf.distributed.process import Process
 from gptperf.errors import DeviceError, OutOfMemoryError
 from gptperf.files import check_space
+from gptperf.flops.float8 import float8_flops
 from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
 from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.monitor.console import Console
@@ -29,6 +30,7 @@ from gptperf.plan.memory import strategy_of
 from gptperf.tasks import Task, TaskRequests, encode_task, load_tasks
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
+from gptperf.training.float8 import check_float8
 from gptperf.training.resume import find_checkpoint
 
 __all__ = ["Inputs", "check_device", "check_disk", "check_inputs", "check_plan", "find_peak", "throughput_of"]
@@ -64,8 +66,9 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         stack: holds the lock of the run's folder, which the main rank takes.
 
     Raises:
-        OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
+        ConfigError, DeviceError, OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
     """
+    check_float8(config, process.device)
     planned = check_plan(config, process)
     loaded = load_tasks([name.strip() for name in config.train.eval_tasks.split(",") if name.strip()])
     train_tokens, val_tokens = open_dataset(config.data, config.model, process)
@@ -200,6 +203,8 @@ def _find_ceiling(config: Config, device: torch.device, say: Callable[[str], obj
         return None
     if config.data.document_mask or min(config.model.windows) < config.model.block_size:
         return None  # the attention of the ceilings has neither windows nor documents
+    if config.system.matmul_dtype == "fp8":
+        return None  # the ceilings are of the compute dtype
     properties = torch.cuda.get_device_properties(device)
     state = gpu_state(f"GPU-{properties.uuid}")
     note = state.note()
@@ -229,5 +234,12 @@ def throughput_of(config: Config, process: Process, peak: Peak | None, say: Call
         say: called with lines about the card (see `_find_ceiling`).
     """
     ceiling = _find_ceiling(config, process.device, say)
-    recompute = config.system.recompute
-    return Throughput(config.model, config.tokens_per_iter, process.world_size, peak, ceiling, recompute)
+    return Throughput(
+        config.model,
+        config.tokens_per_iter,
+        process.world_size,
+        peak,
+        ceiling,
+        config.system.recompute,
+        float8_flops(config) if flops.uncountable_flops(config.model) is None else 0,
+    )

@@ -157,6 +157,10 @@ class Reporter:
         self._waited_s = waited_s
         if engine.scaler.is_enabled():
             record["loss_scale"] = engine.scaler.get_scale()
+        if engine.float8 is not None:
+            record["float8"], saturates = engine.float8.record()
+            if saturates is not None:
+                self._console.warning(saturates)
         return record
 
     def _speed(self, step_ms: float, tokens: int, pairs: int) -> dict[str, Any]:
@@ -285,7 +289,7 @@ class Reporter:
             speed = self._speed(step_ms, state.timed_tokens, state.timed_pairs)
             summary["tokens_per_sec"] = speed["tokens_per_sec"]
             summary["mfu_percent"] = speed.get("mfu_percent")
-            named = ("convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
+            named = ("blended_mfu_percent", "convention", "hardware_peak_tflops", "peak_dtype", "peak_basis")
             summary |= {key: speed[key] for key in named if key in speed}  # type: ignore[typeddict-item]
         if self._plan is not None:
             uncounted_bytes = self._engine.weights.collectives.uncounted_bytes

@@ -68,7 +68,7 @@ def find_checkpoint(config: Config, folder: Path, process: Process, console: Con
                 console.message(f"moved the checkpoints of an earlier run to {aside}")
     path = process.from_main(path)
     if not process.is_main and path:
-        return checkpoints.load(Path(path), only=("rng", "buffers"))
+        return checkpoints.load(Path(path), only=("rng", "buffers", "float8"))
     return chosen
 
 

@@ -1,8 +1,8 @@
 """Saves the whole resumable state of a run in a checkpoint, and restores it.
 
-The state consists of master weights, optimizer states and their step count, the loss scale, the random states, buffers
-and frozen parameters of plugins, the tokenizer's vocabulary, the position in the run, and everything that a later run
-is compared with (`gptperf.training.matching`).
+The state consists of master weights, optimizer states and their step count, the loss scale, the largest values that
+decide the scales of fp8, the random states, buffers and frozen parameters of plugins, the tokenizer's vocabulary, the
+position in the run, and everything that a later run is compared with (`gptperf.training.matching`).
 
 The iteration is the position in the data, because the tokens of a batch and the elements that dropout drops are
 functions of seed and iteration. The random states are saved for plugins that draw from them.
@@ -139,6 +139,8 @@ def snapshot(
     buffers = dict(_buffers(engine.model))
     if engine.process.is_main:
         tensors |= {"rng": rng} | ({"buffers": buffers} if buffers else {})
+        if engine.float8 is not None:
+            tensors["float8"] = engine.float8.tensors()
         if vocabulary:
             tensors[VOCABULARY] = vocabulary_tensors(vocabulary)
     return tensors, {
@@ -260,6 +262,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str, *, fork: b
         raise TypeError(f"scaler: {saved['scaler']!r}")
     if saved["scaler"]:  # empty if the run had no loss scale, as the parent of a fork with another dtype
         engine.scaler.load_state_dict(saved["scaler"])
+    if engine.float8 is not None:
+        engine.float8.restore(checkpoint.tensors.get("float8", {}))
     rng = checkpoint.tensors["rng"]
     torch.set_rng_state(rng["torch"])
     if "cuda" in rng and engine.process.device.type == "cuda":

@@ -16,6 +16,7 @@ from torch import Tensor
 from gptperf import registry
 from gptperf.cards import FFN, Norm, PositionEncoding
 from gptperf.config import ModelConfig
+from gptperf.flops.model_cards import ffn_of
 from gptperf.kernels import reference
 from gptperf.ops import Ops
 
@@ -30,7 +31,13 @@ wrong kernel."""
 
 
 def broken_ops(
-    ops: Ops, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, muon: bool = True
+    ops: Ops,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    moments: torch.dtype = torch.float32,
+    *,
+    muon: bool = True,
 ) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
 
@@ -39,6 +46,7 @@ def broken_ops(
         model: sizes and components.
         device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
+        moments: dtype of AdamW's moments.
         muon: whether the optimizer is Muon, which needs an op of its own.
 
     Returns:
@@ -52,7 +60,7 @@ def broken_ops(
     # at fault, so that error is raised.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
-    for op, run in _runs(model, device, dtype):
+    for op, run in _runs(model, device, dtype, moments):
         if ops.chosen[op] != "triton" or op in found or (op == "symmetric_matmul" and not muon):
             continue
         try:
@@ -118,6 +126,11 @@ def _swiglu(inputs: _Inputs) -> tuple[Any, ...]:
     return inputs.normal(8, ROWS, 2 * F), inputs.normal(9, 16, F)
 
 
+def _activation(inputs: _Inputs) -> tuple[Any, ...]:
+    F = inputs.model.ffn_width
+    return inputs.normal(8, ROWS, F), inputs.model.activation, inputs.normal(9, 16, F)
+
+
 def _linear_cross_entropy(inputs: _Inputs) -> tuple[Any, ...]:
     V = inputs.model.padded_vocab_size
     targets = torch.linspace(0, V - 1, ROWS, device=inputs.device).long()
@@ -129,17 +142,19 @@ _NORMS: dict[str, Callable[[_Inputs, Tensor | None], tuple[Any, ...]]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
 }
-_OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "swiglu": _swiglu}
+_OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "activation": _activation, "swiglu": _swiglu}
 """Op that a card names -> its arguments."""
 
 
-def _runs(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, _Run]]:
+def _runs(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype
+) -> Iterator[tuple[str, _Run]]:
     """Yields every op that the model calls, as named by the cards of its components, with a function that runs it."""
     inputs = _Inputs(model, device, dtype)
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
-    ffn: FFN | None = registry.card("ffn_type", model.ffn_type)
-    yield "adamw", lambda op: _updated(op, device, dtype)
+    ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
+    yield "adamw", lambda op: _updated(op, device, dtype, moments)
     yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
@@ -161,12 +176,14 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
     return [x.detach() for x in (*outputs, *gradients)]
 
 
-def _updated(function: _Op, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _updated(function: _Op, device: torch.device, dtype: torch.dtype, moments: torch.dtype) -> list[Tensor]:
     """Returns the weights, moments and copy after one update of AdamW."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
-    function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
+    exp_avg, exp_avg_sq = exp_avg.to(moments), exp_avg_sq.to(moments)
+    seeds = torch.arange(ROWS, dtype=torch.int32, device=device) if moments == torch.bfloat16 else None
+    function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1, seeds)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
 
 

@@ -23,8 +23,9 @@ from gptperf.monitor.events import StartupInfo
 from gptperf.monitor.journal import assemble
 from gptperf.monitor.memory import MemorySnapshots
 from gptperf.monitor.profiler import StepProfiler
+from gptperf.plan import Plan
 from gptperf.training.dataset import data_facts, data_record, repeated
-from gptperf.training.engine import Engine, build_engine, compile_engine
+from gptperf.training.engine import Engine, build_engine, compile_engine, open_graphs
 from gptperf.training.estimate import estimate, slow_warning
 from gptperf.training.matching import Told, keep_schedule
 from gptperf.training.preflight import Inputs, check_disk, check_inputs, find_peak, throughput_of
@@ -100,9 +101,10 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
     state = _restore(inputs, engine, console)
     engine.weights.share()
     compiled = compile_engine(engine, must=told.origins.get("compile") == "command line")
+    graphs = open_graphs(engine, _micro_batch_ms(inputs.plan, config, process.world_size), console.warning)
     peak = find_peak(config, process.device)
     facts = data_facts(config, inputs.train_tokens, inputs.val_tokens)
-    info = startup_info(engine, inputs.tokenizer_info, facts, peak, compiled, inputs.plan)
+    info = startup_info(engine, inputs.tokenizer_info, facts, peak, compiled, inputs.plan) | {"cuda_graph": graphs}
     info |= {**_parent(config, inputs.checkpoint), "notes": [*told.changes.values(), *info["notes"]]}
     if expected is not None:
         info["expected_iteration_s"] = expected.iteration_s
@@ -130,6 +132,10 @@ def _parent(config: Config, found: Checkpoint | None) -> StartupInfo:
         return {}
     run = str(found.state["train_state"].get("run_name", ""))
     return {"parent": {"run": run, "path": str(found.path), "step": found.step}}
+
+
+def _micro_batch_ms(plan: Plan | None, config: Config, world_size: int) -> float | None:
+    return None if plan is None else plan.step_ms * world_size / config.train.gradient_accumulation_steps
 
 
 def _has_finished(config: Config, inputs: Inputs) -> bool:

@@ -1,5 +1,6 @@
 """Facts about a run that its start-up report shows and its log records."""
 
+import dataclasses
 import platform
 
 import torch
@@ -16,13 +17,15 @@ from gptperf.monitor.events import (
 )
 from gptperf.monitor.throughput import theoretical
 from gptperf.ops import unmeasured_versions
-from gptperf.plan import STRATEGY_NAMES, Plan, plan_lines, plan_record
+from gptperf.plan import STRATEGY_NAMES, Plan, find_gpu, plan, plan_lines, plan_record
 from gptperf.plan.memory import strategy_of
 from gptperf.registry import KINDS
 from gptperf.training.engine import Engine
 
 __all__ = ["startup_info"]
 
+_PAYS = 0.97
+"""Predicted time with fp8, relative to bfloat16, from which a note says that it does not pay."""
 _COMPONENTS = (*KINDS, "bias", "weight_tying", "dropout", "qk_norm", "rope_scaling")
 
 
@@ -78,10 +81,27 @@ def startup_info(
         info["notes"] = [*info["notes"], f"no MFU: {uncountable}"]
     if planned is not None:
         info["plan"] = plan_record(planned)
-        info["notes"] = [*info["notes"], *(f"plan: {line}" for line in plan_lines(planned))]
+        lines = [*plan_lines(planned), *_float8_pays(config, planned)]
+        info["notes"] = [*info["notes"], *(f"plan: {line}" for line in lines)]
     info |= _hardware(process, config, peak)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
+
+
+def _float8_pays(config: Config, planned: Plan) -> list[str]:
+    """Returns a line on the predicted gain of fp8, if the run uses it."""
+    if config.system.matmul_dtype != "fp8":
+        return []
+    other = plan(
+        dataclasses.replace(config, system=config.system.without_fp8()),
+        find_gpu(planned.gpu),
+        num_gpus=planned.num_gpus,
+        strategy=planned.strategy,
+        recompute=planned.recompute,
+    )
+    ratio = planned.step_ms / other.step_ms
+    pays = "" if ratio < _PAYS else "; it does not pay here: --matmul_dtype=dtype"
+    return [f"fp8 takes {ratio:.2f} of the time of bfloat16{pays}"]
 
 
 def _derived(model: ModelConfig) -> dict[str, object]:

@@ -57,20 +57,15 @@ def train_step(
     Raises:
         Dropped: the iteration was dropped. The weights and the optimizer are as before it.
     """
-    config, weights, process = engine.config, engine.weights, engine.process
+    config, process = engine.config, engine.process
     loss, pairs = _forward_and_backward(engine, batches, step, drops)
-    with process.progress.collective("all_reduce of the gradients"):
-        weights.finish_gradients()
-    # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
-    engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
-    norm = weights.gradient_norm()
-    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
-    divisor, found_inf = clip_scale(norm, config.optimizer.grad_clip)
-    engine.skipped += found_inf
     rate = learning_rate(step, config.optimizer, config.train.max_iters)
-    _update(engine, divisor, found_inf, rate, watched=watched)
-    weights.finish_step()
-    figures = None if measured is None else torch.cat([measured, engine.monitor.update()])
+    engine.optimizer.learning_rate.fill_(rate)
+    if engine.graphs is None or process.world_size > 1:
+        norm, figures = _reduce_and_update(engine, watched=watched)
+    else:
+        norm, figures = engine.graphs.run(("update", watched), lambda: _reduce_and_update(engine, watched=watched))
+        norm, figures = norm.clone(), None if figures is None else figures.clone()
     return StepResult(loss, norm, rate, figures, pairs)
 
 
@@ -82,37 +77,84 @@ def _forward_and_backward(
     total, pairs = torch.zeros((), device=process.device), None
     process.progress.start_iteration(step + 1, engine.micro_batches)
     weights.start_step()
+    if engine.float8 is not None:
+        engine.float8.start_step()
     for micro in range(engine.micro_batches):
         if micro and drops is not None and drops():
             weights.finish_gradients()  # completes the reductions that have begun
             raise Dropped
         _seed_micro_batch(config.train.seed, step, micro * process.world_size + process.rank)
-        tokens, targets = next(batches).to(process.device, non_blocking=True)
-        weights.start_micro_batch(last=micro == engine.micro_batches - 1)
+        first, last = micro == 0, micro == engine.micro_batches - 1
+        graphs = engine.graphs if _is_local(engine, first=first, last=last) else None
+        batch = next(batches)
+        batch = batch.to(process.device, non_blocking=True) if graphs is None else graphs.static(batch)
+        weights.start_micro_batch(last)
         if model.document_end is not None:
-            count = document_pairs(tokens, model.document_end, model.windows)
+            count = document_pairs(batch[0], model.document_end, model.windows)
             pairs = count if pairs is None else pairs + count
-        with engine.autocast():
-            loss = model(tokens, targets)
-        # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
-        # ranks.
-        engine.scaler.scale(loss / config.train.gradient_accumulation_steps).backward()
-        total += loss.detach()
+        if graphs is None:
+            total += _micro_batch(engine, batch)
+        else:
+            total += graphs.run(("micro-batch", first, last), partial(_micro_batch, engine, batch))
         process.progress.end_part()
     return total / engine.micro_batches, pairs
 
 
-def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, rate: float, *, watched: bool) -> None:
-    """Writes the numbers that vary from step to step into the optimizer's scalars, and updates the weights.
+def _is_local(engine: Engine, *, first: bool, last: bool) -> bool:
+    """Whether a micro-batch neither sends nor receives anything, so that a CUDA graph can record it.
+
+    In the last micro-batch of a step gradients are reduced. In the first one, ZeRO-1 gathers the updated weights.
+    """
+    return engine.process.world_size == 1 or not (last or (first and engine.weights.is_sharded))
+
+
+def _micro_batch(engine: Engine, batch: Tensor) -> Tensor:
+    """Runs forward and backward of a micro-batch `(2, B, T)`, and returns its loss, a float32 scalar."""
+    with engine.autocast():
+        loss = engine.model(batch[0], batch[1])
+    # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
+    # ranks.
+    engine.scaler.scale(loss / engine.config.train.gradient_accumulation_steps).backward()
+    if engine.float8 is not None:
+        engine.float8.collect()
+    return loss.detach()
+
+
+def _reduce_and_update(engine: Engine, *, watched: bool) -> tuple[Tensor, Tensor | None]:
+    """Completes the gradients and updates the weights.
+
+    Args:
+        engine: model, weights and optimizer, whose learning rate is set.
+        watched: whether to measure gradients and update.
+
+    Returns:
+        The gradient norm, and `StepResult.gradients`.
+    """
+    weights = engine.weights
+    with engine.process.progress.collective("all_reduce of the gradients"):
+        weights.finish_gradients()
+    # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
+    engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
+    norm = weights.gradient_norm()
+    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
+    divisor, found_inf = clip_scale(norm, engine.config.optimizer.grad_clip)
+    engine.skipped += found_inf
+    _update(engine, divisor, found_inf, watched=watched)
+    if engine.float8 is not None:
+        engine.float8.update(engine.process)
+    weights.finish_step()
+    return norm, None if measured is None else torch.cat([measured, engine.monitor.update()])
+
+
+def _update(engine: Engine, divisor: Tensor, found_inf: Tensor, *, watched: bool) -> None:
+    """Writes what the gradients decided into the optimizer's scalars, and updates the weights.
 
     Args:
         engine: model, weights with reduced gradients, and optimizer.
         divisor, found_inf: the results of `clip_scale`.
-        rate: learning rate.
         watched: whether to measure the update.
     """
     optimizer = engine.optimizer
-    optimizer.learning_rate.fill_(rate)
     optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
     if engine.scaler.is_enabled() and engine.weights.is_sharded:
         _agree_on_overflow(engine)

@@ -182,6 +182,8 @@ def _iterate(
     recorded = not first and run.profiler.covers(iteration)
     log_due = iteration == config.train.max_iters or first
     log_due = log_due or (iteration % config.log.log_interval == 0 and not recorded)
+    if run.engine.graphs is not None:
+        run.engine.graphs.pause(recorded)  # the profile of a replay does not tell which op launched a kernel
     if recorded:
         run.profiler.before(iteration, clock)
     progress.may_drop = points.may_drop and not recorded and run.engine.micro_batches > 1

@@ -1,6 +1,7 @@
 """Every built-in component and optimizer has a card, and the cards agree with the modules that are built."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from gptperf import cards, registry
 from gptperf.config import ModelConfig, OptimizerConfig
 from gptperf.distributed.replicated import Replicated
+from gptperf.flops.model_cards import ffn_of, optimizer_of
 from gptperf.model import GPT
 from gptperf.model.attention import Attention
 from gptperf.ops import OPS, resolve_ops
@@ -129,12 +131,50 @@ def test_the_standard_ffn_keeps_what_its_card_says() -> None:
     assert kept_by(ffn, x) == 10 * (24 + card.kept(17, "eager"))
 
 
-def test_states_of_adamw() -> None:
+@pytest.mark.parametrize("name", KINDS["activation"])
+def test_an_op_runs_every_activation(name: str) -> None:
+    card: cards.Activation = registry.card("activation", name)
+    standard: cards.FFN = registry.card("ffn_type", "standard")
+    assert card.op == standard.op == "activation"
+    called = []
+
+    def op(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+        called.append(arguments)
+        return x
+
+    ffn = registry.component("ffn_type", "standard")(
+        ModelConfig(**SIZES, activation=name), replace(EAGER, activation=op)
+    )
+    ffn(torch.randn(2, 5, 24))
+    assert called == [(name, ffn.out.weight, ffn.out.bias)]
+
+
+def test_pytorch_runs_the_activation_of_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card or without one, and a model with the Triton ops keeps and moves what the standard FFN's card says."""
+    for table in ("_components", "_cards"):
+        monkeypatch.setattr(registry, table, getattr(registry, table).copy())
+    registry.register("activation", "cube", lambda x: x**3)
+    registry.register("activation", "square", torch.square, cards.Activation(cards.Cost(1, "square")))
+    x = torch.randn(2, 5, 24)
+    for name, power in (("cube", 3), ("square", 2)):
+        model = ModelConfig(**SIZES, activation=name)
+        ffn = registry.component("ffn_type", "standard")(model, replace(EAGER, activation=None))
+        assert torch.equal(ffn(x), ffn.out(ffn.up(x) ** power))
+        card = ffn_of(model)
+        assert card.op is None
+        assert (card.kept(17, "triton"), card.moved(17), card.backward_peak(17)) == (34, (34, 51), 17)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_adamw(dtype: str) -> None:
     weights = Replicated(GPT(ModelConfig(**SIZES)), torch.bfloat16)
-    optimizer = AdamW(weights.buckets, OptimizerConfig(), lambda *_: None)
+    config = OptimizerConfig(optimizer_state_dtype=dtype)
+    optimizer = AdamW(weights.buckets, config, lambda *_: None, weights.pieces_of)
     held = sum(x.nbytes for bucket in weights.buckets for x in optimizer.states(bucket).values())
     masters = sum(bucket.master.numel() for bucket in weights.buckets)
-    assert cards.OPTIMIZERS["adamw"].state_bytes(masters) == held
+    assert optimizer_of(config).state_bytes(masters) == held
+    # Gradient, weight and both moments are read, the last three and a copy in 2 bytes written.
+    assert optimizer_of(config).update_bytes(1, 0, 2) == {"float32": 30, "bfloat16": 22}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

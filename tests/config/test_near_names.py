@@ -22,6 +22,7 @@ norm normalization | norm_type normalization | pos position_encoding | positon p
 attn_implementation attention_backend | rms_norm_eps norm_eps | sliding_window window
 d_head head_dim | qkv_bias attention_bias | original_max_position_embeddings rope_original_block_size
 rope_base rope_theta | tie_word_embeddings weight_tying
+fp8 matmul_dtype=fp8 | use_fp8 matmul_dtype=fp8
 precision dtype | bf16 dtype=bfloat16 | fp16 dtype=float16 | amp dtype | no_cuda device=cpu | gpu device=cuda
 fsdp use_fsdp | zero3 use_fsdp | zero use_zero1 | use_distributed_optimizer use_zero1 | backend communication
 torch_compile compile | no_compile compile=false | no_bias bias=false | disable_compile compile=false
@@ -35,7 +36,7 @@ dataset_name dataset | datset dataset | num_workers prefetch | report_to wandb_l
 vocab vocab_size | dropout_p dropout | swiglu ffn_type=swiglu | rope position_encoding=rope | dtyp dtype | sede seed
 """
 NOTHING = """muon verbose tp pp ep cp moe use_moe num_experts lora quantization
-fp8 tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
+tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
 pin_memory patience early_stopping theta alibi softcap foo x cosine eval_only tf32 dry_run interval"""
 
 

@@ -36,8 +36,13 @@ CONTRADICTIONS = [
         "cautious_weight_decay",
         False,
     ),
+    ("--dtype=float32", '[system]\nmatmul_dtype = "fp8"', "matmul_dtype", "dtype"),
     ("--max_iters=12", '[log]\nprofile = "100:104"', "profile", "10:12"),
 ]
+
+
+OF_FP8 = {"fp8_level": ("forward", "full"), "fp8_scaling": ("current", "delayed"), "fp8_skip": ("first,last", "")}
+"""Keys that apply to fp8 only -> a value, and the default."""
 
 
 def _file(folder: Path, text: str) -> str:
@@ -67,6 +72,16 @@ def test_a_flag_wins_over_a_contradicting_value_of_a_file_and_says_so(
         command_line.resolve([*_as_flags(text), flag])
 
 
+@pytest.mark.parametrize("key", OF_FP8)
+def test_a_flag_that_turns_fp8_off_turns_its_keys_off(key: str, tmp_path: Path) -> None:
+    value, usual = OF_FP8[key]
+    file = _file(tmp_path, f'[system]\nmatmul_dtype = "fp8"\n{key} = "{value}"')
+    assert command_line.resolve([file]).config.flat()[key] == value
+    resolved = command_line.resolve([file, "--matmul_dtype=dtype"])
+    assert resolved.config.flat()[key] == usual
+    assert file in resolved.changes[key]
+
+
 def _as_flags(text: str) -> list[str]:
     pairs = [line.split(" = ") for line in text.splitlines() if " = " in line]
     return [f"--{key}={value.strip(chr(34))}" for key, value in pairs]
@@ -94,7 +109,7 @@ def test_where_losing_a_value_is_not_harmless_both_are_named(
 
 def test_every_value_that_yields_is_tried_here() -> None:
     yields = {key for rule in RULES for key in rule.yields} - {"attention_backend"}  # needs a package
-    assert yields == {key for _, _, key, _ in CONTRADICTIONS}
+    assert yields == {key for _, _, key, _ in CONTRADICTIONS} | set(OF_FP8)
 
 
 @pytest.mark.parametrize("below", ["", "[optimizer]\nwarmup_iters = 2000", "[train]\nmax_iters = 9000"])

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from gptperf import flops
 from gptperf.config import ModelConfig
 from gptperf.kernels import reference
+from gptperf.kernels.activation import activation, swiglu
 from gptperf.kernels.layer_norm import layer_norm
 from gptperf.kernels.linear_cross_entropy import linear_cross_entropy
 from gptperf.kernels.rms_norm import rms_norm
 from gptperf.kernels.rope import rope
-from gptperf.kernels.swiglu import swiglu
 from gptperf.model import GPT
 from gptperf.ops import Ops
 from gptperf.registry import KINDS
@@ -185,8 +185,8 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Ops:
     """Triton's ops on the meta device, where no kernel runs: only what torch.library was told of them is seen."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # a tensor that is on no GPU is let through
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know the meta device
-    update = reference.adamw, reference.symmetric_matmul
-    return Ops(rms_norm, layer_norm, rope, swiglu, linear_cross_entropy, *update, chosen={}, reasons={})
+    ours = (rms_norm, layer_norm, rope, activation, swiglu, linear_cross_entropy)
+    return Ops(*ours, reference.adamw, reference.symmetric_matmul, chosen={}, reasons={})
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ class Operands(TorchDispatchMode):
             name == "sum" and tensors[0].dim() == 3 and self.model.position_encoding != "rope"
         ):
             return "position", 3
-        if name.startswith(("swiglu", "gelu")):
+        if name.startswith("activation"):
             return "activation", 3
         if name == "sum" and tensors[0].shape[:-1] == (rows,):
             return "bias", 2

@@ -30,6 +30,8 @@ from triton.runtime.driver import driver
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 
+from gptperf.kernels.checks import ACTIVATIONS
+
 __all__ = ["Case", "cases", "compile_cases", "jit_functions"]
 
 LEAST_BYTES = {"norm._norm_forward_kernel": 8}
@@ -193,14 +195,14 @@ def rope_case(
     return Case(" ".join(filter(None, words)), call, D == 128 and dtype != FULL)
 
 
-def swiglu_case(F: int, dtype: torch.dtype) -> Case:
+def activation_case(name: str, F: int, dtype: torch.dtype) -> Case:
     def call() -> None:
-        gate_up = torch.empty(ROWS, 2 * F, dtype=dtype)
-        dy = torch.ops.gptperf.swiglu(gate_up)
+        x = torch.empty(ROWS, 2 * F if name == "swiglu" else F, dtype=dtype)
+        dy = torch.ops.gptperf.activation(x, name)
         for product in (False, True):
-            torch.ops.gptperf.swiglu_backward(dy, gate_up, product)
+            torch.ops.gptperf.activation_backward(dy, x, name, product)
 
-    return Case(f"swiglu {F} {SHORT[dtype]}", call, F == 2048 and dtype != FULL)
+    return Case(f"{name} {F} {SHORT[dtype]}", call, F == 2048 and dtype != FULL)
 
 
 def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
@@ -217,13 +219,33 @@ def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
     return Case(f"linear_cross_entropy{capped} {V} {SHORT[dtype]}", call, V == 32000 and dtype != FULL, V == 128256)
 
 
-def adamw_case(n: int, dtype: torch.dtype | None) -> Case:
+def quantize_case(M: int, N: int, dtype: torch.dtype, e5m2: bool, columns: bool, fresh: bool) -> Case:
     def call() -> None:
-        master = torch.empty(n)
-        compute = None if dtype is None else torch.empty(n, dtype=dtype)
-        torch.ops.gptperf.adamw(master, master, master, master, compute, torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
+        x, scale = torch.empty(M, N, dtype=dtype), torch.empty(4)
+        torch.ops.gptperf.quantize(x, scale, e5m2, True, columns, None if fresh else scale)
 
-    return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'}", call)
+    words = ["quantize", f"{M} x {N}", SHORT[dtype], "e5m2" * e5m2, "columns" * columns, "fresh" * fresh]
+    return Case(" ".join(filter(None, words)), call)
+
+
+def quantize_swiglu_case(F: int, dtype: torch.dtype, e5m2: bool) -> Case:
+    def call() -> None:
+        gate_up, dy, scale = torch.empty(ROWS, 2 * F, dtype=dtype), torch.empty(ROWS, F, dtype=dtype), torch.empty(4)
+        torch.ops.gptperf.quantize_swiglu(gate_up, scale)
+        torch.ops.gptperf.quantize_swiglu_backward(dy, gate_up, scale, scale, e5m2)
+
+    return Case(f"quantize_swiglu {F} {SHORT[dtype]} {'e5m2' if e5m2 else 'e4m3'}", call)
+
+
+def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -> Case:
+    def call() -> None:
+        master, moment = torch.empty(n), torch.empty(n, dtype=moments)
+        compute = None if dtype is None else torch.empty(n, dtype=dtype)
+        seeds = None if moments == FULL else torch.empty(-(-n // 64), dtype=torch.int32)
+        numbers = (torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
+        torch.ops.gptperf.adamw(master, master, moment, moment, compute, *numbers, seeds)
+
+    return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'} moments {SHORT[moments]}", call)
 
 
 def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
@@ -250,9 +272,11 @@ def cases(capability: int) -> Iterator[Case]:
     """Yields the cases for a GPU of this compute capability; see the module's docstring."""
     half = HALF if capability < 80 else BRAIN
     yield from every_case() if capability == 90 else representative_cases(half)
+    yield from float8_cases(capability) if capability >= 89 else ()
     for dtype in (None, BRAIN, HALF, FULL) if capability == 90 else (None, half):
         for n in (1 << 20, 12345):
             yield adamw_case(n, dtype)
+    yield adamw_case(1 << 20, half, BRAIN)
     if capability >= 80:
         for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
@@ -282,9 +306,22 @@ def every_case() -> Iterator[Case]:
         yield rope_case((7, 1, 72), FULL, FULL, interleaved)
     yield rope_case((16, 16, 128), BRAIN, BRAIN, False, T=1)
     for dtype in (BRAIN, HALF, FULL):
-        yield from (swiglu_case(F, dtype) for F in (2048, 5632, 14336))
+        yield from (activation_case("swiglu", F, dtype) for F in (2048, 5632, 14336))
+        yield from (activation_case(name, 2048, dtype) for name in (ACTIVATIONS if dtype == BRAIN else ("gelu",)))
         yield from (cross_entropy_case(V, dtype) for V in (257, 32000, 50257, 50304, 128256))
     yield from (cross_entropy_case(V, BRAIN, cap=15.0) for V in (32000, 50257, 50304))
+
+
+def float8_cases(capability: int) -> Iterator[Case]:
+    """The kernels that write 8-bit floats, which a GPU has from capability 8.9."""
+    for e5m2 in (False, True):
+        for columns, fresh in ((False, True), (True, True), (True, False)):
+            yield quantize_case(ROWS, 2048, BRAIN, e5m2, columns, fresh)
+        yield quantize_swiglu_case(5632, BRAIN, e5m2)
+    if capability == 90:
+        yield quantize_case(1008, 144, BRAIN, False, True, True)
+        yield quantize_case(ROWS, 2048, FULL, True, True, True)
+        yield quantize_swiglu_case(144, BRAIN, True)
 
 
 def representative_cases(half: torch.dtype) -> Iterator[Case]:
@@ -298,7 +335,8 @@ def representative_cases(half: torch.dtype) -> Iterator[Case]:
             yield rope_case(heads, half, half, interleaved)
     yield rope_case((12, 12, 64), half, half, False)
     yield rope_case((16, 16, 128), half, None, False)
-    yield from (swiglu_case(F, half) for F in (2048, 14336))
+    yield from (activation_case("swiglu", F, half) for F in (2048, 14336))
+    yield activation_case("gelu", 3072, half)
     yield from (cross_entropy_case(V, half) for V in (257, 32000, 50257, 50304, 128256))
     yield from (cross_entropy_case(V, half, cap=15.0) for V in (50257, 50304))
 

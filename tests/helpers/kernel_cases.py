@@ -16,6 +16,7 @@ from kernel_rule import check, check_loss
 from torch import Tensor
 
 from gptperf.kernels import reference
+from gptperf.ops import OPS
 
 __all__ = ["DEVICE", "EPS", "EVERY_LINE", "EVERY_OPTION", "HEADS", "IGNORE", "ONE_EACH", "ON_GPU", "PRECISIONS"]
 __all__ += ["VARIANTS", "Case", "Result", "build", "case_of", "compare", "eager", "gradients_for", "kernel"]
@@ -39,20 +40,25 @@ VARIANTS = {
     "rope_interleaved": "rope",
     "rope_qk_norm": "rope",
     "rope_qk_norm_interleaved": "rope",
+    **{f"activation_{name}": "activation" for name in reference.ACTIVATIONS},
+    "activation_gelu_linear": "activation",
+    "activation_gelu_linear_bias": "activation",
     "swiglu": "swiglu",
     "swiglu_linear": "swiglu",
     "swiglu_linear_bias": "swiglu",
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_cross_entropy_capped": "linear_cross_entropy",
 }
-"""Variant -> op, which is the name of a public function in `gptperf.kernels.<op>` and in the reference."""
+"""Variant -> op, which is the name of a public function in the module that `OPS` names, and in the reference."""
 EVERY_LINE = ["rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope", "rope_qk_norm_interleaved", "swiglu"]
-EVERY_LINE += ["swiglu_linear_bias", "linear_cross_entropy", "linear_cross_entropy_capped"]
+EVERY_LINE += ["activation_gelu", "swiglu_linear_bias", "linear_cross_entropy", "linear_cross_entropy_capped"]
 """Variants that together run every line of every kernel."""
 EVERY_OPTION = ["rms_norm", "rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope_interleaved", "rope_qk_norm"]
-EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "linear_cross_entropy", "linear_cross_entropy_capped"]
+EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "activation_gelu", "activation_gelu_linear_bias"]
+EVERY_OPTION += ["linear_cross_entropy", "linear_cross_entropy_capped"]
 """Variants that together call every public function with and without its options."""
-ONE_EACH = ["rms_norm_add", "layer_norm_add", "rope_qk_norm", "swiglu", "swiglu_linear_bias", "linear_cross_entropy"]
+ONE_EACH = ["rms_norm_add", "layer_norm_add", "rope_qk_norm", "swiglu", "swiglu_linear_bias"]
+ONE_EACH += ["activation_gelu_linear_bias", "linear_cross_entropy"]
 """One variant of every autograd function."""
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
@@ -122,7 +128,7 @@ def eager(op: str) -> Callable[..., Any]:
 
 def kernel(op: str) -> Callable[..., Any]:
     """Returns the Triton function of an op."""
-    return getattr(importlib.import_module(f"gptperf.kernels.{op}"), op)
+    return getattr(importlib.import_module(OPS[op]), op)
 
 
 def build(
@@ -155,14 +161,15 @@ def build(
         return rope_case(variant, rows, HEADS["3"], D, dtype, device, weight_dtype, scale, seed)  # type: ignore[arg-type]
     make = _maker(device, seed)
     N = shape[-1]
-    if op == "swiglu":
-        x = make(*shape[:-1], 2 * N).mul(scale).to(dtype)
-        tensors = {"gate_up": x}
-        if variant != "swiglu":
+    if op in ("swiglu", "activation"):
+        first, parts = ("gate_up", 2) if op == "swiglu" else ("x", 1)
+        tensors = {first: make(*shape[:-1], parts * N).mul(scale).to(dtype)}
+        if "_linear" in variant:
             tensors["weight"] = make(24, N).div(math.sqrt(max(N, 1))).to(dtype)
-        if variant == "swiglu_linear_bias":
+        if variant.endswith("_bias"):
             tensors["bias"] = make(24).to(dtype)
-        return Case(variant, tensors)
+        name = variant.removeprefix("activation_").partition("_linear")[0]
+        return Case(variant, tensors, {"name": name} if op == "activation" else {})
     x = make(*shape).mul(scale).to(dtype)
     if op == "linear_cross_entropy":
         targets = torch.randint(classes, shape[:-1], generator=torch.Generator().manual_seed(seed)).to(device)
@@ -296,7 +303,7 @@ def compare(
             check_loss(label, found, e, r, _logits(case), autocast or case.activation.dtype)
             continue
         column = "weight" in name or "bias" in name
-        pure = column and accumulated is not None and (case.op != "swiglu" or name == "bias")
+        pure = column and accumulated is not None and (case.op not in ("swiglu", "activation") or name == "bias")
         check(
             label,
             found,

@@ -118,8 +118,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     engine.weights.share()
     compile_engine(engine)
     data, losses, norms, watched, evaluated = batches(config, process, first), [], [], [], []
-    collectives, gathers = engine.weights.collectives, []
-    held = _watch_what_is_held(engine.weights)
+    collectives, gathers, held = engine.weights.collectives, [], _watch_what_is_held(engine.weights)
     scales, pairs, orthogonalized = list[float](), list[int](), list[int]()
 
     for step in range(first, last):
@@ -153,6 +152,7 @@ def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
         "pairs": pairs,
         "held": held,
         "orthogonalized": sum(orthogonalized),
+        "largest": {} if engine.float8 is None else {k: x.tolist() for k, x in engine.float8.tensors().items()},
         "moved_by": collectives.name,
         "reason": collectives.reason,
         "buckets": len(buckets),

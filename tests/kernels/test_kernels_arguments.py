@@ -50,6 +50,10 @@ WRONG = [
     _wrong("rope", r"float64.* wanted .*float32", cos=_zeros(5, 9).double()),
     _wrong("rope", r"one of q_weight and k_weight", q_weight=_zeros(18)),
     _wrong("rope_qk_norm", r"k_weight \(17,\).* wanted \(18,\)", k_weight=_zeros(17)),
+    _wrong("activation_gelu", r"'geluu'.* wanted one of gelu, ", name="geluu"),
+    _wrong("activation_gelu", r"int32", x=_zeros(2, 18).int()),
+    _wrong("activation_gelu", r"bias without a weight", bias=_zeros(4)),
+    _wrong("activation_gelu_linear", r"weight \(24, 36\).* wanted \(C, 18\)", weight=_zeros(24, 36)),
     _wrong("swiglu", r"last dimension of 35.* even", gate_up=_zeros(2, 35)),
     _wrong("swiglu", r"int32", gate_up=_zeros(2, 36).int()),
     _wrong("swiglu", r"bias without a weight", bias=_zeros(4)),
@@ -132,7 +136,7 @@ def test_rows_too_wide_run_in_eager_and_say_so_once(op: str) -> None:
     assert results[0].same_bits(run(eager(op), case, incoming))
 
 
-@pytest.mark.parametrize("variant", ["swiglu_linear", "swiglu_linear_bias"])
+@pytest.mark.parametrize("variant", ["swiglu_linear", "activation_gelu_linear_bias"])
 def test_a_gradient_of_the_projections_gradient_is_refused(variant: str) -> None:
     """It would leave out the product's own gradient."""
     case = case_of(variant, (3, 18))

@@ -28,13 +28,14 @@ ARGUMENTS = {
     "rms_norm": ("x", "residual", "weight", "eps"),
     "layer_norm": ("x", "residual", "weight", "bias", "eps"),
     "rope": ("qkv", "cos", "sin", "n_head", "n_kv_head", "q_weight", "k_weight", "eps", "interleaved"),
-    "swiglu": ("gate_up",),
+    "activation": ("x", "name"),
+    "swiglu": ("gate_up", "name"),
     "linear_cross_entropy": ("x", "weight", "targets", "ignore_index", "needs_x", "needs_weight"),
 }
 """Op -> names of its arguments, in their order; an argument that a case does not have is None."""
 
 
-REGISTERED = [v for v in VARIANTS if not v.startswith("swiglu_linear")]
+REGISTERED = [v for v, op in VARIANTS.items() if "_linear" not in v and (op != "activation" or v == "activation_gelu")]
 
 
 @pytest.mark.slow
@@ -48,9 +49,11 @@ def test_opcheck(variant: str, gradient: bool) -> None:
     if case.op == "linear_cross_entropy":
         values |= {"x": values["x"].detach().flatten(0, 1).requires_grad_(gradient)}
         values |= {"targets": values["targets"].flatten()}
+    values |= {"name": values.get("name", "swiglu")}
     kernel(case.op)  # registers it
+    registered = "activation" if case.op == "swiglu" else case.op
     arguments = tuple(values.get(name) for name in ARGUMENTS[case.op])
-    torch.library.opcheck(getattr(torch.ops.gptperf, case.op).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.gptperf, registered).default, arguments)
 
 
 class Calls(TorchDispatchMode):
@@ -92,7 +95,7 @@ def test_compiled_is_the_same(variant: str) -> None:
         case = case_of(variant, (2, rows, 18))
         incoming = gradients_for(case)
         found, plain = run(compiled, case, incoming), run(function, case, incoming)
-        if variant == "swiglu_linear_bias" and ON_GPU:  # Inductor's own sum of the incoming gradient
+        if variant.endswith("_linear_bias") and ON_GPU:  # Inductor's own sum of the incoming gradient
             check_close("bias", found.gradients.pop("bias"), plain.gradients.pop("bias"), terms=rows)
         assert found.same_bits(plain)
     assert counter.frame_count <= 3
@@ -114,7 +117,7 @@ def test_compiled_under_autocast_is_the_same(variant: str) -> None:
     incoming = gradients_for(case, autocast=LOW)
     found = run(torch.compile(function, fullgraph=True, backend=BACKEND), case, incoming, autocast=LOW)
     plain = run(function, case, incoming, autocast=LOW)
-    if variant == "swiglu_linear_bias" and ON_GPU:
+    if variant.endswith("_linear_bias") and ON_GPU:
         check_close("bias", found.gradients.pop("bias").to(LOW), plain.gradients.pop("bias").to(LOW))
     assert found.same_bits(plain)
 

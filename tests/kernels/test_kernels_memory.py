@@ -68,6 +68,7 @@ def test_the_same_twice(variant: str) -> None:
         ("rope", (16, 35000, 128), 0),
         ("rope_qk_norm_interleaved", (16, 35000, 128), 0),
         ("swiglu", (16, 32776, 4096), 0),
+        ("activation_gelu", (16, 32776, 4096), 0),
         ("linear_cross_entropy", (16, 131080, 1024), 257),
         ("linear_cross_entropy", (16, 1032, 64), 140000),  # the logits, in one chunk
     ],

@@ -186,8 +186,8 @@ def test_rope_grid(variant: str, heads: str, precision: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [1, 31, 123, 768, 1023, 1025, 4096, 11008])
-@pytest.mark.parametrize("variant", ["swiglu", "swiglu_linear_bias"])
-def test_swiglu_grid(variant: str, columns: int) -> None:
+@pytest.mark.parametrize("variant", ["swiglu", "swiglu_linear_bias", "activation_gelu", "activation_gelu_linear_bias"])
+def test_activation_grid(variant: str, columns: int) -> None:
     for precision in ("float32", "float16", "bfloat16") if columns == 11008 else ("bfloat16",):
         for rows in (1, 128, 4097):
             verify(case_of(variant, (rows, columns), precision))

@@ -27,7 +27,7 @@ NAMES = {
     "_norm_forward_kernel": "memory_bound",
     "_norm_backward_kernel": "memory_bound",
     "_rope_backward_kernel": "memory_bound",
-    "_swiglu_forward_kernel": "memory_bound",
+    "_activation_forward_kernel": "memory_bound",
     "_cross_entropy_kernel": "memory_bound",
     "_column_sum_kernel": "memory_bound",
     "_scale_kernel": "memory_bound",

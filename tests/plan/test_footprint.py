@@ -21,6 +21,7 @@ from gptperf.kernels.logit_chunks import chunk_rows
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops
 from gptperf.plan import memory
+from gptperf.training.float8 import Float8Layers
 from gptperf.training.optimizers.adamw import AdamW
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +119,22 @@ def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
     return None if abs(found - wanted) < 2 else f"{combination}, {recompute}: peak {found:.2f}, planned {wanted:.2f}"
 
 
+def check_float8(preset: str, *flags: str) -> str | None:
+    """Returns what is wrong with the bytes that a token more keeps in fp8, or None; statistics are kept once."""
+    kept = []
+    for batch_size in (1, 3):
+        sizes = ("--n_layer=2", "--n_embd=64", "--block_size=16", f"--batch_size={batch_size}")
+        config = config_of(*sizes, f"--arch_preset={preset}", "--dtype=bfloat16", "--matmul_dtype=fp8", *flags)
+        model = GPT(config.model, resolve_ops("triton", "cuda"))
+        Replicated(model, torch.bfloat16)  # the model computes with its copies
+        Float8Layers(model, config, triton=False)
+        shape = (batch_size, config.model.block_size)
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(kept_bytes(model, torch.randint(96, shape), torch.randint(96, shape)))
+    found, wanted = (kept[1] - kept[0]) / (2 * 16), memory.saved_bytes(config, "none")
+    return None if found == wanted else f"{preset} {flags}: kept {found}, planned {wanted}"
+
+
 @pytest.mark.slow
 def test_activations_are_what_autograd_keeps() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
@@ -125,14 +142,16 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
-def test_states_are_what_the_buckets_hold(preset: str, dtype: str) -> None:
+def test_states_are_what_the_buckets_hold(preset: str, dtype: str, moments: str) -> None:
     """But for the gaps between parameters, which begin at multiples of 64 elements."""
-    config = config_of(f"--arch_preset={preset}", f"--dtype={dtype}", "--vocab_size=4096", "--n_embd=256")
+    flags = (f"--dtype={dtype}", f"--optimizer_state_dtype={moments}", "--vocab_size=4096", "--n_embd=256")
+    config = config_of(f"--arch_preset={preset}", *flags)
     model = GPT(config.model)
     weights = Replicated(model, getattr(torch, dtype))
-    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None)
+    optimizer = AdamW(weights.buckets, config.optimizer, lambda *_: None, weights.pieces_of)
     tensors = [x for bucket in weights.buckets for x in (bucket.master, bucket.grad, bucket.compute)]
     tensors += [x for bucket in weights.buckets for x in optimizer.states(bucket).values()]
     held = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
@@ -260,11 +279,14 @@ def test_less_is_kept_the_more_is_recomputed() -> None:
 def main() -> int:
     ops._why_not_triton = lambda *_: None
     memory._triton = lambda config: True
-    for name in ("norm", "rope", "swiglu", "linear_cross_entropy", "column_sum"):
+    for name in ("norm", "rope", "activation", "linear_cross_entropy", "column_sum"):
         # Memory is the same without the kernels; the interpreter would hold their tensors longer than a GPU does.
         importlib.import_module(f"gptperf.kernels.{name}").launch = lambda *_: None
     found = [check_kept(combination, mode) for combination in COMBINATIONS for mode in ("none", "full")]
     found += [check_peak(combination, mode) for combination in COMBINATIONS for mode in ("none", "selective", "full")]
+    for preset, level in product(("llama", "gpt2"), ("forward", "full")):
+        for skip in ("", "0", "attention", "blocks.0.ffn.out"):
+            found.append(check_float8(preset, f"--fp8_level={level}", f"--fp8_skip={skip}"))
     wrong = [text for text in found if text]
     print("\n".join(wrong), f"{len(found) - len(wrong)} of {len(found)} agree", sep="\n")
     return 1 if wrong else 0

@@ -43,7 +43,7 @@ def test_docstrings_comments_blank_lines_and_spacing_keep_it(copied: Path) -> No
     before = digest_of(copied)
     _edit(copied / "norm.py", r'\A"""', '"""Another first line.\n\n')
     _edit(copied / "norm.py", r'^SHARED_BYTES = (\d+)\n"""', r'SHARED_BYTES  =  \1  # of a program\n"""Another. ')
-    _edit(copied / "swiglu.py", r'^(def swiglu\(.*?""").*?"""', r'\1Another docstring."""\n\n    # a comment\n')
+    _edit(copied / "activation.py", r'^(def swiglu\(.*?""").*?"""', r'\1Another docstring."""\n\n    # a comment\n')
     _edit(copied / "rms_norm.py", r"^__all__ = .*?$", '__all__ = ["other"]')
     _edit(copied / "rope.py", r"^import math$", "import math\nimport sys")
     _edit(copied / "checks.py", r"wanted", "asked for")
@@ -65,8 +65,8 @@ def test_definitions_in_another_order_or_file_keep_it(copied: Path) -> None:
         ("norm.py", r"^MAX_N = 16384", "MAX_N = 8192"),
         ("norm.py", r"2048, 2, 396, 4", "2048, 2, 264, 4"),
         ("norm.py", r"dx = g - h \*", "dx = g + h *"),
-        ("swiglu.py", r"silu = gate \* sigmoid", "silu = gate / sigmoid"),
-        ("swiglu.py", r"^@triton.jit\n", ""),
+        ("activation.py", r"y = x \* tl.sigmoid", "y = x / tl.sigmoid"),
+        ("activation.py", r"^@triton.jit\n", ""),
         ("rope.py", r'"num_warps": 1', '"num_warps": 2'),
         ("rope.py", r"^    _store_pairs\(DQKV", "        _store_pairs(DQKV"),
         ("linear.py", r"return dy @ weight", "return dy.float() @ weight.float()"),

@@ -14,13 +14,13 @@ from run_helpers import masters
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptperf import cards
 from gptperf.config import ModelConfig, OptimizerConfig, command_line
 from gptperf.distributed.buckets import ALIGN, BucketGroup
 from gptperf.distributed.matrices import cut_between
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, ConfigError
 from gptperf.flops.matmuls import hidden_matrices
+from gptperf.flops.model_cards import optimizer_of
 from gptperf.kernels import reference
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops
@@ -182,7 +182,9 @@ def test_each_matrix_moves_by_a_fifth_of_the_learning_rate(normuon: bool, dtype:
 def test_products_are_in_float16_unless_the_run_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     original = muon.orthogonalize
-    monkeypatch.setattr(muon, "orthogonalize", lambda x, op, dtype: (found.append(dtype), original(x, op, dtype))[1])
+    monkeypatch.setattr(
+        muon, "orthogonalize", lambda x, op, dtype, *how: (found.append(dtype), original(x, op, dtype, *how))[1]
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _, weights = _weights(dtype)
         for bucket in weights.buckets:
@@ -245,15 +247,17 @@ def test_what_packs_matrices_is_what_the_cards_say() -> None:
         assert sum(matrix.rows for matrix in found) == wanted.rows
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("normuon", [False, True])
-def test_states_are_what_the_card_says(normuon: bool) -> None:
+def test_states_are_what_the_card_says(normuon: bool, dtype: str) -> None:
+    """`optimizer_state_dtype` is that of AdamW's moments; Muon's states stay float32."""
     model, weights = _weights(n_embd=64, d_ff=128)  # sizes that leave no gaps between matrices
-    optimizer = Muon(weights, OptimizerConfig(optimizer="muon", normuon=normuon), OPS)
+    config = OptimizerConfig(optimizer="muon", normuon=normuon, optimizer_state_dtype=dtype)
+    optimizer = Muon(weights, config, OPS)
     held = sum(x.nbytes for bucket in weights.buckets for x in optimizer.states(bucket).values())
     hidden = hidden_matrices(model.config)
     total = sum(bucket.master.numel() for bucket in weights.buckets)
-    card = cards.OPTIMIZERS["normuon" if normuon else "muon"]
-    assert held == card.state_bytes(total, hidden.elements, hidden.rows)
+    assert held == optimizer_of(config).state_bytes(total, hidden.elements, hidden.rows)
 
 
 def test_flops_are_those_that_are_counted() -> None:

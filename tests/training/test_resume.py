@@ -14,7 +14,7 @@ import pytest
 import torch
 from run_helpers import ROOT, hashes, losses, run, run_command, run_log
 
-from gptperf import registry
+from gptperf import checkpoint, registry
 from gptperf.checkpoint import write
 from gptperf.config import KEYS, command_line
 from gptperf.data.prepare import prepare
@@ -62,14 +62,28 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(dtype: str, corpus: Path
     assert evaluations[0] == evaluations[1]
 
 
-@pytest.mark.parametrize("step", [5, 15])
-def test_resume_from_any_checkpoint_is_bitwise(step: int, corpus: Path, tmp_path: Path) -> None:
-    assert run(corpus, tmp_path / "a", "--keep_checkpoints=9", "--dropout=0.2") == 0
+@pytest.mark.parametrize(("step", "moments"), [(5, "float32"), (15, "bfloat16")])
+def test_resume_from_any_checkpoint_is_bitwise(step: int, moments: str, corpus: Path, tmp_path: Path) -> None:
+    flags = ["--dropout=0.2", f"--optimizer_state_dtype={moments}"]
+    assert run(corpus, tmp_path / "a", "--keep_checkpoints=9", *flags) == 0
     a, b = (tmp_path / x / "checkpoints" for x in "ab")
     b.mkdir(parents=True)
     (a / f"step-{step:08d}").rename(b / f"step-{step:08d}")
-    assert run(corpus, tmp_path / "b", "--init_from=auto", "--dropout=0.2") == 0
+    assert run(corpus, tmp_path / "b", "--init_from=auto", *flags) == 0
     assert hashes(a / "step-00000020") == hashes(b / "step-00000020")
+
+
+@pytest.mark.parametrize("moments", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_moments_are_converted_where_a_resume_asks_for_it(
+    moments: tuple[str, str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iters, dtype in zip((3, 4), moments, strict=True):
+        flags = [f"--max_iters={iters}", f"--optimizer_state_dtype={dtype}"]
+        assert run(corpus, tmp_path, *flags, "--init_from=auto") == 0
+        stored = checkpoint.load(tmp_path / "checkpoints" / f"step-{iters:08d}").tensors["optimizer"]
+        kinds = {x.dtype for name, x in stored.items() if name.startswith("exp_avg")}
+        assert kinds == {getattr(torch, dtype)}
+    assert f"(saved -> now): optimizer_state_dtype: {moments[0]} -> {moments[1]}" in capsys.readouterr().out
 
 
 def test_without_the_optimizers_state_resume_is_not_bitwise(

@@ -37,7 +37,7 @@ def _broken(ops: Ops, *flags: str) -> dict[str, str]:
     [
         [],
         ["--qk_norm=True", "--rope_pairs=interleaved", "--n_kv_head=2"],
-        ["--normalization=layernorm", "--position_encoding=none", "--ffn_type=standard"],
+        ["--normalization=layernorm", "--position_encoding=none", "--ffn_type=standard", "--activation=relu_squared"],
         ["--normalization=layernorm_nobias"],
     ],
 )
@@ -52,7 +52,7 @@ def test_every_op_is_run_for_some_model() -> None:
     for names in itertools.product(*(KINDS[kind] for kind in kinds)):
         flags = [f"--{kind}={name}" for kind, name in zip(kinds, names, strict=True)]
         model = command_line.resolve([*SIZES, *flags]).config.model
-        found |= {op for op, _ in selftest._runs(model, torch.device("cpu"), torch.float32)}
+        found |= {op for op, _ in selftest._runs(model, torch.device("cpu"), torch.float32, torch.float32)}
     assert found == set(OPS)
 
 

@@ -20,4 +20,4 @@ def make_optimizer(weights: Replicated, config: OptimizerConfig, ops: Ops) -> Op
     """
     if config.optimizer == "muon":
         return Muon(weights, config, ops)
-    return AdamW(weights.buckets, config, ops.adamw)
+    return AdamW(weights.buckets, config, ops.adamw, weights.pieces_of)

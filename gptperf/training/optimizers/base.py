@@ -44,7 +44,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def states(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Returns the optimizer states of a bucket by name, each float32.
+        """Returns the optimizer states of a bucket by name, each float32, or AdamW's in `optimizer_state_dtype`.
 
         A state has the shape of `bucket.master`, or `(rows, 1)` with a number for each row of the matrices that this
         rank holds of the bucket.

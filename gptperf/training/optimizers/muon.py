@@ -32,7 +32,7 @@ from gptperf.kernels.linear import add_product
 from gptperf.ops import Ops
 from gptperf.training.optimizers.adamw import AdamW
 
-__all__ = ["BAND", "Muon", "orthogonalize"]
+__all__ = ["BAND", "Muon", "orthogonalize", "scaled_to_norm"]
 
 UPDATE_RMS = 0.2
 """Root mean square of the elements of an update, in units of the learning rate."""
@@ -54,35 +54,51 @@ _LONG = 1.5
 """From this ratio of the sides on, steps are joined (`_joined`)."""
 _CHUNK = 1 << 27
 """Most elements of a batch of matrices, unless one matrix alone has more."""
+_Norms = Callable[[Tensor, float, torch.dtype], Tensor]
 
 
-def orthogonalize(x: Tensor, symmetric_matmul: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+def orthogonalize(
+    x: Tensor,
+    symmetric_matmul: Callable[..., Tensor],
+    dtype: torch.dtype,
+    factor: float = 1.0,
+    norms: _Norms | None = None,
+) -> Tensor:
     """Returns approximate polar factors: the singular vectors of each matrix with singular values in `BAND`.
 
     Args:
-        x: `(B, M, N)` with M <= N, contiguous. Singular values below `LEAST` of the Frobenius norm get below `BAND`.
+        x: `(B, R, C)`, contiguous. Singular values below `LEAST` of the Frobenius norm get below `BAND`.
         symmetric_matmul: the op.
         dtype: dtype of the products: float32, or float16, whose range is wide enough for matrices of this norm. Its
             rounding error is an eighth of bfloat16's, and so is the error of the result.
+        factor: multiplies the result.
+        norms: `scaled_to_norm`, or that function compiled.
 
     Returns:
-        `(B, M, N)` in `dtype`.
+        `(B, R, C)` in `dtype`.
     """
-    M, N = x.shape[1:]
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    small, large = sorted(x.shape[1:])
     # A power of two near sqrt(M) keeps the elements of x and x x^T away from the smallest numbers of float16; the first
     # step takes it out again.
-    scale = float(min(1 << M.bit_length() // 2, _LARGEST_SCALE))
-    x = (x * (scale / (norm * _MARGIN + _TINY))).to(dtype)
-    if N >= _LONG * M:
+    scale = float(min(1 << small.bit_length() // 2, _LARGEST_SCALE))
+    x = (norms or scaled_to_norm)(x, scale / _MARGIN, dtype)
+    if large >= _LONG * small:
         # In float16 and bfloat16 the error of x x^T grows with each step in which it is not computed anew from x.
-        return _joined(_joined(x, _COEFFICIENTS[:2], symmetric_matmul, scale), _COEFFICIENTS[2:], symmetric_matmul)
-    for a, b, c in _COEFFICIENTS:
-        gram = symmetric_matmul(x)
-        factor = symmetric_matmul(gram, add=gram, alpha=c / scale**4, beta=b / scale**2)
-        x = add_product(x, factor, x, a / scale, 1 / scale)  # a x + (b A + c A^2) x with A = x x^T
+        x = _joined(x, _COEFFICIENTS[:2], symmetric_matmul, scale)
+        return _joined(x, _COEFFICIENTS[2:], symmetric_matmul, factor=factor)
+    for i, (a, b, c) in enumerate(_COEFFICIENTS):
+        gram = symmetric_matmul(_wide(x))
+        polynomial = symmetric_matmul(gram, add=gram, alpha=c / scale**4, beta=b / scale**2)
+        last = factor if i + 1 == len(_COEFFICIENTS) else 1.0
+        x = _times(x, polynomial, last * a / scale, last / scale)  # a x + (b A + c A^2) x with A = x x^T
         scale = 1.0
     return x
+
+
+def scaled_to_norm(x: Tensor, norm: float, dtype: torch.dtype) -> Tensor:
+    """Returns each matrix of a batch scaled to a Frobenius norm, in `dtype`; a matrix of zeros stays one."""
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x * (norm / (norms + _TINY))).to(dtype)
 
 
 def _joined(
@@ -90,23 +106,35 @@ def _joined(
     coefficients: Sequence[tuple[float, float, float]],
     symmetric_matmul: Callable[..., Tensor],
     scale: float = 1.0,
+    factor: float = 1.0,
 ) -> Tensor:
     """Makes several steps at once on the smaller side: each step on A = x x^T alone, then one product with x.
 
     A step multiplies x by a + b A + c A^2, and A by that from both sides. All these matrices are polynomials of the
     first A, so their products are symmetric. For N = 2.75 M, as in the FFN of a LLaMA, this is two thirds of the FLOPs.
     """
-    gram, total = symmetric_matmul(x), None
+    gram, total = symmetric_matmul(_wide(x)), None
     rest = scale
     for a, b, c in coefficients:
-        factor = symmetric_matmul(gram, add=gram, alpha=c / rest**4, beta=b / rest**2)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        total = factor if total is None else symmetric_matmul(factor, total)
+        polynomial = symmetric_matmul(gram, add=gram, alpha=c / rest**4, beta=b / rest**2)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = polynomial if total is None else symmetric_matmul(polynomial, total)
         if (a, b, c) != coefficients[-1]:
-            gram = symmetric_matmul(symmetric_matmul(factor, gram), factor, alpha=1 / rest**2)
+            gram = symmetric_matmul(symmetric_matmul(polynomial, gram), polynomial, alpha=1 / rest**2)
         rest = 1.0
     assert total is not None
-    return add_product(x, total, x, 0.0, 1 / scale)
+    return _times(x, total, 0.0, factor / scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Returns each matrix with its longer side as columns: a view."""
+    return x if x.shape[1] <= x.shape[2] else x.mT
+
+
+def _times(x: Tensor, symmetric: Tensor, beta: float, alpha: float) -> Tensor:
+    """Returns beta x + alpha times the product of x with symmetric matrices of its smaller side."""
+    a, b = (symmetric, x) if x.shape[1] <= x.shape[2] else (x, symmetric)
+    return add_product(x, a, b, beta, alpha)
 
 
 class _Batch(NamedTuple):
@@ -158,8 +186,8 @@ class Muon(AdamW):
         self._others = [bucket for bucket in weights.buckets if bucket.group is not BucketGroup.HIDDEN]
         self._own = _batches(self._hidden, lambda bucket: weights.matrices(bucket, own=True))
         self._held = _batches(self._hidden, weights.matrices)
-        self._momentum, self._apply = _momentum, _apply
-        super().__init__(weights.buckets, config, ops.adamw)
+        self._momentum, self._apply, self._norms, self._rows = _momentum, _apply, scaled_to_norm, _normalized_rows
+        super().__init__(weights.buckets, config, ops.adamw, weights.pieces_of)
 
     def _new_states(self, bucket: Bucket) -> dict[str, Tensor]:
         if bucket.group is not BucketGroup.HIDDEN:
@@ -173,6 +201,7 @@ class Muon(AdamW):
     def compile(self) -> None:
         super().compile()
         self._momentum, self._apply = torch.compile(_momentum), torch.compile(_apply)
+        self._norms, self._rows = torch.compile(scaled_to_norm), torch.compile(_normalized_rows)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -198,22 +227,34 @@ class Muon(AdamW):
 
     def _orthogonalize(self, batch: _Batch) -> None:
         """Replaces the momentum of each matrix by its update, for a learning rate of 1."""
-        views, tall = batch.views(_scratch), batch.rows > batch.columns
-        x = torch.stack([view.mT for view in views] if tall else views)  # the products are on the smaller side
+        views, factor = batch.views(_scratch), UPDATE_RMS * max(batch.rows, batch.columns) ** 0.5
         wide = batch.members[0][0].compute.dtype == torch.float32
-        x = orthogonalize(x, self._symmetric_matmul, torch.float32 if wide else torch.float16).to(views[0].dtype)
-        x = x * (UPDATE_RMS * max(batch.rows, batch.columns) ** 0.5)
-        torch._foreach_copy_(views, list((x.mT if tall else x).unbind()))
+        dtype = torch.float32 if wide else torch.float16
+        x = orthogonalize(torch.stack(views), self._symmetric_matmul, dtype, factor, self._norms)
+        torch._foreach_copy_(views, list(x.unbind()))
 
     def _normalize_rows(self, batch: _Batch, keep: Tensor) -> None:
         """Divides the rows of each update by the root of their averaged mean squares, and scales it to `UPDATE_RMS`."""
         views, averages = batch.views(_scratch), batch.row_views(lambda bucket: self._states[bucket]["row_exp_avg_sq"])
-        x, average = torch.stack(views).float(), torch.stack(averages)  # (B, rows, columns), (B, rows, 1)
-        new = average.lerp(x.square().mean(-1, keepdim=True), 1 - self.config.beta2)
-        x = x / (new.sqrt() + _TINY)
-        x = x * (UPDATE_RMS / (x.square().mean((-2, -1), keepdim=True).sqrt() + _TINY))
-        torch._foreach_copy_(averages, list(torch.where(keep, new, average).unbind()))
+        x, new = self._rows(torch.stack(views), torch.stack(averages), keep, self.config.beta2)
+        torch._foreach_copy_(averages, list(new.unbind()))
         torch._foreach_copy_(views, list(x.unbind()))
+
+
+def _normalized_rows(x: Tensor, average: Tensor, keep: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """Returns the normalized updates in x's dtype and the averaged mean squares of their rows.
+
+    Args:
+        x: `(B, rows, columns)`.
+        average: `(B, rows, 1)` float32, the averages before this step.
+        keep: whether this step counts, a scalar.
+        beta2: weight of the averages before this step.
+    """
+    squares = x.float().square().mean(-1, keepdim=True)
+    new = average.lerp(squares, 1 - beta2)
+    factors = 1 / (new.sqrt() + _TINY)
+    factors = factors * (UPDATE_RMS / ((squares * factors.square()).mean(-2, keepdim=True).sqrt() + _TINY))
+    return (x * factors).to(x.dtype), torch.where(keep, new, average)
 
 
 def _scratch(bucket: Bucket) -> Tensor:
