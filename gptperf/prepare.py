@@ -52,8 +52,8 @@ class _PrepareFlags(Flags):
     data_dir: str = "data"
     """Folder of data sets."""
     tokenizer: str = "byte"
-    """byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, whose tokenizer it is;
-    hf:REPO; train:N, a BPE of N ids that is trained on the text."""
+    """byte; tiktoken's gpt2, cl100k_base, ...; a tokenizer.json or its folder; a data set, by its name in
+    --data_dir or its folder, whose tokenizer it is; hf:REPO; train:N, a BPE of N ids that is trained on the text."""
     eot: str | None = None
     """Token that ends a document; default: the one that the tokenizer names."""
     val_fraction: float | None = None

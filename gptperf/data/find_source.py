@@ -1,5 +1,6 @@
 """Finds the source of text that the user named, and the groups of its documents."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -35,6 +36,17 @@ class Source:
     """Whether a document may be one field of a record."""
     dedup: str = "exact"
     """Default of `--dedup`."""
+
+    @functools.cached_property
+    def total_bytes(self) -> int | None:
+        """Bytes on disk, or None if they are elsewhere."""
+        if self.files is None:
+            return None
+        total = 0
+        for path in self.files():
+            with contextlib.suppress(OSError):  # counted as unreadable when it is read
+                total += os.stat(path).st_size
+        return total
 
 
 def find_source(

@@ -111,7 +111,7 @@ def convert(
     files = {split: [_recognised(file, dtype) for file in found[split]] for split in SPLITS}
     _check_options(what, name, val_fraction, bool(found["val"]))
     check_target(path.resolve(), overwrite)
-    encoder = _tokenizer(tokenizer, eot)
+    encoder = _tokenizer(tokenizer, eot, data_dir)
     say: Callable[[str], object] = (lambda line: None) if quiet else print
     for split, file in [(name, file) for name in SPLITS for file in files[name]]:
         say(f"{split}: {file.path}: {file.kind}, {file.dtype}, {file.tokens:,} tokens")
@@ -165,13 +165,15 @@ def _check_options(what: str, name: str, val_fraction: float | None, has_val: bo
         raise DataError(f"--val_fraction: found {val_fraction}, wanted 0 < val_fraction < 1; nearest: 0.01")
 
 
-def _tokenizer(name: str, eot: str | None) -> Tokenizer:
+def _tokenizer(name: str, eot: str | None, data_dir: str | os.PathLike[str]) -> Tokenizer:
     if name == "byte":
         raise DataError(
             f"--tokenizer: found {name!r}, wanted the tokenizer that made the ids, such as gpt2, or {IDS}N for N ids "
             "without a vocabulary"
         )
-    return _IdsOnly(name, eot) if name.startswith(IDS) else load_tokenizer(name, eot=eot, instead=f", or {IDS}N")
+    if name.startswith(IDS):
+        return _IdsOnly(name, eot)
+    return load_tokenizer(name, eot=eot, instead=f", or {IDS}N", data_dir=data_dir)
 
 
 def _recognised(path: Path, dtype: str | None) -> _File:

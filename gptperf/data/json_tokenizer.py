@@ -5,6 +5,7 @@ Templates, truncation, padding and the dropout of merges are removed, so that a 
 them, and no other ones.
 """
 
+import array
 import contextlib
 import functools
 import hashlib
@@ -19,12 +20,14 @@ import numpy as np
 
 from gptperf.data.hub import CACHE, by_hand
 from gptperf.data.vocabulary import (
+    TRAINED_PATTERN,
     NoVocabularyError,
     RefusedError,
     Tokens,
     as_array,
     as_text,
     encode_in_pieces,
+    short_pieces,
     token_dtype,
 )
 from gptperf.errors import DataError, DeviceError
@@ -71,6 +74,9 @@ class JsonTokenizer:
         self._library.encode_special_tokens = True  # encodes the text of every special token as ordinary text
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self._dtype = token_dtype(self.vocab_size)
+        # Only the words of a known pattern are sure to be the same in short pieces, which take little memory.
+        split = _canonical({"Regex": TRAINED_PATTERN}) in _canonical(described.get("pre_tokenizer"))
+        self._words_are_known = split and described.get("normalizer") is None
 
     @classmethod
     def find(cls, name: str, eot: str | None = None) -> "JsonTokenizer":
@@ -137,9 +143,14 @@ class JsonTokenizer:
 
     def _encode(self, text: str) -> Tokens:
         with _library_errors() as failed:
-            (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
-            return np.array(encoding.ids, self._dtype)
+            parts = [self._ids(part) for part in (short_pieces(text) if self._words_are_known else (text,))]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
         raise RefusedError(failed[0])
+
+    def _ids(self, text: str) -> Tokens:
+        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+        # Only one thread at a time makes a list and an array of it, and an `array` takes half the time of NumPy.
+        return np.frombuffer(array.array("I", encoding.ids), np.uint32).astype(self._dtype)
 
     def decode(self, ids: Iterable[int] | Tokens) -> str:
         """Returns the text of `ids`; ids without a token (padding of the vocabulary) are dropped."""

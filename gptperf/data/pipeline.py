@@ -20,9 +20,9 @@ __all__ = ["Chosen", "Part", "document_parts", "encoded", "text_parts", "threads
 
 _TASK_BYTES = 1 << 17
 """Bytes of short documents that a thread encodes at a time."""
-_IN_FLIGHT_BYTES = 12 << 20
-"""Bytes of text that are read but not yet written. The tokenizers library takes 130 bytes for each that it encodes, so
-with any number of threads the memory stays below 2 GB."""
+_IN_FLIGHT_BYTES = 8 << 20
+"""Bytes of text that are read but not yet written. The tokenizers library takes 130 bytes for each that is encoded at a
+time, and keeps a part of them, so with any number of threads the memory stays below 2 GB."""
 _SAVE_SECONDS = 20.0
 """Time after which the progress is saved, so that a killed preparation goes on from there."""
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptperf.data.find_source import Source
 from gptperf.data.format import SPLITS, read_manifest
 from gptperf.data.job import Job
 from gptperf.data.leak import measure_leak
@@ -95,7 +94,7 @@ class _Work:
             parts = text_parts(document, self._job.fraction, self._tokenizer, writer)
         else:
             parts = document_parts(self._chosen(documents), self._tokenizer, writer)
-        with progress_bar(self._job.path.name, total_bytes(found), meter, self._job.quiet) as progress:
+        with progress_bar(self._job.path.name, found.total_bytes, meter, self._job.quiet) as progress:
             write_parts(writer, parts, self._tokenizer, progress)
         if found.kind != "tail":
             self._check()
@@ -116,29 +115,16 @@ class _Work:
         return [*self._skipped.lines(), *self._copies.lines()]
 
 
-def total_bytes(found: Source) -> int | None:
-    """Returns the bytes on disk of a source, or None if they are elsewhere."""
-    if found.files is None:
-        return None
-    total = 0
-    for path in found.files():
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue  # counted as unreadable when it is read
-    return total
-
-
 def _tokenizer(job: Job) -> Tokenizer:
     """Returns the tokenizer; a vocabulary that is to be trained never sees the validation split."""
     name, eot = job.tokenizer, job.eot
     if not name.startswith(PREFIX):
-        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER)
+        return load_tokenizer(name, eot=eot, instead=_OTHER_TOKENIZER, data_dir=job.data_dir)
     vocabulary_size(name)
     if eot is not None:
         raise DataError(f"--eot: found {eot!r}, wanted none: {name} has <|endoftext|>")
     found, meter, split = job.source, Meter(), job.hash_split()
-    with progress_bar(f"{name}: the sample of the text", total_bytes(found), meter, job.quiet) as progress:
+    with progress_bar(f"{name}: the sample of the text", found.total_bytes, meter, job.quiet) as progress:
 
         def training() -> Iterator[bytes]:
             for document in found.documents(Skipped(), meter):

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -39,8 +40,8 @@ class Meter:
         self._raw: IO[bytes] | None = None
         self._size = 0
 
-    def begin(self, raw: IO[bytes], size: int) -> None:
-        """Begins a file of `size` bytes."""
+    def begin(self, raw: IO[bytes] | None, size: int) -> None:
+        """Begins a file of `size` bytes; None: it is read as a whole."""
         self.end()
         self._raw, self._size = raw, size
 
@@ -63,16 +64,18 @@ def suffixes_in_name(path: Path) -> tuple[str, str]:
     return suffixes[-1] if suffixes else "", compression
 
 
-def suffixes_of(path: Path) -> tuple[str, str]:
+def suffixes_of(path: Path, head: bytes | None = None) -> tuple[str, str]:
     """Returns the suffixes of a file's format and of its compression in lower case, such as (".jsonl", ".gz").
 
-    The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say.
+    The second is "" for a file that is not compressed. What the name leaves open, the first bytes of the file say,
+    which are `head` if they are read already.
     """
     kind, compression = suffixes_in_name(path)
     if not compression:
-        head = b""
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            head = file.read(6)
+        if head is None:
+            head = b""
+            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                head = file.read(6)
         found = next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), "")
         if found in _COMPRESSIONS:
             compression = found
@@ -82,19 +85,24 @@ def suffixes_of(path: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def open_file(path: Path, meter: Meter | None = None) -> Iterator[IO[bytes]]:
+def open_file(path: Path, meter: Meter | None = None, compression: str | None = None) -> Iterator[IO[bytes]]:
     """Opens the content of a file, decompressed, for the body of a `with`.
+
+    Args:
+        path: The file.
+        meter: Counts the bytes that are read.
+        compression: Its compression, if `suffixes_of` was asked already.
 
     Raises:
         DataError: In the body: the compressed file is truncated or corrupt.
         DeviceError: The package that decompresses the file is not installed.
         OSError: The file cannot be read.
     """
-    compression = suffixes_of(path)[1]
+    compression = suffixes_of(path)[1] if compression is None else compression
     damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-    with path.open("rb") as raw:
+    with open(path, "rb") as raw:
         if meter is not None:
-            meter.begin(raw, path.stat().st_size)
+            meter.begin(raw, os.fstat(raw.fileno()).st_size)
         with _COMPRESSIONS[compression](raw) if compression else raw as file:
             if zstandard := sys.modules.get("zstandard"):
                 damage = (*damage, zstandard.ZstdError)

@@ -16,6 +16,7 @@ from gptperf.data.documents import Origin
 __all__ = [
     "BINARY",
     "EMPTY",
+    "HEAD_BYTES",
     "NOT_UTF8",
     "PIECE_BYTES",
     "Document",
@@ -34,6 +35,8 @@ NOT_UTF8 = "not UTF-8"
 
 PIECE_BYTES = 1 << 24
 """A longer document is handled in pieces of about this size, so that the memory use does not depend on its length."""
+HEAD_BYTES = 1 << 16
+"""Of a larger file that is no text, only this is read in most cases."""
 
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -105,7 +108,9 @@ def text_document(origin: Origin, text: str) -> Document:
     return Document(origin, hashlib.sha256(data).digest(), len(data), cut(iter([data])))
 
 
-def file_document(origin: Origin, open_content: Callable[[], AbstractContextManager[IO[bytes]]]) -> Document:
+def file_document(
+    origin: Origin, open_content: Callable[[], AbstractContextManager[IO[bytes]]], whole: bytes | None = None
+) -> Document:
     """Returns a document for the whole of a file, which is read in pieces.
 
     A file of more than `PIECE_BYTES` is read twice: once for its digest and size, and once for its pieces.
@@ -113,15 +118,20 @@ def file_document(origin: Origin, open_content: Callable[[], AbstractContextMana
     Args:
         origin: Where the text comes from.
         open_content: Opens the content of the file.
+        whole: Its content, of less than `PIECE_BYTES`, if it is read already.
 
     Raises:
         Refused: The text is no document.
         OSError: The file cannot be read.
     """
-    with open_content() as file:
-        head = file.read(PIECE_BYTES + 1)
-    if len(head) <= PIECE_BYTES:
-        data = b"".join(clean(iter([head])))
+    if whole is None:
+        with open_content() as file:
+            whole = file.read(min(HEAD_BYTES, PIECE_BYTES + 1))
+            if len(whole) == HEAD_BYTES:
+                next(clean(iter([whole, b""])))
+                whole += file.read(PIECE_BYTES + 1 - len(whole))
+    if len(whole) <= PIECE_BYTES:
+        data = b"".join(clean(iter([whole])))
         if not data.strip():
             raise Refused(EMPTY)
         return Document(origin, hashlib.sha256(data).digest(), len(data), iter([data]))

@@ -63,14 +63,17 @@ class ByteTokenizer:
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-def load_tokenizer(name: str, *, eot: str | None = None, instead: str = "") -> Tokenizer:
+def load_tokenizer(
+    name: str, *, eot: str | None = None, instead: str = "", data_dir: str | os.PathLike[str] | None = None
+) -> Tokenizer:
     """Returns the tokenizer called `name`, whose vocabulary may be downloaded.
 
     Args:
-        name: "byte", an encoding of tiktoken, "hf:REPO", or a path: a tokenizer.json, a folder that has one, or a data
-            set, whose tokenizer it is.
+        name: "byte", an encoding of tiktoken, "hf:REPO", a data set of `data_dir`, whose tokenizer it is, or a path: a
+            tokenizer.json, a folder that has one, or a data set.
         eot: The token that ends a document; None: the one that the tokenizer names itself.
         instead: What else the caller's user can do if the vocabulary is not available, for the end of the message.
+        data_dir: Folder of data sets; None: a data set is known by its path alone.
 
     Raises:
         DataError: The name is unknown, the vocabulary is not available offline, or no token ends a document.
@@ -91,13 +94,19 @@ def load_tokenizer(name: str, *, eot: str | None = None, instead: str = "") -> T
     known = tiktoken.list_encoding_names()
     if name in known:
         return TiktokenTokenizer.download(name, eot, instead)
+    sets = (
+        {} if data_dir is None else {path.parent.name: path.parent for path in Path(data_dir).glob(f"[!.]*/{MANIFEST}")}
+    )
+    if name in sets:
+        return _of_data_set(sets[name], eot)
     if os.path.exists(name) or os.sep in name or name.endswith(".json"):
         return JsonTokenizer.find(name, eot)
-    near = difflib.get_close_matches(name, ["byte", *known], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, ["byte", *known, *sorted(sets)], n=1, cutoff=0.4)
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise NoVocabularyError(
-        f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, a data "
-        f"set, hf:REPO or {PREFIX}N{hint}"
+        f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, "
+        f"{'the folder of a data set' if data_dir is None else f'a data set of {data_dir} or its folder'}, hf:REPO or "
+        f"{PREFIX}N{hint}"
     )
 
 

@@ -1,35 +1,32 @@
 """Trains a vocabulary of byte pairs (BPE) on a sample of a corpus, with the `tokenizers` library (extra hf)."""
 
+import contextlib
+import ctypes
 import hashlib
 import heapq
+import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gptperf.data.json_tokenizer import JsonTokenizer, tokenizers_library
-from gptperf.data.vocabulary import as_text, pieces
+from gptperf.data.vocabulary import TRAINED_PATTERN, as_text, pieces, short_pieces
 from gptperf.errors import DataError
 
 __all__ = ["PREFIX", "SAMPLE_BYTES", "train_tokenizer", "vocabulary_size"]
 
 PREFIX = "train:"
 SAMPLE_BYTES = 200_000_000
-"""Bytes of text that the vocabulary is trained on. The memory is this and about as much again."""
+"""Bytes of text that the vocabulary is trained on; fewer if they have more than `_WORD_BYTES` of different words."""
+_WORD_BYTES = 8_000_000
+"""Bytes of different words. To count their pairs takes up to 160 bytes of memory for each, most for a script without
+spaces, where a clause is a word. 200 MB of source code have 3 million."""
+_PROBE = 4_000_000
+_WORD = re.compile(r"[^\W\d_]+|[^\w\s]+|\s+")
+"""Almost the words of `TRAINED_PATTERN`; digits have few."""
 _BYTES = 256
 _END_OF_TEXT = "<|endoftext|>"
 _MOST = 1 << 20
-# Words with the character before them (a space, a quote, a bracket), as in cl100k_base, and an English contraction with
-# its word; its "'" must not end a longer word, so that 'self' of source code is not cut into "'s" and "elf". Digits are
-# in groups of three at most, so that numbers share tokens. Line breaks are apart from the indentation after them.
-_PATTERN = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?\p{L}+(?:'(?i:[sdmt]|ll|re|ve)(?!\p{L}))?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
 
 
 def vocabulary_size(name: str) -> int:
@@ -66,7 +63,7 @@ def train_tokenizer(name: str, documents: Iterable[bytes]) -> JsonTokenizer:
     library = tokenizers_library(name)
     byte_level: Any = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = library.Tokenizer(library.models.BPE())
-    split = library.pre_tokenizers.Split(library.Regex(_PATTERN), "isolated")
+    split = library.pre_tokenizers.Split(library.Regex(TRAINED_PATTERN), "isolated")
     trained.pre_tokenizer = library.pre_tokenizers.Sequence([split, byte_level])
     trained.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
@@ -74,7 +71,8 @@ def train_tokenizer(name: str, documents: Iterable[bytes]) -> JsonTokenizer:
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator(_sample(name, documents), trainer)
+    trained.train_from_iterator(_bounded(_short(_sample(name, documents))), trainer)
+    _give_back()
     largest = trained.get_vocab_size() + 1
     if largest < size:
         raise DataError(
@@ -83,6 +81,12 @@ def train_tokenizer(name: str, documents: Iterable[bytes]) -> JsonTokenizer:
         )
     trained.add_special_tokens([library.AddedToken(_END_OF_TEXT, normalized=False, special=True)])
     return JsonTokenizer(name, trained.to_str().encode(), _END_OF_TEXT)
+
+
+def _give_back() -> None:
+    """Gives the memory that is free again back to the system; the C library would keep a gigabyte of it."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc keeps it, and has this function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _sample(name: str, documents: Iterable[bytes], limit: int | None = None) -> Iterator[str]:
@@ -104,5 +108,38 @@ def _sample(name: str, documents: Iterable[bytes], limit: int | None = None) -> 
             total += len(data)
             while total > limit and len(kept) > 1:
                 total -= len(heapq.heappop(kept)[1])
-    for _, data in sorted(kept, reverse=True):
-        yield data.decode()
+    kept.sort()
+    while kept:  # what was given away is freed
+        yield kept.pop()[1].decode()
+
+
+def _short(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from short_pieces(text)
+
+
+def _bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Yields texts in random order, until their different words have about `_WORD_BYTES` bytes.
+
+    How fast new words come is seen in the first `_PROBE` bytes, and goes on as a power of the length.
+    """
+    words: set[str] = set()
+    read, distinct = 0, 0
+    early: tuple[int, int] | None = None
+    most = math.inf
+    for text in texts:
+        if read >= most:
+            return
+        yield text
+        seen, read = read, read + len(text.encode())
+        if seen >= _PROBE:
+            continue
+        new = set(_WORD.findall(text)) - words
+        words |= new
+        distinct += sum(len(word.encode()) for word in new)
+        if early is None and read >= _PROBE // 4:
+            early = read, distinct
+        if early is not None and read >= _PROBE:
+            growth = math.log(max(distinct, 1) / max(early[1], 1)) / math.log(read / early[0])
+            most = read * (_WORD_BYTES / max(distinct, 1)) ** (1 / max(growth, 0.3))
+            words.clear()

@@ -8,10 +8,18 @@ from pathlib import Path
 
 from gptperf.data.documents import Origin
 from gptperf.data.readers import STRUCTURED, Meter, Record, open_file, read_records, suffixes_in_name, suffixes_of
-from gptperf.data.text import EMPTY, Document, Refused, Skipped, file_document, text_document
+from gptperf.data.text import EMPTY, HEAD_BYTES, Document, Refused, Skipped, file_document, text_document
 from gptperf.errors import DataError, DeviceError
 
-__all__ = ["Fields", "documents_of", "file_documents", "files_below", "folder_documents", "record_documents"]
+__all__ = [
+    "Fields",
+    "check_format",
+    "documents_of",
+    "file_documents",
+    "files_below",
+    "folder_documents",
+    "record_documents",
+]
 
 _ARCHIVES = {".zip", ".tar", ".7z", ".rar", ".bz2", ".lz4", ".whl", ".jar", ".tbz"}
 _PATIENCE = 10_000
@@ -53,17 +61,28 @@ def file_documents(
         DeviceError: A package that reads the file is not installed.
         OSError: The file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
         raise Refused("not a regular file")
-    kind, _ = suffixes_of(path)
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(HEAD_BYTES)
+    kind, compression = suffixes_of(path, head)
+    check_format(kind)
+    if kind in STRUCTURED:
+        yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
+        return
+    # A small file is opened once: each call of the system lets other threads go on, for which this one then waits.
+    whole = head if not compression and len(head) < HEAD_BYTES else None
+    if whole is not None and meter is not None:
+        meter.begin(None, len(whole))
+    yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression), whole)
+
+
+def check_format(kind: str) -> None:
+    """Raises `Refused` if files with the suffix `kind` are never read."""
     if kind in _ARCHIVES:
         raise Refused(f"format {kind}", "unpack it first")
     if kind in _UNREADABLE_FORMATS:
         raise Refused(f"format {kind}", f"{_UNREADABLE_FORMATS[kind]} is not read")
-    if kind in STRUCTURED:
-        yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
-    else:
-        yield file_document(Origin(name, 0, group), lambda: open_file(path, meter))
 
 
 def record_documents(
@@ -189,7 +208,7 @@ def files_below(
                 found.append(Path(entry.path))
             elif entry.name not in without_names:
                 pending.append(Path(entry.path))
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(found, key=str)  # as by the relative path
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -13,8 +13,9 @@ from gptperf.data.shards import TokenSource
 
 __all__ = ["CHUNK", "NOWHERE", "WindowSearch", "chunks_of", "rolling_hashes", "search"]
 
-CHUNK = 1 << 20
-"""Positions that are compared at once."""
+CHUNK = 1 << 18
+"""Positions that a thread compares at once, which takes 50 bytes of memory for each."""
+_MOST_THREADS = 32
 NOWHERE = np.iinfo(np.int64).max
 """The position of what was not found."""
 _FILTER_BITS = 24
@@ -94,7 +95,7 @@ def chunks_of(source: TokenSource, width: int) -> npt.NDArray[np.int64]:
 
 
 def search(source: TokenSource, every: Sequence[WindowSearch], begins: npt.NDArray[np.int64]) -> None:
-    """Looks for windows in some chunks of a split, on all cores; each core has one chunk in memory.
+    """Looks for windows in some chunks of a split, on up to 32 cores; each core has one chunk in memory.
 
     Args:
         source: The split.
@@ -112,7 +113,7 @@ def search(source: TokenSource, every: Sequence[WindowSearch], begins: npt.NDArr
             windows.look(tokens[: CHUNK + windows.width - 1], begin)
 
     longest = max((windows.width for windows in every), default=1)
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool:
         for _ in pool.map(one, begins.tolist()):
             pass
 

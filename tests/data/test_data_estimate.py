@@ -51,6 +51,23 @@ def test_the_plan_is_about_right_and_writes_nothing(what: str, capsys: pytest.Ca
         assert line in planned
 
 
+@pytest.mark.parametrize("binaries", [".so", ""])
+def test_the_plan_sees_many_small_texts_among_large_binaries(binaries: str, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(2)
+    for number in range(6):
+        path = Path(f"mixed/sub/{number}{binaries}")
+        path.touch()
+        os.truncate(path, draw.randint(100, 900) * 1_000_000)
+    for number in range(50):
+        Path(f"mixed/sub/{number}.pdf").write_text("x" * 200_000)  # not read, whatever it has
+        Path(f"mixed/sub/{number}.{number}").write_text("another suffix each, " * 30 + str(number))
+    assert command.main(["mixed", "--plan"]) == 0
+    planned = tokens_of(capsys.readouterr().out)
+    assert command.main(["mixed"]) == 0
+    tokens = sum(split.tokens for split in read_manifest("data/mixed").splits.values())
+    assert 0.75 < planned / tokens < 1.25
+
+
 def test_a_plan_that_cannot_be_made() -> None:
     with pytest.raises(DataError, match="--plan: hf:me/set is streamed"):
         command.main(["hf:me/set", "--plan"])

@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_helpers import END, restored
+from tokenizer_helpers import CORPUS, END, described, from_json, restored
 
 from gptperf.data.json_tokenizer import JsonTokenizer
 from gptperf.data.prepare import prepare
 from gptperf.data.tokenizers import TiktokenTokenizer
-from gptperf.data.vocabulary import pieces
+from gptperf.data.vocabulary import pieces, short_pieces
 from gptperf.errors import DataError
 
 PATTERNS = [
@@ -54,6 +56,74 @@ def test_pieces_join_to_the_text_and_good_cuts_keep_the_ids(trained: JsonTokeniz
             continue
         for encode in [*ENCODERS, lambda part: trained.encode(part).tolist()]:
             assert encode(before) + encode(after) == encode(before + after)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="a1 \n\r'/s)_\u00e9\u00a0", max_size=80), st.integers(1, 20))
+def test_short_pieces_have_the_words_of_the_whole(trained: JsonTokenizer, text: str, size: int) -> None:
+    found = list(short_pieces(text, size))
+    assert "".join(found) == text
+    for encode in [*ENCODERS, lambda part: trained.encode(part).tolist()]:
+        assert list(itertools.chain(*map(encode, found))) == encode(text)
+
+
+def test_a_trained_vocabulary_encodes_a_long_text_in_short_pieces(trained: JsonTokenizer) -> None:
+    """So that the memory of a thread does not depend on the length of a document."""
+    lengths: list[int] = []
+
+    class Spy:
+        def encode_batch_fast(self, texts: list[str], **keys: Any) -> Any:
+            lengths.extend(map(len, texts))
+            return real.encode_batch_fast(texts, **keys)
+
+    real, text = trained._library, "the tokenizer covers\n    self.name = 12345 and " * 4000
+    for content, longest in ((trained, 40_000), (changed_pattern(trained), len(text))):
+        tokenizer = content
+        expected = tokenizer._library.encode(text).ids
+        real, tokenizer._library = tokenizer._library, Spy()
+        try:
+            assert tokenizer.encode(text).tolist() == expected
+        finally:
+            tokenizer._library = real
+        assert longest // 2 < max(lengths) <= longest
+        lengths.clear()
+
+
+def changed_pattern(trained: JsonTokenizer) -> JsonTokenizer:
+    """Returns a tokenizer whose words are not known to be the same in short pieces."""
+    content = described(trained)
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "[^e]*e"}
+    return from_json(content)
+
+
+_PEAK = """
+import os, re, sys
+os.sched_getaffinity = lambda pid: set(range(32))
+from gptperf.data.prepare import prepare
+
+def peak_mb():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000
+
+prepare(sys.argv[1], data_dir=sys.argv[2], name="first", tokenizer="train:300", val_fraction=0.3, quiet=True)
+begin = peak_mb()
+prepare(sys.argv[3], data_dir=sys.argv[2], tokenizer="train:300", val_fraction=0.3, quiet=True)
+print(peak_mb() - begin)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_does_not_grow_with_the_cores_or_the_length_of_a_document(tmp_path: Path) -> None:
+    """A thread that encodes a document of a million characters at once takes 130 MB."""
+    pytest.importorskip("tokenizers", reason="the package tokenizers (extra hf) is not installed")
+    text = b"\n".join(CORPUS)
+    for folder, count, repeats in (("small", 20, 1), ("large", 8, 1_000_000 // len(text))):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.txt").write_bytes(b"%d\n" % number + (text + b"\n") * repeats)
+    command = [sys.executable, "-c", _PEAK, *(str(tmp_path / name) for name in ("small", "data", "large"))]
+    environment = {"RAYON_NUM_THREADS": "32", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    assert float(done.stdout) < 400  # 32 threads with 32,768 characters each take 136 MB
 
 
 def test_a_piece_ends_at_the_best_place() -> None:

@@ -1,6 +1,7 @@
 """Every format, compressed or not, gives the same documents, by one rule; damage is found and named."""
 
 import codecs
+import contextlib
 import csv
 import gzip
 import importlib
@@ -234,6 +235,21 @@ def test_digest_and_size_are_those_of_the_text(tmp_path: Path, monkeypatch: Any)
         assert (document.digest, document.size) == (hashlib.sha256(b"line\n" * 1000).digest(), 5000)
         found.append(document.digest)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("begin", [b"", codecs.BOM_UTF8, b"x", b"xy", b"xyz"])
+def test_a_large_file_is_judged_by_its_head_and_read_as_a_whole(begin: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    whole = begin + "\U0001f600\r\n".encode() * 20_000  # characters and line ends lie across the end of the head
+    path.write_bytes(whole)
+    document = file_document(Origin("a"), lambda: open_file(path))
+    expected = whole.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    assert (b"".join(document.pieces), document.size) == (expected, len(expected))
+    for binary in (b"\xff", b"\0"):
+        file = io.BytesIO(begin + binary + bytes(5_000_000))
+        with pytest.raises(Refused):
+            file_document(Origin("a"), lambda file=file: contextlib.nullcontext(file))
+        assert file.tell() < 100_000
 
 
 @pytest.mark.parametrize("content", ["a\n" * 50, "a " * 50, "\u00e9" * 50, "a" * 100, "\U0001f600" * 30, " " * 99])

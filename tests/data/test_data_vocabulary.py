@@ -1,6 +1,7 @@
 """Trained vocabularies, and the vocabulary as files of a data set."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_helpers import CORPUS, END, described, restored
 
+from gptperf import prepare as command
 from gptperf.data import prepare as prepare_module
 from gptperf.data import train_tokenizer as train_module
 from gptperf.data.format import read_manifest
@@ -77,6 +79,24 @@ def test_the_sample_is_bounded_and_does_not_depend_on_the_order() -> None:
     part = list(train_module._sample("x", CORPUS, limit))
     assert part == list(train_module._sample("x", CORPUS[::-1], limit)) == whole[: len(part)]
     assert limit * 0.8 < sum(len(text.encode()) for text in part) <= limit
+
+
+def test_the_sample_has_a_bounded_length_of_different_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the training grows with it: in a script without spaces almost every clause is a new word."""
+    monkeypatch.setattr(train_module, "_PROBE", 20_000)
+    monkeypatch.setattr(train_module, "_WORD_BYTES", 50_000)
+    draw = random.Random(1)
+
+    def text(words: int) -> str:
+        return " ".join("".join(chr(0x4E00 + draw.randrange(words)) for _ in range(8)) for _ in range(40))
+
+    every_word_is_new = [text(3000) for _ in range(1000)]
+    kept = list(train_module._bounded(every_word_is_new))
+    assert kept == every_word_is_new[: len(kept)]
+    words = {word for part in kept for word in part.split()}
+    assert 40_000 < sum(len(word.encode()) for word in words) < 60_000
+    few_words = [text(1) for _ in range(1000)]
+    assert list(train_module._bounded(few_words)) == few_words
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -186,3 +206,17 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, trained: JsonToken
             use()
     verify(prepared)
     assert len(tokens_of(prepared)["train"])
+
+
+def test_a_data_set_gives_its_vocabulary_by_name_and_by_folder(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()  # the folder of texts that the data set has its name from
+    wanted = load_set(prepared).fingerprint
+    for number, name in enumerate(("one", "data/one")):
+        path = prepare("one.txt", name=f"again{number}", tokenizer=name, quiet=True)
+        assert load_set(path).fingerprint == wanted
+    assert command.main(["one.txt", "--plan", "--tokenizer=one"]) == 0
+    with pytest.raises(DataError, match=r"found 'onee', wanted .* a data set of data or its folder.*; nearest: 'one'"):
+        prepare("one.txt", name="other", tokenizer="onee", quiet=True)
