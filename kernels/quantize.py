@@ -28,7 +28,7 @@ from gptperf.kernels.float8 import E4M3, E5M2, FACTORS, INVERSE, PROGRAMS, SCALE
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
 __all__ = ["bits_of", "count", "largest_of", "launch_tiles", "quantize", "read_scale", "save_amax"]
-__all__ += ["save_factors", "save_statistics", "tile_at", "to_float8"]
+__all__ += ["save_factors", "save_statistics", "store_transposed", "tile_at", "to_float8"]
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 COUNT_EVERY = tl.constexpr(16)
@@ -119,6 +119,18 @@ def to_float8(x, scale, dtype: tl.constexpr, IS_E5M2: tl.constexpr, ROUND: tl.co
 
 
 @triton.jit
+def store_transposed(pointers, x, mask, scale, IS_E5M2: tl.constexpr, ROUND: tl.constexpr):
+    """Stores the transpose of x (m, n) in 8 bits at pointers (n, m).
+
+    x is transposed in 16 bits and quantised after that, a second time where the rows are stored too. If numbers of 8
+    bits are stored and transposed, ptxas of CUDA 12.8 reads single bytes of a register before it writes them, in the
+    backward kernel of `gptperf.kernels.quantize_swiglu`.
+    """
+    q = to_float8(tl.trans(x).to(tl.float32), scale, pointers.dtype.element_ty, IS_E5M2, ROUND)
+    tl.store(pointers, q, mask=tl.trans(mask))
+
+
+@triton.jit
 def count(x, scale, mask, IS_E5M2: tl.constexpr):
     """Returns how many elements of float32 x (m, n) are clamped, become 0 without being 0, and are not masked."""
     size = tl.abs(x)
@@ -187,12 +199,12 @@ def _quantize_kernel(
         rows, cols = tile_at(tile, N, BLOCK_M, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         at = rows[:, None] * N + cols[None, :]
-        x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
-        q = to_float8(x, scale, Q.dtype.element_ty, IS_E5M2, ROUND)
+        loaded = tl.load(X + at, mask=mask, other=0.0)
+        x = loaded.to(tl.float32)
         if ROWS:
-            tl.store(Q + at, q, mask=mask)
+            tl.store(Q + at, to_float8(x, scale, Q.dtype.element_ty, IS_E5M2, ROUND), mask=mask)
         if COLUMNS:
-            tl.store(QT + cols[:, None] * M + rows[None, :], tl.trans(q), mask=tl.trans(mask))
+            store_transposed(QT + cols[:, None] * M + rows[None, :], loaded, mask, scale, IS_E5M2, ROUND)
         if FRESH:
             top = tl.maximum(top, bits_of(x))
     if FRESH:
