@@ -125,6 +125,23 @@ def test_swiglu_is_the_reference(shape: tuple[int, int], scale: float) -> None:
         _close(ours, float8_reference.quantize_swiglu_backward(*arguments, e5m2=e5m2))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("e5m2", [False, True])
+@pytest.mark.parametrize("shape", [(512, 512), (4096, 768), (2064, 5632)])
+def test_rows_and_columns_hold_the_same_bits(shape: tuple[int, int], e5m2: bool) -> None:
+    """Sizes of a model, compiled: a compiler once stored other bytes for the columns than for the rows."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    M, F = shape
+    dy, gate_up = (torch.randn(M, n, generator=generator, device=DEVICE).bfloat16() for n in (F, 2 * F))
+    for scale in (0.0, 16.0):
+        q, columns, *_ = quantize(gate_up, _scale(scale), e5m2=e5m2, columns=True)
+        assert torch.equal(q.view(torch.uint8).T, columns.view(torch.uint8))
+        arguments = (dy, gate_up, _scale(scale), _scale(8.0))
+        ours = quantize_swiglu_backward(*arguments, e5m2=e5m2)
+        assert torch.equal(ours[0].view(torch.uint8).T, ours[1].view(torch.uint8))
+        _close(ours, float8_reference.quantize_swiglu_backward(*arguments, e5m2=e5m2))
+
+
 def _close(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     """All but a few elements, at ties, are equal; those few are one number of the format off."""
     for a, b in zip(ours[:-1], wanted[:-1], strict=True):
