@@ -97,8 +97,9 @@ def orthogonalize(
 
 def scaled_to_norm(x: Tensor, norm: float, dtype: torch.dtype) -> Tensor:
     """Returns each matrix of a batch scaled to a Frobenius norm, in `dtype`; a matrix of zeros stays one."""
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (x * (norm / (norms + _TINY))).to(dtype)
+    flat = x.flatten(1)
+    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (flat * (norm / (norms + _TINY))).to(dtype).view(x.shape)
 
 
 def _joined(
@@ -201,7 +202,9 @@ class Muon(AdamW):
     def compile(self) -> None:
         super().compile()
         self._momentum, self._apply = torch.compile(_momentum), torch.compile(_apply)
-        self._norms, self._rows = torch.compile(scaled_to_norm), torch.compile(_normalized_rows)
+        # There are a few shapes; with symbolic ones, the kernels take three times as long.
+        self._norms = torch.compile(scaled_to_norm, dynamic=False)
+        self._rows = torch.compile(_normalized_rows, dynamic=False)
 
     @torch.no_grad()
     def step(self) -> None:
