@@ -11,6 +11,7 @@ moved: at least B (M K + M M); with z B M K more, with `add` B M M / 2 more.
 No gradient. Eager reference: `gptperf.kernels.reference.symmetric_matmul`. It serves the optimizer Muon.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -19,23 +20,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gptperf.kernels.checks import check_symmetric_matmul, check_triton
+from gptperf.kernels.checks import check_symmetric_matmul, check_triton, interpreter_is_on
 from gptperf.kernels.launch import ceil_div, launch, register
 
 __all__ = ["symmetric_matmul"]
 
 
-def program_shape(M: int, itemsize: int) -> dict[str, int]:
-    """Returns the side of a tile, the columns of x that a program takes at a time, warps and stages.
+def program_shape(M: int, K: int, itemsize: int) -> dict[str, int]:
+    """Returns the side of a tile, the columns of x that a program takes at a time, and warps; there are three stages.
 
     Large tiles read x least often. A stage of them holds 32 KB, so that three fit into the 96 KB of the smallest GPUs.
     The fastest of 13 in float16 on an H200, 2026-11-30, in turns with torch.baddbmm: 24 products of 2048 x 2048 take
     0.395 ms (8 warps: 0.461; torch 0.598), of 2048 x 5632 1.025 (1.258; 1.686), 48 of 768 x 768 0.064 (0.099; 0.078).
     """
-    block = 128 if M >= 512 else 64
-    if itemsize == 2:
-        return {"BLOCK": block, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK": block, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
+    block, columns = 128 if M >= 512 else 64, 64 if itemsize == 2 else 16
+    # On other GPUs 4 warps lack registers, as they do for sizes without a factor of 16, which need masks and an address
+    # for each element.
+    few = block == 128 and itemsize == 2 and M % 16 == K % 16 == 0 and _is_hopper()
+    return {"BLOCK": block, "BLOCK_K": columns, "num_warps": 4 if few else 8}
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    """Returns whether the current GPU, or the one that kernels are compiled for, is of the Hopper generation."""
+    return not interpreter_is_on() and triton.runtime.driver.active.get_current_target().arch == 90
 
 
 @triton.jit
@@ -80,7 +88,7 @@ def _forward(x: Tensor, z: Tensor | None, add: Tensor | None, alpha: float, beta
     B, M, K = x.shape
     y = _forward_fake(x, z, add, alpha, beta)
     if y.numel():
-        constants = {"HAS_ADD": add is not None, **program_shape(M, x.element_size())}
+        constants = {"HAS_ADD": add is not None, **program_shape(M, K, x.element_size())}
         tiles = ceil_div(M, constants["BLOCK"])
         grid = (tiles * (tiles + 1) // 2, B)
         tensors = (x, x if z is None else z, x if add is None else add, y)

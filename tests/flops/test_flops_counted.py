@@ -186,7 +186,8 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Ops:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # a tensor that is on no GPU is let through
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know the meta device
     ours = (rms_norm, layer_norm, rope, activation, swiglu, linear_cross_entropy)
-    return Ops(*ours, reference.adamw, reference.symmetric_matmul, chosen={}, reasons={})
+    others = (reference.decode_attention, reference.draw, reference.adamw, reference.symmetric_matmul)
+    return Ops(*ours, *others, chosen={}, reasons={})
 
 
 @pytest.mark.slow
