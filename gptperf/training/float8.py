@@ -95,6 +95,7 @@ class Float8Layers:
         self._tops = torch.tensor([E4M3.top, E4M3.top, GRADIENTS.top], dtype=torch.int32, device=device)
         self._largest = torch.tensor([E4M3.largest, E4M3.largest, GRADIENTS.largest], device=device)
         self._states: list[Float8State] = []
+        self._skip = config.system.fp8_skip
         self._warned: set[str] = set()
         for i, (name, layer) in enumerate(layers.items()):
             x, weight, dy = self._scales[i].unbind()
@@ -184,26 +185,35 @@ class Float8Layers:
         operand = OPERANDS[int(saturated[self.names.index(name)].argmax())]
         return record, (
             f"fp8: {name} saturates: {worst[name]:.2%} of the elements of its {operand} were above the largest number "
-            f"of the scale and were clamped; --fp8_skip={name} keeps it in bfloat16"
+            f"of the scale and were clamped; --fp8_skip={_with(self._skip, name)} keeps it in bfloat16"
         )
+
+
+def _with(fp8_skip: str, *more: str) -> str:
+    """Returns the value of `fp8_skip` that names more layers."""
+    return ",".join(filter(None, [fp8_skip, *more]))
 
 
 def _layers(model: GPT, system: SystemConfig) -> dict[str, Linear]:
     """Returns the linear layers of the blocks that run in 8 bits, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and name.startswith("blocks."):
-            if any(size % _MULTIPLE for size in module.weight.shape):
-                raise ConfigError(
-                    f"{name}: matmul_dtype = 'fp8' needs widths that are multiples of {_MULTIPLE}, found a weight "
-                    f"{tuple(module.weight.shape)}; nearest: --fp8_skip={name} or --matmul_dtype=dtype"
-                )
-            found[name] = module
+    modules = dict(model.named_modules())
+    found = {name: x for name, x in modules.items() if isinstance(x, Linear) and name.startswith("blocks.")}
     for part in filter(None, system.fp8_skip.split(",")):
         if part.startswith("blocks.") and not any(f"{name}.".startswith(f"{part}.") for name in found):
             raise ConfigError(f"fp8_skip: found {part!r}, wanted a layer{nearest(part, found)}")
-    count = len(model.blocks)
-    return {name: layer for name, layer in found.items() if not skips(system.fp8_skip, name, count)}
+    chosen = {name: x for name, x in found.items() if not skips(system.fp8_skip, name, len(model.blocks))}
+    wrong = [name for name, x in chosen.items() if any(size % _MULTIPLE for size in x.weight.shape)]
+    if wrong:
+        kinds = {name.split(".")[2] for name in wrong}
+        if kinds < {name.split(".")[2] for name in chosen}:
+            remedy = f"--fp8_skip={_with(system.fp8_skip, *sorted(kinds))}"
+        else:
+            remedy = "--matmul_dtype=dtype"
+        raise ConfigError(
+            f"{wrong[0]}: matmul_dtype = 'fp8' needs widths that are multiples of {_MULTIPLE}, found a weight "
+            f"{tuple(chosen[wrong[0]].weight.shape)}; nearest: {remedy}"
+        )
+    return chosen
 
 
 def make_float8(model: GPT, config: Config, device: torch.device, *, triton: bool) -> Float8Layers | None:

@@ -152,12 +152,19 @@ def test_the_record() -> None:
     assert record["stale_scales"] == 0
     assert warning is not None
     named = next(name for name in layers.names if f"fp8: {name} saturates" in warning)
-    assert f"--fp8_skip={named}" in warning
+    assert f"--fp8_skip={named} keeps" in warning
     _micro_batch(layers, 1e-4, 0, 0)
     layers.update(PROCESS)
     record, warning = layers.record()
     assert (record["saturated_share"], record["saturated_layers"], warning) == (0, {}, None)
     assert record["stale_scales"] == 3 * len(layers.names), "the scales leave room for values 10,000 times as large"
+
+
+def test_the_warning_keeps_what_is_skipped() -> None:
+    layers = _layers("--fp8_skip=first,attention")
+    _micro_batch(layers, 1.0, 30, 6)
+    layers.update(PROCESS)
+    assert re.search(r"--fp8_skip=first,attention,blocks\.[12]\.ffn\.\w+ keeps", str(layers.record()[1]))
 
 
 def test_refused() -> None:
@@ -168,6 +175,11 @@ def test_refused() -> None:
         check_float8(_config("--block_size=17"), CPU)
     with pytest.raises(ConfigError, match=r"blocks\.0\.ffn\.gate_up: .*multiples of 16, found a weight \(72, 32\)"):
         _layers("--d_ff=36")
+    with pytest.raises(ConfigError, match=r"blocks\.1\.ffn\.gate_up: .*nearest: --fp8_skip=0,ffn$"):
+        _layers("--d_ff=36", "--fp8_skip=0")
+    assert all(".attention." in name for name in _layers("--d_ff=36", "--fp8_skip=0,ffn").names)
+    with pytest.raises(ConfigError, match=r"blocks\.0\.attention\.qkv: .*nearest: --matmul_dtype=dtype$"):
+        _layers("--n_embd=36", "--n_head=2")
     with pytest.raises(
         ConfigError, match=r"fp8_skip: found 'blocks\.1\.ffn\.gateup'.*nearest: blocks\.1\.ffn\.gate_up"
     ):
