@@ -39,7 +39,7 @@ def _mix(h):
 
 @triton.jit
 def _random_bits(seed, t, lane):
-    """Returns 32 random bits for each element, as `_random_bits` in `gptperf.kernels.reference` does."""
+    """Returns 32 random bits for each element, as `_random_bits` in `gptperf.kernels.adamw_reference` does."""
     h = _mix(seed.to(tl.uint32, bitcast=True) ^ (t.to(tl.uint32) * 0x9E3779B9))
     return _mix(h + lane.to(tl.uint32) * 0x85EBCA77)
 

@@ -5,9 +5,8 @@ Backward:   dg and du as in `gptperf.kernels.activation`, in 8 bits, as they are
     transposed for that of the up projection; and y again, transposed, for the gradient of the down projection.
 
 The arithmetic is in float32; its results are rounded to 16 bits, as if they were stored in between, and then to 8 bits.
-Nothing is kept of the product. Scales and statistics are
-those of `gptperf.kernels.quantize`. Bytes moved for M rows of F columns of 16 bits: forward 5 M F, backward 11 M F; in
-16 bits they are 6 M F and 12 M F.
+The product is not kept for backward. `gptperf.kernels.quantize` explains scales and statistics. Bytes moved for M rows
+of F columns of 16 bits: forward 5 M F, backward 11 M F; with results in 16 bits, forward 6 M F and backward 12 M F.
 
 Eager references: `quantize_swiglu` and `quantize_swiglu_backward` in `gptperf.kernels.float8_reference`. Source:
 Shazeer, 2020, eq. 6.

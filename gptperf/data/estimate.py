@@ -22,8 +22,12 @@ from gptperf.formats import byte_text, rough_duration
 
 __all__ = ["estimate"]
 
-_FILES, _KINDS, _FILES_OF_A_KIND = 64, 32, 8
-"""Files of the sample by their share of the bytes; suffixes with most bytes; files of each of these in any case."""
+_FILES = 64
+"""Files of the sample that are divided among the suffixes by their shares of the bytes."""
+_FILES_OF_A_KIND = 8
+"""Files that the sample has of each suffix besides."""
+_KINDS = 32
+"""Suffixes that have files of their own in the sample, those with the most bytes; the others share some."""
 _FILE_BYTES = 1 << 17
 """Text of each file of the sample that is encoded."""
 _TRAINED_BYTES, _TRAINED_RATE = 4.0, 3e6

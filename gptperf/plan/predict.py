@@ -75,7 +75,7 @@ def unplannable(config: Config, gpu: Gpu | None) -> str | None:
         has = "has no bfloat16 units" if not has_bfloat16(gpu.capability) else "has none in the table"
         return f"dtype = {config.system.peak_dtype!r}: {gpu.name} {has}; nearest: --dtype=float16"
     if config.system.matmul_dtype == "fp8" and "fp8" not in gpu.dense_tflops:
-        return f"matmul_dtype = 'fp8': {gpu.name} has none in the table; nearest: --matmul_dtype=dtype"
+        return f"matmul_dtype = 'fp8': the table has no fp8 peak of {gpu.name}; nearest: --matmul_dtype=dtype"
     return None
 
 
