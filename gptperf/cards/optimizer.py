@@ -16,7 +16,7 @@ class Optimizer:
     states: int = 2
     """Number of state tensors, each with the size of the weights."""
     element_bytes: int = FP32_BYTES
-    """Bytes of an element of a state of AdamW; those of Muon are float32."""
+    """Bytes of an element of AdamW's states; Muon's states are float32."""
 
     def state_bytes(self, parameters: int, hidden: int = 0, rows: int = 0) -> int:
         """Returns the bytes of the states.

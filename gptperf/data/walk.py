@@ -61,7 +61,8 @@ def file_documents(
         DeviceError: A package that reads the file is not installed.
         OSError: The file cannot be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # a FIFO would block
         raise Refused("not a regular file")
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEAD_BYTES)
@@ -71,7 +72,8 @@ def file_documents(
         yield from record_documents(read_records(path, fields.names, meter), name, fields, skipped, group)
         return
     # A small file is opened once: each call of the system lets other threads go on, for which this one then waits.
-    whole = head if not compression and len(head) < HEAD_BYTES else None
+    # A network file system may return fewer bytes than there are.
+    whole = head if not compression and found.st_size <= len(head) < HEAD_BYTES else None
     if whole is not None and meter is not None:
         meter.begin(None, len(whole))
     yield file_document(Origin(name, 0, group), lambda: open_file(path, meter, compression), whole)

@@ -92,6 +92,27 @@ def test_swiglu_is_its_parts(level: str, triton: bool) -> None:
         assert off < (0.05 if torch.bfloat16 == DTYPE else 0.005)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("rows", "C", "width"), [(8192, 2048, 5632), (16384, 768, 2048)])
+def test_layers_of_a_model(rows: int, C: int, width: int, level: str) -> None:
+    """Triton's kernels beside eager PyTorch, which quantises to the same bits but for a few ties of the product."""
+    x, dy = _normal(0, rows, C).requires_grad_(), _normal(1, rows, C, scale=1e-3)
+    weight, up, down = (
+        _normal(2 + i, *shape, scale=0.02).requires_grad_()
+        for i, shape in enumerate([(C, C), (2 * width, C), (C, width)])
+    )
+    found: list[list[Tensor]] = []
+    for triton in (True, False):
+        states = [_state(level, triton=triton) for _ in range(3)]
+        y = float8_linear(x, weight, None, states[0])
+        out = float8_swiglu(x, up, None, down, None, states[1], states[2])
+        found.append([y, *torch.autograd.grad(y, (x, weight), dy), out, *torch.autograd.grad(out, (x, up, down), dy)])
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all()
+        assert (a - b).float().norm() <= 0.01 * b.float().norm()
+
+
 def test_statistics_come_out_of_backward() -> None:
     x, weight = _leaves(0, (M, K), (N, K))
     state = _state()

@@ -16,6 +16,7 @@ from gptperf.kernels.checks import SEED_NUMEL
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
 NAMES = ("master", "exp_avg", "exp_avg_sq")
+OF_A_MODEL = pytest.param((11264, 2048), marks=pytest.mark.gpu)
 
 
 def _state(shape: tuple[int, ...], copy: torch.dtype | None) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _truth(state: dict[str, Any], scalars: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("copy", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0,), (1,), (1023,), (3, 1024), (17, 64)])
+@pytest.mark.parametrize("shape", [(0,), (1,), (1023,), (3, 1024), (17, 64), OF_A_MODEL])
 def test_the_update_is_the_formula(shape: tuple[int, ...], copy: torch.dtype | None) -> None:
     truth = _truth(_state(shape, copy), _scalars())
     ours, eager = (_update(f, _state(shape, copy), _scalars()) for f in (adamw, reference.adamw))
@@ -98,7 +99,7 @@ def _low_update(function: Any, state: dict[str, Any], scalars: Tensor, seeds: Te
     return state
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (1023,), (17, 64)])
+@pytest.mark.parametrize("shape", [(0,), (1,), (1023,), (17, 64), OF_A_MODEL])
 def test_moments_in_bfloat16_are_rounded_to_a_neighbour(shape: tuple[int, ...]) -> None:
     """The weights are those of the exact moments, and eager PyTorch draws the same bits."""
     before = _low_state(shape)

@@ -12,12 +12,18 @@ from gptperf.kernels import reference
 from gptperf.kernels.decode_attention import decode_attention, splits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 OPTIONS: list[dict[str, Any]] = [
     {"heads": (4, 2, 8), "size": 40, "rope": True},
     {"heads": (3, 1, 16), "size": 600, "rope": True, "norm": True, "interleaved": True},
     {"heads": (2, 2, 7), "size": 20, "window": 5},
     {"heads": (4, 1, 64), "size": 300, "norm": True, "window": 100},
+]
+OF_MODELS: list[dict[str, Any]] = [
+    {"heads": (12, 12, 64), "size": 1024},
+    {"heads": (16, 16, 128), "size": 2048, "rope": True},
+    {"heads": (32, 8, 128), "size": 8192, "rope": True, "norm": True},
+    {"heads": (16, 4, 128), "size": 4096, "rope": True, "interleaved": True, "window": 512},
 ]
 EPS = 1e-5
 
@@ -79,7 +85,7 @@ def truth(given: dict[str, Any], heads: tuple[int, int, int]) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *(pytest.param(x, marks=pytest.mark.gpu) for x in OF_MODELS)], ids=str)
 def test_kernel_and_reference_compute_the_formula(options: dict[str, Any], dtype: torch.dtype) -> None:
     given = arguments(options, dtype)
     exact = truth(given, options["heads"])

@@ -36,6 +36,21 @@ def test_the_draw_of_the_reference(dtype: torch.dtype, temperature: float, top_k
     assert len(wanted.unique()) > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.8, 50, 1.0), (1.0, 64, 0.9), (0.0, 0, 1.0)])
+@pytest.mark.parametrize("V", [65, 50257, 128256])
+def test_the_draw_of_the_reference_from_a_models_logits(V: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Some numbers may lie between the kernel's sum in float32 and the reference's in float64."""
+    rows = 256
+    generator = torch.Generator(DEVICE).manual_seed(V)
+    x = torch.randn(rows, (V + 63) // 64 * 64, generator=generator, device=DEVICE).mul(3).bfloat16()
+    uniform = torch.rand(rows, generator=generator, device=DEVICE)
+    found = draw(x, uniform, V, temperature, top_k, top_p)
+    wanted = reference.draw(x, uniform, V, temperature, top_k, top_p)
+    assert found.max() < V
+    assert (found != wanted).sum() <= 2
+
+
 def test_of_equal_logits_the_lowest_ids_are_drawn() -> None:
     x = torch.zeros(5, 70, device=DEVICE)
     x[:, 3] = -1

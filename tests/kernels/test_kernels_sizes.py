@@ -194,6 +194,12 @@ def test_activation_grid(variant: str, columns: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", [name for name, op in VARIANTS.items() if op in ("activation", "swiglu")])
+def test_every_activation_in_bfloat16(variant: str) -> None:
+    verify(case_of(variant, (4096, 3072), "bfloat16"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("classes", [1, 65, 1023, 1025, 4096, 32769, 50257, 50304, 65537, 128256])
 def test_cross_entropy_grid(classes: int) -> None:
     for precision in ("float32", "float16", "bfloat16") if classes in (1025, 50257, 128256) else ("bfloat16",):

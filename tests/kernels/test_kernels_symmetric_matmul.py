@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, ON_GPU
+from kernel_cases import DEVICE
 from kernel_rule import check
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,9 +14,8 @@ from gptperf.training.optimizers.muon import orthogonalize
 
 SHAPES = [(1, 1, 1), (2, 7, 5), (3, 64, 64), (1, 65, 33), (2, 130, 70), (1, 31, 200), (0, 8, 8), (2, 5, 0)]
 SHAPES += [(1, 768, 768), (2, 96, 400), (1, 400, 96)]
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-if ON_GPU:
-    SHAPES += [(1, 1023, 1025), (2, 2048, 5632), (24, 2048, 2048), (1, 4097, 64)]
+LARGE = [(1, 1023, 1025), (2, 2048, 5632), (24, 2048, 2048), (1, 4097, 64)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -27,7 +26,7 @@ def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.gpu) for shape in LARGE)])
 def test_values(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, add = _inputs(shape, dtype)
     columns = x.mT.contiguous().mT  # the columns lie one after another
