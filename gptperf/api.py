@@ -338,7 +338,7 @@ def streams(
         prompts: Texts to continue.
 
     Returns:
-        The pieces of each sample, as for `stream`: all samples of the first prompt, then those of the next one. They
+        The pieces of each sample, as for `stream`: first all samples of the first prompt, then of the next one. They
         may be read in any order. The samples of a prompt do not depend on the other prompts.
 
     Raises:

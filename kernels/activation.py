@@ -48,7 +48,7 @@ def _normal_below(x, PRECISE: tl.constexpr):
 
     erf takes 35 instructions for each element of a forward pass, more than an H200 has time for while it moves 16-bit
     elements. So those get 2 to the power of a polynomial, the logarithm of the tail, which takes 17. Its relative error
-    is below 1e-4 for every x, less than that of rounding to float16.
+    is below 1e-4 for every x, less than the error of rounding to float16.
     """
     if PRECISE:
         below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
@@ -230,7 +230,7 @@ def _apply(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> 
 
 
 def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Applies an activation; arguments, results and errors are those of `gptperf.kernels.reference.activation`.
+    """Applies an activation; see `gptperf.kernels.reference.activation` for arguments, results and errors.
 
     With a weight, backward recomputes the activation instead of keeping it, which saves M F elements of memory and
     moves M F more elements.
@@ -241,7 +241,7 @@ def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor 
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Computes silu(gate) * up; arguments, results and errors are those of `gptperf.kernels.reference.swiglu`.
+    """Computes silu(gate) * up; see `gptperf.kernels.reference.swiglu` for arguments, results and errors.
 
     With a weight, backward recomputes the product as in `activation`.
     """

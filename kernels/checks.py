@@ -231,6 +231,8 @@ def check_decode_attention(
         check_rope(qkv, cos, sin, heads - 2 * K, K, q_weight, k_weight)
     elif cos is not None or sin is not None:
         raise ValueError(f"{op}: found only one of cos and sin, wanted both or neither")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(f"{op}: found only one of q_weight and k_weight, wanted both or neither")
 
 
 def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top_p: float) -> None:

@@ -4,9 +4,9 @@
     kept: the tokens before which less than top_p of the sum of w is reached
     drawn: the first kept token up to which more than u of the sum of the kept w is reached
 
-The first kernel finds the top_k largest of each chunk of a row, the second one those of all chunks, and draws. A logit
-and its id are one integer of 64 bits: larger logits come first, and equal ones in the order of their ids, so the same
-logits give the same token. The sums are in float32.
+The first kernel finds the top_k largest logits of each chunk of a row. Among them the second kernel finds the top_k
+largest of the row, and draws. A logit and its id are one integer of 64 bits: larger logits come first, and equal ones
+in the order of their ids, so the same logits give the same token. The sums are in float32.
 
 Elements moved: the logits once, and top_k for each chunk, written and read.
 

@@ -260,7 +260,7 @@ def float8_swiglu(
         up_bias: `(2 F,)` or None.
         down: `(C, F)`, the weight of the down projection.
         down_bias: `(C,)` or None.
-        up_state, down_state: scales and options of the two projections; the level is that of the first.
+        up_state, down_state: scales and options of the two projections; the level of the first one counts.
 
     Returns:
         `(..., C)`.

@@ -63,7 +63,7 @@ def quantize(
     Returns:
         q `(M, N)`, q transposed `(N, M)`, factors `(FACTORS,)` float32 with the scale at 0 and its inverse at
         `INVERSE`, and the statistics of x in `PROGRAMS` parts, `(4, PROGRAMS)` float32. What is not wanted is empty.
-        The names are those of `gptperf.kernels.float8`.
+        `gptperf.kernels.float8` defines the names in capitals.
 
     Raises:
         ValueError: x is not a matrix of floating-point numbers, or the scale does not fit.

@@ -5,8 +5,7 @@
 A tensor core of Hopper reads both fp8 operands along the dimension that a matmul sums over. The forward pass and the
 gradient of the input read rows of x and dy, the gradient of the weight reads their columns; so a matrix that is used in
 both ways is written twice and read once. The scale is a number in device memory. If it is 0, `_quantize_amax_kernel`,
-which otherwise returns at once, first finds the largest value, and the scale follows from it. Nothing is decided on the
-host.
+which otherwise returns at once, first finds the largest value, and the scale follows from it. The host decides nothing.
 
 Statistics of the input are collected on the way: its largest value, and counts of a sixteenth of its tiles. Each
 program writes its part; the caller combines the parts of all matrices at once. Bytes moved for M rows of N columns of
@@ -83,7 +82,7 @@ def save_amax(AMAX, top):
 
 @triton.jit
 def read_scale(SCALE, AMAX, IS_E5M2: tl.constexpr):
-    """Returns the scale, or, if it is 0, that of the values in AMAX; see `gptperf.kernels.float8.scale_of`."""
+    """Returns the scale, or, if it is 0, the scale of the values in AMAX; see `gptperf.kernels.float8.scale_of`."""
     scale = tl.load(SCALE)
     if scale == 0.0:
         biased = tl.max(tl.load(AMAX + tl.arange(0, BLOCK_PROGRAMS)), axis=0) >> 23
@@ -287,7 +286,7 @@ def quantize(
     columns: bool = False,
     after: Tensor | None = None,
 ) -> Quantized:
-    """Quantises x; arguments, results and errors are those of `gptperf.kernels.float8_reference.quantize`."""
+    """Quantises x; see `gptperf.kernels.float8_reference.quantize` for arguments, results and errors."""
     check_quantize(x, scale)
     check_triton("quantize", x)
     return _quantize(x, scale, e5m2, rows, columns, after)

@@ -1,8 +1,8 @@
 """silu(gate) * up in 8 bits, and its backward, which writes both operands of the matmuls that follow.
 
 Forward:    q = round(clamp(y s)),  y = silu(gate) up.
-Backward:   dg and du as in `gptperf.kernels.activation`, in 8 bits, as they are for the gradient of the input and
-    transposed for that of the up projection; and y again, transposed, for the gradient of the down projection.
+Backward:   dg and du as in `gptperf.kernels.activation`, in 8 bits: as they are for the gradient of the input, and
+    transposed for the gradient of the up projection; and y again, transposed, for the gradient of the down projection.
 
 The arithmetic is in float32; its results are rounded to 16 bits, as if they were stored in between, and then to 8 bits.
 The product is not kept for backward. `gptperf.kernels.quantize` explains scales and statistics. Bytes moved for M rows
@@ -213,7 +213,7 @@ _quantize_swiglu_backward = register(
 
 
 def quantize_swiglu(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the product; arguments and results are those of `gptperf.kernels.float8_reference.quantize_swiglu`."""
+    """Computes the product; see `gptperf.kernels.float8_reference.quantize_swiglu` for arguments and results."""
     check_swiglu(gate_up, None, None)
     check_triton("quantize_swiglu", gate_up)
     return _quantize_swiglu(gate_up, scale)

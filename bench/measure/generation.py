@@ -53,7 +53,7 @@ def _steps(model: GPT, batch_size: int, seed: int, tokens: int = NEW) -> Iterato
 
 
 def _timed(model: GPT, batch_size: int, seed: int) -> tuple[float, float]:
-    """Returns the milliseconds to the first token and those of each further step."""
+    """Returns the milliseconds to the first token, and the milliseconds of each further step."""
     torch.cuda.synchronize()
     steps, begun = _steps(model, batch_size, seed), time.perf_counter()
     next(steps)

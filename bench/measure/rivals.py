@@ -1,4 +1,4 @@
-"""Times training steps beside those of other stacks: `python -m bench.measure.rivals [--models ...] [--rivals ...]`.
+"""Times training steps of gptperf and of other stacks: `python -m bench.measure.rivals [--models ...] [--rivals ...]`.
 
 Every contender trains the same architecture with float32 weights, bfloat16 autocast, AdamW and gradient clipping, one
 optimizer step per micro-batch, on new random tokens that are made on the device. Contenders take turns in one process:
@@ -203,7 +203,7 @@ def measure(turn: Turn, names: Sequence[str], rounds: int, steps: int) -> dict[s
         steps: steps in a window.
 
     Returns:
-        Contender -> step_ms, p10_ms, p90_ms, tokens_per_sec, ratio (its time divided by that of gptperf) and
+        Contender -> step_ms, p10_ms, p90_ms, tokens_per_sec, ratio (its time divided by gptperf's time) and
         peak_memory_gb (None if the contenders were in memory together); or reason, if it cannot train this model.
     """
     resident = _bytes_of(turn.config) <= _SMALL_BYTES

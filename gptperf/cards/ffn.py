@@ -50,8 +50,8 @@ class FFN:
         """Returns the most elements per token that exist at once between the matmuls of backward.
 
         Elements kept from the forward pass are not included. With the op, these are the gradients of the activation's
-        output and input, and the recomputed output. Without it, the gradient of the output, and then that of the input,
-        when the output itself is freed.
+        output and input, and the recomputed output. Without it, the gradient of the output exists, and then the
+        gradient of the input, when the output itself is freed.
         """
         return 3 * F if self.op else F
 

@@ -234,7 +234,7 @@ class SystemConfig(_Section):
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Record the kernels of a step as CUDA graphs and replay them. auto: where the GPU may have to wait for the host."""
+    """Record the kernels of a step as CUDA graphs and replay them. auto: where the GPU might wait for the host."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"

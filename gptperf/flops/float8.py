@@ -54,9 +54,9 @@ def float8_flops(config: Config, again: int = 0) -> int:
 def float8_bytes(config: Config) -> tuple[int, int]:
     """Returns the bytes that quantisation moves besides what is moved in 16 bits: per token, and per micro-batch.
 
-    An input is read, and written in 8 bits; with level full it is also written transposed; likewise a gradient. Where
-    an op of the FFN writes 8 bits itself, they replace its 16 bits; another op is not computed again in backward. A
-    weight is read and written twice.
+    An input is read, and written in 8 bits; with level full it is also written transposed. The same holds for a
+    gradient. Where an op of the FFN writes 8 bits itself, they replace its 16 bits; another op is not computed again in
+    backward. A weight is read and written twice.
     """
     per_token = per_micro_batch = 0
     level, op = config.system.fp8_level, ffn_of(config.model).op

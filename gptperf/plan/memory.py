@@ -217,7 +217,7 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
 def _float8_saves(config: Config, implementation: Implementation) -> float:
     """Returns the elements per token and layer by which fp8 keeps less: half of the inputs that it keeps in 8 bits.
 
-    Attention keeps the input of the output projection, and SwiGLU's op computes that of the down projection again.
+    Attention keeps the input of the output projection, and SwiGLU's op recomputes the input of the down projection.
     Another op of an FFN runs without the down projection, so that its output is kept.
     """
     model, ffn, saves = config.model, ffn_of(config.model), 0.0

@@ -122,7 +122,7 @@ class Float8Layers:
     def update(self, process: Process) -> None:
         """Ends an iteration: combines the statistics of all ranks and writes the next scales. Collective.
 
-        Of the counts it takes the largest of any rank, so that one small reduction is enough.
+        A count is the largest of all ranks, so that one small reduction is enough.
         """
         amax = self._seen[..., 0]
         amax.copy_(torch.where(amax.isfinite(), amax, 0.0))  # a step that is not finite says nothing about the next

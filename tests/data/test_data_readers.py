@@ -88,6 +88,21 @@ def read(path: Path, skipped: Skipped | None = None, **fields: str) -> list[tupl
     return [(document.origin, b"".join(document.pieces)) for document in documents]
 
 
+def test_a_file_system_that_reads_less_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As network file systems may: a document is not taken for whole because its first read is short."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"the whole text\n" * 9)
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        file = io.BytesIO(path.read_bytes())
+        read = file.read
+        monkeypatch.setattr(file, "read", lambda size: read(min(size, 20)))
+        return contextlib.nullcontext(file)
+
+    monkeypatch.setattr("gptperf.data.walk.open", opened, raising=False)
+    assert [text for _, text in read(path)] == [b"the whole text\n" * 9]
+
+
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("name", CONTENTS)
 def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, compression: str) -> None:

@@ -136,3 +136,7 @@ def test_arguments_are_checked() -> None:
         for function in (reference.decode_attention, decode_attention):
             with pytest.raises(ValueError, match="decode_attention: found"):
                 function(**(given | wrong))
+    given = arguments(OPTIONS[3], torch.float32)
+    for function in (reference.decode_attention, decode_attention):
+        with pytest.raises(ValueError, match="decode_attention: found only one of q_weight and k_weight"):
+            function(**(given | {"k_weight": None}))
