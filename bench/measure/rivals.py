@@ -3,8 +3,8 @@
 Every contender trains the same architecture with float32 weights, bfloat16 autocast, AdamW and gradient clipping, one
 optimizer step per micro-batch, on new random tokens that are made on the device. Contenders take turns in one process:
 in each round every contender runs one window of steps, so that clock and temperature are the same for all. Small models
-all stay in memory; of a large model, and beside reduce_overhead, each contender is built again for its turn. Figures are the median over the steps
-of all rounds, with the 10th and 90th percentile.
+all stay in memory; of a large model, and beside reduce_overhead, each contender is built again for its turn. Figures
+are the median over the steps of all rounds, with the 10th and 90th percentile.
 
 Rivals:
     bfloat16            gptperf in bfloat16, beside its fp8: --flags=--matmul_dtype=fp8
