@@ -20,12 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptperf.config import Config
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import DeviceError
+from gptperf.plan.host_time import graph_problem
 
-__all__ = ["CudaGraphs"]
+__all__ = ["CudaGraphs", "check_graphs"]
 
 _WARM_UPS = 2  # the first call compiles, the second one has its final kernels and workspaces
+
+
+def check_graphs(config: Config, device_type: str) -> str | None:
+    """Returns why this run cannot use CUDA graphs, or None; see `graph_problem`.
+
+    Raises:
+        DeviceError: it cannot use them, and they were asked for.
+    """
+    problem = graph_problem(config, device_type)
+    if problem is not None and config.system.cuda_graph is True:
+        raise DeviceError(f"cuda_graph = True: {problem}; nearest: --cuda_graph=auto, which runs without")
+    return problem
 
 
 class CudaGraphs:
@@ -140,5 +154,5 @@ class CudaGraphs:
         self.enabled = False
         self.drop()
         if self.must:
-            raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
+            raise DeviceError(f"cuda_graph = True: {problem}; nearest: --cuda_graph=auto, which runs without")
         self.warn(f"cuda_graph: {problem}; the run goes on without")

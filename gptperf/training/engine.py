@@ -18,9 +18,9 @@ from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import Ops, resolve_ops, without_triton
-from gptperf.plan.host_time import graph_problem, graphs_pay
+from gptperf.plan.host_time import graphs_pay
 from gptperf.training import build, selftest
-from gptperf.training.cuda_graph import CudaGraphs
+from gptperf.training.cuda_graph import CudaGraphs, check_graphs
 from gptperf.training.float8 import Float8Layers, make_float8
 from gptperf.training.optimizers import make_optimizer
 from gptperf.training.optimizers.base import Optimizer
@@ -139,9 +139,7 @@ def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[st
     asked = engine.config.system.cuda_graph
     if asked is False:
         return "off"
-    problem = graph_problem(engine.config, engine.process.device.type)
-    if problem is not None and asked is True:
-        raise DeviceError(f"cuda_graph = True: {problem}; --cuda_graph=auto runs without")
+    problem = check_graphs(engine.config, engine.process.device.type)
     if problem is None and asked == "auto":
         if micro_batch_ms is None:
             problem = "the time of a micro-batch is not known for this GPU"

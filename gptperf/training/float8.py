@@ -45,7 +45,7 @@ def check_float8(config: Config, device: torch.device) -> None:
 
     Raises:
         DeviceError: the device has no 8-bit tensor cores.
-        ConfigError: a size is not a multiple of 16.
+        ConfigError: a size is not a multiple of 16, or `fp8_skip` names no layer.
     """
     if config.system.matmul_dtype != "fp8":
         return
@@ -64,6 +64,8 @@ def check_float8(config: Config, device: torch.device) -> None:
             f"batch_size, block_size: matmul_dtype = 'fp8' needs a multiple of {_MULTIPLE} tokens a micro-batch, found "
             f"{tokens}; {nearest_value}"
         )
+    with torch.device("meta"):  # for the shapes of its weights
+        _layers(GPT(config.model), config.system)
 
 
 class Float8Layers:

@@ -28,6 +28,7 @@ from gptperf.monitor.throughput import Throughput
 from gptperf.plan import Plan, plan, refusal, unplannable
 from gptperf.plan.memory import strategy_of
 from gptperf.tasks import Task, TaskRequests, encode_task, load_tasks
+from gptperf.training.cuda_graph import check_graphs
 from gptperf.training.dataset import open_dataset, verify_all
 from gptperf.training.evaluation import validation_keys
 from gptperf.training.float8 import check_float8
@@ -69,6 +70,7 @@ def check_inputs(config: Config, process: Process, console: Console, stack: cont
         ConfigError, DeviceError, OutOfMemoryError, DataError, CheckpointError, DiskError: a check failed.
     """
     check_float8(config, process.device)
+    check_graphs(config, process.device.type)
     planned = check_plan(config, process)
     loaded = load_tasks([name.strip() for name in config.train.eval_tasks.split(",") if name.strip()])
     train_tokens, val_tokens = open_dataset(config.data, config.model, process)

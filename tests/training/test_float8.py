@@ -205,6 +205,22 @@ def test_the_gpus(capability: tuple[int, int], runs: bool, monkeypatch: pytest.M
         check_float8(_config(), torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*FP8, "--d_ff=36"), "multiples of 16"),
+        ((*FP8, "--fp8_skip=blocks.0.ffn.none"), "fp8_skip: found"),
+        (("--cuda_graph=True",), "CUDA graphs need a GPU"),
+    ],
+)
+def test_a_refused_run_moves_no_checkpoint(flags: tuple[str, ...], message: str, corpus: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "checkpoints/step-00000002"
+    earlier.mkdir(parents=True)
+    with pytest.raises((ConfigError, DeviceError), match=message):
+        run(corpus, tmp_path, "--overwrite=True", "--device=cpu", *flags)
+    assert earlier.exists()
+
+
 MUON = ("--optimizer=muon", "--optimizer_state_dtype=bfloat16")
 
 
