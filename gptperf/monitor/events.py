@@ -194,8 +194,8 @@ class Stability(TypedDict, total=False):
 
 
 class Float8(TypedDict, total=False):
-    """What was counted in a sample of the tensors that fp8 quantises, since the last entry; of several ranks the
-    largest counts."""
+    """What was counted in a sample of the tensors that fp8 quantises, since the last entry. A count is the largest of
+    all ranks."""
 
     saturated_share: float
     """Share of the elements that were above the largest number of their scale, and were clamped, 0..1."""
@@ -206,7 +206,7 @@ class Float8(TypedDict, total=False):
     saturated_layers: Mapping[str, float]
     """Layer -> share of clamped elements, of the tensor with most of them; layers without any are left out."""
     flushed_layers: Mapping[str, float]
-    """Likewise for elements that became 0."""
+    """Layer -> share of elements that became 0, of the tensor with most of them; layers without any are left out."""
 
 
 class Iteration(TypedDict, total=False):
