@@ -1,12 +1,11 @@
 """What the host adds to a step: the launches of kernels, one by one or as CUDA graphs. Loads no torch.
 
 The GPU needs a few microseconds to start and end each kernel, however small. The host needs far longer to launch one
-from Python, which shows where the GPU is done sooner than that, as with small models. A CUDA graph launches all kernels
+from Python, so the GPU waits if its kernels are short, as those of small models are. A CUDA graph launches all kernels
 of a micro-batch at once, so that only the first of these times remains.
 
 Measured on an H200 with PyTorch 2.11 on 2026-11-30, 64 x 256 tokens of shakespeare_char (6 layers, dropout) and 8 x 128
-of tiny (4 layers): 22.1 and 14.8 ms a step without graphs, of which the host took 22.0 and 15.2; 4.69 and 0.94 ms with
-them.
+of tiny (4 layers): 22.1 and 14.8 ms a step without graphs, all of which the host needs; 4.69 and 0.94 ms with them.
 """
 
 from gptperf.config import Config

@@ -155,4 +155,4 @@ class CudaGraphs:
         self.drop()
         if self.must:
             raise DeviceError(f"cuda_graph = True: {problem}; nearest: --cuda_graph=auto, which runs without")
-        self.warn(f"cuda_graph: {problem}; the run goes on without")
+        self.warn(f"cuda_graph: {problem}; the run goes on without graphs")
