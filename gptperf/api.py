@@ -350,7 +350,7 @@ def streams(
     from gptperf.model import generate as model
 
     numbers: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    wrong = sampling_problems(num_samples=num_samples, stop=stop, **numbers)
+    wrong = sampling_problems(num_samples=num_samples, seed=seed, stop=stop, **numbers)
     if wrong:
         raise mistakes(wrong)
     tokenizer = loaded.tokenizer
@@ -370,7 +370,14 @@ def streams(
 
 
 def sampling_problems(
-    *, tokens: int, num_samples: int, temperature: float, top_k: int, top_p: float, stop: str | Sequence[str] = ()
+    *,
+    tokens: int,
+    num_samples: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """Returns a line for each argument of `generate` that is wrong, so that a command can refuse it at once."""
     wrong = [
@@ -383,6 +390,8 @@ def sampling_problems(
         )
         if not value >= lowest
     ]
+    if not 0 <= seed < 1 << 63:
+        wrong.append(f"seed: found {seed}, wanted 0 to {(1 << 63) - 1}; nearest: {0 if seed < 0 else (1 << 63) - 1}")
     if not 0 < top_p <= 1:
         wrong.append(f"top_p: found {top_p}, wanted a number above 0 and up to 1; nearest: {0.01 if top_p <= 0 else 1}")
     if temperature == math.inf:

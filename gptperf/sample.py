@@ -56,7 +56,7 @@ class _SampleFlags(Flags):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that `api.streams` and `api.sampling_problems` share."""
-        names = ("tokens", "num_samples", "temperature", "top_k", "top_p", "stop")
+        names = ("tokens", "num_samples", "temperature", "top_k", "top_p", "seed", "stop")
         return {name: getattr(self, name) for name in names}
 
     def problems(self) -> Sequence[str]:
@@ -103,7 +103,7 @@ def _output(flags: _SampleFlags, prompts: Sequence[str]) -> Iterator[str]:
         read, most = len(loaded.tokenizer.encode(prompt)), loaded.model.config.block_size
         if read > most:
             note(f"a prompt has {read:,} tokens; the model reads the last {most:,} of them (block_size)")
-    samples = api.streams(loaded, prompts, **flags.arguments(), seed=flags.seed, stop_at_eot=flags.stop_at_eot)
+    samples = api.streams(loaded, prompts, **flags.arguments(), stop_at_eot=flags.stop_at_eot)
     for number, pieces in enumerate(samples, 1):
         if len(samples) > 1:
             yield f"{_RULE} sample {number} of {len(samples)} {_RULE}\n"

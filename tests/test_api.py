@@ -132,6 +132,19 @@ def test_load_config_is_the_command_line(corpus: Path) -> None:
         api.load_config("--n_lear=3", "--batch_size=0")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_seeds_that_no_generator_takes(
+    seed: int, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nearest = max(0, min(seed, 2**63 - 1))
+    with pytest.raises(ConfigError, match=f"seed: found {seed}, wanted 0 to {2**63 - 1}; nearest: {nearest}"):
+        api.stream(api.load_model(run, device="cpu"), "a", seed=seed)
+    assert sample_command(tmp_path / "absent", f"--seed={seed}") == 2
+    assert f"seed: found {seed}" in capsys.readouterr().err
+    last = api.generate(api.load_model(run, device="cpu"), "a", tokens=2, seed=2**63 - 1, num_samples=2)
+    assert len(last) == 2
+
+
 @pytest.mark.parametrize("top_p", [0, -1, 1.5, float("nan")])
 def test_top_p_is_a_probability(top_p: float, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=f"top_p: found {top_p}, wanted a number above 0 and up to 1"):
