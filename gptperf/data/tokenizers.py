@@ -105,7 +105,7 @@ def load_tokenizer(
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise NoVocabularyError(
         f"tokenizer: found {name!r}, wanted one of byte, {', '.join(known)}, a tokenizer.json or its folder, "
-        f"{'the folder of a data set' if data_dir is None else f'a data set of {data_dir} or its folder'}, hf:REPO or "
+        f"{'the folder of a data set' if data_dir is None else f'a data set in {data_dir} or its folder'}, hf:REPO or "
         f"{PREFIX}N{hint}"
     )
 

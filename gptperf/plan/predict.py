@@ -18,7 +18,7 @@ from gptperf.plan.memory import (
     unknown_memory,
     usable_gb,
 )
-from gptperf.plan.step_time import parts_ms, rates_of
+from gptperf.plan.step_time import band_of, parts_ms
 
 __all__ = ["Plan", "plan", "unplannable"]
 
@@ -117,7 +117,7 @@ def plan(
         memory=footprint(config, num_gpus, strategy, recompute),
         limit_gb=usable_gb(gpu.memory_gb) if reported_gb is None else allocatable_gb(reported_gb),
         parts_ms=parts,
-        band=rates_of(gpu).band,
+        band=band_of(config, gpu),
         tokens_per_iter=config.tokens_per_iter,
         mfu=None if peak is None else achieved / peak.flop_s,
         peak={"convention": "strict"} | ({} if peak is None else peak.record()),

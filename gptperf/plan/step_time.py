@@ -18,7 +18,7 @@ from gptperf.hardware import Gpu
 from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
 
-__all__ = ["optimizer_flops", "parts_ms", "rates_of"]
+__all__ = ["band_of", "optimizer_flops", "parts_ms", "rates_of"]
 
 _LONG_SEQUENCE = 128
 """Attention over T tokens runs at T / (T + this number) of the rate of a long sequence, because the diagonal tiles are
@@ -97,6 +97,11 @@ def rates_of(gpu: Gpu) -> Rates:
     if gpu.name in _MEASURED_ON:
         changes["band"] = _MEASURED
     return dataclasses.replace(rates, **changes)
+
+
+def band_of(config: Config, gpu: Gpu) -> float:
+    """Returns the relative error that the predicted time may have. The rate of fp8 is assumed on every GPU."""
+    return _ASSUMED if config.system.matmul_dtype == "fp8" else rates_of(gpu).band
 
 
 def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recompute: Recompute) -> dict[str, float]:

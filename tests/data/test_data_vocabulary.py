@@ -218,5 +218,5 @@ def test_a_data_set_gives_its_vocabulary_by_name_and_by_folder(
         path = prepare("one.txt", name=f"again{number}", tokenizer=name, quiet=True)
         assert load_set(path).fingerprint == wanted
     assert command.main(["one.txt", "--plan", "--tokenizer=one"]) == 0
-    with pytest.raises(DataError, match=r"found 'onee', wanted .* a data set of data or its folder.*; nearest: 'one'"):
+    with pytest.raises(DataError, match=r"found 'onee', wanted .* a data set in data or its folder.*; nearest: 'one'"):
         prepare("one.txt", name="other", tokenizer="onee", quiet=True)

@@ -69,6 +69,7 @@ def test_the_plan_of_fp8() -> None:
     times, memory = [one.step_ms for one in plans], [one.memory.total_gb for one in plans]
     assert times == sorted(times, reverse=True)
     assert memory[-1] < memory[0]
+    assert plans[0].band < plans[-1].band == plan(config, find_gpu("A100 SXM 80 GB")).band  # its rate is assumed
     fp8 = dataclasses.replace(config, system=system)
     for row in GPUS:
         assert (unplannable(fp8, row) is not None) == ("fp8" not in row.dense_tflops), row.name
