@@ -370,14 +370,7 @@ def streams(
 
 
 def sampling_problems(
-    *,
-    tokens: int,
-    num_samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    stop: str | Sequence[str] = (),
+    *, tokens: int, num_samples: int, temperature: float, top_k: int, top_p: float, seed: int, stop: str | Sequence[str]
 ) -> list[str]:
     """Returns a line for each argument of `generate` that is wrong, so that a command can refuse it at once."""
     wrong = [
