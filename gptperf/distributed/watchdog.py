@@ -75,6 +75,12 @@ def _identity() -> tuple[int, str, str, str]:
         return pid, "", host, f"{host} {pid}"
 
 
+def _fault_of(published: bytes) -> Fault:
+    """Returns the fault that a rank has published."""
+    ranks, text, hang, gone = json.loads(published)
+    return Fault(tuple(ranks), text, hang, gone)
+
+
 def _kind(fault: Fault) -> type[GptperfError]:
     """Returns the error with which the other ranks end: a mistake of the user that one rank found is the job's."""
     return next((kind for text, kind in _MISTAKES.items() if text in fault.text), PeerError)
@@ -198,11 +204,15 @@ class Watchdog:
             time.sleep(0.1)
         return False
 
-    def _publish(self, fault: Fault) -> None:
-        """Publishes a fault, unless one is published already: later faults are consequences of the first one."""
+    def _publish(self, fault: Fault) -> Fault:
+        """Publishes a fault, unless one is published already: later faults are consequences of the first one.
+
+        Returns:
+            The fault that was published first.
+        """
         assert self._store is not None
         # This operation of the store is atomic, and writes only if nothing was written before.
-        self._store.compare_set("failed", "", json.dumps(fault))
+        return _fault_of(self._store.compare_set("failed", "", json.dumps(fault)))
 
     def _exchange(self, *, done: bool = False) -> None:
         """Publishes where this rank is, and reads where the others are."""
@@ -216,8 +226,7 @@ class Watchdog:
         beats = {rank: Beat(*json.loads(text)) for rank, text in zip(known, texts, strict=True)}
         failed = None
         if self._store.check(["failed"]):
-            ranks, text, hang = json.loads(self._store.get("failed"))
-            failed = Fault(tuple(ranks), text, hang)
+            failed = _fault_of(self._store.get("failed"))
         self.view = View(number, beats, states, failed)
 
     def _states(self) -> dict[int, State]:
@@ -262,19 +271,25 @@ class Watchdog:
                 return
 
     def _say(self, fault: Fault) -> None:
-        """Prints, publishes and logs a fault before this process ends."""
+        """Publishes, prints and logs a fault before this process ends. One rank of each host prints it."""
+        assert self._store is not None
+        first = True
+        with contextlib.suppress(RuntimeError):
+            if not self.view.lost and self.judge.store_silent_s <= 2 * BEAT_S:
+                fault = self._publish(fault)
+                first = self._store.add(f"said/{self.identity[-1]}", 1) == 1
         line = fault.text.partition("\n")[0]
-        if not self._is_reported_mistake(fault):
+        if first and not self._is_reported_mistake(fault):
             report(_kind(fault)(f"{line}; rank {self.rank} was in {self.progress.where}"))
         with contextlib.suppress(RuntimeError, OSError):
-            if self.judge.store_silent_s <= 2 * BEAT_S:
-                self._publish(fault)
             self.last_words(f"E{_kind(fault).exit_code}: {line}")
             if fault.hang:
                 self._dump_stacks()
+            if fault.hang or self.rank == 0:
                 # Other ranks write their stacks too. If this one ended at once, their collectives would fail, and the
-                # stacks would no longer show where they waited.
-                time.sleep(1.5 * BEAT_S)
+                # stacks would no longer show where they waited. Rank 0 may host the store, in which they agree who
+                # prints the fault.
+                time.sleep(2 * BEAT_S)
             sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # a progress bar hides the cursor
             sys.stdout.flush()
 
