@@ -115,7 +115,7 @@ def stopped(out: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "rank", "ranks"), [("SIGKILL", 1, 4), ("abort", 1, 2), ("SIGKILL", 0, 4)])
 def test_a_rank_that_dies_is_named(fault: str, rank: int, ranks: int, corpus: Path, tmp_path: Path) -> None:
-    """By one line, whatever the number of ranks. If the store dies with rank 0, the ranks cannot agree who prints it."""
+    """By one line, whatever the number of ranks. If the store dies with rank 0, nobody can agree who prints it."""
     with Job(corpus, tmp_path, fault, rank, ranks=ranks) as job:
         others = [r for r in range(ranks) if r != rank]
         for ended, seconds in map(job.end_of, others):

@@ -102,8 +102,9 @@ def _save(engine: Engine, process: Process, folder: Path, step: int) -> None:
 
 def run(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """Trains one case, and returns losses, gradient norms, moments and weights."""
-    torch._dynamo.reset()
     config = command_line.resolve(case["flags"], world_size=process.world_size).config
+    if config.system.compile:  # the import of torch._dynamo takes longer than a case
+        torch._dynamo.reset()
     first, last = case.get("steps", (0, 4))
     if "shared" in case:
         reduce_dtype = build.DTYPES[config.system.reduce_dtype]
