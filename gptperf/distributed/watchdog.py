@@ -2,9 +2,9 @@
 
 Each rank has a `Watchdog` with two threads. Twice a second the first thread publishes where the rank is, in the store
 of the process group, and reads where the others are. The second thread judges what was read
-(`gptperf.distributed.judge`). When a rank is at fault, the second thread prints a line that names it and ends this
-process, whatever the main thread does. There are two threads because the first one may block in the store when the
-store's host is gone.
+(`gptperf.distributed.judge`). When a rank is at fault, the second thread ends this process, whatever the main thread
+does. On each host, the first rank that does so prints a line that names the rank at fault; without the store, every
+rank prints it. There are two threads because the first one may block in the store when the store's host is gone.
 
 An error of the main thread is handled by `Watchdog.__exit__`, which prints it, publishes it and exits with its code.
 `_ending` is a lock that is never released. The thread that acquires it, main or judging, ends the process, so only one
