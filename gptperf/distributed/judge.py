@@ -68,6 +68,8 @@ class Fault(NamedTuple):
     text: str
     hang: bool = False
     """Whether the processes of these ranks still exist."""
+    gone: bool = False
+    """Whether these ranks ended without publishing why."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,14 @@ class Judge:
         """Returns the fault that is seen now, if there is one. The checks follow the list at the top of this file."""
         failed = self.view.failed
         if failed is not None:
-            return failed if failed.hang or self.failed_s >= _ERROR_S else None
+            return failed if failed.hang or failed.gone or self.failed_s >= _ERROR_S else None
         if not self.others:
             return self._hang()
         gone = [rank for rank, seen in self.others.items() if seen.state == "gone"]
         if gone:
-            return self._named(gone, "is gone: {process} died, last in {where}")
+            # If the store went with rank 0, other ranks may have ended because of that already.
+            gone = [0] if self.view.lost and 0 in gone else gone
+            return self._named(gone, "is gone: {process} died, last in {where}", gone=True)
         unheard = self.store_silent_s
         stopped = [r for r, s in self.others.items() if s.state == "stopped" and s.silent_s + unheard >= self.lost_s]
         if stopped:
@@ -159,19 +163,18 @@ class Judge:
         # together.
         silent = [r for r, s in self.others.items() if s.state != "alive" and s.silent_s >= self.lost_s - BEAT_S]
         if any(self.seen[rank].silent_s >= self.lost_s for rank in silent):
-            return self._named(
-                silent, f"is gone: {{process}} has said nothing for {self.lost_s:g} s, last in {{where}}"
-            )
+            text = f"is gone: {{process}} has said nothing for {self.lost_s:g} s, last in {{where}}"
+            return self._named(silent, text, gone=True)
         return self._hang()
 
-    def _named(self, ranks: list[int], text: str, *, hang: bool = False) -> Fault:
+    def _named(self, ranks: list[int], text: str, *, hang: bool = False, gone: bool = False) -> Fault:
         """Returns a fault with a text about each rank, in which `{process}` and `{where}` are filled in."""
         lines = []
         for rank in ranks:
             beat = self.seen[rank].beat
             process, where = ("its process", "its start") if beat is None else (beat.process, beat.where)
             lines.append(f"rank {rank} {text.format(process=process, where=where)}")
-        return Fault(tuple(ranks), "; ".join(lines), hang)
+        return Fault(tuple(ranks), "; ".join(lines), hang, gone)
 
     def _hang(self) -> Fault | None:
         """Returns a fault if a rank has waited for the timeout, naming those that did not arrive."""

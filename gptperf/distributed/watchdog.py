@@ -2,9 +2,9 @@
 
 Each rank has a `Watchdog` with two threads. Twice a second the first thread publishes where the rank is, in the store
 of the process group, and reads where the others are. The second thread judges what was read
-(`gptperf.distributed.judge`). When a rank is at fault, the second thread prints a line that names it and ends this
-process, whatever the main thread does. There are two threads because the first one may block in the store when the
-store's host is gone.
+(`gptperf.distributed.judge`). When a rank is at fault, the second thread ends this process, whatever the main thread
+does. On each host, the first rank that does so prints a line that names the rank at fault; without the store, every
+rank prints it. There are two threads because the first one may block in the store when the store's host is gone.
 
 An error of the main thread is handled by `Watchdog.__exit__`, which prints it, publishes it and exits with its code.
 `_ending` is a lock that is never released. The thread that acquires it, main or judging, ends the process, so only one
@@ -73,6 +73,12 @@ def _identity() -> tuple[int, str, str, str]:
         return pid, started, host, f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return pid, "", host, f"{host} {pid}"
+
+
+def _fault_of(published: bytes) -> Fault:
+    """Returns the fault that a rank has published."""
+    ranks, text, hang, gone = json.loads(published)
+    return Fault(tuple(ranks), text, hang, gone)
 
 
 def _kind(fault: Fault) -> type[GptperfError]:
@@ -198,11 +204,15 @@ class Watchdog:
             time.sleep(0.1)
         return False
 
-    def _publish(self, fault: Fault) -> None:
-        """Publishes a fault, unless one is published already: later faults are consequences of the first one."""
+    def _publish(self, fault: Fault) -> Fault:
+        """Publishes a fault, unless one is published already: later faults are consequences of the first one.
+
+        Returns:
+            The fault that was published first.
+        """
         assert self._store is not None
         # This operation of the store is atomic, and writes only if nothing was written before.
-        self._store.compare_set("failed", "", json.dumps(fault))
+        return _fault_of(self._store.compare_set("failed", "", json.dumps(fault)))
 
     def _exchange(self, *, done: bool = False) -> None:
         """Publishes where this rank is, and reads where the others are."""
@@ -216,8 +226,7 @@ class Watchdog:
         beats = {rank: Beat(*json.loads(text)) for rank, text in zip(known, texts, strict=True)}
         failed = None
         if self._store.check(["failed"]):
-            ranks, text, hang = json.loads(self._store.get("failed"))
-            failed = Fault(tuple(ranks), text, hang)
+            failed = _fault_of(self._store.get("failed"))
         self.view = View(number, beats, states, failed)
 
     def _states(self) -> dict[int, State]:
@@ -262,19 +271,25 @@ class Watchdog:
                 return
 
     def _say(self, fault: Fault) -> None:
-        """Prints, publishes and logs a fault before this process ends."""
+        """Publishes, prints and logs a fault before this process ends. One rank of each host prints it."""
+        assert self._store is not None
+        first = True
+        with contextlib.suppress(RuntimeError):
+            if not self.view.lost and self.judge.store_silent_s <= 2 * BEAT_S:
+                fault = self._publish(fault)
+                first = self._store.add(f"said/{self.identity[-1]}", 1) == 1
         line = fault.text.partition("\n")[0]
-        if not self._is_reported_mistake(fault):
+        if first and not self._is_reported_mistake(fault):
             report(_kind(fault)(f"{line}; rank {self.rank} was in {self.progress.where}"))
         with contextlib.suppress(RuntimeError, OSError):
-            if self.judge.store_silent_s <= 2 * BEAT_S:
-                self._publish(fault)
             self.last_words(f"E{_kind(fault).exit_code}: {line}")
             if fault.hang:
                 self._dump_stacks()
+            if fault.hang or self.rank == 0:
                 # Other ranks write their stacks too. If this one ended at once, their collectives would fail, and the
-                # stacks would no longer show where they waited.
-                time.sleep(1.5 * BEAT_S)
+                # stacks would no longer show where they waited. Rank 0 may host the store, in which they agree who
+                # prints the fault.
+                time.sleep(2 * BEAT_S)
             sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # a progress bar hides the cursor
             sys.stdout.flush()
 

@@ -226,7 +226,7 @@ def test_an_overflow_in_one_share_is_one_for_all(tmp_path: Path) -> None:
 LAYOUTS = ("ddp", "zero1", "fsdp")
 
 
-ELASTIC_FLAGS = [*SMALL, "--device=cpu", "--arch_preset=llama", "--gradient_accumulation_steps=4"]
+ELASTIC_FLAGS = [*SMALL, "--device=cpu", "--arch_preset=llama"]
 OPTIMIZERS = {"adamw": [], "muon": MUON}
 
 
@@ -247,13 +247,16 @@ def _elastic(processes: int, kind: str, folder: Path, common: list[str]) -> dict
 
 
 ELASTIC = [(2, 1, "bfloat16"), (1, 2, "float32")]
-ELASTIC += [pytest.param(*pair, "float32", marks=pytest.mark.matrix) for pair in ((4, 2), (4, 1), (2, 4))]
+ELASTIC += [
+    pytest.param(*pair, "float32", marks=pytest.mark.matrix) for pair in ((4, 2), (4, 1), (2, 4), (8, 4), (2, 8))
+]
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by", "moments"), ELASTIC)
 def test_resumed_in_any_layout(saved_by: int, resumed_by: int, moments: str, tmp_path: Path) -> None:
     """Moments in bfloat16 are rounded by the same random bits in every layout."""
-    common = [*ELASTIC_FLAGS, f"--optimizer_state_dtype={moments}"]
+    micro = max(4, saved_by, resumed_by)
+    common = [*ELASTIC_FLAGS, f"--gradient_accumulation_steps={micro}", f"--optimizer_state_dtype={moments}"]
     before = spawn(saved_by, _elastic(saved_by, "save", tmp_path, common), tmp_path / "before")
     after = spawn(resumed_by, _elastic(resumed_by, str(saved_by), tmp_path, common), tmp_path / "after")
     cases = {name: {"flags": [*common, *flags]} for name, flags in OPTIMIZERS.items()}
@@ -268,6 +271,23 @@ def test_resumed_in_any_layout(saved_by: int, resumed_by: int, moments: str, tmp
         for found in ranks:
             assert found["losses"] == pytest.approx(wanted["losses"][2:], rel=1e-5), name
             assert found["norms"] == pytest.approx(wanted["norms"][2:], rel=1e-5), name
+
+
+def test_eight_ranks_train_as_one_and_so_do_fewer_that_resume(tmp_path: Path) -> None:
+    """8 ranks save, 4 resume and save, 2 resume: under another strategy each time, with the losses of one process."""
+    chains = {"adamw": ("fsdp", "ddp", "zero1"), "muon": ("zero1", "fsdp", "ddp")}
+    common = [*ELASTIC_FLAGS, "--gradient_accumulation_steps=8"]
+    one = spawn(1, {name: {"flags": [*common, *OPTIMIZERS[name]]} for name in chains}, tmp_path / "one")
+    for part, (processes, steps) in enumerate([(8, [0, 2]), (4, [2, 3]), (2, [3, 4])]):
+        cases: dict[str, dict[str, Any]] = {}
+        for name, chain in chains.items():
+            flags = [*common, *OPTIMIZERS[name], *STRATEGIES[chain[part]]]
+            cases[name] = {"flags": flags, "steps": steps, "save": str(tmp_path / name)}
+            cases[name] |= {"load": str(tmp_path / name)} if part else {}
+        for name, ranks in spawn(processes, cases, tmp_path / f"of{processes}").items():
+            for found, key in itertools.product(ranks, KEYS):
+                wanted = one[name][0][key][slice(*steps)]
+                assert found[key] == pytest.approx(wanted, rel=1e-5), (processes, name, key)
 
 
 @pytest.mark.gpu
