@@ -36,7 +36,7 @@ NOT_UTF8 = "not UTF-8"
 PIECE_BYTES = 1 << 24
 """A longer document is handled in pieces of about this size, so that the memory use does not depend on its length."""
 HEAD_BYTES = 1 << 16
-"""Of a larger file that is no text, only this is read in most cases."""
+"""Bytes that are read of a larger file; in most cases they show whether it is text."""
 
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),

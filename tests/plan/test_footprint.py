@@ -177,7 +177,7 @@ def test_recomputation_changes_no_gradient(preset: str, recompute: str) -> None:
 
 
 def test_capped_logits_are_kept_by_eager_pytorch_alone() -> None:
-    """The planned difference is that of the peak of the loss; the Triton op caps the logits where they lie."""
+    """The plans differ by the loss's peak memory; the Triton op caps the logits where they lie."""
     V, peaks = 4096, []
     x = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(V, 8, dtype=torch.bfloat16, requires_grad=True)

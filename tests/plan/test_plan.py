@@ -45,7 +45,7 @@ def config_of(*argv: str) -> Config:
 def test_what_was_measured_is_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, step_ms, peak_gb = MEASURED[name]
     config = models.planned(name)
-    # The runs with a standard FFN were measured when PyTorch ran its activation, as it runs that of a plugin.
+    # The runs with a standard FFN were measured when PyTorch ran the activation, as it runs a plugin's.
     key = ("activation", config.model.activation)
     monkeypatch.setitem(registry._cards, key, dataclasses.replace(registry._cards[key], op=None))
     planned = plan.plan(config, plan.find_gpu(gpu), recompute=config.system.recompute)

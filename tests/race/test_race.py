@@ -132,7 +132,7 @@ def test_a_trunk_that_has_passed_a_lost_checkpoint_starts_again(tmp_path: Path) 
     (_, trunk), *_ = seed_chain(first, 1.0, 7)
     assert trunk.keeps == (400, 800, 1600)
     assert trunk.command()[-1] == "--init_from=auto"
-    for step in (400, 600):  # the second one is that of a stop
+    for step in (400, 600):  # the second save comes from a stop
         trunk.checkpoint(step).mkdir(parents=True)
         (trunk.checkpoint(step) / "MANIFEST.json").touch()
     assert trunk.command()[-1] == "--init_from=auto"

@@ -268,7 +268,7 @@ def test_levels_train_alike(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_the_start_says_what_to_expect() -> None:
-    """The planned time relative to bfloat16; a model whose time is not that of its matmuls is told so."""
+    """The planned time relative to bfloat16; a model whose matmuls take little of its time gets a note."""
     for model, says in (
         ("llama_1.36b", r"fp8 takes 0\.[67]\d of the time of bfloat16$"),
         ("tiny", "it does not pay here"),

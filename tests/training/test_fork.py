@@ -59,7 +59,7 @@ def test_the_run_is_the_parents_up_to_the_change(parents: dict[str, Path], tmp_p
     ours, theirs = losses(tmp_path), losses(parent)[10:]
     rates = [[entry["lr"] for entry in run_log(out)["training_iterations"]] for out in (tmp_path, parent)]
     same = [a == b for a, b in zip(rates[0], rates[1][10:], strict=True)]
-    first = same.index(False)  # the loss of this iteration is still that of the weights before it
+    first = same.index(False)  # this iteration computes its loss before it updates the weights
     assert 0 < first < 9
     assert ours[: first + 1] == theirs[: first + 1]
     assert all(a != b for a, b in zip(ours[first + 1 :], theirs[first + 1 :], strict=True))
@@ -136,7 +136,7 @@ def test_the_precision_may_change(dtype: str, parents: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize(("parent", "flags"), [("adamw", "muon"), ("muon", "adamw"), ("muon", "muon --normuon=True")])
 def test_the_optimizer_may_change(parent: str, flags: str, parents: dict[str, Path], tmp_path: Path) -> None:
-    """The first loss is that of the parent's weights, and states that only the new optimizer has begin at zero."""
+    """The first loss comes from the parent's weights, and states that only the new optimizer has begin at zero."""
     assert fork(parents[parent], 15, tmp_path, *f"--optimizer={flags} --max_iters=18 --lr_decay_iters=20".split()) == 0
     ours, theirs = losses(tmp_path), losses(parents[parent])[15:18]
     assert ours[0] == theirs[0]

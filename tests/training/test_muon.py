@@ -68,7 +68,7 @@ def test_singular_values_move_and_singular_vectors_stay(shape: tuple[int, int, i
     found = orthogonalize(x, reference.symmetric_matmul, torch.float64)
     wanted = (U * _moved(s / s.norm(dim=-1, keepdim=True))[:, None]) @ Vh
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
-    # The distance from the polar factor is that of the band from 1.
+    # The polar factor has singular values of 1, the result those of the band.
     assert (torch.linalg.matrix_norm(found - U @ Vh, 2) <= 1 - BAND[0] + 1e-3).all()
 
 
