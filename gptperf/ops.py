@@ -12,7 +12,7 @@ from typing import Any
 
 from gptperf.errors import DeviceError
 
-__all__ = ["MEASURED_WITH", "OPS", "Ops", "resolve_ops", "unmeasured_versions", "without_triton"]
+__all__ = ["GENERATION", "MEASURED_WITH", "OPS", "Ops", "resolve_ops", "unmeasured_versions", "without_triton"]
 
 OPS = {
     "rms_norm": "gptperf.kernels.rms_norm",
@@ -27,6 +27,8 @@ OPS = {
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
+GENERATION = ("decode_attention", "draw")
+"""Ops that generate text. A training run does so for its sample alone."""
 
 MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
 """Versions with which every GPU figure was measured; `constraints-gpu.txt` pins the same pair."""
@@ -52,7 +54,7 @@ class Ops:
     adamw: Callable[..., None]
     symmetric_matmul: Callable[..., Any]
     chosen: dict[str, str]
-    """Op name -> "eager" or "triton"."""
+    """Op name -> "eager" or "triton", for the ops that are used."""
     reasons: dict[str, str]
     """Op name -> why it runs in eager PyTorch although `kernels` is "auto"."""
 
@@ -63,24 +65,25 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
     Args:
         kernels: "eager", "triton" (an error where Triton cannot run) or "auto" (Triton where it can run, else eager).
         device_type: "cuda" or "cpu".
-        unused: ops that the run does not call, so that it does not matter where they run.
+        unused: ops that the run does not call, or for so short a time that their kernels need not be compiled. They
+            run in eager PyTorch and are not in `Ops.chosen`.
 
     Raises:
         DeviceError: `kernels` is "triton" and an op cannot run with Triton; the message has the reasons.
     """
     reference = importlib.import_module("gptperf.kernels.reference")
     functions = {op: getattr(reference, op) for op in OPS}
-    chosen = dict.fromkeys(OPS, "eager")
+    chosen = {op: "eager" for op in OPS if op not in unused}
     reasons: dict[str, str] = {}
     for op, module in OPS.items():
-        if kernels == "eager":
+        if kernels == "eager" or op in unused:
             continue
         reason = _why_not_triton(device_type, _OLDEST_CAPABILITY.get(op, _OLDEST))
         if reason is None:
             chosen[op], functions[op] = "triton", getattr(importlib.import_module(module), op)
         else:
             reasons[op] = reason
-    _refuse(kernels, {op: reason for op, reason in reasons.items() if op not in unused})
+    _refuse(kernels, reasons)
     return Ops(**functions, chosen=chosen, reasons=reasons)
 
 

@@ -37,7 +37,6 @@ def broken_ops(
     dtype: torch.dtype,
     moments: torch.dtype = torch.float32,
     *,
-    muon: bool = True,
     trains: bool = True,
 ) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
@@ -48,7 +47,6 @@ def broken_ops(
         device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
         moments: dtype of AdamW's moments.
-        muon: whether the optimizer is Muon, which needs an op of its own.
         trains: whether the model is trained; else backward, the loss and the optimizers' ops are not run.
 
     Returns:
@@ -63,9 +61,8 @@ def broken_ops(
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
     unused = set() if trains else _OF_TRAINING
-    unused |= set() if muon else {"symmetric_matmul"}
     for op, run in _runs(model, device, dtype, moments, trains):
-        if ops.chosen[op] != "triton" or op in found or op in unused:
+        if ops.chosen.get(op) != "triton" or op in found or op in unused:
             continue
         try:
             ours = run(getattr(ops, op))

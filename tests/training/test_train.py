@@ -22,6 +22,7 @@ from gptperf.checkpoint import write
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.errors import PREEMPTED, ConfigError, DataError, DeviceError, NonFiniteError, run_main
+from gptperf.kernels import reference
 from gptperf.monitor.runs import read_runs
 from gptperf.ops import OPS, resolve_ops
 from gptperf.train import main
@@ -245,7 +246,8 @@ def test_an_op_that_a_run_does_not_call_does_not_refuse_triton(monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", _import_any)
     ops = resolve_ops("triton", "cuda", unused=("symmetric_matmul",))
-    assert {op for op, how in ops.chosen.items() if how == "eager"} == {"symmetric_matmul"}
+    assert ops.chosen == {op: "triton" for op in OPS if op != "symmetric_matmul"}
+    assert ops.symmetric_matmul is reference.symmetric_matmul
     with pytest.raises(DeviceError, match=r"symmetric_matmul: Triton needs compute capability 8\.0 or higher"):
         resolve_ops("triton", "cuda")
 
