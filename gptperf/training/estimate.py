@@ -188,7 +188,7 @@ def _smaller(model: ModelConfig) -> ModelConfig:
         "n_head": heads,
         "n_kv_head": None if heads < model.n_head else model.n_kv_head,
         "n_embd": width,
-        "d_ff": max(1, model.ffn_width * width // model.n_embd),
+        "d_ff": max(1, min(model.ffn_width * width // model.n_embd, 4 * _MOST_WIDTH)),
         "block_size": min(model.block_size, _MOST_TOKENS),
         "vocab_size": min(model.padded_vocab_size, _MOST_VOCABULARY),
         "vocab_multiple": 1,
