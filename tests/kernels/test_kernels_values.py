@@ -81,7 +81,7 @@ def test_activations_of_float16(name: str) -> None:
     case = Case(f"activation_{name}", {"x": every}, {"name": name})
     found, exact = run(kernel("activation"), case, None), truth(case, None)
     off, wanted = (found.outputs[0].double() - exact.outputs[0]).abs(), exact.outputs[0].abs()
-    rounding = 2**-11 * wanted + 2**-25  # and that of the smallest numbers
+    rounding = 2**-11 * wanted + 2**-25  # the second term: the spacing of the smallest numbers
     assert (off <= 1.001 * rounding + 1e-4 * wanted).all()
     off, wanted = (found.gradients["x"].double() - exact.gradients["x"]).abs(), exact.gradients["x"].abs()
     assert (off <= 2**-11 * wanted + 2**-25 + 1e-5).all()
