@@ -14,14 +14,15 @@ __all__ = ["gaps_ms", "graph_problem", "graphs_pay", "host_ms"]
 
 _KERNEL_MS = 0.005
 _KERNELS_A_LAYER, _KERNELS_OF_DROPOUT, _OTHER_KERNELS = 33, 6, 40
-"""Kernels of a micro-batch, forward and backward. These numbers and the time of a kernel are not counted or measured one
-by one: they were chosen so that the plan gives the steps above with graphs and that of llama_1.36b."""
+"""Kernels of a micro-batch, forward and backward. These numbers and the time of a kernel were not counted or measured
+one by one. They were chosen so that the plan gives the steps above with graphs, and the step of llama_1.36b."""
 _HOST_MS_A_LAYER = {"block": 3.7, "model": 1.4}
-"""Time that the host takes to launch forward and backward of a layer, by `compile_scope`: fitted to the steps above
-without graphs, and for "model" to 8 to 9 ms of shakespeare_char with eager ops. Other hosts were not measured."""
+"""Time that the host takes to launch forward and backward of a layer, by `compile_scope`. It was fitted to the steps
+above without graphs, and for "model" to the 8 to 9 ms of shakespeare_char with eager ops. No other host was
+measured."""
 _MARGIN = 1.5
-"""Graphs are used up to this multiple of the host's time, because a host may be slower. An assumption. Longer micro-batches hide the launches,
-and graphs would hold the memory of their activations for the whole run."""
+"""Graphs are used up to this multiple of the host's time, because a host may be slower: an assumption. Longer
+micro-batches hide the launches, and graphs would hold the memory of their activations for the whole run."""
 
 
 def gaps_ms(config: Config) -> float:

@@ -64,8 +64,8 @@ SMALL = {
     "shakespeare_char": (["configs/shakespeare_char.toml", "--vocab_size=65"], 4.69, 22.1),
     "tiny": (["configs/tiny.toml", "--dtype=bfloat16"], 0.938, 14.8),
 }
-"""Model -> its flags, and milliseconds of a step on an H200 with CUDA graphs and without (2026-11-30). The
-constants of `gptperf.plan.host_time` are fitted to these, so the test holds the fit and says nothing of other models."""
+"""Model -> its flags, and milliseconds of a step on an H200 with CUDA graphs and without (2026-11-30). The constants of
+`gptperf.plan.host_time` are fitted to these steps. So the test holds the fit, and says nothing of other models."""
 
 
 @pytest.mark.parametrize("name", SMALL)
