@@ -1,6 +1,7 @@
 """The ops that quantise to 8-bit floats in eager PyTorch: the fallback, and the oracle of the tests.
 
-The arithmetic is in float32 (in float64 for float64 input), and each output is rounded once.
+The arithmetic is in float32 (in float64 for float64 input). What swiglu computes is rounded to the dtype of its input,
+as if it were stored in between, and then to 8 bits.
 """
 
 import torch
@@ -28,16 +29,11 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor,
     Returns:
         The gradient of gate_up, like gate_up, and the product, like dy; it is empty if it is not wanted.
     """
-    dgate_up, y = _swiglu_backward(dy, gate_up)
-    return dgate_up.to(gate_up.dtype), y.to(gate_up.dtype) if product else y.new_empty(0, dtype=gate_up.dtype)
-
-
-def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of gate_up and the product in float32."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     dy, sigmoid = dy.to(gate.dtype), gate.sigmoid()
     silu = gate * sigmoid
-    return torch.cat([dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu], -1), silu * up
+    dgate_up = torch.cat([dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu], -1)
+    return dgate_up.to(gate_up.dtype), (silu * up if product else silu.new_empty(0)).to(gate_up.dtype)
 
 
 def quantize(
@@ -102,7 +98,7 @@ def quantize_swiglu(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     check_swiglu(gate_up, None, None)
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    q, _, factors, statistics = quantize(gate * gate.sigmoid() * up, scale)
+    q, _, factors, statistics = quantize((gate * gate.sigmoid() * up).to(gate_up.dtype), scale)
     return q, factors, statistics
 
 
@@ -126,6 +122,6 @@ def quantize_swiglu_backward(
         ValueError: gate_up or a scale does not fit.
     """
     check_swiglu(gate_up, None, None)
-    dgate_up, product = _swiglu_backward(dy, gate_up)
+    dgate_up, product = swiglu_backward(dy, gate_up, True)
     q, columns, factors, statistics = quantize(dgate_up, scale, e5m2=e5m2, columns=True)
     return q, columns, quantize(product, product_scale, rows=False, columns=True, after=dy)[1], factors, statistics

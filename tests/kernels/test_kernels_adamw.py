@@ -101,15 +101,21 @@ def _low_update(function: Any, state: dict[str, Any], scalars: Tensor, seeds: Te
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (1023,), (17, 64), OF_A_MODEL])
 def test_moments_in_bfloat16_are_rounded_to_a_neighbour(shape: tuple[int, ...]) -> None:
-    """The weights are those of the exact moments, and eager PyTorch draws the same bits."""
+    """The weights are those of the exact moments, and eager PyTorch draws the same bits.
+
+    The two terms of a new moment may cancel; their float32 sum is off by 4 roundings of the larger one at most.
+    """
     before = _low_state(shape)
     exact = {name: x if x is None else x.float() for name, x in before.items()}
     truth, seeds = _truth(exact, _scalars()), _seeds(before["master"].numel())
+    g = before["grad"].double() / _scalars()[4]
+    terms = {"exp_avg": (before["exp_avg"], g), "exp_avg_sq": (before["exp_avg_sq"], g * g)}
     ours, eager = (_low_update(f, _low_state(shape), _scalars(), seeds) for f in (adamw, reference.adamw))
     check("adamw master", ours["master"], eager["master"], truth["master"])
     for name in ("exp_avg", "exp_avg_sq"):
-        unit = 2.0 ** (truth[name].abs().clamp(min=1e-30).log2().floor() - 7)
-        assert ((ours[name].double() - truth[name]).abs() < 1.001 * unit).all(), name
+        sum_error = 2.0**-22 * torch.maximum(*(term.double().abs() for term in terms[name]))
+        unit = 2.0 ** ((truth[name].abs() + sum_error).clamp(min=1e-30).log2().floor() - 7)
+        assert ((ours[name].double() - truth[name]).abs() < 1.001 * unit + sum_error).all(), name
         # A moment that differs by a rounding of float32 is rounded to the other neighbour once in 65,536 times.
         assert (ours[name] != eager[name]).sum() <= 1 + ours[name].numel() // 1000, name
 

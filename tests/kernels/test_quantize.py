@@ -137,10 +137,8 @@ def test_matrices_of_a_model_in_bfloat16(shape: tuple[int, int], e5m2: bool, sca
     for a, b in zip(ours[:3], wanted[:3], strict=True):
         _same(a, b)
     _same(ours[3][0].amax(), wanted[3][0].amax())
-    of_ours, of_all = (parts[1:].sum(1).tolist() for parts in (ours[3], wanted[3]))
-    assert x.numel() / 32 < of_ours[2] <= of_all[2] == x.numel()
-    for a, b in zip(of_ours[:2], of_all[:2], strict=True):
-        assert a / of_ours[2] == pytest.approx(b / of_all[2], rel=0.1, abs=1e-4)
+    assert wanted[3][3].sum() == x.numel()
+    _same_shares(ours[3], wanted[3])
 
 
 @pytest.mark.gpu
@@ -160,14 +158,31 @@ def test_rows_and_columns_hold_the_same_bits(shape: tuple[int, int], e5m2: bool)
         _close(ours, float8_reference.quantize_swiglu_backward(*arguments, e5m2=e5m2))
 
 
+def _place(x: Tensor) -> Tensor:
+    """Returns the places of 8-bit numbers in their order."""
+    bits = x.view(torch.uint8).int()
+    return torch.where(bits < 128, bits, 128 - bits)
+
+
 def _close(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     """All but a few elements, at ties, are equal; those few are one number of the format off."""
-    for a, b in zip(ours[:-1], wanted[:-1], strict=True):
+    for a, b in zip(ours[:-2], wanted[:-2], strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert (a.float() != b.float()).sum() <= 1 + a.numel() // 1000
-        torch.testing.assert_close(a.float(), b.float(), rtol=0.26, atol=0.0)
-    torch.testing.assert_close(ours[-1][0].amax(), wanted[-1][0].amax(), rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(ours[-1][1:].sum(1), wanted[-1][1:].sum(1), rtol=0.01, atol=1.0)
+        off = (_place(a) - _place(b)).abs()
+        assert (off > 0).sum() <= 1 + a.numel() // 1000
+        assert a.numel() == 0 or off.max() <= 1
+    _same(ours[-2], wanted[-2])
+    # A rounding to 16 bits of a value that differs by a rounding of float32 may go to the other neighbour.
+    torch.testing.assert_close(ours[-1][0].amax(), wanted[-1][0].amax(), rtol=0.01, atol=0.0)
+    _same_shares(ours[-1], wanted[-1])
+
+
+def _same_shares(ours: Tensor, wanted: Tensor) -> None:
+    """Of the elements that are counted, which are a sample of a large matrix, as many are clamped or become 0."""
+    (*some, sample), (*every, numel) = (parts[1:].sum(1).tolist() for parts in (ours, wanted))
+    assert numel / 32 <= sample <= numel
+    for a, b in zip(some, every, strict=True):
+        assert a / max(sample, 1) == pytest.approx(b / max(numel, 1), rel=0.1, abs=1e-4 + 1 / max(sample, 1))
 
 
 def test_the_registered_ops() -> None:
