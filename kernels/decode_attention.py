@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptperf.kernels.checks import check_decode_attention, check_triton
-from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register, wait_for_previous
 
 __all__ = ["decode_attention"]
 
@@ -75,9 +75,10 @@ def _joined(a, b, INTERLEAVED: tl.constexpr):
 def _decode_attention_kernel(
     QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, window, eps, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, EARLY: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(EARLY)
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     kv = head // (H // K)
@@ -132,7 +133,11 @@ def _decode_attention_kernel(
 
 
 @triton.jit
-def _join_kernel(PARTS, MAXIMA, SUMS, Y, splits, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(
+    PARTS, MAXIMA, SUMS, Y, splits,
+    D: tl.constexpr, EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(EARLY)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P).to(tl.int64)
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -171,12 +176,12 @@ def _forward(
     optional = [qkv if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
     block_d = power_of_2(ceil_div(D, 2))
     sizes: dict[str, int] = {"H": H, "K": K, "D": D, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
-    sizes |= {"INTERLEAVED": interleaved, "BLOCK_S": max(16, min(128, TILE // (2 * block_d)))}
+    sizes |= {"INTERLEAVED": interleaved, "EARLY": True, "BLOCK_S": max(16, min(128, TILE // (2 * block_d)))}
     tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
     constants = {**sizes, "BLOCK_D": block_d, "num_warps": 8}
     launch(_decode_attention_kernel, (B * H, count), tensors, (S, window or S, eps, 1 / math.sqrt(D)), constants)
     if count > 1:
-        blocks = {"BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
+        blocks = {"EARLY": True, "BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
         launch(_join_kernel, (B * H,), (parts, maxima, sums, y), (count,), {"D": D, **blocks})
     return y
 

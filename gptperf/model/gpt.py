@@ -55,7 +55,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
-        self.loss, self.draw = ops.linear_cross_entropy, ops.draw
+        self.loss, self.draw, self.decode_linear = ops.linear_cross_entropy, ops.draw, ops.decode_linear
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
         """Function that runs a block whose activations backward computes again."""
         self.document_end: int | None = None
@@ -113,7 +113,10 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, caches)
         if targets is None:
-            return self.logits(x[:, -1:] if last_only else x)
+            x = x[:, -1:] if last_only else x
+            if caches and caches[0].positions is not None and self.lm_head.decodes(x) and not self.training:
+                return softcapped(self.decode_linear(x, self.lm_head.weight), self.config.logit_softcap)
+            return self.logits(x)
         return self.loss(x, self.lm_head.weight, targets, softcap=self.config.logit_softcap)
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from gptperf.kernels.checks import DECODE_ROWS, DECODE_WIDTH
 from gptperf.kernels.float8_linear import Float8State, float8_linear
-from gptperf.kernels.linear import linear
+from gptperf.kernels.linear import linear, operand_dtype
 
 __all__ = ["Linear"]
 
@@ -30,3 +31,8 @@ class Linear(nn.Linear):
         if self.float8 is not None:
             return float8_linear(x, self.weight, self.bias, self.float8)
         return linear(x, self.weight, self.bias)
+
+    def decodes(self, x: Tensor) -> bool:
+        """Returns whether the op decode_linear computes this layer for as many rows as x has, in x's dtype."""
+        fits = x.numel() <= DECODE_ROWS * x.shape[-1] and self.in_features <= DECODE_WIDTH
+        return fits and self.float8 is None and x.dtype == self.weight.dtype == operand_dtype(x)

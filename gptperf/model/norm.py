@@ -16,6 +16,8 @@ __all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
 class RMSNorm(nn.Module):
     """RMSNorm with a weight."""
 
+    center, bias = False, None
+
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
@@ -33,6 +35,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm with a weight and a bias."""
 
+    center = True
     has_bias: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, ops: Ops):

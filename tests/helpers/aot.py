@@ -30,6 +30,7 @@ from triton.runtime.driver import driver
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 
+from gptperf.kernels import launch
 from gptperf.kernels.checks import ACTIVATIONS
 
 __all__ = ["Case", "cases", "compile_cases", "jit_functions"]
@@ -78,16 +79,18 @@ class Compiled:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         """Returns a launch of the compiled kernel, which raises if Triton has another kernel for the arguments."""
 
-        def launch(*args: Any) -> None:
+        def run(*args: Any) -> None:
             metadata = self.kernel.metadata
             options = {"num_warps": metadata.num_warps}
             if metadata.maxnreg is not None:  # Triton distinguishes an option that is None from a missing one
                 options["maxnreg"] = metadata.maxnreg
+            if metadata.launch_pdl:
+                options["launch_pdl"] = True
             found = self.function.run(*args, grid=grid, warmup=True, **options)
             if found is not self:
                 raise RuntimeError(f"{function_name(self.function)} is launched as compiled for other arguments")
 
-        return launch
+        return run
 
     def report(self) -> dict[str, Any]:
         registers = re.findall(r"Used (\d+) registers", self.log)
@@ -278,6 +281,37 @@ def draw_case(V: int, top_k: int, dtype: torch.dtype) -> Case:
     return Case(f"draw {V} {top_k} {SHORT[dtype]}", call)
 
 
+def decode_linear_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, norm: str = "", activation: str = "", vectors: bool = False
+) -> Case:
+    """`norm`: "rms", "layer" or none; `vectors`: with biases and the residual."""
+
+    def call() -> None:
+        M, N, K = shape
+        x, weight = torch.empty(M, 1, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+        bias, scale = (torch.empty(n) if used else None for n, used in ((N, vectors), (K, norm)))
+        shift = torch.empty(K) if norm == "layer" and vectors else None
+        residual = torch.empty(M, 1, N // 2 if activation == "swiglu" else N, dtype=dtype) if vectors else None
+        torch.ops.gptperf.decode_linear(x, weight, bias, scale, shift, EPS, norm == "layer", activation, residual)
+
+    words = ["decode_linear", f"{shape}", SHORT[dtype], norm, activation, "vectors" * vectors]
+    return Case(" ".join(filter(None, words)), call, widest=shape[2] == 16384)
+
+
+def decode_linear_cases(capability: int, half: torch.dtype) -> Iterator[Case]:
+    yield decode_linear_case((8, 11264, 2048), half, "rms", "swiglu")
+    yield decode_linear_case((8, 2048, 5632), half, vectors=True)
+    yield decode_linear_case((1, 3072, 768), half, "layer", "gelu", vectors=True)
+    if capability == 90:
+        for dtype in (half, FULL):
+            yield decode_linear_case((1, 2304, 768), dtype, "layer")
+            yield decode_linear_case((1, 11264, 2048), dtype, "rms", "swiglu")
+            yield decode_linear_case((1, 2048, 5632), dtype, vectors=True)
+            yield decode_linear_case((8, 4096, 8192), dtype, "layer", "gelu", vectors=True)
+        yield decode_linear_case((1, 1, 33), FULL, vectors=True)
+        yield decode_linear_case((8, 1000, 16384), half, "layer", "gelu_tanh", vectors=True)
+
+
 SQUARES = ((24, 2048, 5632), (12, 768, 768))
 
 
@@ -308,6 +342,7 @@ def cases(capability: int) -> Iterator[Case]:
         yield decode_attention_case((16, 4, 128), 32, 2048, dtype, norm=True)
         yield from (draw_case(V, 50, dtype) for V in (257, 50304, 131072))
     yield draw_case(50304, 1, half)
+    yield from decode_linear_cases(capability, half)
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 
@@ -386,6 +421,7 @@ def main(targets: list[str]) -> None:
         return
     print(json.dumps({"arch": targets[0], "functions": jit_functions()}), flush=True)
     capability = int(targets[0].removeprefix("sm_"))
+    launch._launches_early = lambda device: capability >= 90
     for line in compile_cases(capability, cases(capability)):
         print(json.dumps({"arch": targets[0], **line}), flush=True)
 

@@ -1,4 +1,4 @@
-"""A linear layer of a few rows: the kernel against eager and float64, with every norm and activation before and after."""
+"""A linear layer of a few rows: the kernel against eager and float64, with every norm and activation."""
 
 from typing import Any
 
