@@ -59,32 +59,35 @@ def _decode_linear_kernel(
     real, inside = rows < n, cols < K
     at, mask = rows[:, None] * K + cols, real[:, None] & inside
     weight = tl.load(WEIGHT + at, mask=mask, other=0.0, cache_modifier=".cg")
-    bias = tl.zeros((BLOCK_N,), tl.float32)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_BIAS:
-        bias += tl.load(BIAS + rows, mask=real, other=0.0).to(tl.float32)
+        offset += tl.load(BIAS + rows, mask=real, other=0.0).to(tl.float32)
     if NAME == "swiglu":  # the second half of W
         second = tl.load(WEIGHT + n * K + at, mask=mask, other=0.0, cache_modifier=".cg")
-        second_bias = tl.zeros((BLOCK_N,), tl.float32)
+        second_offset = tl.zeros((BLOCK_N,), tl.float32)
         if HAS_BIAS:
-            second_bias += tl.load(BIAS + n + rows, mask=real, other=0.0).to(tl.float32)
+            second_offset += tl.load(BIAS + n + rows, mask=real, other=0.0).to(tl.float32)
     if NORM:
         factor = tl.load(NORM_WEIGHT + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if HAS_NORM_BIAS:
             shift = tl.load(NORM_BIAS + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            offset += tl.sum(weight.to(tl.float32) * shift, axis=1)
+            if NAME == "swiglu":
+                second_offset += tl.sum(second.to(tl.float32) * shift, axis=1)
     wait_for_previous(EARLY)  # above are weights alone
     for row in tl.static_range(M):
         start = row * K
         x = tl.load(X + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        rstd = tl.full((1,), 1.0, tl.float32)
         if NORM:
             if CENTER:
                 x = tl.where(inside, x - (tl.sum(x, axis=1) / K)[:, None], 0.0)
             rstd = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)
-            x = x * rstd[:, None] * factor
-            if HAS_NORM_BIAS:
-                x += shift
-        y = tl.sum(weight.to(tl.float32) * x, axis=1) + bias
+            x *= factor
+        # The factor rstd comes after the product, so that the sums of both do not wait for each other.
+        y = tl.sum(weight.to(tl.float32) * x, axis=1) * rstd + offset
         if NAME == "swiglu":
-            y = _value(y, NAME, PRECISE) * (tl.sum(second.to(tl.float32) * x, axis=1) + second_bias)
+            y = _value(y, NAME, PRECISE) * (tl.sum(second.to(tl.float32) * x, axis=1) * rstd + second_offset)
         elif NAME != "":
             y = _value(y, NAME, PRECISE)
         place = n * row + rows
