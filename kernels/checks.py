@@ -14,7 +14,7 @@ __all__ += ["interpreter_is_on"]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SEED_NUMEL = 64
 """Elements that share a seed in adamw."""
-DECODE_ROWS, DECODE_WIDTH = 8, 16384
+DECODE_ROWS, DECODE_WIDTH = 4, 16384
 """Most rows and columns of the input of decode_linear."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared")
 """Names that the op `activation` takes."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import triton
+from aot_generation import generation_calls
 from aot_lint import lint, wide_share
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -100,6 +101,7 @@ class Compiled:
             raise RuntimeError(f"{name}: found no registers in the log of ptxas: {self.log!r}")
         asm, metadata = self.kernel.asm, self.kernel.metadata
         least = LEAST_BYTES.get(name, 16)
+        before, wait, _ = asm["ptx"].partition("griddepcontrol.wait")
         return {
             "kernel": name,
             "cases": [case.label for case in self.cases],
@@ -113,6 +115,10 @@ class Compiled:
             "wide_stores": round(wide_share(asm["ptx"], "st", least), 3),
             "f64": re.findall(r"^.*\.f64\b.*$", asm["ptx"], re.MULTILINE)[:3],
             "lint": lint(asm["ttir"]),
+            "early": bool(metadata.launch_pdl),
+            "waits": bool(wait),
+            "loads_before": before.count("ld.global") if wait else 0,
+            "stores_before": before.count("st.global") if wait else 0,
         }
 
 
@@ -259,59 +265,6 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
     return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
 
 
-def decode_attention_case(heads: tuple[int, int, int], rows: int, size: int, dtype: torch.dtype, norm: bool) -> Case:
-    """Attention of a new token. `norm`: QK-norm and interleaved rope; else the other rope, or none with an odd D."""
-    H, K, D = heads
-
-    def call() -> None:
-        qkv, positions = torch.empty(rows, 1, (H + 2 * K) * D, dtype=dtype), torch.zeros(rows).long()
-        keys, weight = torch.empty(rows, size, K, D, dtype=dtype), torch.empty(D) if norm else None
-        table = torch.empty(size, D // 2) if D % 2 == 0 else None
-        window = 100 if norm else 0
-        op = torch.ops.gptperf.decode_attention
-        op(qkv, positions, keys, keys, table, table, weight, weight, EPS, norm, window)
-
-    return Case(f"decode_attention {heads} {rows} {size} {SHORT[dtype]} {norm}", call)
-
-
-def draw_case(V: int, top_k: int, dtype: torch.dtype) -> Case:
-    def call() -> None:
-        torch.ops.gptperf.draw(torch.empty(4, V, dtype=dtype), torch.empty(4), V - 3, 0.8, top_k, 0.9)
-
-    return Case(f"draw {V} {top_k} {SHORT[dtype]}", call)
-
-
-def decode_linear_case(
-    shape: tuple[int, int, int], dtype: torch.dtype, norm: str = "", activation: str = "", vectors: bool = False
-) -> Case:
-    """`norm`: "rms", "layer" or none; `vectors`: with biases and the residual."""
-
-    def call() -> None:
-        M, N, K = shape
-        x, weight = torch.empty(M, 1, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
-        bias, scale = (torch.empty(n) if used else None for n, used in ((N, vectors), (K, norm)))
-        shift = torch.empty(K) if norm == "layer" and vectors else None
-        residual = torch.empty(M, 1, N // 2 if activation == "swiglu" else N, dtype=dtype) if vectors else None
-        torch.ops.gptperf.decode_linear(x, weight, bias, scale, shift, EPS, norm == "layer", activation, residual)
-
-    words = ["decode_linear", f"{shape}", SHORT[dtype], norm, activation, "vectors" * vectors]
-    return Case(" ".join(filter(None, words)), call, widest=shape[2] == 16384)
-
-
-def decode_linear_cases(capability: int, half: torch.dtype) -> Iterator[Case]:
-    yield decode_linear_case((8, 11264, 2048), half, "rms", "swiglu")
-    yield decode_linear_case((8, 2048, 5632), half, vectors=True)
-    yield decode_linear_case((1, 3072, 768), half, "layer", "gelu", vectors=True)
-    if capability == 90:
-        for dtype in (half, FULL):
-            yield decode_linear_case((1, 2304, 768), dtype, "layer")
-            yield decode_linear_case((1, 11264, 2048), dtype, "rms", "swiglu")
-            yield decode_linear_case((1, 2048, 5632), dtype, vectors=True)
-            yield decode_linear_case((8, 4096, 8192), dtype, "layer", "gelu", vectors=True)
-        yield decode_linear_case((1, 1, 33), FULL, vectors=True)
-        yield decode_linear_case((8, 1000, 16384), half, "layer", "gelu_tanh", vectors=True)
-
-
 SQUARES = ((24, 2048, 5632), (12, 768, 768))
 
 
@@ -336,13 +289,7 @@ def cases(capability: int) -> Iterator[Case]:
     if capability >= 80:
         for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
-    for dtype in (half, FULL) if capability == 90 else (half,):
-        for heads in ((12, 12, 64), (16, 16, 128), (32, 8, 128), (7, 1, 72), (3, 3, 9)):
-            yield decode_attention_case(heads, 1, 2048, dtype, norm=False)
-        yield decode_attention_case((16, 4, 128), 32, 2048, dtype, norm=True)
-        yield from (draw_case(V, 50, dtype) for V in (257, 50304, 131072))
-    yield draw_case(50304, 1, half)
-    yield from decode_linear_cases(capability, half)
+    yield from (Case(label, call, widest=widest) for label, call, widest in generation_calls(capability, half))
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 

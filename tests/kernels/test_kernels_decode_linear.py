@@ -20,7 +20,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"sizes": (1, 24, 96), "norm": True, "center": True, "activation": "gelu"},
     {"sizes": (3, 9, 20), "norm": True, "center": True, "norm_bias": True, "bias": True, "activation": "gelu_tanh"},
     {"sizes": (2, 22, 64), "norm": True, "activation": "swiglu"},
-    {"sizes": (5, 6, 16), "bias": True, "activation": "swiglu", "residual": True},
+    {"sizes": (3, 6, 16), "bias": True, "activation": "swiglu", "residual": True},
     *({"sizes": (1, 5, 16), "bias": True, "activation": name} for name in ("silu", "relu", "leaky_relu")),
     {"sizes": (1, 1, 1), "activation": "relu_squared"},
 ]
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
     given = arguments(OPTIONS[4] | {"sizes": (DECODE_ROWS, 9, 20)}, torch.float32)
     whole = decode_linear(**given)
     assert torch.isfinite(whole).all()
-    for row in range(0, DECODE_ROWS, 3):
+    for row in range(DECODE_ROWS):
         assert torch.equal(decode_linear(**given | {"x": given["x"][row : row + 1]}), whole[row : row + 1])
 
 
