@@ -208,9 +208,9 @@ def _decoded(function: _Op, inputs: _Inputs) -> list[Tensor]:
     """Returns the attention of a token after ROWS tokens, and the cache with that token."""
     model, options = inputs.model, inputs.position_options()
     K, D = model.kv_heads, model.head_width
-    qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()
     keys, values = (inputs.normal(seed, 1, 512, K, D).detach() for seed in (14, 15))
     positions = torch.full((1,), ROWS, device=inputs.device)
+    qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()  # last, as in a step
     return [function(qkv, positions, keys, values, *options), keys, values]
 
 
@@ -222,8 +222,8 @@ def _decoded_layers(function: _Op, inputs: _Inputs) -> list[Tensor]:
         return [torch.zeros(1)]
     up = inputs.normal(17, 2 * F if name == "swiglu" else F, C).detach() * C**-0.5
     down = inputs.normal(18, C, F).detach() * F**-0.5
-    x, y = (inputs.normal(19, 1, 1, width).detach() for width in (C, F))
     norm = inputs.vector(3, C).detach(), None, model.norm_eps, model.normalization != "rmsnorm"
+    x, y = (inputs.normal(19, 1, 1, width).detach() for width in (C, F))  # last, as in a step
     return [function(x, up, None, *norm, name), function(y, down, residual=x)]
 
 

@@ -53,6 +53,8 @@ def arguments(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         found["norm_bias"] = (normal(K) / 4).to(dtype)
     if options.get("residual"):
         found["residual"] = normal(M, 1, N // 2 if name == "swiglu" else N).to(dtype)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # the kernel just before must not write the weights
     return {**found, "center": options.get("center", False), "activation": name}
 
 
