@@ -5,24 +5,22 @@ adds them in its own kernel. In a step of text generation with a few sequences, 
 the linear layers (`gptperf.kernels.decode_linear`), so that the step has few kernels.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from gptperf.config import ModelConfig
 from gptperf.kernels.checks import ACTIVATIONS
 from gptperf.model.attention import Attention, KVCache
 from gptperf.model.ffn import StandardFFN, SwiGLU
-from gptperf.model.linear import Linear
+from gptperf.model.linear import Linear, decode_layer
 from gptperf.model.mask import Mask
-from gptperf.model.norm import LayerNorm, LayerNormNoBias, RMSNorm
+from gptperf.model.norm import NORMS
 from gptperf.model.position import NoPosition
 from gptperf.ops import Ops
 from gptperf.registry import built_in, component
 
 __all__ = ["PostNormBlock", "PreNormBlock"]
-
-_Norm = RMSNorm | LayerNorm
-_NORMS, _FFNS = {RMSNorm, LayerNorm, LayerNormNoBias}, {StandardFFN, SwiGLU}
-"""Components whose layers the op decode_linear computes; a plugin's compute themselves."""
 
 
 @built_in("norm_position", "pre")
@@ -59,8 +57,8 @@ class PreNormBlock(nn.Module):
         Returns:
             The output of the last branch and the residual stream, whose sum is the block's output.
         """
-        if cache is not None and residual is None and self._decodes(x, cache):
-            return self._decode(x, position, cache, mask), None
+        if cache is not None and self._decodes(x, cache):
+            return self._decode(x if residual is None else x + residual, position, cache, mask), None
         x, residual = self.norm1(x, residual)
         x = self.dropout(self.attention(x, position, cache, mask))
         x, residual = self.norm2(x, residual)
@@ -68,7 +66,7 @@ class PreNormBlock(nn.Module):
 
     def _decodes(self, x: Tensor, cache: KVCache) -> bool:
         """Returns whether this is a step of a few sequences, and all components are gptperf's own."""
-        ours = {type(self.norm1), type(self.norm2)} <= _NORMS and type(self.ffn) in _FFNS
+        ours = {type(self.norm1), type(self.norm2)} <= NORMS and type(self.ffn) in (StandardFFN, SwiGLU)
         if self.training or cache.positions is None or not ours or type(self.attention) is not Attention:
             return False
         layers = (self.attention.qkv, self.attention.out, *self.ffn.projections)
@@ -82,16 +80,8 @@ class PreNormBlock(nn.Module):
         x = self._linear(y, self.attention.out, residual=x)
         return self._linear(self._linear(x, up, self.norm2, self.ffn.name), down, residual=x)
 
-    def _linear(
-        self,
-        x: Tensor,
-        layer: Linear,
-        norm: _Norm | None = None,
-        activation: str = "",
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        before = (None, None, 0.0, False) if norm is None else (norm.weight, norm.bias, norm.eps, norm.center)
-        return self.decode_linear(x, layer.weight, layer.bias, *before, activation, residual)
+    def _linear(self, *arguments: Any, residual: Tensor | None = None) -> Tensor:
+        return decode_layer(self.decode_linear, *arguments, residual=residual)
 
 
 @built_in("norm_position", "post")
@@ -117,4 +107,4 @@ class PostNormBlock(PreNormBlock):
         up, down = self.ffn.projections
         y = self.attention.decode(self._linear(x, self.attention.qkv), position, cache, mask)
         x, _ = self.norm1(self._linear(y, self.attention.out, residual=x))
-        return self.norm2(self._linear(self._linear(x, up, activation=self.ffn.name), down, residual=x))[0]
+        return self.norm2(self._linear(self._linear(x, up, None, self.ffn.name), down, residual=x))[0]

@@ -9,7 +9,7 @@ from gptperf.config import ModelConfig
 from gptperf.ops import Ops
 from gptperf.registry import built_in
 
-__all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
+__all__ = ["NORMS", "LayerNorm", "LayerNormNoBias", "RMSNorm"]
 
 
 @built_in("normalization", "rmsnorm")
@@ -57,3 +57,7 @@ class LayerNormNoBias(LayerNorm):
     """LayerNorm with a weight and no bias."""
 
     has_bias = False
+
+
+NORMS = {RMSNorm, LayerNorm, LayerNormNoBias}
+"""gptperf's own norms, which the op decode_linear includes; a plugin's norm computes itself."""

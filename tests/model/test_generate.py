@@ -132,7 +132,7 @@ def test_autocast_is_that_of_the_argument_or_of_the_caller() -> None:
     model, on = small("gpt2", torch.float32), list[bool]()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
-    model.norm.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
+    model.wte.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
     arguments = model, [[1, 2, 3], [4]], 2, GREEDY, [torch.Generator()] * 2
     found = list(generate(*arguments, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,11 +162,11 @@ def test_few_sequences_take_few_kernels(preset: str, monkeypatch: pytest.MonkeyP
     assert counted(model, DECODE_ROWS, monkeypatch) == 4 * len(model.blocks) + 1
     assert counted(model, DECODE_ROWS + 1, monkeypatch) == 0
 
-    class Own(type(model.blocks[1].norm2)):  # type: ignore[misc]
+    class Own(type(model.blocks[0].norm2)):  # type: ignore[misc]
         """A plugin's norm, which may compute anything."""
 
-    model.blocks[1].norm2.__class__ = Own
-    model.blocks[2].attention.out.float8 = object()
+    model.blocks[0].norm2.__class__ = Own
+    model.blocks[1].attention.out.float8 = object()
     monkeypatch.setattr(
         linear_module, "float8_linear", lambda x, weight, bias, _: linear_module.linear(x, weight, bias)
     )
