@@ -90,6 +90,15 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
         assert torch.equal(decode_linear(**given | {"x": given["x"][row : row + 1]}), whole[row : row + 1])
 
 
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[5]], ids=str)
+def test_registration(options: dict[str, Any]) -> None:
+    given = arguments(options, torch.float32)
+    names = ("x", "weight", "bias", "norm_weight", "norm_bias", "eps", "center", "activation", "residual")
+    values = tuple(given.get(name, 1e-5 if name == "eps" else None) for name in names)
+    op = torch.ops.gptperf.decode_linear.default
+    torch.library.opcheck(op, values, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_no_rows_and_no_outputs() -> None:
     x, weight = torch.ones(0, 1, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     for function in (reference.decode_linear, decode_linear):
