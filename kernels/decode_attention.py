@@ -68,6 +68,19 @@ def _head(
 
 
 @triton.jit
+def _columns(D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Returns the columns of a table, of both halves of a head, and of a whole head; D stands for none."""
+    half: tl.constexpr = (D + 1) // 2
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    first = tl.where(cols < half, cols * 2 if INTERLEAVED else cols, D)
+    second = tl.where(cols < half, cols * 2 + 1 if INTERLEAVED else cols + half, D)
+    whole = tl.arange(0, 2 * BLOCK_D).to(tl.int64)
+    if not INTERLEAVED and half < BLOCK_D:  # each half is padded
+        whole = tl.where(whole < BLOCK_D, tl.where(whole < half, whole, D), whole - BLOCK_D + half)
+    return cols, first, second, whole
+
+
+@triton.jit
 def _joined(a, b, INTERLEAVED: tl.constexpr):
     """Returns the elements of both halves as one vector, in the order of memory."""
     pairs = tl.join(a, b) if INTERLEAVED else tl.permute(tl.join(a, b), (1, 0))
@@ -95,13 +108,7 @@ def _decode_attention_kernel(
     kv = head // (H // K)
     split, splits = tl.program_id(1), tl.num_programs(1)
     position = tl.load(POSITIONS + row)
-    half: tl.constexpr = (D + 1) // 2
-    cols = tl.arange(0, BLOCK_D).to(tl.int64)
-    first = tl.where(cols < half, cols * 2 if INTERLEAVED else cols, D)
-    second = tl.where(cols < half, cols * 2 + 1 if INTERLEAVED else cols + half, D)
-    whole = tl.arange(0, 2 * BLOCK_D).to(tl.int64)
-    if not INTERLEAVED and half < BLOCK_D:  # each half is padded
-        whole = tl.where(whole < BLOCK_D, tl.where(whole < half, whole, D), whole - BLOCK_D + half)
+    cols, first, second, whole = _columns(D, BLOCK_D, INTERLEAVED)
     begin = tl.maximum(position + 1 - window, 0)
     share = tl.cdiv(position - begin, splits)
     low = begin + split * share
@@ -111,7 +118,7 @@ def _decode_attention_kernel(
         k, v = _tile(KEYS, VALUES, base, low, high, K * D, whole, D, BLOCK_S)
     wait_for_previous(EARLY)  # it computes the new token; the cache before the token is older
     token = QKV + row * ((H + 2 * K) * D)
-    table = position * half + cols
+    table = position * ((D + 1) // 2) + cols
     qa, qb = _head(token + head * D, COS, SIN, Q_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
     ka, kb = _head(token + (H + kv) * D, COS, SIN, K_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
     value = tl.load(token + (H + K + kv) * D + whole, mask=whole < D, other=0.0)
