@@ -222,7 +222,7 @@ def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
 def quantize_case(M: int, N: int, dtype: torch.dtype, e5m2: bool, columns: bool, fresh: bool) -> Case:
     def call() -> None:
         x, scale = torch.empty(M, N, dtype=dtype), torch.empty(4)
-        torch.ops.gptperf.quantize(x, scale, e5m2, True, columns, None if fresh else scale)
+        torch.ops.gptperf.quantize(x, scale, e5m2, fresh or not columns, columns, None if fresh else scale)
 
     words = ["quantize", f"{M} x {N}", SHORT[dtype], "e5m2" * e5m2, "columns" * columns, "fresh" * fresh]
     return Case(" ".join(filter(None, words)), call)
