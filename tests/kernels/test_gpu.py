@@ -15,6 +15,7 @@ from gptperf.data.loader import Loader
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.distributed.process import Process
+from gptperf.ops import ALL_TRITON
 from gptperf.training import trainer
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.step import train_step
@@ -64,8 +65,9 @@ def test_float32_is_the_cpus() -> None:
 def test_compiled_is_eager(scope: str, recompute: str) -> None:
     torch._dynamo.reset()
     again = f"--recompute={recompute}"
-    eager, compiled = _engine("--compile=False"), _engine(f"--compile_scope={scope}", again)
+    eager, compiled = _engine("--compile=False"), _engine("--compile=True", f"--compile_scope={scope}", again)
     assert compile_engine(eager) == "off"
+    assert compile_engine(_engine()) == ALL_TRITON
     assert compile_engine(compiled) == scope
     for a, b in zip(_losses(compiled, 8), _losses(eager, 8), strict=True):
         assert a == pytest.approx(b, rel=2e-3)  # bfloat16 keeps 8 bits; fused kernels round less often
