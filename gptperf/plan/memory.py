@@ -141,6 +141,8 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
         pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * max(
             count.embedding, BUCKET_NUMEL
         )
+        if num_gpus == 1 and strategy == "ddp" and single and config.system.weight_copy_dtype == "bfloat16":
+            gradients = float(size * matrices + FP32_BYTES * vectors)
         if strategy != "zero1":
             return master + copy, gradients, states, pulled
         return master / num_gpus + copy, gradients, states / num_gpus, pulled

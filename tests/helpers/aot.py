@@ -243,7 +243,8 @@ def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -
         compute = None if dtype is None else torch.empty(n, dtype=dtype)
         seeds = None if moments == FULL else torch.empty(-(-n // 64), dtype=torch.int32)
         numbers = (torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
-        torch.ops.gptperf.adamw(master, master, moment, moment, compute, *numbers, seeds)
+        grad = compute if dtype == BRAIN and seeds is None else master
+        torch.ops.gptperf.adamw(master, grad, moment, moment, compute, *numbers, seeds)
 
     return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'} moments {SHORT[moments]}", call)
 

@@ -270,7 +270,7 @@ def _scratch(bucket: Bucket) -> Tensor:
 
 def _momentum(out: Tensor, grad: Tensor, buffer: Tensor, divisor: Tensor, keep: Tensor, momentum: float) -> None:
     """Updates the momentum, and writes the Nesterov momentum to `out`, which may be `grad`."""
-    g = grad / divisor
+    g = grad.float() / divisor
     m = torch.lerp(g, buffer, momentum)
     out.copy_(torch.lerp(g, m, momentum))
     buffer.copy_(torch.where(keep, m, buffer))
