@@ -31,12 +31,13 @@ OPS = {
     "swiglu": "gptperf.kernels.activation",
     "linear_cross_entropy": "gptperf.kernels.linear_cross_entropy",
     "decode_attention": "gptperf.kernels.decode_attention",
+    "decode_linear": "gptperf.kernels.decode_linear",
     "draw": "gptperf.kernels.draw",
     "adamw": "gptperf.kernels.adamw",
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
-GENERATION = ("decode_attention", "draw")
+GENERATION = ("decode_attention", "decode_linear", "draw")
 """Ops that generate text. A training run does so for its sample alone."""
 
 ALL_TRITON = "off: every op is a Triton kernel"
@@ -62,6 +63,7 @@ class Ops:
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     decode_attention: Callable[..., Any]
+    decode_linear: Callable[..., Any]
     draw: Callable[..., Any]
     adamw: Callable[..., None]
     symmetric_matmul: Callable[..., Any]

@@ -8,11 +8,14 @@ from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "SEED_NUMEL", "check_activation", "check_adamw", "check_decode_attention", "check_draw"]
 __all__ += ["check_linear_cross_entropy", "check_norm", "check_quantize", "check_rope", "check_swiglu"]
-__all__ += ["check_symmetric_matmul", "check_triton", "interpreter_is_on"]
+__all__ += ["DECODE_ROWS", "DECODE_WIDTH", "check_decode_linear", "check_symmetric_matmul", "check_triton"]
+__all__ += ["interpreter_is_on"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SEED_NUMEL = 64
 """Elements that share a seed in adamw."""
+DECODE_ROWS, DECODE_WIDTH = 4, 16384
+"""Most rows and columns of the input of decode_linear."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu_squared")
 """Names that the op `activation` takes."""
 
@@ -235,6 +238,43 @@ def check_decode_attention(
         raise ValueError(f"{op}: found only one of cos and sin, wanted both or neither")
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{op}: found only one of q_weight and k_weight, wanted both or neither")
+
+
+def check_decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    center: bool,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
+    """Checks the arguments of decode_linear.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, x is too large, or the activation is unknown.
+    """
+    op = "decode_linear"
+    K = x.shape[-1] if x.dim() else 0
+    if x.dtype not in FLOATS or not 0 < K <= DECODE_WIDTH or x.numel() // K > DECODE_ROWS:
+        wanted = f"(..., K) in a floating-point dtype, at most {DECODE_ROWS} rows of 1 to {DECODE_WIDTH} columns"
+        raise ValueError(f"{op}: found x {_describe(x)}, wanted {wanted}")
+    if weight.dim() != 2 or weight.shape[1] != K or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"{op}: found weight {_describe(weight)}, wanted (N, {K}) {x.dtype} on {x.device}")
+    if activation not in ("", "swiglu", *ACTIVATIONS):
+        raise ValueError(f"{op}: found {activation!r}, wanted '', swiglu or one of {', '.join(ACTIVATIONS)}")
+    N = weight.shape[0]
+    if activation == "swiglu" and N % 2:
+        raise ValueError(f"{op}: found a weight of {N} rows, wanted an even number for swiglu; nearest: {N + 1}")
+    for name, tensor, n in (("bias", bias, N), ("norm_weight", norm_weight, K), ("norm_bias", norm_bias, K)):
+        if tensor is not None:
+            _check_vector(op, name, tensor, x, torch.Size([n]))
+    if norm_bias is not None and (norm_weight is None or not center):
+        raise ValueError(f"{op}: found norm_bias, wanted it with norm_weight and center alone")
+    shape = (*x.shape[:-1], N // 2 if activation == "swiglu" else N)
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(f"{op}: found residual {_describe(residual)}, wanted {shape} {x.dtype} on {x.device}")
 
 
 def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top_p: float) -> None:

@@ -8,7 +8,9 @@ For a query head with key head k and the new token's position p, over the cached
 The positions are on the device, and a program reads no more of the cache than its sequence has, so that a CUDA graph
 can be replayed while sequences grow. A program keeps the new key in registers, so none waits for another's write. Few
 sequences with few heads leave multiprocessors idle; then several programs share the keys of a head, and a second kernel
-joins their results in a fixed order. Softmax and sums are in float32; q, k and y are rounded once.
+joins their results in a fixed order. And then a program loads keys ahead, the first ones while the previous kernel
+still computes the new token; that takes registers which many programs would need. Softmax and sums are in float32; q, k
+and y are rounded once.
 
 Elements moved: 2 K D for each position that a sequence attends to.
 
@@ -23,16 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from gptperf.kernels.checks import check_decode_attention, check_triton
-from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
+from gptperf.kernels.launch import ceil_div, launch, power_of_2, register, wait_for_previous
 
 __all__ = ["decode_attention"]
 
 PROGRAMS = 264
 """Most programs among which the keys of a head are shared: two for each multiprocessor of an H200."""
-KEYS = 256
+KEYS = 128
 """Least capacity of the cache for each program that shares a head."""
 TILE = 8192
-"""Most elements of a tile of keys, which a program holds in registers."""
+"""Most elements of a tile of keys, which a program holds in registers; half as many where it loads keys ahead."""
+WARPS = 8
 
 
 def splits(heads: int, size: int) -> int:
@@ -72,11 +75,20 @@ def _joined(a, b, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def _tile(KEYS, VALUES, base, start, high, stride, whole, D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Loads the keys and values of BLOCK_S positions from `start` on; 0 for those from `high` on."""
+    place = start + tl.arange(0, BLOCK_S).to(tl.int64)
+    at = (base + place * stride)[:, None] + whole[None, :]
+    mask = (place < high)[:, None] & (whole < D)[None, :]
+    return tl.load(KEYS + at, mask=mask, other=0.0), tl.load(VALUES + at, mask=mask, other=0.0)
+
+
+@triton.jit
 def _decode_attention_kernel(
     QKV, POSITIONS, COS, SIN, Q_WEIGHT, K_WEIGHT, KEYS, VALUES, Y, PARTS, MAXIMA, SUMS, size, window, eps, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -90,6 +102,14 @@ def _decode_attention_kernel(
     whole = tl.arange(0, 2 * BLOCK_D).to(tl.int64)
     if not INTERLEAVED and half < BLOCK_D:  # each half is padded
         whole = tl.where(whole < BLOCK_D, tl.where(whole < half, whole, D), whole - BLOCK_D + half)
+    begin = tl.maximum(position + 1 - window, 0)
+    share = tl.cdiv(position - begin, splits)
+    low = begin + split * share
+    high = tl.minimum(low + share, position)
+    base = (row * size * K + kv) * D
+    if AHEAD:
+        k, v = _tile(KEYS, VALUES, base, low, high, K * D, whole, D, BLOCK_S)
+    wait_for_previous(EARLY)  # it computes the new token; the cache before the token is older
     token = QKV + row * ((H + 2 * K) * D)
     table = position * half + cols
     qa, qb = _head(token + head * D, COS, SIN, Q_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
@@ -101,23 +121,21 @@ def _decode_attention_kernel(
     maximum = tl.where(split == 0, tl.sum(qa * ka + qb * kb, axis=0), float("-inf"))
     total = tl.where(split == 0, 1.0, 0.0)
     mean = tl.where(split == 0, value.to(tl.float32), 0.0)
-    begin = tl.maximum(position + 1 - window, 0)
-    share = tl.cdiv(position - begin, splits)
-    low = begin + split * share
-    high = tl.minimum(low + share, position)
     for start in range(low, high, BLOCK_S):
+        if AHEAD:
+            next_k, next_v = _tile(KEYS, VALUES, base, start + BLOCK_S, high, K * D, whole, D, BLOCK_S)
+        else:
+            k, v = _tile(KEYS, VALUES, base, start, high, K * D, whole, D, BLOCK_S)
         place = start + tl.arange(0, BLOCK_S).to(tl.int64)
-        at = ((row * size + place) * K + kv)[:, None] * D
-        live = (place < high)[:, None]
-        k = tl.load(KEYS + at + whole[None, :], mask=live & (whole < D)[None, :], other=0.0).to(tl.float32)
-        v = tl.load(VALUES + at + whole[None, :], mask=live & (whole < D)[None, :], other=0.0).to(tl.float32)
-        scores = tl.where(place < high, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        scores = tl.where(place < high, tl.sum(k.to(tl.float32) * q[None, :], axis=1), float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=0))
         kept = tl.exp(maximum - higher)
         weights = tl.exp(scores - higher)
         total = total * kept + tl.sum(weights, axis=0)
-        mean = mean * kept + tl.sum(weights[:, None] * v, axis=0)
+        mean = mean * kept + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
         maximum = higher
+        if AHEAD:
+            k, v = next_k, next_v
     if split == 0 and head % (H // K) == 0:
         at = ((row * size + position) * K + kv) * D
         tl.store(KEYS + at + whole, new_key.to(KEYS.dtype.element_ty), mask=(whole < D) & (position < size))
@@ -132,7 +150,11 @@ def _decode_attention_kernel(
 
 
 @triton.jit
-def _join_kernel(PARTS, MAXIMA, SUMS, Y, splits, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(
+    PARTS, MAXIMA, SUMS, Y, splits,
+    D: tl.constexpr, EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(EARLY)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P).to(tl.int64)
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -170,13 +192,15 @@ def _forward(
     maxima, sums = (qkv.new_empty(joined, dtype=torch.float32) for _ in range(2))
     optional = [qkv if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
     block_d = power_of_2(ceil_div(D, 2))
+    ahead = B * H * count <= PROGRAMS
+    tile = (TILE // 2 if ahead else TILE) // (2 * block_d)
     sizes: dict[str, int] = {"H": H, "K": K, "D": D, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
-    sizes |= {"INTERLEAVED": interleaved, "BLOCK_S": max(16, min(128, TILE // (2 * block_d)))}
+    sizes |= {"INTERLEAVED": interleaved, "AHEAD": ahead, "EARLY": True, "BLOCK_S": max(16, min(128, tile))}
     tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
-    constants = {**sizes, "BLOCK_D": block_d, "num_warps": 8}
+    constants = {**sizes, "BLOCK_D": block_d, "num_warps": WARPS}
     launch(_decode_attention_kernel, (B * H, count), tensors, (S, window or S, eps, 1 / math.sqrt(D)), constants)
     if count > 1:
-        blocks = {"BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
+        blocks = {"EARLY": True, "BLOCK_P": power_of_2(count), "BLOCK_D": 2 * block_d, "num_warps": 4}
         launch(_join_kernel, (B * H,), (parts, maxima, sums, y), (count,), {"D": D, **blocks})
     return y
 
@@ -207,7 +231,10 @@ def decode_attention(
     interleaved: bool = False,
     window: int = 0,
 ) -> Tensor:
-    """Attends over the cache; see `gptperf.kernels.reference.decode_attention` for arguments, result and errors."""
+    """Attends over the cache; see `gptperf.kernels.reference.decode_attention` for arguments, result and errors.
+
+    On a GPU that launches kernels early, the kernel that was launched just before must not write positions or cache.
+    """
     check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
     check_triton("decode_attention", qkv)
     return _decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight, eps, interleaved, window)

@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ceil_div", "launch", "power_of_2", "register"]
+__all__ = ["ceil_div", "launch", "power_of_2", "register", "wait_for_previous"]
+
+EARLY = True
+"""Whether kernels with the constant `EARLY` are launched early where the GPU can do so; see `wait_for_previous`."""
 
 _library = torch.library.Library("gptperf", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 """Constants of a launch that go to Triton's compiler and not to the kernel."""
 _registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}
@@ -115,6 +119,24 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """Waits until the previous kernel of the stream has ended and its results can be read.
+
+    CUDA calls it programmatic dependent launch: the programs of a kernel start as soon as all programs of the previous
+    one have called this function or ended. Before the call a kernel may only read what no kernel in flight writes, such
+    as weights. Every program has to call it: then a kernel has ended after all kernels before it, as usual. A kernel
+    that does not call it starts when the previous one has ended. `launch` sets the constant.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def _launches_early(device: torch.device) -> bool:
+    return EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -129,9 +151,13 @@ def launch(
         grid: the number of programs in each dimension.
         tensors: the pointers, in the kernel's order.
         scalars: the numbers, in the kernel's order.
-        constants: the constants by name, in the kernel's order, then options of Triton's compiler.
+        constants: the constants by name, in the kernel's order, then options of Triton's compiler. `EARLY`, if it is
+            true and the GPU can do so, launches the kernel before the previous one has ended.
     """
     device = tensors[0].device
+    if "EARLY" in constants:
+        early = bool(constants["EARLY"]) and _launches_early(device)
+        constants = {**constants, "EARLY": early, **({"launch_pdl": True} if early else {})}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, scalars, constants)

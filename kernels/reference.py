@@ -17,6 +17,7 @@ from gptperf.kernels.adamw_reference import adamw
 from gptperf.kernels.checks import (
     check_activation,
     check_decode_attention,
+    check_decode_linear,
     check_draw,
     check_linear_cross_entropy,
     check_norm,
@@ -26,8 +27,8 @@ from gptperf.kernels.checks import (
 )
 from gptperf.kernels.linear import add_product, linear
 
-__all__ = ["ACTIVATIONS", "activation", "adamw", "decode_attention", "draw", "layer_norm", "linear_cross_entropy"]
-__all__ += ["rms_norm", "rope", "softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
+__all__ = ["ACTIVATIONS", "activation", "adamw", "decode_attention", "decode_linear", "draw", "layer_norm"]
+__all__ += ["linear_cross_entropy", "rms_norm", "rope", "softcapped", "sum_shares", "swiglu", "symmetric_matmul"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -72,11 +73,7 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes LayerNorm over the last dimension: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
@@ -281,6 +278,41 @@ def decode_attention(
     k, v = keys[:, :S].transpose(1, 2), values[:, :S].transpose(1, 2)
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=H != K)
     return y.view(B, 1, H * D)
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    center: bool = False,
+    activation: str = "",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Computes activation(norm(x) W^T + bias) + residual for a few rows, as a step of text generation has them.
+
+    Args:
+        x: `(..., K)`, at most `DECODE_ROWS` rows.
+        weight, bias: `(N, K)` in x's dtype; `(N,)` or None.
+        norm_weight, norm_bias, eps, center: `(K,)` or None; a norm of x, `layer_norm` with `center`, else `rms_norm`.
+        activation: a key of `ACTIVATIONS`, "swiglu", or "" for none. With "swiglu", W has the rows of gate, then of up.
+        residual: like the result, or None.
+
+    Returns:
+        `(..., N)`, with "swiglu" `(..., N / 2)`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or x is too large.
+    """
+    check_decode_linear(x, weight, bias, norm_weight, norm_bias, center, activation, residual)
+    if norm_weight is not None:
+        x = layer_norm(x, norm_weight, norm_bias, eps) if center else rms_norm(x, norm_weight, eps)  # type: ignore
+    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if activation:
+        y = swiglu(y) if activation == "swiglu" else ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 def draw(

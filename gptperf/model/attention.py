@@ -166,13 +166,18 @@ class Attention(nn.Module):
         self, x: Tensor, position: NoPosition, cache: KVCache | None = None, mask: Mask | None = None
     ) -> Tensor:
         """Returns the output `(B, T, C)` for x `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
-        if cache is not None and cache.positions is not None and cache.buffers is not None:
-            window = 0 if mask is None or mask.window is None else mask.window
-            packed = self.qkv(x)
-            return self.out(position.decode(packed, self.q_norm, self.k_norm, cache.buffers, cache.positions, window))
+        if cache is not None and cache.positions is not None:
+            return self.out(self.decode(self.qkv(x), position, cache, mask))
         start = 0 if cache is None else cache.length
         q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.backend(q, k, v) if mask is None else self.backend(q, k, v, mask)
         return self.out(y.flatten(2))
+
+    def decode(self, packed: Tensor, position: NoPosition, cache: KVCache, mask: Mask | None) -> Tensor:
+        """Returns the attention `(B, 1, H D)` of one token of each sequence, from its packed projection."""
+        assert cache.buffers is not None
+        assert cache.positions is not None
+        window = 0 if mask is None or mask.window is None else mask.window
+        return position.decode(packed, self.q_norm, self.k_norm, cache.buffers, cache.positions, window)

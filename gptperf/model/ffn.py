@@ -33,10 +33,17 @@ class StandardFFN(nn.Module):
             return self.out(self.op(self.up(x), self.name))
         return self.op(self.up(x), self.name, self.out.weight, self.out.bias)
 
+    @property
+    def projections(self) -> tuple[Linear, Linear]:
+        """The projections into and out of the FFN width."""
+        return self.up, self.out
+
 
 @built_in("ffn_type", "swiglu")
 class SwiGLU(nn.Module):
     """SwiGLU (Shazeer, 2020, eq. 6): silu(gate) * up and the down projection; gate and up are one projection."""
+
+    name = "swiglu"
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -53,3 +60,8 @@ class SwiGLU(nn.Module):
         if down.float8 is not None:
             return down(self.op(up(x)))
         return self.op(up(x), down.weight, down.bias)
+
+    @property
+    def projections(self) -> tuple[Linear, Linear]:
+        """The projections into and out of the FFN width."""
+        return self.gate_up, self.out

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from gptperf.config import ModelConfig
 from gptperf.kernels.reference import softcapped
 from gptperf.model.attention import KVCache
-from gptperf.model.linear import Linear
+from gptperf.model.linear import Linear, decode_layer
 from gptperf.model.mask import document_starts, make_masks
+from gptperf.model.norm import NORMS
 from gptperf.model.recompute import CHECKPOINT_OPTIONS
 from gptperf.ops import Ops, resolve_ops
 from gptperf.registry import component
@@ -55,7 +56,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.wte.weight
-        self.loss, self.draw = ops.linear_cross_entropy, ops.draw
+        self.loss, self.draw, self.decode_linear = ops.linear_cross_entropy, ops.draw, ops.decode_linear
         self.recomputed: Callable[..., tuple[Tensor, Tensor]] = checkpoint
         """Function that runs a block whose activations backward computes again."""
         self.document_end: int | None = None
@@ -111,6 +112,8 @@ class GPT(nn.Module):
         Returns:
             The loss as a float32 scalar, or logits `(B, T, V)`; `(B, 1, V)` with `last_only`.
         """
+        if targets is None and caches and caches[0].positions is not None:
+            return self._step(*self._stream(tokens, caches))
         x = self.hidden(tokens, caches)
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
@@ -118,6 +121,10 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Returns the output of the last norm `(B, T, C)`; the arguments are those of `forward`."""
+        return self.norm(*self._stream(tokens, caches))[0]
+
+    def _stream(self, tokens: Tensor, caches: list[KVCache] | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the output of the last block: two tensors to add, or one and None."""
         cached = caches[0].length if caches else 0
         start: int | Tensor = cached
         T = cached + tokens.shape[1]
@@ -146,7 +153,15 @@ class GPT(nn.Module):
                 self.units.leave(i + 1, (x, residual))
         if self.units is not None:
             self.units.enter(len(self.blocks) + 1)
-        return self.norm(x, residual)[0]
+        return x, residual
+
+    def _step(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Returns the logits of a decode step `(B, 1, V)` from the output of the last block."""
+        if self.training or type(self.norm) not in NORMS or not self.lm_head.decodes(x):
+            return self.logits(self.norm(x, residual)[0])
+        x = x if residual is None else x + residual
+        logits = decode_layer(self.decode_linear, x, self.lm_head, self.norm)
+        return softcapped(logits, self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits `(..., V)` of outputs of the last norm `(..., C)`."""

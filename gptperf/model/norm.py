@@ -9,12 +9,14 @@ from gptperf.config import ModelConfig
 from gptperf.ops import Ops
 from gptperf.registry import built_in
 
-__all__ = ["LayerNorm", "LayerNormNoBias", "RMSNorm"]
+__all__ = ["NORMS", "LayerNorm", "LayerNormNoBias", "RMSNorm"]
 
 
 @built_in("normalization", "rmsnorm")
 class RMSNorm(nn.Module):
     """RMSNorm with a weight."""
+
+    center, bias = False, None
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -33,6 +35,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm with a weight and a bias."""
 
+    center = True
     has_bias: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, ops: Ops):
@@ -54,3 +57,7 @@ class LayerNormNoBias(LayerNorm):
     """LayerNorm with a weight and no bias."""
 
     has_bias = False
+
+
+NORMS = {RMSNorm, LayerNorm, LayerNormNoBias}
+"""gptperf's own norms, which the op decode_linear includes; a plugin's norm computes itself."""

@@ -18,6 +18,7 @@ from gptperf.cards import FFN, Norm, PositionEncoding
 from gptperf.config import ModelConfig
 from gptperf.flops.model_cards import ffn_of
 from gptperf.kernels import reference
+from gptperf.kernels.checks import DECODE_WIDTH
 from gptperf.ops import Ops
 
 __all__ = ["broken_ops"]
@@ -182,6 +183,7 @@ def _runs(
         if card is not None and card.op is not None:
             yield card.op, partial(run, arguments=_OTHERS[card.op](inputs))
     yield "decode_attention", lambda op: _decoded(op, inputs)
+    yield "decode_linear", lambda op: _decoded_layers(op, inputs)
     yield "draw", lambda op: _drawn(op, inputs)
     yield "linear_cross_entropy", partial(run, arguments=_linear_cross_entropy(inputs))
 
@@ -208,10 +210,23 @@ def _decoded(function: _Op, inputs: _Inputs) -> list[Tensor]:
     """Returns the attention of a token after ROWS tokens, and the cache with that token."""
     model, options = inputs.model, inputs.position_options()
     K, D = model.kv_heads, model.head_width
-    qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()
     keys, values = (inputs.normal(seed, 1, 512, K, D).detach() for seed in (14, 15))
     positions = torch.full((1,), ROWS, device=inputs.device)
+    qkv = inputs.normal(13, 1, 1, (model.n_head + 2 * K) * D).detach()  # last, as in a step
     return [function(qkv, positions, keys, values, *options), keys, values]
+
+
+def _decoded_layers(function: _Op, inputs: _Inputs) -> list[Tensor]:
+    """Returns an FFN of one token: the layer after the norm, with the activation, and that before the residual."""
+    model, name = inputs.model, "swiglu" if inputs.model.ffn_type == "swiglu" else "gelu"
+    C, F = model.n_embd, model.ffn_width
+    if max(C, F) > DECODE_WIDTH:
+        return [torch.zeros(1)]
+    up = inputs.normal(17, 2 * F if name == "swiglu" else F, C).detach() * C**-0.5
+    down = inputs.normal(18, C, F).detach() * F**-0.5
+    norm = inputs.vector(3, C).detach(), None, model.norm_eps, model.normalization != "rmsnorm"
+    x, y = (inputs.normal(19, 1, 1, width).detach() for width in (C, F))  # last, as in a step
+    return [function(x, up, None, *norm, name), function(y, down, residual=x)]
 
 
 def _drawn(function: _Op, inputs: _Inputs) -> list[Tensor]:

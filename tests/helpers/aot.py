@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 import triton
+from aot_generation import generation_calls
 from aot_lint import lint, wide_share
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 
+from gptperf.kernels import launch
 from gptperf.kernels.checks import ACTIVATIONS
 
 __all__ = ["Case", "cases", "compile_cases", "jit_functions"]
@@ -78,16 +80,18 @@ class Compiled:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         """Returns a launch of the compiled kernel, which raises if Triton has another kernel for the arguments."""
 
-        def launch(*args: Any) -> None:
+        def run(*args: Any) -> None:
             metadata = self.kernel.metadata
             options = {"num_warps": metadata.num_warps}
             if metadata.maxnreg is not None:  # Triton distinguishes an option that is None from a missing one
                 options["maxnreg"] = metadata.maxnreg
+            if metadata.launch_pdl:
+                options["launch_pdl"] = True
             found = self.function.run(*args, grid=grid, warmup=True, **options)
             if found is not self:
                 raise RuntimeError(f"{function_name(self.function)} is launched as compiled for other arguments")
 
-        return launch
+        return run
 
     def report(self) -> dict[str, Any]:
         registers = re.findall(r"Used (\d+) registers", self.log)
@@ -97,6 +101,7 @@ class Compiled:
             raise RuntimeError(f"{name}: found no registers in the log of ptxas: {self.log!r}")
         asm, metadata = self.kernel.asm, self.kernel.metadata
         least = LEAST_BYTES.get(name, 16)
+        before, wait, _ = asm["ptx"].partition("griddepcontrol.wait")
         return {
             "kernel": name,
             "cases": [case.label for case in self.cases],
@@ -110,6 +115,10 @@ class Compiled:
             "wide_stores": round(wide_share(asm["ptx"], "st", least), 3),
             "f64": re.findall(r"^.*\.f64\b.*$", asm["ptx"], re.MULTILINE)[:3],
             "lint": lint(asm["ttir"]),
+            "early": bool(metadata.launch_pdl),
+            "waits": bool(wait),
+            "loads_before": before.count("ld.global") if wait else 0,
+            "stores_before": before.count("st.global") if wait else 0,
         }
 
 
@@ -257,28 +266,6 @@ def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
     return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
 
 
-def decode_attention_case(heads: tuple[int, int, int], rows: int, size: int, dtype: torch.dtype, norm: bool) -> Case:
-    """Attention of a new token. `norm`: QK-norm and interleaved rope; else the other rope, or none with an odd D."""
-    H, K, D = heads
-
-    def call() -> None:
-        qkv, positions = torch.empty(rows, 1, (H + 2 * K) * D, dtype=dtype), torch.zeros(rows).long()
-        keys, weight = torch.empty(rows, size, K, D, dtype=dtype), torch.empty(D) if norm else None
-        table = torch.empty(size, D // 2) if D % 2 == 0 else None
-        window = 100 if norm else 0
-        op = torch.ops.gptperf.decode_attention
-        op(qkv, positions, keys, keys, table, table, weight, weight, EPS, norm, window)
-
-    return Case(f"decode_attention {heads} {rows} {size} {SHORT[dtype]} {norm}", call)
-
-
-def draw_case(V: int, top_k: int, dtype: torch.dtype) -> Case:
-    def call() -> None:
-        torch.ops.gptperf.draw(torch.empty(4, V, dtype=dtype), torch.empty(4), V - 3, 0.8, top_k, 0.9)
-
-    return Case(f"draw {V} {top_k} {SHORT[dtype]}", call)
-
-
 SQUARES = ((24, 2048, 5632), (12, 768, 768))
 
 
@@ -303,12 +290,7 @@ def cases(capability: int) -> Iterator[Case]:
     if capability >= 80:
         for dtype, shapes in ((HALF, (*SQUARES, (2, 123, 70))), (FULL, SQUARES)):
             yield from (symmetric_case(shape, dtype) for shape in shapes)
-    for dtype in (half, FULL) if capability == 90 else (half,):
-        for heads in ((12, 12, 64), (16, 16, 128), (32, 8, 128), (7, 1, 72), (3, 3, 9)):
-            yield decode_attention_case(heads, 1, 2048, dtype, norm=False)
-        yield decode_attention_case((16, 4, 128), 32, 2048, dtype, norm=True)
-        yield from (draw_case(V, 50, dtype) for V in (257, 50304, 131072))
-    yield draw_case(50304, 1, half)
+    yield from (Case(label, call, widest=widest) for label, call, widest in generation_calls(capability, half))
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
 
@@ -387,6 +369,7 @@ def main(targets: list[str]) -> None:
         return
     print(json.dumps({"arch": targets[0], "functions": jit_functions()}), flush=True)
     capability = int(targets[0].removeprefix("sm_"))
+    launch._launches_early = lambda device: capability >= 90
     for line in compile_cases(capability, cases(capability)):
         print(json.dumps({"arch": targets[0], **line}), flush=True)
 

@@ -129,6 +129,17 @@ def test_forward_accesses_are_wide(kernels: Reports) -> None:
     assert {report["kernel"] for report in forward} >= LOADS_WIDE
 
 
+def test_what_is_launched_early_waits_before_it_writes(arch: str, kernels: Reports) -> None:
+    """Only two kernels read before, weights and a cache; a GPU before sm_90 launches no kernel early."""
+    early = {report["kernel"] for report in kernels if report["early"]}
+    assert bool(early) == (int(arch.removeprefix("sm_")) >= 90)
+    found = [told(report, "waits or not") for report in kernels if report["early"] != report["waits"]]
+    found += [told(report, "writes before it waits") for report in kernels if report["stores_before"]]
+    reading = {report["kernel"] for report in kernels if report["loads_before"]}
+    none(found)
+    assert reading == early & {f"decode_{name}._decode_{name}_kernel" for name in ("linear", "attention")}
+
+
 def test_an_odd_vocabulary_is_accessed_as_wide_as_an_even_one(kernels: Reports) -> None:
     name = "linear_cross_entropy._cross_entropy_kernel"
     odd, even = (

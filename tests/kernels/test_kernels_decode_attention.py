@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rule import check
+from kernel_rule import check, check_close
 from torch import Tensor
 
+from gptperf.kernels import decode_attention as module
 from gptperf.kernels import reference
 from gptperf.kernels.decode_attention import decode_attention, splits
 
@@ -50,6 +51,8 @@ def arguments(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def called(function: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the cache after the call."""
     mine = {name: x.clone() if name in ("keys", "values") else x for name, x in given.items()}
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # the kernel just before must not write the cache
     return function(**mine), mine["keys"], mine["values"]
 
 
@@ -95,6 +98,15 @@ def test_kernel_and_reference_compute_the_formula(options: dict[str, Any], dtype
         assert (theirs.double() - wanted).abs().max() < 20 * torch.finfo(dtype).eps
 
 
+def test_many_sequences_compute_what_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a head has one program, which loads no keys ahead."""
+    given = arguments(OPTIONS[1], torch.float32)
+    few = called(decode_attention, given)
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    for name, mine, wanted in zip(("y", "keys", "values"), called(decode_attention, given), few, strict=True):
+        check_close(f"decode_attention: {name}", mine, wanted, roundings=20)
+
+
 def test_only_the_new_position_of_the_cache_is_written() -> None:
     given = arguments(OPTIONS[0], torch.float32)
     for function in (reference.decode_attention, decode_attention):
@@ -117,7 +129,7 @@ def test_what_follows_the_position_does_not_count() -> None:
 
 
 def test_a_head_is_shared_when_multiprocessors_are_idle() -> None:
-    assert splits(12, 528) == 3  # one sequence of GPT-2
+    assert splits(12, 528) == 5  # one sequence of GPT-2
     assert splits(12, 100) == 1
     assert splits(384, 1024) == 1  # 32 sequences
     assert splits(16, 1 << 20) == 16

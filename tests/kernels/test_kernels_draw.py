@@ -16,6 +16,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorts fewer numbers at once, which takes the interpreter seconds; a row still has several chunks."""
     if DEVICE == "cpu":
         monkeypatch.setattr(module, "CHUNK", 32)
+        monkeypatch.setattr(module, "KEYS", 32)
 
 
 def logits(rows: int, V: int) -> Tensor:

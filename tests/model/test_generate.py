@@ -8,8 +8,16 @@ from torch import Tensor
 
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
+from gptperf.kernels import decode_linear as linear_kernel
+from gptperf.kernels import draw as draw_module
+from gptperf.kernels import reference
+from gptperf.kernels.checks import DECODE_ROWS, DECODE_WIDTH
+from gptperf.kernels.decode_attention import decode_attention
+from gptperf.kernels.decode_linear import decode_linear
+from gptperf.kernels.draw import draw
 from gptperf.model import GPT, SDPA, KVCache
 from gptperf.model import generate as generation
+from gptperf.model import linear as linear_module
 from gptperf.model.generate import Sampling, generate
 from gptperf.ops import resolve_ops
 
@@ -124,13 +132,67 @@ def test_autocast_is_that_of_the_argument_or_of_the_caller() -> None:
     model, on = small("gpt2", torch.float32), list[bool]()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
-    model.lm_head.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
+    model.wte.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
     arguments = model, [[1, 2, 3], [4]], 2, GREEDY, [torch.Generator()] * 2
     found = list(generate(*arguments, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         assert list(generate(*arguments)) == found
         list(generate(*arguments, dtype=torch.float32))
-    assert on == [True] * 4 + [False] * 2
+    assert on == [True] * 6 + [False] * 3  # a prefill and two steps for each call
+
+
+def counted(model: GPT, rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many layers of a decode step the op decode_linear computes."""
+    calls: list[Tensor] = []
+
+    def counting(x: Tensor, *others: Any) -> Tensor:
+        calls.append(x)
+        return reference.decode_linear(x, *others)
+
+    for module in (model, *model.blocks):
+        monkeypatch.setattr(module, "decode_linear", counting)
+    list(generate(model, [[1]] * rows, 1, GREEDY, [torch.Generator()] * rows))
+    return len(calls)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2_openai", "llama"])
+def test_few_sequences_take_few_kernels(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers of each block and the head; not with more sequences, nor where a plugin's component is in the way."""
+    model = small(preset, torch.float32)
+    assert counted(model, DECODE_ROWS, monkeypatch) == 4 * len(model.blocks) + 1
+    assert counted(model, DECODE_ROWS + 1, monkeypatch) == 0
+
+    class Own(type(model.blocks[0].norm2)):  # type: ignore[misc]
+        """A plugin's norm, which may compute anything."""
+
+    model.blocks[0].norm2.__class__ = Own
+    model.blocks[1].attention.out.float8 = object()
+    monkeypatch.setattr(
+        linear_module, "float8_linear", lambda x, weight, bias, _: linear_module.linear(x, weight, bias)
+    )
+    assert counted(model, 1, monkeypatch) == 4 * (len(model.blocks) - 2) + 1
+    monkeypatch.setattr(model.lm_head, "in_features", DECODE_WIDTH + 1)
+    assert counted(model, 1, monkeypatch) == 4 * (len(model.blocks) - 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+def test_triton_draws_what_eager_draws(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_module, "CHUNK", 32)  # sorting takes the interpreter seconds, and so do many programs
+    monkeypatch.setattr(linear_kernel, "PROGRAMS", 4)
+    model = small(preset, torch.float32, n_layer=2)
+    prompts = [[1, 2, 3], [4]]
+    found = []
+    for linear, attention, drawing in (
+        (reference.decode_linear, reference.decode_attention, reference.draw),
+        (decode_linear, decode_attention, draw),
+    ):
+        model.draw, model.position.decode_attention = drawing, attention
+        for module in (model, *model.blocks):
+            module.decode_linear = linear
+        found.append(list(generate(model, prompts, 3, Sampling(50, 1.0, 5), [torch.Generator()] * 2)))
+    assert found[0] == found[1]
+    assert len({tuple(step) for step in found[0]}) > 1
 
 
 @pytest.mark.gpu

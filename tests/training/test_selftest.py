@@ -11,7 +11,7 @@ from triton.errors import TritonError
 
 from gptperf.config import command_line
 from gptperf.errors import DeviceError
-from gptperf.kernels import draw, reference
+from gptperf.kernels import decode_linear, draw, reference
 from gptperf.ops import OPS, Ops, resolve_ops, without_triton
 from gptperf.registry import KINDS
 from gptperf.training import selftest
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the i
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorts fewer numbers at once, which takes the interpreter seconds."""
+    """Sorts fewer numbers at once, and runs fewer programs, which takes the interpreter seconds."""
     monkeypatch.setattr(draw, "CHUNK", 64)
+    monkeypatch.setattr(decode_linear, "PROGRAMS", 4)
 
 
 def _ops(**broken: Any) -> Ops:
