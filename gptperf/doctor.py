@@ -24,7 +24,7 @@ from gptperf.errors import DeviceError, run_main
 from gptperf.formats import byte_text, rough_duration
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
-from gptperf.ops import resolve_ops, unmeasured_versions
+from gptperf.ops import ALL_TRITON, resolve_ops, unmeasured_versions
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
 
@@ -212,6 +212,8 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         ops = resolve_ops("auto", device_type)
     except ImportError as error:
         return choices | {"kernels_error": str(error)}
+    if "eager" not in ops.chosen.values():
+        choices["compile"] = ALL_TRITON
     for op, implementation in ops.chosen.items():
         choices["kernels"][op] = ": ".join(filter(None, (implementation, ops.reasons.get(op))))
     return choices

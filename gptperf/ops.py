@@ -12,7 +12,16 @@ from typing import Any
 
 from gptperf.errors import DeviceError
 
-__all__ = ["GENERATION", "MEASURED_WITH", "OPS", "Ops", "resolve_ops", "unmeasured_versions", "without_triton"]
+__all__ = [
+    "ALL_TRITON",
+    "GENERATION",
+    "MEASURED_WITH",
+    "OPS",
+    "Ops",
+    "resolve_ops",
+    "unmeasured_versions",
+    "without_triton",
+]
 
 OPS = {
     "rms_norm": "gptperf.kernels.rms_norm",
@@ -30,6 +39,9 @@ OPS = {
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 GENERATION = ("decode_attention", "decode_linear", "draw")
 """Ops that generate text. A training run does so for its sample alone."""
+
+ALL_TRITON = "off: every op is a Triton kernel"
+"""Why torch.compile is off by default where no op runs in eager PyTorch."""
 
 MEASURED_WITH = {"torch": "2.11.0", "triton": "3.6.0"}
 """Versions with which every GPU figure was measured; `constraints-gpu.txt` pins the same pair."""

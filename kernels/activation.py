@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from gptperf.kernels.checks import check_activation, check_swiglu, check_triton
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
-from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, wgrad
+from gptperf.kernels.linear import bias_grad, dgrad, linear, operand_dtype, weight_grad
 
 __all__ = ["activation", "activation_backward", "swiglu"]
 
@@ -217,7 +217,7 @@ class _ActivationLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         _, _, needs_weight, needs_bias = ctx.needs_input_grad
         dx, y = activation_backward(dgrad(dout, weight), x, ctx.name, needs_weight)
-        dweight = wgrad(dout, y) if needs_weight else None
+        dweight = weight_grad(dout, y, weight) if needs_weight else None
         return dx, None, dweight, bias_grad(dout) if needs_bias else None
 
 

@@ -62,7 +62,7 @@ def _adamw_kernel(
     w = tl.load(MASTER + at, mask=mask, other=0.0)
     if tl.load(SCALARS + 5) == 0:
         lr, bias1, bias2 = tl.load(SCALARS), tl.load(SCALARS + 2), tl.load(SCALARS + 3)
-        g = tl.load(GRAD + at, mask=mask, other=0.0) / tl.load(SCALARS + 4)
+        g = tl.load(GRAD + at, mask=mask, other=0.0).to(tl.float32) / tl.load(SCALARS + 4)
         m = tl.load(EXP_AVG + at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(EXP_AVG_SQ + at, mask=mask, other=0.0).to(tl.float32)
         m += (1.0 - beta1) * (g - m)

@@ -26,7 +26,7 @@ def adamw(
     Args:
         master: the master weights, float32, any shape; updated.
         exp_avg, exp_avg_sq: both moments like master, float32 or bfloat16; updated. bfloat16 is rounded at random.
-        grad: like master, float32; may be overwritten.
+        grad: like master, float32 or bfloat16; may be overwritten.
         compute: like master, in the compute dtype, overwritten with the rounded weights; or None.
         scalars: `(6,)` float32: learning rate, t, 1 - beta1^t, 1 - beta2^t, the divisor of the gradient, and a flag
             that skips the update unless it is 0. t counts updates from 1.
@@ -42,6 +42,7 @@ def adamw(
     """
     check_adamw(master, grad, exp_avg, exp_avg_sq, compute, scalars, seeds)
     lr, t, _, _, divisor, skip = scalars.unbind()
+    grad = grad.float()
     if seeds is None and not torch.compiler.is_compiling():  # PyTorch's kernel; torch.compile makes one of the formula
         torch._fused_adamw_(
             [master],

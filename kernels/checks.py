@@ -154,6 +154,8 @@ def check_adamw(
     named = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in named.items():
         dtype = moment if name.startswith("exp") else torch.float32
+        if name == "grad" and tensor.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
         wanted = f"{tuple(master.shape)} {dtype} on {master.device}, contiguous"
         if tensor.dtype != dtype or not _is_laid_out_like(tensor, master):
             raise ValueError(f"adamw: found {name} {_describe(tensor)} with strides {tensor.stride()}, wanted {wanted}")

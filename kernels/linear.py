@@ -9,18 +9,23 @@ that autograd, torch.compile, selective recomputation and FlopCounterMode see ev
 K columns and N outputs: M K + N K + M N for each matmul.
 
 PyTorch differentiates `linear`, and its gradients have the same bits as those of `dgrad`, `wgrad` and `bias_grad`. An
-op with its own backward calls these three functions.
+op with its own backward calls these three functions. Where memory was offered for the gradient of a weight
+(`offer_gradient`), backward writes it there, in ops and in `linear`, and the copy to its bucket is saved.
 
 The matmuls of `gptperf.kernels.float8_linear` have operands in 8 bits: `scaled_mm`.
 
 Reference: `torch.nn.functional.linear`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["add_product", "bias_grad", "dgrad", "linear", "operand_dtype", "scaled_mm", "wgrad"]
+__all__ = ["add_product", "bias_grad", "dgrad", "linear", "offer_gradient", "operand_dtype", "scaled_mm", "weight_grad"]
+__all__ += ["wgrad"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -35,9 +40,54 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     Returns:
         y `(..., N)`.
     """
-    if out is None:
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(weight, _OFFER):
         return F.linear(x, weight, bias)
-    return torch.mm(x, weight.t(), out=out)
+    dtype = operand_dtype(x)
+    return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """Computes `linear`; backward writes the gradient of the weight to the memory that was offered for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = dgrad(dy, weight) if needs_x else None
+        return dx, weight_grad(dy, x, weight) if needs_weight else None, bias_grad(dy) if needs_bias else None
+
+
+_OFFER = "offered_gradient"
+
+
+def offer_gradient(weight: Tensor, place: Tensor) -> None:
+    """Offers memory for the gradient of a weight to the next backward.
+
+    Its first `weight_grad` writes there and returns that memory; a second one, of a weight with two uses, does not.
+
+    Args:
+        weight: a parameter.
+        place: in the shape and dtype of the weight, contiguous.
+    """
+    setattr(weight, _OFFER, place)
+
+
+def weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Computes `wgrad` into the memory that was offered for the gradient of the weight, if any is left."""
+    place = getattr(weight, _OFFER, None)
+    if place is None or not place.dtype == dy.dtype == x.dtype:
+        return wgrad(dy, x)
+    setattr(weight, _OFFER, None)
+    # A view, because autograd keeps a gradient without a copy only if nothing else holds the tensor.
+    return wgrad(_rows(dy), _rows(x), out=place.view(place.shape))
 
 
 def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

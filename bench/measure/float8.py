@@ -78,7 +78,7 @@ def _sweep(rounds: int) -> Iterator[dict[str, Any]]:
     for tiles, names in ((_ROW_TILES, ("x, rows", "quantize_swiglu")), (_TILES, ("both", "again", "_backward"))):
         for tile in tiles:
             with (
-                mock.patch.object(quantize, "tile_shape", lambda _, tile=tile: tile),
+                mock.patch.object(quantize, "tile_shape", lambda *_, tile=tile: tile),
                 mock.patch.object(quantize_swiglu, "FORWARD_TILE", tile),
                 mock.patch.object(quantize_swiglu, "BACKWARD_TILE", tile),
             ):

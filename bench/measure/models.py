@@ -50,7 +50,7 @@ VARIANTS = {
 }
 STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled", "fp8")
 """Variants with a cell of `python -m bench`."""
-DEFAULT_VARIANT = "triton+compiled"
+DEFAULT_VARIANT = "triton"
 """The variant that a run on a GPU uses by default."""
 
 
@@ -86,13 +86,13 @@ def rival_config(model: str, shape: str, flags: Sequence[str] = ()) -> Config:
 
 
 def planned(name: str) -> Config:
-    """Returns the configuration of one of `PLANNED` in the default variant, with one micro-batch per step by default.
+    """Returns the configuration of one of `PLANNED` with Triton's ops, with one micro-batch per step by default.
 
     Raises:
         ConfigError: The configuration file is missing.
     """
     path, *flags = PLANNED[name]
-    return command_line.resolve([path, "--gradient_accumulation_steps=1", *VARIANTS[DEFAULT_VARIANT], *flags]).config
+    return command_line.resolve([path, "--gradient_accumulation_steps=1", "--kernels=triton", *flags]).config
 
 
 def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -2,8 +2,8 @@
 
 Every contender trains the same architecture with float32 weights, bfloat16 autocast, AdamW and gradient clipping, one
 optimizer step per micro-batch, on new random tokens that are made on the device. Contenders take turns in one process:
-in each round every contender runs one window of steps, so that clock and temperature are the same for all. Small models
-all stay in memory; of a large model, and beside reduce_overhead, each contender is built again for its turn. Figures
+in each round every contender runs one window of steps, so that clock and temperature are the same for all. Contenders
+stay in memory together while they fit; otherwise, and beside reduce_overhead, each is built again for its turn. Figures
 are the median over the steps of all rounds, with the 10th and 90th percentile.
 
 Rivals:
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from bench.measure.models import RIVAL_MODELS, SHAPES, rival_config
 from bench.measure.plain_model import PlainGPT, unsupported
 from bench.measure.step import micro_batch_ms, random_batches
-from gptperf import flops
 from gptperf.config import Config
 from gptperf.config.flags import Flags, parse
 from gptperf.config.keys import Choice, Range
@@ -46,10 +45,10 @@ __all__ = ["OURS", "RIVALS", "Turn", "lines", "main", "measure"]
 OURS = "gptperf"
 RIVALS = ("bfloat16", "compile", "reduce_overhead", "nanogpt", "liger", "torchao")
 _WARM_UP = 12
-_SMALL_BYTES = 20e9  # contenders of a model stay in memory together if each needs at most about this much
 
 Step = Callable[[int], object]
 Batches = Iterator[Tensor]
+Windows = dict[str, Callable[[int, int], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -207,29 +206,30 @@ def measure(turn: Turn, names: Sequence[str], rounds: int, steps: int) -> dict[s
         peak_memory_gb (None if the contenders were in memory together); or reason, if it cannot train this model.
     """
     # Beside the CUDA graphs of mode="reduce-overhead", a replay of ours ends in a segmentation fault (PyTorch 2.11).
-    resident = _bytes_of(turn.config) <= _SMALL_BYTES and "reduce_overhead" not in names
+    resident = "reduce_overhead" not in names
     times: dict[str, list[float]] = {name: [] for name in names}
     found: dict[str, dict[str, Any]] = {}
     peaks: dict[str, float] = {}
-    windows: dict[str, Callable[[int, int], list[float]]] = {}
+    windows: Windows = {}
     for begin in range(0, rounds * steps, steps):
         for name in names:
             if name in found:
                 continue
             _reset_peak()
             try:
-                if name not in windows:
-                    windows[name] = cuda_window(_CONTENDERS[name](turn))
-                    windows[name](0, _WARM_UP)
-                times[name] += windows[name](_WARM_UP + begin, steps)
-            except (NotImplementedError, ImportError, torch.OutOfMemoryError) as error:
+                measured = _window(turn, name, windows, begin, steps)
+                if measured is None:
+                    resident = False
+                    _free(windows)
+                    measured = _window(turn, name, windows, begin, steps)
+                if measured is None:
+                    raise NotImplementedError("out of memory")
+                times[name] += measured
+            except (NotImplementedError, ImportError) as error:
                 found[name] = {"reason": str(error).partition("\n")[0]}
             if not resident:
                 peaks[name] = torch.cuda.max_memory_allocated() / 1e9
-                windows.pop(name, None)
-                gc.collect()
-                torch._dynamo.reset()
-                torch.cuda.empty_cache()
+                _free(windows)
     ours = Spread.of(times[OURS]).ms if times.get(OURS) else None
     for name in names:
         if name not in found:
@@ -245,11 +245,22 @@ def measure(turn: Turn, names: Sequence[str], rounds: int, steps: int) -> dict[s
     return {name: found[name] for name in names}
 
 
-def _bytes_of(config: Config) -> float:
-    """Returns about the bytes that a contender needs: states, and activations with the logits in float32."""
-    tokens = config.train.batch_size * config.model.block_size
-    kept = 40 * config.model.n_layer * config.model.n_embd + 10 * config.model.padded_vocab_size
-    return 18.0 * flops.parameters(config.model).total + float(tokens * kept)
+def _window(turn: Turn, name: str, windows: Windows, begin: int, steps: int) -> list[float] | None:
+    """Returns the milliseconds of a window of steps, or None if memory runs out; builds the contender if necessary."""
+    try:
+        if name not in windows:
+            windows[name] = cuda_window(_CONTENDERS[name](turn))
+            windows[name](0, _WARM_UP)
+        return windows[name](_WARM_UP + begin, steps)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _free(windows: Windows) -> None:
+    windows.clear()
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
 
 
 def _reset_peak() -> None:

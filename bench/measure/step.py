@@ -251,7 +251,7 @@ class _StepFlags(Flags):
 
     models: tuple[Annotated[str, Choice(tuple(MODELS))], ...] = tuple(MODELS)
     """Models."""
-    variants: tuple[Annotated[str, Choice(tuple(VARIANTS))], ...] = ("compiled", "triton+compiled")
+    variants: tuple[Annotated[str, Choice(tuple(VARIANTS))], ...] = ("compiled", "triton")
     """Variants of each model."""
     steps: Annotated[int, Range(1)] = 31
     """Steps that are timed."""

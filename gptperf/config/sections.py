@@ -229,8 +229,8 @@ class SystemConfig(_Section):
     """Scales of fp8. delayed: from the last iterations; current: from the tensor itself, which is read once more."""
     fp8_skip: str = ""
     """Comma-separated layers without fp8: first, last or numbers of blocks, attention, ffn, blocks.3.ffn.out."""
-    compile: bool = True
-    """Use torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Use torch.compile. auto: unless each op is one Triton kernel, which is as fast without it and starts at once."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
     cuda_graph: bool | Literal["auto"] = "auto"
@@ -267,6 +267,23 @@ class SystemConfig(_Section):
     """Comma-separated Python modules that register components. Valid on the command line only."""
     debug: bool = False
     """Show the stack trace of an error."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled, if its ops run as `kernels` says.
+
+        Not compiled, a step with Triton's ops takes the same time within 0.3%, and its first iteration ends 10 to 19 s
+        earlier (an H200, `bench/NOTES.md`). Recomputation and fp8 were not measured without torch.compile.
+        """
+        if self.compile != "auto":
+            return self.compile
+        eager = self.kernels == "eager" or self.device == "cpu"
+        return eager or self.compile_scope == "model" or self.recompute != "none" or self.matmul_dtype == "fp8"
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether the model is compiled as one graph."""
+        return self.compiles and self.compile_scope == "model"
 
     @property
     def compute_dtype(self) -> str:

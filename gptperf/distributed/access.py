@@ -31,11 +31,11 @@ class Access:
         return sum(place.shape.numel() for place in self.places.values())
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yields the flat float32 gradients that the optimizer reads, with zeros in the gaps."""
+        """Yields the flat gradients that the optimizer reads, with zeros in the gaps."""
         return (bucket.grad if bucket.master.grad is None else bucket.master.grad for bucket in self.buckets)
 
     def gradient(self, name: str) -> Tensor:
-        """Returns the float32 gradient of a parameter before it is reduced, in the parameter's shape."""
+        """Returns the gradient of a parameter before it is reduced, in the parameter's shape."""
         place = self.places[name]
         return place.view(place.bucket.grad)
 

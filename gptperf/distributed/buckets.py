@@ -94,8 +94,8 @@ class Bucket:
     master: nn.Parameter
     """Master weights held by this rank, float32. Its `grad` is set once the gradient is reduced."""
     grad: Tensor
-    """Accumulated gradient, float32. It has all elements, or only those of this rank's shard where FSDP reduces every
-    micro-batch."""
+    """Accumulated gradient, float32, or in the dtype of `compute` if it is that of one micro-batch of one process. It
+    has all elements, or only those of this rank's shard where FSDP reduces every micro-batch."""
     compute: Tensor
     """All elements as the model reads them. Under FSDP its storage is empty while the weights are dropped."""
     copy: Tensor | None

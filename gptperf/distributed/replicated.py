@@ -1,9 +1,9 @@
 """Data parallelism (DDP), and the interface of every parallel strategy.
 
 Under every strategy master weights and gradients are float32, and with the optimizer states in flat buckets; the model
-computes with a copy in the compute dtype. `Replicated` keeps all of them on every rank. `gptperf.distributed.zero1` and
-`gptperf.distributed.fsdp` override what they shard. Training step and checkpoint use this interface and do not know the
-strategy.
+computes with a copy in the compute dtype. A gradient to which nothing is added stays in the compute dtype. `Replicated`
+keeps all of them on every rank. `gptperf.distributed.zero1` and `gptperf.distributed.fsdp` override what they shard.
+Training step and checkpoint use this interface and do not know the strategy.
 
 One step, as `train_step` drives it:
 
@@ -39,6 +39,7 @@ from gptperf.distributed.buckets import (
 )
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.matrices import cut_between, elements_of
+from gptperf.kernels.linear import offer_gradient
 
 __all__ = ["Replicated"]
 
@@ -57,8 +58,9 @@ class Replicated(Access):
         compute_dtype: dtype of the matrices that the model computes with.
         collectives: the collectives between the ranks; default: those of a single rank.
         bucket_numel: elements at which a bucket is closed.
-        single: whether every step has one micro-batch. If so, and if the collectives can widen gradients, they travel
-            in their own dtype, and the reduction adds them up in float32.
+        single: whether every step has one micro-batch. A single process then keeps gradients in their own dtype, and
+            backward writes those of the linear layers to their place in the bucket. With several ranks, if the
+            collectives can widen gradients, they travel in their own dtype, and the reduction adds them up in float32.
         packed: for an optimizer of whole matrices, which then updates the hidden matrices: name of each parameter that
             packs several matrices -> the rows of each. Their buckets are cut between matrices. None: anywhere.
     """
@@ -81,6 +83,8 @@ class Replicated(Access):
         super().__init__(self.collectives.world_size, self.collectives.rank, packed)
         self.compute_dtype = compute_dtype
         self.single = single and self.collectives.widens and self.wire_dtype.itemsize < 4
+        # With float16, GradScaler looks for float32 gradients.
+        self.direct = single and self.world_size == 1 and not self.is_sharded and compute_dtype != torch.float16
         self._last_micro_batch = False
         # Number of buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`.
         self._reduced = 0
@@ -89,6 +93,7 @@ class Replicated(Access):
         # buckets fill. Vectors come last: each layer has some, so their bucket is full only when backward ends.
         vectors = {name: p for name, p in parameters.items() if group_of(name, p) is BucketGroup.VECTOR}
         matrices = {name: p for name, p in parameters.items() if name not in vectors}
+        self._slots: list[tuple[nn.Parameter, Tensor]] = []
         named = [*self._split(matrices, bucket_numel), *by_size(vectors, bucket_numel)]
         layouts = [self._lay_out({name: parameters[name] for name in names}) for names in named]
         # All buffers that other ranks read are reserved at once: copy engines map them as one region.
@@ -174,6 +179,8 @@ class Replicated(Access):
             place = self.places[name] = Place(bucket, offset, parameter.shape)
             # From here on the model reads the bucket; the parameter's own memory is freed.
             parameter.data = place.view(bucket.compute)
+            if self.direct and bucket.grad.dtype == parameter.dtype:
+                self._slots.append((parameter, place.view(bucket.grad)))
             parameter.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), name))
 
     def _make_bucket(self, names: list[str], group: BucketGroup, whole: Tensor) -> Bucket:
@@ -189,7 +196,8 @@ class Replicated(Access):
         if copied and self._gathers_updates(group):
             compute = self.collectives.zeros(whole.numel(), self.compute_dtype).copy_(whole)
         master = nn.Parameter(whole, requires_grad=False)
-        grad = self.collectives.zeros(whole.numel(), torch.float32)
+        grad = self.collectives.zeros(whole.numel(), compute.dtype if self.direct else torch.float32)
+        master.grad_dtype = grad.dtype
         return Bucket(names, group, master, grad, compute, compute if copied else None)
 
     # Gradients: accumulated as they arrive, reduced bucket by bucket.
@@ -208,6 +216,8 @@ class Replicated(Access):
         """
         self._last_micro_batch = last
         self._reduced = 0
+        for parameter, place in self._slots:
+            offer_gradient(parameter, place)
         for bucket in self.buckets:
             bucket.full = False
             # `_arrive` collects a bucket when it is full. A bucket with a parameter that the previous micro-batch did
@@ -252,17 +262,19 @@ class Replicated(Access):
         return self._last_micro_batch
 
     def _collect(self, bucket: Bucket) -> None:
-        """Adds the gradients that have arrived to the float32 gradient; the first one of a step overwrites it."""
+        """Adds the gradients that have arrived to the bucket's; the first one of a step overwrites it."""
         if self._travels(bucket):
             return  # `_fill` takes them
         # Ops over lists need one launch per bucket and reach 1.75 times the bandwidth of Tensor.copy_ (bench/NOTES.md).
         first = [name for name in bucket.arrived if name not in bucket.started]
         more = [name for name in bucket.arrived if name in bucket.started]
+        bucket.started.update(first)
+        if self.direct:  # backward has written some of them
+            first = [name for name in first if bucket.arrived[name].data_ptr() != self.gradient(name).data_ptr()]
         if first:
             torch._foreach_copy_([self.gradient(n) for n in first], [bucket.arrived[n] for n in first])
         if more:
             torch._foreach_add_([self.gradient(n) for n in more], [bucket.arrived[n] for n in more])
-        bucket.started.update(first)
         bucket.arrived.clear()
 
     def _complete(self, bucket: Bucket) -> None:
@@ -328,7 +340,7 @@ class Replicated(Access):
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients, a float32 scalar on the device."""
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.gradients()])
+        norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in self.gradients()])
         return self.summed(norms.square().sum()).sqrt() if self.is_sharded else torch.linalg.vector_norm(norms)
 
     # Weights: from the master weights to the model, and between ranks.

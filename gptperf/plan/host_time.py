@@ -34,9 +34,7 @@ def gaps_ms(config: Config) -> float:
 
 def host_ms(config: Config) -> float:
     """Returns the milliseconds that the host takes to launch a micro-batch without CUDA graphs."""
-    system = config.system
-    scope = "model" if system.compile and system.compile_scope == "model" else "block"
-    return _HOST_MS_A_LAYER[scope] * config.model.n_layer
+    return _HOST_MS_A_LAYER["model" if config.system.one_graph else "block"] * config.model.n_layer
 
 
 def graph_problem(config: Config, device_type: str) -> str | None:

@@ -141,6 +141,8 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
         pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * max(
             count.embedding, BUCKET_NUMEL
         )
+        if num_gpus == 1 and strategy == "ddp" and single and config.system.weight_copy_dtype == "bfloat16":
+            gradients = float(size * matrices + FP32_BYTES * vectors)
         if strategy != "zero1":
             return master + copy, gradients, states, pulled
         return master / num_gpus + copy, gradients, states / num_gpus, pulled
@@ -166,7 +168,12 @@ def _triton(config: Config) -> bool:
 def _implementation(config: Config) -> Implementation:
     if _triton(config):
         return "triton"
-    return "compiled" if config.system.compile else "eager"
+    return "compiled" if config.system.compiles else "eager"
+
+
+def _compiles(config: Config, recompute: Recompute) -> bool:
+    """Returns whether the blocks would be compiled with this recomputation."""
+    return replace(config.system, recompute=recompute).compiles
 
 
 def saved_bytes(config: Config, recompute: Recompute) -> float:
@@ -203,7 +210,7 @@ def _layer_elements(config: Config, recompute: Recompute) -> float:
     if recompute == "selective":
         # Kept are the inputs, and the outputs of the matmuls and of attention. The FFN's last output is kept only if
         # the next op is in the same block, or if no compiler sees that nothing needs it.
-        last = 0 if block.passes_residual and config.system.compile else C
+        last = 0 if block.passes_residual and _compiles(config, recompute) else C
         hidden = sum(matmul.out for matmul in ffn.matmuls(C, F)[:-1])
         return inputs + C + HD + last + (HD + 2 * KD) + hidden
     position, implementation = position_of(model), _implementation(config)
@@ -250,7 +257,7 @@ def _loss_bytes(config: Config, recompute: Recompute, tokens: int) -> tuple[floa
         # Bytes per element of the logits, as bench.measure.ops measures them: when compiled, the logits and their
         # gradient; otherwise both of them in float32 too, and capped.
         eager = 2 * size + (3 if model.logit_softcap else 2) * FP32_BYTES
-        return tokens * V * (2 * size if config.system.compile else eager) + dx, kept
+        return tokens * V * (2 * size if config.system.compiles else eager) + dx, kept
     rows = min(tokens, chunk_rows(V, size))
     # Alive are the input and, if blocks are recomputed, the last block's residual, which no block has kept.
     alive = 2 if recompute != "none" and block_of(model).passes_residual else 1
@@ -266,6 +273,6 @@ def _backward_bytes(config: Config, recompute: Recompute) -> float:
     # Gradients of attention's output, of q, k, v and of their projection, less what the FFN and its norm have freed.
     attention = HD + 2 * (HD + 2 * model.kv_width) - ffn.kept(F, "triton") - 2 * C
     again = _layer_elements(config, "none") - _layer_elements(config, recompute)
-    if recompute == "full" and not config.system.compile:
+    if recompute == "full" and not _compiles(config, recompute):
         again += _layer_elements(config, "full")  # a block that is not compiled holds its inputs until its end
     return size * (C + max(ffn.backward_peak(F), attention) + again)

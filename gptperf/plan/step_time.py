@@ -178,7 +178,7 @@ def _mask_share(config: Config) -> float:
 def _implementation(config: Config) -> Implementation:
     if config.system.kernels != "eager":
         return "triton"
-    return "compiled" if config.system.compile else "eager"
+    return "compiled" if config.system.compiles else "eager"
 
 
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
@@ -231,7 +231,7 @@ def _communication_s(
         reduced, summed = FP32_BYTES if added_up else size, FP32_BYTES
     if strategy == "ddp":
         reduce = (reduced + summed) * count * share
-        covered = not config.system.compile or config.system.compile_scope != "model"
+        covered = not config.system.one_graph
         return max(reduce - window, _BESIDE_COMPUTE * reduce) if covered else reduce
     gather = size * count * share
     reduce = reduced * count * share

@@ -17,7 +17,7 @@ from gptperf.hardware.compiler import compiler_problem
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
-from gptperf.ops import GENERATION, Ops, resolve_ops, without_triton
+from gptperf.ops import ALL_TRITON, GENERATION, Ops, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
@@ -118,8 +118,7 @@ def make_weights(
         )
     if system.use_zero1:
         # A model that is compiled as one graph runs as a whole, so it cannot announce its units.
-        announces = not (system.compile and system.compile_scope == "model")
-        return Sharded(*where, single=single, packed=packed, announces=announces)
+        return Sharded(*where, single=single, packed=packed, announces=not system.one_graph)
     return Replicated(*where, single=single, packed=packed)
 
 
@@ -153,7 +152,7 @@ def open_graphs(engine: Engine, micro_batch_ms: float | None, warn: Callable[[st
 
 
 def compile_engine(engine: Engine, *, must: bool = False) -> str:
-    """Compiles model and optimizer, if the configuration asks for it and a compiler is available.
+    """Compiles model and optimizer, if the configuration asks for it or gains from it, and a compiler is available.
 
     Collective: every rank must call it, because either all ranks compile or none does.
 
@@ -162,12 +161,13 @@ def compile_engine(engine: Engine, *, must: bool = False) -> str:
         must: whether the user has asked for it on the command line, so that training without it is no answer.
 
     Returns:
-        "model", "block", or "off" with the reason, for the log.
+        "model", "block", or "off" with the reason, for the log. The update of Muon is compiled in any case.
 
     Raises:
         DeviceError: this machine cannot compile, and `must` is set.
     """
-    if not engine.config.system.compile:
+    system = engine.config.system
+    if system.compile is False:
         return "off"
     problem = compiler_problem(engine.process.device.type)
     found = engine.process.merged({} if problem is None else {"problem": problem})
@@ -176,6 +176,7 @@ def compile_engine(engine: Engine, *, must: bool = False) -> str:
     if found:
         return f"off: {found['problem']}"
     with build.compiler_errors():
-        scope = build.compile_model(engine.model, engine.config.system)
         engine.optimizer.compile()
-    return scope
+        if not system.compiles and "eager" not in engine.ops.chosen.values():
+            return ALL_TRITON
+        return build.compile_model(engine.model, system)

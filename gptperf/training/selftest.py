@@ -193,7 +193,9 @@ def _differentiated(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
     outputs = function(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, [y.detach().clone() for y in outputs])
+    # The gradient of each output is the output. Given as an argument of `grad`, it would make PyTorch import sympy.
+    total = torch.stack([torch.sum(y * y.detach()).float() for y in outputs]).sum()
+    gradients = torch.autograd.grad(total, wanted)
     return [x.detach() for x in (*outputs, *gradients)]
 
 

@@ -100,7 +100,8 @@ def start_run(told: Told, process: Process, console: Console, stack: contextlib.
         engine.model.document_end = inputs.tokenizer_info.eot
     state = _restore(inputs, engine, console)
     engine.weights.share()
-    compiled = compile_engine(engine, must=told.origins.get("compile") == "command line")
+    must = config.system.compile is True and told.origins.get("compile") == "command line"
+    compiled = compile_engine(engine, must=must)
     graphs = open_graphs(engine, _micro_batch_ms(inputs.plan, config, process.world_size), console.warning)
     peak = find_peak(config, process.device)
     facts = data_facts(config, inputs.train_tokens, inputs.val_tokens)

@@ -136,7 +136,9 @@ def _reduce_and_update(engine: Engine, *, watched: bool) -> tuple[Tensor, Tensor
     # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
     engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
     norm = weights.gradient_norm()
-    measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False)) if watched else None
+    measured = None
+    if watched:
+        measured = engine.monitor.measure(weights.pieces(lambda bucket: gradient_of(bucket).float(), to_save=False))
     divisor, found_inf = clip_scale(norm, engine.config.optimizer.grad_clip)
     engine.skipped += found_inf
     _update(engine, divisor, found_inf, watched=watched)

@@ -87,7 +87,8 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [row for row in ran if row[2] == 5] == [
         (name, first, 5) for first in (12, 17) for name in (rivals.OURS, "compile")
     ]
-    assert len([row for row in ran if row[1] == -1]) == 2  # a small model is built once
+    assert len([row for row in ran if row[1] == -1]) == 2  # each is built once while all fit
+    assert found["compile"]["peak_memory_gb"] is None
     assert found["compile"]["ratio"] == 1.5
     assert found["compile"]["tokens_per_sec"] == pytest.approx(256 / 3e-3)
     assert found["liger"] == {"reason": "no such part"}
@@ -101,13 +102,34 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     text = "\n".join(rivals.lines(found))
     assert "1.500" in text
     assert "no such part" in text
-    monkeypatch.setattr(rivals, "_SMALL_BYTES", 0.0)
-    ran.clear()
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("fits", [0, 1])
+def test_contenders_that_do_not_fit_together_are_built_for_each_turn(
+    fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running out of memory beside others costs no figure; running out of memory alone is the contender's reason."""
+    built: list[str] = []
+
+    def contender(name: str) -> Any:
+        def build(turn: rivals.Turn) -> Any:
+            if len(built) >= fits:
+                raise torch.OutOfMemoryError
+            built.append(name)
+            return name
+
+        return build
+
+    monkeypatch.setattr(rivals, "_CONTENDERS", {name: contender(name) for name in (rivals.OURS, "compile")})
+    monkeypatch.setattr(rivals, "cuda_window", lambda name: lambda first, steps: [2.0] * steps)
+    monkeypatch.setattr(rivals, "_free", lambda windows: (windows.clear(), built.clear()))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e9)
-    found = rivals.measure(turn, [rivals.OURS, "compile"], rounds=2, steps=5)
-    assert len([row for row in ran if row[1] == -1]) == 4  # a large one is built for each turn
-    assert found["compile"]["peak_memory_gb"] == 7.0
+    found = rivals.measure(rivals.Turn(rival_config("shakespeare_char", "small")), [rivals.OURS, "compile"], 2, 5)
+    if fits:
+        assert {row["step_ms"] for row in found.values()} == {2.0}
+        assert found["compile"]["peak_memory_gb"] == 7.0
+    else:
+        assert found == {name: {"reason": "out of memory"} for name in (rivals.OURS, "compile")}
 
 
 def test_rivals_train_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def cross_entropy_case(V: int, dtype: torch.dtype, cap: float = 0.0) -> Case:
 def quantize_case(M: int, N: int, dtype: torch.dtype, e5m2: bool, columns: bool, fresh: bool) -> Case:
     def call() -> None:
         x, scale = torch.empty(M, N, dtype=dtype), torch.empty(4)
-        torch.ops.gptperf.quantize(x, scale, e5m2, True, columns, None if fresh else scale)
+        torch.ops.gptperf.quantize(x, scale, e5m2, fresh or not columns, columns, None if fresh else scale)
 
     words = ["quantize", f"{M} x {N}", SHORT[dtype], "e5m2" * e5m2, "columns" * columns, "fresh" * fresh]
     return Case(" ".join(filter(None, words)), call)
@@ -252,7 +252,8 @@ def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -
         compute = None if dtype is None else torch.empty(n, dtype=dtype)
         seeds = None if moments == FULL else torch.empty(-(-n // 64), dtype=torch.int32)
         numbers = (torch.empty(6), 0.9, 0.95, 1e-8, 0.1)
-        torch.ops.gptperf.adamw(master, master, moment, moment, compute, *numbers, seeds)
+        grad = compute if dtype == BRAIN and seeds is None else master
+        torch.ops.gptperf.adamw(master, grad, moment, moment, compute, *numbers, seeds)
 
     return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'} moments {SHORT[moments]}", call)
 

@@ -15,6 +15,8 @@ from gptperf.data.loader import Loader
 from gptperf.data.prepare import prepare
 from gptperf.data.shards import TokenSource
 from gptperf.distributed.process import Process
+from gptperf.ops import ALL_TRITON
+from gptperf.training import engine as engine_module
 from gptperf.training import trainer
 from gptperf.training.engine import Engine, build_engine, compile_engine
 from gptperf.training.step import train_step
@@ -64,8 +66,9 @@ def test_float32_is_the_cpus() -> None:
 def test_compiled_is_eager(scope: str, recompute: str) -> None:
     torch._dynamo.reset()
     again = f"--recompute={recompute}"
-    eager, compiled = _engine("--compile=False"), _engine(f"--compile_scope={scope}", again)
+    eager, compiled = _engine("--compile=False"), _engine("--compile=True", f"--compile_scope={scope}", again)
     assert compile_engine(eager) == "off"
+    assert compile_engine(_engine()) == ALL_TRITON
     assert compile_engine(compiled) == scope
     for a, b in zip(_losses(compiled, 8), _losses(eager, 8), strict=True):
         assert a == pytest.approx(b, rel=2e-3)  # bfloat16 keeps 8 bits; fused kernels round less often
@@ -83,6 +86,30 @@ def test_triton_trains_as_eager_does(preset: str, compiled: bool) -> None:
         compile_engine(engine)
     for a, b in zip(_losses(ours, 8), _losses(eager, 8), strict=True):
         assert a == pytest.approx(b, rel=2e-3)  # bfloat16 keeps 8 bits; fused kernels round less often
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2_openai"])
+def test_gradients_written_to_their_place_have_the_same_bits(
+    preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward of Triton's ops and of the linear layers writes them where a step has one micro-batch."""
+    found = []
+    make_weights = engine_module.make_weights
+    for direct in (True, False):
+        monkeypatch.setattr(
+            engine_module,
+            "make_weights",
+            lambda model, system, process, single, packed, on=direct: make_weights(
+                model, system, process, single and on, packed
+            ),
+        )
+        engine = _engine(f"--arch_preset={preset}", f"--dtype={dtype}", "--gradient_accumulation_steps=1")
+        train_step(engine, _batches(), 0)
+        assert engine.weights.direct is direct
+        found.append({name: engine.weights.gradient(name).float() for name in engine.weights.places})
+    for name, gradient in found[1].items():
+        assert torch.equal(found[0][name], gradient), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

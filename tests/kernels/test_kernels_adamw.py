@@ -60,6 +60,18 @@ def test_the_update_is_the_formula(shape: tuple[int, ...], copy: torch.dtype | N
             assert torch.equal(ours["compute"], ours["master"].to(copy))
 
 
+@pytest.mark.parametrize("function", [adamw, reference.adamw])
+def test_a_gradient_in_bfloat16_is_read_as_it_is(function: Any) -> None:
+    """As its float32 values, bit for bit."""
+    states = [_state((3, 1000), torch.float16) for _ in range(2)]
+    rounded = states[0]["grad"].bfloat16()
+    for state, grad in zip(states, (rounded, rounded.float()), strict=True):
+        _update(function, state | {"grad": grad}, _scalars())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in (*NAMES, "compute"))
+    with pytest.raises(ValueError, match="grad"):
+        _update(function, _state((3, 1000), None) | {"grad": rounded.half()}, _scalars())
+
+
 def test_a_step_that_is_left_out_changes_nothing_but_the_copy() -> None:
     before, state = _state((3, 1000), torch.float16), _state((3, 1000), torch.float16)
     state["grad"][1] = math.nan

@@ -146,9 +146,11 @@ def test_what_fsdp_keeps_can_be_given_back() -> None:
 
 
 def test_fsdp_on_one_gpu_takes_what_one_gpu_takes() -> None:
-    alone = plan.plan(config_of(*LLAMA), plan.find_gpu("H200"))
+    """But for the gradients of a single micro-batch, which one process without FSDP keeps in their own dtype."""
+    twice = "--gradient_accumulation_steps=2"
+    alone = plan.plan(config_of(*LLAMA, twice), plan.find_gpu("H200"))
     for flags in ([], ["--fsdp_gather_once=True"], ["--fsdp_reduce_once=True"]):
-        config = config_of(*LLAMA, "--use_fsdp=True", *flags)
+        config = config_of(*LLAMA, twice, "--use_fsdp=True", *flags)
         assert plan.plan(config, plan.find_gpu("H200"), strategy="fsdp").memory == alone.memory
 
 

@@ -5,13 +5,18 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from run_helpers import run, run_command, run_log
 
+from gptperf.config import command_line
 from gptperf.errors import DeviceError
 from gptperf.hardware.compiler import compiler_problem
+from gptperf.ops import ALL_TRITON
+from gptperf.training import build, engine
 from gptperf.training.build import compiler_errors
 
 BROKEN = {
@@ -52,6 +57,41 @@ def test_a_flag_that_cannot_be_honoured_is_refused(broken: str, corpus: Path, tm
         run(corpus, tmp_path / "run", "--max_iters=1", "--warmup_iters=0", "--compile=True")
     assert broken in str(error.value)
     assert error.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiles"),
+    [
+        ([], False),
+        (["--compile=True"], True),
+        (["--compile=False", "--kernels=eager"], False),
+        (["--kernels=eager"], True),
+        (["--device=cpu"], True),
+        (["--compile_scope=model"], True),
+        (["--recompute=selective"], True),
+        (["--matmul_dtype=fp8"], True),
+    ],
+)
+def test_by_default_what_gains_is_compiled(flags: list[str], compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model unless each op is one Triton kernel, which the self-test may change; the update in any case."""
+    config = command_line.resolve(flags).config
+    assert config.system.compiles is compiles
+    called: list[str] = []
+    monkeypatch.setattr(build, "compile_model", lambda model, system: called.append("model") or system.compile_scope)
+    monkeypatch.setattr(engine, "compiler_problem", lambda device_type: None)
+    process = SimpleNamespace(device=torch.device("cuda"), merged=lambda found: found)
+    optimizer = SimpleNamespace(compile=lambda: called.append("update"))
+    for rope, whole in (("triton", compiles), ("eager", config.system.compile is not False)):
+        ops = SimpleNamespace(chosen={"swiglu": "triton", "rope": rope})
+        given: Any = SimpleNamespace(config=config, process=process, optimizer=optimizer, ops=ops, model=None)
+        called.clear()
+        said = engine.compile_engine(given)
+        if config.system.compile is False:
+            assert (said, called) == ("off", [])
+        elif whole:
+            assert (said, called) == (config.system.compile_scope, ["update", "model"])
+        else:
+            assert (said, called) == (ALL_TRITON, ["update"])
 
 
 def test_a_compiler_without_python_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

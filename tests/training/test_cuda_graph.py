@@ -107,7 +107,7 @@ def test_a_replay_computes_the_same_bits(name: str) -> None:
 @pytest.mark.gpu
 def test_200_compiled_steps_are_the_same_bits() -> None:
     torch._dynamo.reset()
-    _assert_same(*_both(range(200), lambda *_: None, "--arch_preset=llama", "--dropout=0.2")[:2])
+    _assert_same(*_both(range(200), lambda *_: None, "--compile=True", "--arch_preset=llama", "--dropout=0.2")[:2])
 
 
 @pytest.mark.gpu

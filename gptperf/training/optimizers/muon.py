@@ -89,8 +89,10 @@ def orthogonalize(
     for i, (a, b, c) in enumerate(_COEFFICIENTS):
         gram = symmetric_matmul(_wide(x))
         polynomial = symmetric_matmul(gram, add=gram, alpha=c / scale**4, beta=b / scale**2)
-        last = factor if i + 1 == len(_COEFFICIENTS) else 1.0
-        x = _times(x, polynomial, last * a / scale, last / scale)  # a x + (b A + c A^2) x with A = x x^T
+        # (a + b A + c A^2) x with A = x x^T. A product that adds a x itself would copy x first; in float16 it would be
+        # half as far off (0.0013 instead of 0.0027 of the norm for normal 768 x 768).
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = _times(x, polynomial, (factor if i + 1 == len(_COEFFICIENTS) else 1.0) / scale)
         scale = 1.0
     return x
 
@@ -124,7 +126,7 @@ def _joined(
             gram = symmetric_matmul(symmetric_matmul(polynomial, gram), polynomial, alpha=1 / rest**2)
         rest = 1.0
     assert total is not None
-    return _times(x, total, 0.0, factor / scale)
+    return _times(x, total, factor / scale)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -132,10 +134,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.shape[1] <= x.shape[2] else x.mT
 
 
-def _times(x: Tensor, symmetric: Tensor, beta: float, alpha: float) -> Tensor:
-    """Returns beta x + alpha times the product of x with symmetric matrices of its smaller side."""
+def _times(x: Tensor, symmetric: Tensor, alpha: float) -> Tensor:
+    """Returns alpha times the product of x with symmetric matrices of its smaller side."""
     a, b = (symmetric, x) if x.shape[1] <= x.shape[2] else (x, symmetric)
-    return add_product(x, a, b, beta, alpha)
+    return add_product(x, a, b, 0.0, alpha)
 
 
 class _Batch(NamedTuple):
@@ -268,7 +270,7 @@ def _scratch(bucket: Bucket) -> Tensor:
 
 def _momentum(out: Tensor, grad: Tensor, buffer: Tensor, divisor: Tensor, keep: Tensor, momentum: float) -> None:
     """Updates the momentum, and writes the Nesterov momentum to `out`, which may be `grad`."""
-    g = grad / divisor
+    g = grad.float() / divisor
     m = torch.lerp(g, buffer, momentum)
     out.copy_(torch.lerp(g, m, momentum))
     buffer.copy_(torch.where(keep, m, buffer))

@@ -1,0 +1,98 @@
+"""Steps of one micro-batch in one process: backward writes gradients to their buckets, with the bits of a copy."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptperf.config import ModelConfig
+from gptperf.distributed.replicated import Replicated
+from gptperf.model import GPT
+from gptperf.model.linear import Linear
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"normalization": "rmsnorm", "ffn_type": "swiglu", "position_encoding": "rope", "weight_tying": False},
+    "gpt2": {"normalization": "layernorm", "bias": True, "activation": "gelu"},
+}
+
+
+def _gradients(model: nn.Module, weights: Replicated, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    for _ in range(2):  # the second step overwrites the first one's
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(x, x) if isinstance(model, GPT) else model(x).float().square().sum()
+        loss.backward()
+        weights.finish_gradients()
+    return {name: weights.gradient(name) for name in weights.places}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_have_the_bits_of_a_copy(
+    name: str, recompute: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype of the compute copy, and matrices of linear layers without a copy unless blocks are recomputed."""
+    tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    found, copied = [], []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: (copied.append(list(to)), copy(to, source)))
+    for single in (True, False):
+        torch.manual_seed(0)
+        sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+        model = GPT(ModelConfig(**(sizes | MODELS[name])))
+        model.recompute = recompute
+        weights = Replicated(model, dtype, single=single)
+        copied.clear()
+        found.append(_gradients(model, weights, tokens, dtype))
+        if single and dtype != torch.float16:
+            pointers = {to.data_ptr() for call in copied for to in call}
+            linear = {f"{key}.weight" for key, layer in model.named_modules() if type(layer) is Linear} & set(found[0])
+            direct = {key for key, x in found[0].items() if x.data_ptr() not in pointers}
+            assert direct <= linear
+            if recompute == "none":
+                assert {key for key in linear if key.startswith("blocks.") and "qkv" in key} <= direct
+    for key, gradient in found[1].items():
+        assert gradient.dtype == torch.float32
+        matrix = gradient.ndim >= 2 and dtype != torch.float16
+        assert found[0][key].dtype == (dtype if matrix else torch.float32), key
+        assert torch.equal(found[0][key].float(), gradient), key
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_a_layer_with_several_uses_has_the_sum(uses: int) -> None:
+    """Only the first gradient of a weight may be written to its place."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.other = Linear(8, 8, bias=True), Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(uses):
+                x = self.layer(x).tanh()
+            return self.other(x)
+
+    found = []
+    for single in (True, False):
+        torch.manual_seed(0)
+        model = Shared()
+        weights = Replicated(model, torch.float32, single=single)
+        found.append(_gradients(model, weights, torch.randn(5, 8), torch.float32))
+    for key, gradient in found[1].items():
+        torch.testing.assert_close(found[0][key], gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_that_is_not_used_has_no_old_gradient() -> None:
+    model = nn.ModuleDict({"a": Linear(4, 4, bias=False), "b": Linear(4, 4, bias=False)})
+    weights = Replicated(model, torch.float32, single=True)
+    for used, unused in (("a", "b"), ("b", "a")):
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        model[used](torch.ones(1, 4)).sum().backward()
+        weights.finish_gradients()
+        assert (weights.gradient(f"{used}.weight") == 1).all()
+        assert (weights.gradient(f"{unused}.weight") == 0).all()
