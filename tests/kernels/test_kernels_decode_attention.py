@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rule import check, check_close
+from kernel_rule import check
 from torch import Tensor
 
 from gptperf.kernels import decode_attention as module
@@ -98,13 +98,16 @@ def test_kernel_and_reference_compute_the_formula(options: dict[str, Any], dtype
         assert (theirs.double() - wanted).abs().max() < 20 * torch.finfo(dtype).eps
 
 
-def test_many_sequences_compute_what_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then a head has one program, which loads no keys ahead."""
+@pytest.mark.parametrize("programs", [1, 264])
+def test_keys_that_take_several_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs each loads a tile ahead; with many sequences a head has one, which loads none ahead."""
     given = arguments(OPTIONS[1], torch.float32)
-    few = called(decode_attention, given)
-    monkeypatch.setattr(module, "PROGRAMS", 1)
-    for name, mine, wanted in zip(("y", "keys", "values"), called(decode_attention, given), few, strict=True):
-        check_close(f"decode_attention: {name}", mine, wanted, roundings=20)
+    monkeypatch.setattr(module, "TILE", 1)  # the smallest tiles
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    exact = truth(given, OPTIONS[1]["heads"])
+    eager, kernel = called(reference.decode_attention, given), called(decode_attention, given)
+    for name, mine, theirs, wanted in zip(("y", "keys", "values"), kernel, eager, exact, strict=True):
+        check(f"decode_attention: {name}", mine, theirs, wanted)
 
 
 def test_only_the_new_position_of_the_cache_is_written() -> None:
