@@ -12,7 +12,7 @@ import pytest
 
 from bench import results
 from bench.measure import serial
-from bench.measure.models import resolve
+from bench.measure.models import DEFAULT_VARIANT, resolve
 from bench.report import charts, compare, crosscheck
 from bench.report import write as report
 from bench.report.metrics import metrics
@@ -24,7 +24,7 @@ from gptperf.hardware.ceilings import Spread
 from gptperf.hardware.workload import workload
 from gptperf.monitor.waterfall import PARTS
 
-MODEL, VARIANT = "gpt2_124m", "triton+compiled"
+MODEL, VARIANT = "gpt2_124m", DEFAULT_VARIANT
 MONITORED = {"unwatched": 494.0, "watched": 495.976, "watched_step_ms": 19.75}
 HERE = {
     "device": "NVIDIA H200",
@@ -189,7 +189,7 @@ def test_the_roofline_places_ops_and_products() -> None:
 
 def test_markdown_has_the_same_tables_and_no_markup_of_others() -> None:
     text = report.markdown(everything())
-    assert "| gpt2_124m | triton+compiled |" in text
+    assert f"| gpt2_124m | {VARIANT} |" in text
     assert "OutOfMemoryError: &lt;b>no&lt;/b> \\| room" in text
     assert "<script>" not in text
     widths = {
