@@ -14,6 +14,7 @@ from gptperf.cards import FP32_BYTES, element_bytes
 from gptperf.config import Config
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
+from gptperf.plan.memory import direct_gradients
 
 __all__ = ["optimizer_bytes", "serial_ms"]
 
@@ -21,14 +22,15 @@ __all__ = ["optimizer_bytes", "serial_ms"]
 def optimizer_bytes(config: Config) -> int:
     """Returns the bytes that the update after one micro-batch moves.
 
-    They are those of the conversion of gradients to float32, of the gradient norm, and of the optimizer. In float32
-    gradients need no conversion, and the model reads the master weights, so there is no copy.
+    They are those of the gradient norm and of the optimizer, which read the gradients as backward writes them. In
+    float32 the model reads the master weights, so there is no copy.
     """
     size = element_bytes(config.system.weight_copy_dtype)
-    conversion, copy = (0, 0) if size == FP32_BYTES else (size + FP32_BYTES, size)
-    norm = FP32_BYTES
+    gradient = size if direct_gradients(config, 1, "ddp") else FP32_BYTES
+    copy = 0 if size == FP32_BYTES else size
     count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model)
-    return count * (conversion + norm) + optimizer_of(config.optimizer).update_bytes(count, hidden.elements, copy)
+    card = optimizer_of(config.optimizer)
+    return count * gradient + card.update_bytes(count, hidden.elements, copy, gradient)
 
 
 def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Optimizer:
         """
         return self.element_bytes * self.states * parameters
 
-    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
+    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int, gradient_bytes: int = FP32_BYTES) -> int:
         """Returns the bytes that one update moves.
 
         The update reads gradient, weight and states, and writes weight, states and the copy of the weight in the
@@ -38,8 +38,9 @@ class Optimizer:
             parameters: number of all parameters.
             hidden: how many of them belong to the matrices of the blocks.
             copy_bytes: bytes of an element of that copy, or 0 if the model reads the master weights.
+            gradient_bytes: bytes of an element of a gradient.
         """
-        return parameters * (3 * FP32_BYTES + 2 * self.element_bytes * self.states + copy_bytes)
+        return parameters * (gradient_bytes + 2 * FP32_BYTES + 2 * self.element_bytes * self.states + copy_bytes)
 
     def flops(self, rows: int, columns: int, halved: bool) -> int:
         """Returns the FLOPs of the matrix products that update one matrix of a block; none here."""
@@ -56,7 +57,7 @@ class Muon(Optimizer):
     def state_bytes(self, parameters: int, hidden: int = 0, rows: int = 0) -> int:
         return super().state_bytes(parameters - hidden) + FP32_BYTES * (hidden + self.row_states * rows)
 
-    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int) -> int:
+    def update_bytes(self, parameters: int, hidden: int, copy_bytes: int, gradient_bytes: int = FP32_BYTES) -> int:
         """Returns the bytes that are moved outside the matrix products.
 
         Momentum reads gradient and state, and writes the state. The update reads and writes the weight. Between the two
@@ -65,8 +66,8 @@ class Muon(Optimizer):
         """
         scratch = copy_bytes or FP32_BYTES
         passes = 6 + (4 if self.row_states else 0)
-        own = hidden * (5 * FP32_BYTES + passes * scratch + copy_bytes)
-        return super().update_bytes(parameters - hidden, 0, copy_bytes) + own
+        own = hidden * (gradient_bytes + 4 * FP32_BYTES + passes * scratch + copy_bytes)
+        return super().update_bytes(parameters - hidden, 0, copy_bytes, gradient_bytes) + own
 
     def flops(self, rows: int, columns: int, halved: bool) -> int:
         """Returns the FLOPs of the matrix products that update one matrix of a block.

@@ -30,7 +30,7 @@ __all__ = [
     "copy_engines_move",
     "footprint",
 ]
-__all__ += ["saved_bytes", "strategy_of", "unknown_memory", "usable_gb"]
+__all__ += ["direct_gradients", "saved_bytes", "strategy_of", "unknown_memory", "usable_gb"]
 
 Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
@@ -141,7 +141,7 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
         pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * max(
             count.embedding, BUCKET_NUMEL
         )
-        if num_gpus == 1 and strategy == "ddp" and single and config.system.weight_copy_dtype == "bfloat16":
+        if direct_gradients(config, num_gpus, strategy):
             gradients = float(size * matrices + FP32_BYTES * vectors)
         if strategy != "zero1":
             return master + copy, gradients, states, pulled
@@ -154,6 +154,15 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     if not once:
         gradients /= num_gpus
     return (master + copy) / num_gpus, gradients, states / num_gpus, gathered
+
+
+def direct_gradients(config: Config, num_gpus: int, strategy: Strategy) -> bool:
+    """Returns whether the gradients of matrices stay in the compute dtype, as backward returns them.
+
+    They do in a step of one micro-batch on one GPU. Otherwise they are added, or divided by a loss scale, in float32.
+    """
+    single = num_gpus == 1 and strategy == "ddp" and config.train.gradient_accumulation_steps == 1
+    return single and config.system.dtype != "float16"
 
 
 def copy_engines_move(config: Config, num_gpus: int) -> bool:

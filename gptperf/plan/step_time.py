@@ -16,7 +16,7 @@ from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
 from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
-from gptperf.plan.memory import Recompute, Strategy, copy_engines_move
+from gptperf.plan.memory import Recompute, Strategy, copy_engines_move, direct_gradients
 
 __all__ = ["band_of", "optimizer_flops", "parts_ms", "rates_of"]
 
@@ -201,13 +201,17 @@ def optimizer_flops(config: Config, *, halved: bool) -> int:
 
 
 def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
-    """Returns the bytes that an iteration moves to add up gradients in float32, take their norm and update weights."""
+    """Returns the bytes that an iteration moves to add up gradients, take their norm and update weights."""
     size = element_bytes(config.system.weight_copy_dtype)
-    first, more, norm = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
-    count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model)
-    update = optimizer_of(config.optimizer).update_bytes(count, hidden.elements, size if size < FP32_BYTES else 0)
+    first, more, gradient = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
+    count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model).elements
+    added = count * (first + more * (micro_batches - 1))
+    if direct_gradients(config, num_gpus, strategy):
+        # Backward writes the gradients of the blocks where the update reads them. The others are copied.
+        added, gradient = (count - hidden) * 2 * size, size
+    update = optimizer_of(config.optimizer).update_bytes(count, hidden, size if size < FP32_BYTES else 0, gradient)
     shared = 1 if strategy == "ddp" else num_gpus
-    return count * (first + more * (micro_batches - 1)) + (norm * count + update) / shared
+    return added + (gradient * count + update) / shared
 
 
 def _communication_s(

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptperf.config import ModelConfig
+from gptperf.config import ModelConfig, command_line
+from gptperf.distributed.process import start_process
 from gptperf.distributed.replicated import Replicated
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
+from gptperf.plan.memory import direct_gradients, strategy_of
+from gptperf.training.engine import make_weights
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"normalization": "rmsnorm", "ffn_type": "swiglu", "position_encoding": "rope", "weight_tying": False},
@@ -96,3 +99,13 @@ def test_a_weight_that_is_not_used_has_no_old_gradient() -> None:
         weights.finish_gradients()
         assert (weights.gradient(f"{used}.weight") == 1).all()
         assert (weights.gradient(f"{unused}.weight") == 0).all()
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_zero1=True"], ["--use_fsdp=True"]])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_plan_knows_in_which_dtype_gradients_are(dtype: str, micro_batches: int, flags: list[str]) -> None:
+    given = ["configs/tiny.toml", f"--dtype={dtype}", f"--gradient_accumulation_steps={micro_batches}", *flags]
+    config = command_line.resolve(given).config
+    weights = make_weights(GPT(config.model), config.system, start_process("cpu"), micro_batches == 1)
+    assert weights.direct is direct_gradients(config, 1, strategy_of(config))
