@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.measure.cases import HOST_SHAPES, LOSS_OP, OPS
-from bench.measure.models import MODELS, PLANNED, RIVAL_MODELS, SHAPES, STEP_VARIANTS
+from bench.measure.models import MODELS, PLANNED, RIVAL_MODELS, SHAPES, STARTED, STEP_VARIANTS
 from gptperf.errors import ConfigError
 
 __all__ = ["BATCH_SIZES", "GENERATING", "MICRO", "Cell", "all_cells", "select"]
@@ -57,6 +57,7 @@ def all_cells() -> tuple[Cell, ...]:
         quick_s = 45 if quick else None
         cells.append(Cell(f"waterfall/{model}", seconds, alone=True, quick_s=quick_s, needs=(ceilings.name,)))
     cells += [Cell(f"generation/{model}/{rows}", 20, alone=True) for model in GENERATING for rows in BATCH_SIZES]
+    cells += [Cell(f"start/{model}", 200 if model == _LARGE else 60, alone=True) for model in STARTED]
     for model in RIVAL_MODELS:
         cells += [Cell(f"rivals/{model}/{shape}", 240 if model == _LARGE else 120, alone=True) for shape in SHAPES]
     cells.append(Cell(f"monitor/{_LARGE}", 90, alone=True))

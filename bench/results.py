@@ -14,9 +14,10 @@ from gptperf.errors import ConfigError
 from gptperf.files import replace_text
 
 __all__ = ["ROOT", "SCHEMA", "Record", "cell_path", "default_folder", "guarded", "identity", "load_folder", "now"]
-__all__ += ["read", "source_state", "write"]
+__all__ += ["Records", "done", "read", "source_state", "write"]
 
 Record = dict[str, Any]
+Records = Mapping[str, Record]
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 _MEASURED = ("gptperf/**/*.py", "kernels/*.py", "configs/*.toml", "bench/cells.py", "bench/measure/*.py")
@@ -52,6 +53,11 @@ def write(folder: Path, record: Record) -> Path:
     path = cell_path(folder, record["cell"])
     replace_text(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def done(records: Records, kind: str) -> dict[str, Record]:
+    """Returns the records of the cells of one kind that were measured."""
+    return {c: r for c, r in records.items() if c.partition("/")[0] == kind and r["status"] == "done"}
 
 
 def read(path: Path) -> Record:

@@ -7,8 +7,8 @@ from typing import Any
 
 from gptperf.config import Config, command_line
 
-__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "RIVAL_MODELS", "SHAPES", "STEP_VARIANTS", "VARIANTS"]
-__all__ += ["config_of", "planned", "resolve", "rival_config"]
+__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "RIVAL_MODELS", "SHAPES", "STARTED", "STEP_VARIANTS"]
+__all__ += ["VARIANTS", "config_of", "planned", "resolve", "rival_config"]
 
 MODELS = {
     "llama_1.36b": ["configs/llama_1.36b.toml", "--batch_size=16"],
@@ -17,6 +17,8 @@ MODELS = {
 }
 RIVAL_MODELS = ("shakespeare_char", "gpt2_124m", "llama_124m", "llama_1.36b")
 """Models that are timed beside rivals."""
+STARTED = ("tiny", "llama_1.36b")
+"""Models whose start and saves are timed."""
 SHAPES = ("small", "usual", "long")
 _LONG = 8192
 _LLAMA, _GPT2 = MODELS["llama_1.36b"], MODELS["gpt2_124m"]

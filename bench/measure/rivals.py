@@ -7,7 +7,7 @@ stay in memory together while they fit; otherwise, and beside reduce_overhead, e
 are the median over the steps of all rounds, with the 10th and 90th percentile.
 
 Rivals:
-    bfloat16            gptperf in bfloat16, beside its fp8: --flags=--matmul_dtype=fp8
+    gptperf FLAGS       gptperf with other flags, such as "gptperf --cuda_graph=False"
     compile             the plain model of `bench.measure.plain_model` under torch.compile
     reduce_overhead     the same with mode="reduce-overhead", which captures CUDA graphs
     nanogpt             nanoGPT's model.py under torch.compile; needs --nanogpt=FOLDER
@@ -21,7 +21,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,20 +30,23 @@ from torch import Tensor, nn
 
 from bench.measure.models import RIVAL_MODELS, SHAPES, rival_config
 from bench.measure.plain_model import PlainGPT, unsupported
-from bench.measure.step import micro_batch_ms, random_batches
+from bench.measure.step import micro_batch_ms, peak_here, planned_here, random_batches
 from gptperf.config import Config
-from gptperf.config.flags import Flags, parse
+from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.config.keys import Choice, Range
 from gptperf.distributed.process import start_process
-from gptperf.errors import run_main
+from gptperf.errors import nearest, run_main
+from gptperf.flops.float8 import float8_flops
+from gptperf.formats import number
 from gptperf.monitor.step_timing import Spread, cuda_window
+from gptperf.monitor.throughput import Throughput
 from gptperf.training.engine import build_engine, compile_engine, open_graphs
 from gptperf.training.step import train_step
 
 __all__ = ["OURS", "RIVALS", "Turn", "lines", "main", "measure"]
 
 OURS = "gptperf"
-RIVALS = ("bfloat16", "compile", "reduce_overhead", "nanogpt", "liger", "torchao")
+RIVALS = ("compile", "reduce_overhead", "nanogpt", "liger", "torchao")
 _WARM_UP = 12
 
 Step = Callable[[int], object]
@@ -53,9 +56,11 @@ Windows = dict[str, Callable[[int, int], list[float]]]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a contender gets."""
+    """What the contenders train."""
 
     config: Config
+    variants: Mapping[str, Config] = field(default_factory=dict)
+    """Configurations of gptperf with other flags, by the name of the contender."""
     nanogpt: Path | None = None
     """Folder of nanoGPT."""
 
@@ -67,13 +72,6 @@ def _ours(turn: Turn) -> Step:
     open_graphs(engine, micro_batch_ms(turn.config), print)
     batches = random_batches(engine.config, engine.process.device)
     return lambda step: train_step(engine, batches, step, watched=False)
-
-
-def _bfloat16(turn: Turn) -> Step:
-    system = turn.config.system
-    if system.matmul_dtype != "fp8":
-        raise NotImplementedError("it is gptperf itself; wanted --flags=--matmul_dtype=fp8")
-    return _ours(replace(turn, config=replace(turn.config, system=system.without_fp8())))
 
 
 def _trained(turn: Turn, model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor]) -> Step:
@@ -182,7 +180,6 @@ def _liger(turn: Turn) -> Step:
 _CONTENDERS: Mapping[str, Callable[[Turn], Step]] = types.MappingProxyType(
     {
         OURS: _ours,
-        "bfloat16": _bfloat16,
         "compile": _compile,
         "reduce_overhead": _reduce_overhead,
         "nanogpt": _nanogpt,
@@ -197,13 +194,14 @@ def measure(turn: Turn, names: Sequence[str], rounds: int, steps: int) -> dict[s
 
     Args:
         turn: what they train.
-        names: contenders, of `OURS` and `RIVALS`.
+        names: contenders, of `OURS`, `RIVALS` and the variants of the turn.
         rounds: windows of each contender.
         steps: steps in a window.
 
     Returns:
         Contender -> step_ms, p10_ms, p90_ms, tokens_per_sec, ratio (its time divided by gptperf's time) and
         peak_memory_gb (None if the contenders were in memory together); or reason, if it cannot train this model.
+        gptperf and its variants also have mfu_percent, planned_ms and planned_gb, as far as they are known here.
     """
     # Beside the CUDA graphs of mode="reduce-overhead", a replay of ours ends in a segmentation fault (PyTorch 2.11).
     resident = "reduce_overhead" not in names
@@ -234,22 +232,39 @@ def measure(turn: Turn, names: Sequence[str], rounds: int, steps: int) -> dict[s
     for name in names:
         if name not in found:
             spread = Spread.of(times[name])
+            config = turn.variants.get(name, turn.config)
             found[name] = {
                 "step_ms": spread.ms,
                 "p10_ms": spread.p10_ms,
                 "p90_ms": spread.p90_ms,
-                "tokens_per_sec": 1e3 * turn.config.tokens_per_iter / spread.ms,
+                "tokens_per_sec": 1e3 * config.tokens_per_iter / spread.ms,
                 "ratio": None if ours is None else spread.ms / ours,
                 "peak_memory_gb": peaks.get(name),
             }
+            if name == OURS or name in turn.variants:
+                found[name] |= _known(config, spread.ms)
     return {name: found[name] for name in names}
+
+
+def _known(config: Config, step_ms: float) -> dict[str, Any]:
+    """Returns the MFU of a step of gptperf, and its plan, as far as this GPU is known."""
+    if not torch.cuda.is_available():
+        return {}
+    peak, planned = peak_here(config), planned_here(config)
+    throughput = Throughput(config.model, config.tokens_per_iter, 1, peak, float8_flops=float8_flops(config))
+    found = {"mfu_percent": throughput.record(step_ms).get("mfu_percent")}
+    if planned is not None:
+        found |= {"planned_ms": planned.step_ms, "planned_gb": planned.memory.total_gb}
+    return found
 
 
 def _window(turn: Turn, name: str, windows: Windows, begin: int, steps: int) -> list[float] | None:
     """Returns the milliseconds of a window of steps, or None if memory runs out; builds the contender if necessary."""
     try:
         if name not in windows:
-            windows[name] = cuda_window(_CONTENDERS[name](turn))
+            variant = turn.variants.get(name)
+            build = _CONTENDERS[name if variant is None else OURS]
+            windows[name] = cuda_window(build(turn if variant is None else replace(turn, config=variant)))
             windows[name](0, _WARM_UP)
         return windows[name](_WARM_UP + begin, steps)
     except torch.OutOfMemoryError:
@@ -276,8 +291,8 @@ class _RivalFlags(Flags):
     """Models."""
     shapes: tuple[Annotated[str, Choice(SHAPES)], ...] = ("usual",)
     """small: one sequence; usual: the batch of the bench; long: sequences of 8192 tokens, as many tokens as usual."""
-    rivals: tuple[Annotated[str, Choice(RIVALS)], ...] = ("compile", "reduce_overhead")
-    """Rivals beside gptperf."""
+    rivals: tuple[str, ...] = ("compile", "reduce_overhead")
+    """Rivals beside gptperf; "gptperf FLAGS" is gptperf with other flags."""
     flags: str = ""
     """More flags of gptperf's run, separated by spaces."""
     rounds: Annotated[int, Range(1)] = 3
@@ -287,35 +302,52 @@ class _RivalFlags(Flags):
     nanogpt: Path | None = None
     """Folder with nanoGPT's model.py."""
 
+    def problems(self) -> Sequence[str]:
+        """Returns the rivals that are not known."""
+        unknown = [name for name in self.rivals if name not in RIVALS and name.split()[:1] != [OURS]]
+        wanted = f"wanted {', '.join(RIVALS)}, or {OURS!r} with flags"
+        return [f"{COMMAND_LINE}: rivals: found {name!r}, {wanted}{nearest(name, RIVALS)}" for name in unknown]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table for every model."""
     args = parse(_RivalFlags, argv, "bench.measure.rivals", __doc__)
+    turns = {(model, shape): _turn(model, shape, args) for model in args.models for shape in args.shapes}
     if not torch.cuda.is_available():
         print("bench.measure.rivals: no GPU here; a step is timed on a GPU only")
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for model in args.models:
-        for shape in args.shapes:
-            turn = Turn(rival_config(model, shape, args.flags.split()), args.nanogpt)
-            print(f"{model}, {shape}: {turn.config.train.batch_size} x {turn.config.model.block_size}")
-            print("\n".join(lines(measure(turn, (OURS, *args.rivals), args.rounds, args.steps))), flush=True)
-            gc.collect()
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+    for (model, shape), turn in turns.items():
+        print(f"{model}, {shape}: {turn.config.train.batch_size} x {turn.config.model.block_size}")
+        print("\n".join(lines(measure(turn, (OURS, *args.rivals), args.rounds, args.steps))), flush=True)
+        _free({})
     return 0
+
+
+def _turn(model: str, shape: str, args: _RivalFlags) -> Turn:
+    variants = {
+        name: rival_config(model, shape, [*args.flags.split(), *name.split()[1:]])
+        for name in (OURS, *args.rivals)
+        if name not in RIVALS
+    }
+    return Turn(variants.pop(OURS), variants, args.nanogpt)
 
 
 def lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yields a line for each contender."""
-    yield f"  {'':<18}{'ms/step':>10}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'/ gptperf':>11}"
+    width = max(18, *(len(name) + 2 for name in found))
+    columns = f"{'tokens/s':>12}{'/ gptperf':>11}{'MFU %':>8}{'planned':>10}{'peak GB':>9}{'planned':>9}"
+    yield f"  {'':<{width}}{'ms/step':>10}{'p10':>9}{'p90':>9}{columns}"
     for name, row in found.items():
         if "reason" in row:
-            yield f"  {name:<18}{row['reason']}"
+            yield f"  {name:<{width}}{row['reason']}"
             continue
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
         figures = f"{row['step_ms']:>10.3f}{row['p10_ms']:>9.3f}{row['p90_ms']:>9.3f}{row['tokens_per_sec']:>12,.0f}"
-        yield f"  {name:<18}{figures}{ratio:>11}"
+        mfu = number(row.get("mfu_percent"), ".2f")
+        plans = f"{number(row.get('planned_ms'), '.3f'):>10}{number(row['peak_memory_gb'], '.2f'):>9}"
+        plans += f"{number(row.get('planned_gb'), '.2f'):>9}"
+        yield f"  {name:<{width}}{figures}{ratio:>11}{mfu:>8}{plans}"
 
 
 if __name__ == "__main__":

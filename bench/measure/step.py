@@ -36,7 +36,16 @@ from gptperf.monitor.throughput import Throughput
 from gptperf.training.engine import build_engine, compile_engine, open_graphs
 from gptperf.training.step import StepResult, train_step
 
-__all__ = ["conventions", "main", "measure", "measure_config", "micro_batch_ms", "of_serial", "peak_here"]
+__all__ = [
+    "conventions",
+    "main",
+    "measure",
+    "measure_config",
+    "micro_batch_ms",
+    "of_serial",
+    "peak_here",
+    "planned_here",
+]
 __all__ += ["profiled", "random_batches"]
 
 PROFILED = 5
@@ -64,16 +73,21 @@ def peak_here(config: Config) -> Peak | None:
     return peak_flop_s(match_gpu(properties.name, properties.total_memory / 1e9), config.system.peak_dtype)
 
 
-def micro_batch_ms(config: Config) -> float | None:
-    """Returns the planned milliseconds of a micro-batch on this GPU, or None if they are not known."""
+def planned_here(config: Config) -> plan.Plan | None:
+    """Returns the plan of a run on this GPU, or None if it is not known."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     gpu = match_gpu(properties.name, properties.total_memory / 1e9)
     if gpu is None or plan.unplannable(config, gpu) is not None:
         return None
-    planned = plan.plan(config, gpu, recompute=config.system.recompute)
-    return planned.step_ms / config.train.gradient_accumulation_steps
+    return plan.plan(config, gpu, recompute=config.system.recompute)
+
+
+def micro_batch_ms(config: Config) -> float | None:
+    """Returns the planned milliseconds of a micro-batch on this GPU, or None if they are not known."""
+    planned = planned_here(config)
+    return None if planned is None else planned.step_ms / config.train.gradient_accumulation_steps
 
 
 def conventions(config: Config, tokens_per_sec: float, peak: Peak | None) -> dict[str, dict[str, float | None]]:

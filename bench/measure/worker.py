@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.measure import generation, loader, monitoring, op_errors, ops, rivals, step, timing
+from bench.measure import generation, loader, monitoring, op_errors, ops, rivals, start, step, timing
 from bench.measure.cases import HOST_ROWS, LOSS_OP, OPS, OURS
 from bench.measure.models import DEFAULT_VARIANT, planned, resolve, rival_config
 from bench.measure.op_tables import error_table, host_table, table
@@ -109,10 +109,16 @@ def _generation(name: str, _: bool, __: Path) -> Found:
     return {"results": found, "protocol": generation.PROTOCOL}
 
 
+def _start(name: str, _: bool, __: Path) -> Found:
+    found = start.measure(name.split("/")[1])
+    print(start.line(found))
+    return {"results": found, "protocol": start.PROTOCOL}
+
+
 def _rivals(name: str, quick: bool, _: Path) -> Found:
     model, shape = name.split("/")[1:]
     folder = os.environ.get("NANOGPT")
-    turn = rivals.Turn(rival_config(model, shape), Path(folder) if folder else None)
+    turn = rivals.Turn(rival_config(model, shape), nanogpt=Path(folder) if folder else None)
     found = rivals.measure(turn, (rivals.OURS, *rivals.RIVALS), rounds=3, steps=_QUICK_STEPS)
     print("\n".join(rivals.lines(found)))
     failed = [found[rivals.OURS]["reason"]] if "reason" in found[rivals.OURS] else []
@@ -166,6 +172,7 @@ _KINDS: dict[str, Callable[[str, bool, Path], Found]] = {
     "step": _step,
     "waterfall": _waterfall,
     "generation": _generation,
+    "start": _start,
     "rivals": _rivals,
     "monitor": _monitor,
     "plan": _plan,

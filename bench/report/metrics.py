@@ -1,5 +1,6 @@
 """Extracts the figures of a result that can get better or worse. This module does not import torch."""
 
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ def metrics(record: Record) -> dict[str, Metric]:
         "errors": _errors,
         "step": _step,
         "waterfall": _step,
+        "rivals": _rivals,
+        "generation": _generation,
+        "start": _start,
         "monitor": _monitor,
         "ceilings": _ceilings,
         "loader": _loader,
@@ -79,6 +83,28 @@ def _step(found: Mapping[str, Any]) -> Iterator[Metric]:
     joules = found.get("joules_per_token")
     if joules is not None:
         yield Metric("energy", joules, joules, joules, "J/token", ours=False)
+
+
+def _rivals(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for name, row in found["contenders"].items():
+        if "reason" not in row:
+            yield Metric(name, row["step_ms"], row["p10_ms"], row["p90_ms"], "ms", ours=name == "gptperf")
+
+
+def _generation(found: Mapping[str, Any]) -> Iterator[Metric]:
+    times = found["steps_ms"]
+    yield Metric("step", found["step_ms"], min(times), max(times), "ms")
+    first = found["first_token_ms"]
+    yield Metric("first token", first, first, first, "ms")
+
+
+def _start(found: Mapping[str, Any]) -> Iterator[Metric]:
+    for what in ("iteration", "token"):
+        for caches, seconds in found[f"{what}_s"].items():
+            yield Metric(f"first {what}, {caches}", seconds, seconds, seconds, "s")
+    _, *later = found["stalls_ms"]
+    if later:
+        yield Metric("stall of a save", statistics.median(later), min(later), max(later), "ms")
 
 
 def _monitor(found: Mapping[str, Any]) -> Iterator[Metric]:

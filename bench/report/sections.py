@@ -1,11 +1,11 @@
 """Turns results into the sections of a report, for the page and for Markdown."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bench.measure.models import DEFAULT_VARIANT, config_of
-from bench.report import crosscheck
-from bench.results import Record
+from bench.report import crosscheck, outside
+from bench.results import Record, Records, done
 from gptperf import plan
 from gptperf.formats import mfu_scale, number
 from gptperf.monitor.waterfall import PARTS
@@ -14,12 +14,7 @@ from gptperf.report.tables import Table, words
 
 __all__ = ["ops_rows", "sections", "verdict_lines"]
 
-Records = Mapping[str, Record]
 _STRICT = {"convention": "strict"}
-
-
-def _done(records: Records, kind: str) -> dict[str, Record]:
-    return {c: r for c, r in records.items() if c.partition("/")[0] == kind and r["status"] == "done"}
 
 
 def _checks(records: Records) -> list[crosscheck.Check]:
@@ -33,7 +28,7 @@ def verdict_lines(records: Records) -> list[str]:
         lines.append(crosscheck.verdict_line(_checks(records)))
     else:
         lines.append("no GPU: cells that need one were not measured, and there is no MFU")
-    for cell, record in _done(records, "waterfall").items():
+    for cell, record in done(records, "waterfall").items():
         fall = record["results"]["profile"]
         if fall["waterfall"] is not None:
             closes = "closes" if fall["closes"] else "does NOT close"
@@ -50,7 +45,9 @@ def sections(records: Records) -> list[Section]:
     found = [Section("Verdict", verdict_lines(records)), *_failed(records)]
     makers = (
         _steps,
-        _rivals,
+        outside.rivals,
+        outside.generation,
+        outside.start,
         _conventions,
         _waterfalls,
         _monitoring,
@@ -127,7 +124,7 @@ def _waterfalls(records: Records) -> Iterator[Section]:
     lines, tables, charts = [], [], []
     scales: dict[str, None] = {}
     unknown: dict[str, float] = {}
-    for cell, record in _done(records, "waterfall").items():
+    for cell, record in done(records, "waterfall").items():
         profile = record["results"]["profile"]
         points = profile["waterfall"]
         rows = [
@@ -155,26 +152,8 @@ def _waterfalls(records: Records) -> Iterator[Section]:
         yield Section("Waterfall", lines, tables, charts)
 
 
-def _rivals(records: Records) -> Iterator[Section]:
-    rows = []
-    for record in _done(records, "rivals").values():
-        found = record["results"]
-        for name, row in found["contenders"].items():
-            head = (found["model"], found["shape"], name)
-            if "reason" in row:
-                rows.append((*head, row["reason"], "", "", ""))
-                continue
-            span = f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}"
-            figures = (number(row["step_ms"], ",.3f"), span, number(row["tokens_per_sec"], ",.0f"))
-            rows.append((*head, *figures, number(row["ratio"], ".3f")))
-    if rows:
-        columns = ("model", "shape", "contender", "ms/step", "p10 to p90", "tokens/s", "time / gptperf's")
-        lines = ["Contenders take turns in one process; new random tokens in every step. Above 1 gptperf is faster."]
-        yield Section("Beside other stacks", lines, [Table(columns, rows)])
-
-
 def _monitoring(records: Records) -> Iterator[Section]:
-    for cell, record in _done(records, "monitor").items():
+    for cell, record in done(records, "monitor").items():
         found = record["results"]
         rows = [
             (what, number(row["ms"], ",.2f"), f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}")
@@ -233,7 +212,7 @@ def _is_default(cell: str) -> bool:
 
 def _plans(records: Records) -> Iterator[Section]:
     rows = []
-    for cell, record in _done(records, "plan").items():
+    for cell, record in done(records, "plan").items():
         config, gpu, found = config_of(record["config"]), crosscheck.gpu_of(record), record["results"]
         if gpu is None or plan.unplannable(config, gpu) is not None:
             continue
@@ -252,7 +231,7 @@ def _plans(records: Records) -> Iterator[Section]:
 
 def _ceilings(records: Records) -> Iterator[Section]:
     rows = []
-    for cell, record in _done(records, "ceilings").items():
+    for cell, record in done(records, "ceilings").items():
         found = record["results"]
         rates = [found[f"{name}_flop_s"] / 1e12 for name in _RATES]
         row = [number(rate, ",.1f") for rate in rates]
@@ -267,7 +246,7 @@ _RATES = ("gemm", "gemm_square", "attention_forward", "attention_backward")
 
 def ops_rows(records: Records) -> list[dict[str, Any]]:
     """Returns the rows of every op that was timed."""
-    return [row for record in _done(records, "ops").values() for row in record["results"]["rows"]]
+    return [row for record in done(records, "ops").values() for row in record["results"]["rows"]]
 
 
 def _ops(records: Records) -> Iterator[Section]:
@@ -295,13 +274,13 @@ def _ops(records: Records) -> Iterator[Section]:
 
 def _errors(records: Records) -> Iterator[Section]:
     rows = []
-    for record in _done(records, "errors").values():
+    for record in done(records, "errors").values():
         for row in record["results"]["rows"]:
             ratio = row.get("ratio_rms")
             figures = (f"{row['eager_rms']:.2e}", f"{row['triton_rms']:.2e}", "-" if ratio is None else f"{ratio:.2f}")
             rows.append((row["op"], "x".join(map(str, row["shape"])), row["dtype"], row["tensor"], *figures))
     if rows:
-        where = {r["results"]["where"] for r in _done(records, "errors").values()}
+        where = {r["results"]["where"] for r in done(records, "errors").values()}
         columns = ("op", "shape", "dtype", "tensor", "eager", "triton", "triton / eager")
         lines = [f"Root mean square of the error over that of the float64 result, {' and '.join(sorted(where))}."]
         yield Section("Errors against float64", lines, [Table(columns, rows)], folded=True)
@@ -309,7 +288,7 @@ def _errors(records: Records) -> Iterator[Section]:
 
 def _host(records: Records) -> Iterator[Section]:
     rows = []
-    for record in _done(records, "host").values():
+    for record in done(records, "host").values():
         for row in record["results"]["rows"]:
             times = [number(row[key]["us"], ",.1f") if key in row else "-" for key in ("forward", "forward_backward")]
             rows.append((row["op"], str(row["rows"]), row["impl"], *times))
@@ -319,7 +298,7 @@ def _host(records: Records) -> Iterator[Section]:
 
 
 def _loader(records: Records) -> Iterator[Section]:
-    for record in _done(records, "loader").values():
+    for record in done(records, "loader").values():
         rows = [
             (
                 row["dataset"],
@@ -339,7 +318,7 @@ def _loader(records: Records) -> Iterator[Section]:
 def _micro(records: Records) -> Iterator[Section]:
     rows = [
         (row["name"], f"{1e3 * row['ms']:,.2f}", f"{1e3 * row['p10_ms']:,.2f} to {1e3 * row['p90_ms']:,.2f}")
-        for record in _done(records, "micro").values()
+        for record in done(records, "micro").values()
         for row in record["results"]["rows"]
     ]
     if rows:

@@ -11,8 +11,9 @@ import torch
 from bench.measure import rivals
 from bench.measure.models import RIVAL_MODELS, SHAPES, rival_config
 from bench.measure.plain_model import PlainGPT, unsupported
-from bench.report import sections
+from bench.report import outside
 from gptperf.config import command_line
+from gptperf.errors import run_main
 from gptperf.model import GPT
 from gptperf.plan import find_gpu, plan
 
@@ -56,6 +57,36 @@ def test_the_shapes_have_as_many_tokens_as_they_say() -> None:
         assert plan(long, gpu).fits
 
 
+def test_a_rival_is_known_or_gptperf_with_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_main(rivals.main, ["--rivals", "compile", "gptperf --cuda_graph=False", "torchoa", "gptperfs"])
+    message = capsys.readouterr().err
+    assert "found 'torchoa'" in message
+    assert "nearest: torchao" in message
+    assert "found 'gptperfs'" in message
+    assert "cuda_graph" not in message
+
+
+def test_a_variant_is_gptperf_with_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens per second are those of its own configuration."""
+    built: list[int] = []
+
+    def build(turn: rivals.Turn) -> int:
+        built.append(turn.config.train.batch_size)
+        return built[-1]
+
+    monkeypatch.setattr(rivals, "_CONTENDERS", {rivals.OURS: build})
+    monkeypatch.setattr(rivals, "cuda_window", lambda size: lambda first, steps: [size] * steps)
+    variant = "gptperf --batch_size=3"
+    other = rival_config("shakespeare_char", "usual", ["--batch_size=3"])
+    turn = rivals.Turn(rival_config("shakespeare_char", "small"), {variant: other})
+    found = rivals.measure(turn, [rivals.OURS, variant], rounds=1, steps=5)
+    assert built == [1, 3]
+    assert found[variant]["ratio"] == 3
+    assert found[variant]["tokens_per_sec"] == found[rivals.OURS]["tokens_per_sec"] == pytest.approx(256e3)
+    assert variant in "\n".join(rivals.lines(found))
+
+
 def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each runs one window a round; one that cannot train the model is left out with the reason, and said so."""
     ran: list[tuple[str, int, int]] = []
@@ -93,7 +124,7 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert found["compile"]["tokens_per_sec"] == pytest.approx(256 / 3e-3)
     assert found["liger"] == {"reason": "no such part"}
     record: Any = {"status": "done", "results": {"model": "m", "shape": "small", "contenders": found}}
-    (section,) = sections._rivals({"rivals/m/small": record})
+    (section,) = outside.rivals({"rivals/m/small": record})
     assert [(*row[:3], row[-1]) for row in section.tables[0].rows] == [
         ("m", "small", rivals.OURS, "1.000"),
         ("m", "small", "compile", "1.500"),
