@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gptperf.errors import DeviceError
@@ -18,6 +19,7 @@ __all__ = [
     "MEASURED_WITH",
     "OPS",
     "Ops",
+    "keeping_ffn",
     "resolve_ops",
     "unmeasured_versions",
     "without_triton",
@@ -99,6 +101,13 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
             reasons[op] = reason
     _refuse(kernels, reasons)
     return Ops(**functions, chosen=chosen, reasons=reasons)
+
+
+def keeping_ffn(ops: Ops) -> Ops:
+    """Returns the ops with those of the FFN keeping their activation for backward, instead of computing it again."""
+    return replace(
+        ops, activation=partial(ops.activation, recompute=False), swiglu=partial(ops.swiglu, recompute=False)
+    )
 
 
 def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:

@@ -3,7 +3,7 @@
     activation:  y = f(x),         backward  dx = dy f'(x)
     swiglu:      y = silu(g) u,    backward  dg = dy u silu'(g),  du = dy silu(g)
 
-Backward can write y again in the same pass, so that the down projection does not keep y in memory. Backward of swiglu
+Backward can write y again in the same pass, so that the down projection need not keep y in memory. Backward of swiglu
 writes dg and du into the packed gradient. The arithmetic is in float32, and each output is rounded once. Elements moved
 for M rows of F columns: activation forward 2 M F, backward 3 M F, and 4 M F with y; swiglu 3 M F, 5 M F and 6 M F.
 
@@ -203,48 +203,51 @@ _activation = register("activation(Tensor x, str name) -> Tensor", _forward, _fo
 
 
 class _ActivationLinear(torch.autograd.Function):
-    """Computes y and its down projection; backward recomputes y instead of keeping it."""
+    """Computes y and its down projection; backward can recompute y instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, name: str, weight: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
+        y = _activation(x, name)
+        ctx.save_for_backward(x, weight, *(() if recompute else (y,)))
         ctx.name = name
-        return linear(_activation(x, name), weight, bias)
+        return linear(y, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, _, needs_weight, needs_bias = ctx.needs_input_grad
-        dx, y = activation_backward(dgrad(dout, weight), x, ctx.name, needs_weight)
-        dweight = weight_grad(dout, y, weight) if needs_weight else None
-        return dx, None, dweight, bias_grad(dout) if needs_bias else None
+        x, weight, *kept = ctx.saved_tensors
+        _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx, y = activation_backward(dgrad(dout, weight), x, ctx.name, needs_weight and not kept)
+        dweight = weight_grad(dout, kept[0] if kept else y, weight) if needs_weight else None
+        return dx, None, dweight, bias_grad(dout) if needs_bias else None, None
 
 
-def _apply(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _apply(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, recompute: bool) -> Tensor:
     if weight is None:
         return _activation(x, name)
     dtype = operand_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    return _ActivationLinear.apply(x.to(dtype), name, weight.to(dtype), bias)
+    return _ActivationLinear.apply(x.to(dtype), name, weight.to(dtype), bias, recompute)
 
 
-def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def activation(
+    x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None, recompute: bool = True
+) -> Tensor:
     """Applies an activation; see `gptperf.kernels.reference.activation` for arguments, results and errors.
 
-    With a weight, backward recomputes the activation instead of keeping it, which saves M F elements of memory and
-    moves M F more elements.
+    With a weight and `recompute`, backward recomputes the activation instead of keeping it, which saves M F elements
+    of memory and moves M F more elements. The results have the same bits.
     """
     check_activation(x, name, weight, bias)
     check_triton("activation", x)
-    return _apply(x, name, weight, bias)
+    return _apply(x, name, weight, bias, recompute)
 
 
-def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, recompute: bool = True) -> Tensor:
     """Computes silu(gate) * up; see `gptperf.kernels.reference.swiglu` for arguments, results and errors.
 
-    With a weight, backward recomputes the product as in `activation`.
+    With a weight, backward recomputes the product or keeps it, as in `activation`.
     """
     check_swiglu(gate_up, weight, bias)
     check_triton("swiglu", gate_up)
-    return _apply(gate_up, "swiglu", weight, bias)
+    return _apply(gate_up, "swiglu", weight, bias, recompute)

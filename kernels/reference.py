@@ -130,14 +130,11 @@ def rope(
     Source: Su et al., 2021, eq. 34; Hugging Face's LLaMA uses the pairs i and i + D/2.
     """
     check_rope(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight)
-    B, T, width = qkv.shape
-    heads = n_head + 2 * n_kv_head
-    q, k, v = qkv.view(B, T, heads, width // heads).split([n_head, n_kv_head, n_kv_head], dim=2)
+    T, acc = qkv.shape[1], _accumulator(qkv)
+    q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split([n_head, n_kv_head, n_kv_head], dim=2)
     if q_weight is not None and k_weight is not None:
-        acc = _accumulator(qkv)
         q = F.rms_norm(q.to(acc), q_weight.shape, q_weight.to(acc), eps).to(qkv.dtype)
         k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
-    acc = _accumulator(qkv)
     cos, sin = cos[:T, None].to(acc), sin[:T, None].to(acc)  # (T, 1, D/2)
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved), v
 
@@ -150,14 +147,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(rotated, -1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
-def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def activation(
+    x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None, recompute: bool = True
+) -> Tensor:
     """Applies an activation, and, with a weight, the down projection of the result.
 
     Args:
         x: `(..., F)`.
         name: a key of `ACTIVATIONS`.
-        weight: `(C, F)`, the weight of the down projection, or None.
-        bias: `(C,)`, the bias of the down projection, or None.
+        weight, bias: those of the down projection, `(C, F)` and `(C,)`, or None.
+        recompute: whether the Triton op computes the activation again in backward. PyTorch always keeps it.
 
     Returns:
         `(..., F)`, or `(..., C)` with a weight.
@@ -170,13 +169,13 @@ def activation(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor 
     return y if weight is None else linear(y, weight, bias)
 
 
-def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def swiglu(gate_up: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, recompute: bool = True) -> Tensor:
     """Computes silu(gate) * up on the packed projection, and, with a weight, the down projection of that product.
 
     Args:
         gate_up: `(..., 2 F)`: F gate columns, then F up columns.
-        weight: `(C, F)`, the weight of the down projection, or None.
-        bias: `(C,)`, the bias of the down projection, or None.
+        weight, bias: those of the down projection, `(C, F)` and `(C,)`, or None.
+        recompute: as in `activation`.
 
     Returns:
         `(..., F)`, or `(..., C)` with a weight.

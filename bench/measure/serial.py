@@ -47,7 +47,8 @@ def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:
     count = flops.flops_per_token(config.model, "strict")
     scores = count.scores * tokens / count.tokens
     gemm = 3 * (float(count.forward) * tokens / count.tokens - scores)
-    moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype)).total * tokens
+    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn
+    moved = flops.bytes_moved(config.model, size, recompute_ffn=ffn).total * tokens
     seconds = {
         "gemm": gemm / ceilings["gemm_flop_s"],
         "attention": scores / ceilings["attention_forward_flop_s"] + 2 * scores / ceilings["attention_backward_flop_s"],

@@ -18,6 +18,8 @@ class FFN:
     op: str | None = None
     """The op of `gptperf.ops` that runs everything after the first matmul, or None if there is no such op. An FFN that
     applies the configured activation has it only if the card of that activation names the same op."""
+    recomputes: bool = True
+    """Whether backward of the op computes its activation again instead of keeping it."""
 
     def default_width(self, C: int, multiple: int) -> int:
         """Returns the default F, which applies if the configuration has none; `multiple` is `d_ff_multiple`."""
@@ -38,26 +40,26 @@ class FFN:
 
     def moved(self, F: int) -> Moved:
         """Returns the elements that everything between the matmuls moves per token and layer."""
-        again = F if self.op else 0  # backward writes the output again, for the gradient of the down projection
+        again = F if self.op and self.recomputes else 0  # backward writes the output again, for the down projection
         return Moved(2 * F, 3 * F + again)
 
     def kept(self, F: int, implementation: Implementation) -> int:
         """Returns the elements kept for backward per token and layer, besides the FFN's input."""
-        again = implementation == "compiled" or (implementation == "triton" and self.op is not None)
-        return F if again else 2 * F  # Inductor and the op compute the activation again
+        op = implementation == "triton" and self.op is not None and self.recomputes
+        return F if op or implementation == "compiled" else 2 * F  # Inductor and the op compute the activation again
 
     def backward_peak(self, F: int) -> int:
         """Returns the most elements per token that exist at once between the matmuls of backward.
 
         Elements kept from the forward pass are not included. With the op, these are the gradients of the activation's
-        output and input, and the recomputed output. Without it, the gradient of the output exists, and then the
-        gradient of the input, when the output itself is freed.
+        output and input, and the output if it is recomputed. Without it, the gradient of the output exists, and then
+        the gradient of the input, when the output itself is freed.
         """
-        return 3 * F if self.op else F
+        return 2 * F + (F if self.recomputes else 0) if self.op else F
 
 
 class SwiGLU(FFN):
-    """SwiGLU: silu(gate) * up, then down. Gate and up are one matmul, and the Triton op does not keep the product."""
+    """SwiGLU: silu(gate) * up, then down. Gate and up are one matmul."""
 
     def default_width(self, C: int, multiple: int) -> int:
         """Returns 8/3 C rounded up, which gives about as many parameters as the standard FFN has.
@@ -70,15 +72,16 @@ class SwiGLU(FFN):
         return Matmul("ffn_gate_up", 2 * F, C, (F, F)), Matmul("ffn_out", C, F)
 
     def moved(self, F: int) -> Moved:
-        return Moved(3 * F, 6 * F)  # backward writes the product again, for the gradient of the down projection
+        # Backward can write the product again, for the gradient of the down projection.
+        return Moved(3 * F, 5 * F + (F if self.recomputes else 0))
 
     def kept(self, F: int, implementation: Implementation) -> int:
-        product = 0 if implementation == "triton" else F  # the op computes it again
+        product = 0 if implementation == "triton" and self.recomputes else F  # the op can compute it again
         return 2 * F + product
 
     def backward_peak(self, F: int) -> int:
-        """Returns the elements of the gradients of product, gate and up, and of the recomputed product."""
-        return 4 * F
+        """Returns the elements of the gradients of product, gate and up, and of the product if it is recomputed."""
+        return 3 * F + (F if self.recomputes else 0)
 
 
 STANDARD = FFN(op="activation")

@@ -239,6 +239,8 @@ class SystemConfig(_Section):
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward recomputes to save memory. selective: norms and activations; full: the whole block."""
+    recompute_ffn: bool = True
+    """Let Triton's op compute the activation of the FFN again in backward, which saves memory and moves more bytes."""
     deterministic: bool = False
     """Compute the same bits in every run, at some cost in speed."""
     use_zero1: bool = False

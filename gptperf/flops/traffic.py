@@ -1,6 +1,6 @@
 """Counts the bytes that the memory-bound ops of a model move at least."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from gptperf.config import ModelConfig
@@ -60,7 +60,9 @@ class BytesMoved:
         return self.forward + self.backward
 
 
-def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool = False) -> BytesMoved:
+def bytes_moved(
+    model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool = False, recompute_ffn: bool = True
+) -> BytesMoved:
     """Counts the minimum memory traffic of one token in training.
 
     Args:
@@ -68,6 +70,7 @@ def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool
         element_bytes: bytes of an element of an activation or its gradient.
         logits_kept: whether the loss is a softmax over logits that stay in memory until backward, instead of
             `linear_cross_entropy`, which overwrites them with their gradients in forward.
+        recompute_ffn: whether the op of the FFN computes its activation again in backward.
 
     Raises:
         ValueError: a component has no card (see `uncountable_parameters`), or element_bytes < 1.
@@ -79,7 +82,7 @@ def bytes_moved(model: ModelConfig, element_bytes: int = 2, *, logits_kept: bool
         raise ValueError(f"element_bytes: found {element_bytes}, wanted a number >= 1; nearest: 1")
     block = block_of(model)
     position = position_of(model)
-    ffn = ffn_of(model)
+    ffn = replace(ffn_of(model), recomputes=recompute_ffn)
     n, c, v = model.n_layer, model.n_embd, model.padded_vocab_size
 
     def traffic(forward: int, backward: int) -> Traffic:

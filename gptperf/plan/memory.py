@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptperf import flops, registry
-from gptperf.cards import BUCKET_NUMEL, FP32_BYTES, Implementation, element_bytes
+from gptperf.cards import BUCKET_NUMEL, FFN, FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config, ModelConfig
 from gptperf.flops.float8 import WRITES_FLOAT8, float8_layers
 from gptperf.flops.matmuls import biases, hidden_matrices
@@ -107,6 +107,8 @@ def footprint(
     reason = unknown_memory(config.model)
     if reason is not None:
         raise ValueError(f"the memory cannot be predicted from the configuration: {reason}")
+    if recompute != "none":  # a block that is recomputed keeps no activation of its FFN
+        config = replace(config, system=replace(config.system, recompute_ffn=True))
     weights, gradients, optimizer, gathered = _states(config, num_gpus, strategy)
     tokens = config.train.batch_size * config.model.block_size
     saved = tokens * saved_bytes(config, recompute)
@@ -211,7 +213,7 @@ def _last_bytes(config: Config) -> int:
 def _layer_elements(config: Config, recompute: Recompute) -> float:
     """Returns the elements per token that a block keeps for its backward."""
     model = config.model
-    block, ffn = block_of(model), ffn_of(model)
+    block, ffn = block_of(model), _ffn(config)
     C, F, HD, KD = model.n_embd, model.ffn_width, model.query_width, model.kv_width
     inputs = block.inputs * C
     if recompute == "full":
@@ -247,6 +249,11 @@ def _float8_saves(config: Config, implementation: Implementation) -> float:
     return saves / model.n_layer
 
 
+def _ffn(config: Config) -> FFN:
+    """Returns the card of the FFN as its op runs."""
+    return replace(ffn_of(config.model), recomputes=config.system.recompute_ffn)
+
+
 def _mask_elements(config: Config) -> float:
     """Returns the elements per token and layer of masks of T x T elements: one a sequence, or one for all sequences."""
     model, T = config.model, config.model.block_size
@@ -278,7 +285,7 @@ def _backward_bytes(config: Config, recompute: Recompute) -> float:
     """Returns the bytes per token of the gradients and of recomputed tensors in the backward of one block."""
     model, size = config.model, element_bytes(config.system.compute_dtype)
     C, F, HD = model.n_embd, model.ffn_width, model.query_width
-    ffn = ffn_of(model)
+    ffn = _ffn(config)
     # Gradients of attention's output, of q, k, v and of their projection, less what the FFN and its norm have freed.
     attention = HD + 2 * (HD + 2 * model.kv_width) - ffn.kept(F, "triton") - 2 * C
     again = _layer_elements(config, "none") - _layer_elements(config, recompute)

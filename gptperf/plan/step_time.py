@@ -184,7 +184,8 @@ def _implementation(config: Config) -> Implementation:
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
     """Returns the bytes that the memory-bound ops move per token, forward and backward."""
     kept = _implementation(config) != "triton"
-    moved = flops.bytes_moved(config.model, element_bytes(config.system.compute_dtype), logits_kept=kept)
+    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn or recompute != "none"
+    moved = flops.bytes_moved(config.model, size, logits_kept=kept, recompute_ffn=ffn)
     again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
     return float(moved.total + again)
 

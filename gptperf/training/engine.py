@@ -17,7 +17,7 @@ from gptperf.hardware.compiler import compiler_problem
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
-from gptperf.ops import ALL_TRITON, GENERATION, Ops, resolve_ops, without_triton
+from gptperf.ops import ALL_TRITON, GENERATION, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
@@ -70,6 +70,8 @@ def build_engine(config: Config, process: Process) -> Engine:
     muon = config.optimizer.optimizer == "muon"
     unused = GENERATION if muon else (*GENERATION, "symmetric_matmul")
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
+    if not config.system.recompute_ffn:
+        ops = keeping_ffn(ops)
     broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments))
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)

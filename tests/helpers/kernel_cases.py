@@ -43,9 +43,11 @@ VARIANTS = {
     **{f"activation_{name}": "activation" for name in reference.ACTIVATIONS},
     "activation_gelu_linear": "activation",
     "activation_gelu_linear_bias": "activation",
+    "activation_gelu_linear_kept": "activation",
     "swiglu": "swiglu",
     "swiglu_linear": "swiglu",
     "swiglu_linear_bias": "swiglu",
+    "swiglu_linear_kept": "swiglu",
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_cross_entropy_capped": "linear_cross_entropy",
 }
@@ -55,10 +57,10 @@ EVERY_LINE += ["activation_gelu", "swiglu_linear_bias", "linear_cross_entropy", 
 """Variants that together run every line of every kernel."""
 EVERY_OPTION = ["rms_norm", "rms_norm_add", "layer_norm", "layer_norm_add_nobias", "rope_interleaved", "rope_qk_norm"]
 EVERY_OPTION += ["swiglu", "swiglu_linear_bias", "activation_gelu", "activation_gelu_linear_bias"]
-EVERY_OPTION += ["linear_cross_entropy", "linear_cross_entropy_capped"]
+EVERY_OPTION += ["swiglu_linear_kept", "linear_cross_entropy", "linear_cross_entropy_capped"]
 """Variants that together call every public function with and without its options."""
 ONE_EACH = ["rms_norm_add", "layer_norm_add", "rope_qk_norm", "swiglu", "swiglu_linear_bias"]
-ONE_EACH += ["activation_gelu_linear_bias", "linear_cross_entropy"]
+ONE_EACH += ["activation_gelu_linear_bias", "activation_gelu_linear_kept", "linear_cross_entropy"]
 """One variant of every autograd function."""
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
@@ -169,7 +171,8 @@ def build(
         if variant.endswith("_bias"):
             tensors["bias"] = make(24).to(dtype)
         name = variant.removeprefix("activation_").partition("_linear")[0]
-        return Case(variant, tensors, {"name": name} if op == "activation" else {})
+        others = {"name": name} if op == "activation" else {}
+        return Case(variant, tensors, others | ({"recompute": False} if variant.endswith("_kept") else {}))
     x = make(*shape).mul(scale).to(dtype)
     if op == "linear_cross_entropy":
         targets = torch.randint(classes, shape[:-1], generator=torch.Generator().manual_seed(seed)).to(device)

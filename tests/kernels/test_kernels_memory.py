@@ -58,6 +58,21 @@ def test_the_same_twice(variant: str) -> None:
         assert first.same_bits(Result(first.outputs, dict(zip(leaves, gradients, strict=True))))
 
 
+@pytest.mark.parametrize("variant", ["swiglu_linear", "activation_gelu_linear_bias"])
+def test_an_activation_that_is_kept_has_the_bits_of_one_that_is_recomputed(variant: str) -> None:
+    """Backward keeps as many elements more as the activation has."""
+    case = case_of(variant, (7, 65))
+    incoming = gradients_for(case)
+    results, kept = [], []
+    for recompute in (True, False):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: (to.append(x.numel()), x)[1], lambda x: x):
+            results.append(run(kernel(case.op), case.having(recompute=recompute), incoming))
+        kept.append(sum(sizes))
+    assert results[0].same_bits(results[1])
+    assert kept[1] - kept[0] == 7 * 65
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize(

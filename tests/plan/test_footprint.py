@@ -93,30 +93,35 @@ def peak_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
 def built(combination: tuple[Any, ...], *flags: str) -> tuple[Config, GPT, Tensor, Tensor]:
     """Returns a float32 model with Triton's ops, and a batch."""
     config = config_of(*flags, "--dtype=float32", *(f"--{k}={v}" for k, v in zip(KEYS, combination, strict=True)))
-    model = GPT(config.model, resolve_ops("triton", "cuda"))
+    chosen = resolve_ops("triton", "cuda")
+    model = GPT(config.model, chosen if config.system.recompute_ffn else ops.keeping_ffn(chosen))
     V, shape = config.model.vocab_size, (config.train.batch_size, config.model.block_size)
     return config, model, torch.randint(V, shape), torch.randint(V, shape)
 
 
-def check_kept(combination: tuple[Any, ...], recompute: Any) -> str | None:
+def check_kept(combination: tuple[Any, ...], recompute: Any, *flags: str) -> str | None:
     """Returns what is wrong, or None."""
-    config, model, tokens, targets = built(combination, "--n_layer=2")
+    config, model, tokens, targets = built(combination, "--n_layer=2", *flags)
     model.recompute = recompute
     found = kept_bytes(model, tokens, targets)
     wanted = tokens.numel() * memory.saved_bytes(config, recompute)
-    return None if found == wanted else f"{combination}, {recompute}: kept {found}, planned {wanted}"
+    return None if found == wanted else f"{combination}, {recompute} {flags}: kept {found}, planned {wanted}"
 
 
-def check_peak(combination: tuple[Any, ...], recompute: Any) -> str | None:
+def check_peak(combination: tuple[Any, ...], recompute: Any, *flags: str) -> str | None:
     """Returns what is wrong by more than two activations of n_embd, or None."""
     sizes = ["--n_layer=3", "--batch_size=64", "--block_size=32", "--n_embd=64", "--vocab_size=8"]
-    config, model, tokens, targets = built(combination, *sizes)
+    config, model, tokens, targets = built(combination, *sizes, *flags)
     model.recompute = recompute
     parts = memory.footprint(config, recompute=recompute)
     planned = parts.activations_gb + parts.logits_gb + parts.buffers_gb - memory._WORKSPACE_GB
     unit = tokens.numel() * config.model.n_embd * 4
     found, wanted = peak_bytes(model, tokens, targets) / unit, 1e9 * planned / unit
-    return None if abs(found - wanted) < 2 else f"{combination}, {recompute}: peak {found:.2f}, planned {wanted:.2f}"
+    return (
+        None
+        if abs(found - wanted) < 2
+        else f"{combination}, {recompute} {flags}: peak {found:.2f}, planned {wanted:.2f}"
+    )
 
 
 def check_float8(preset: str, *flags: str) -> str | None:
@@ -286,6 +291,10 @@ def main() -> int:
     # One mode for each combination, in turns: every mode meets every preset, position encoding and kind of attention.
     modes = cycle(("none", "selective", "full"))
     found += [check_peak(combination, mode) for combination, mode in zip(COMBINATIONS, modes, strict=False)]
+    kept = "--recompute_ffn=False"
+    found += [
+        check(combination, "none", kept) for combination in COMBINATIONS[::5] for check in (check_kept, check_peak)
+    ]
     for preset, level in product(("llama", "gpt2"), ("forward", "full")):
         for skip in ("", "0", "attention", "blocks.0.ffn.out"):
             found.append(check_float8(preset, f"--fp8_level={level}", f"--fp8_skip={skip}"))

@@ -106,20 +106,37 @@ def test_the_configuration_for_24_gb_fits_one_card_of_24_gb(gpu: str) -> None:
     assert planned.memory.total_gb > 0.5 * planned.limit_gb
 
 
-def test_remedies_fit_and_their_flags_make_them() -> None:
-    config, gpu = config_of("configs/llama_1.36b.toml"), plan.find_gpu("A100 SXM 40")
+@pytest.mark.parametrize("own", ["--recompute_ffn=True", "--recompute_ffn=False"])
+def test_remedies_fit_and_their_flags_make_them(own: str) -> None:
+    config, gpu = config_of("configs/llama_1.36b.toml", own), plan.find_gpu("A100 SXM 40")
     given = plan.plan(config, gpu)
     assert not given.fits
     found = plan.remedies(config, gpu, given)
     assert found
+    assert any("--recompute=" in x.flags for x in found)
     assert [x.plan.step_ms for x in found] == sorted(x.plan.step_ms for x in found)
     for remedy in found:
-        changed = config_of("configs/llama_1.36b.toml", *remedy.flags.split())
+        changed = config_of("configs/llama_1.36b.toml", own, *remedy.flags.split())
         assert changed.tokens_per_iter == config.tokens_per_iter
         again = plan.plan(changed, gpu, recompute=changed.system.recompute)
         assert again.fits
         assert again.step_ms == remedy.plan.step_ms
         assert remedy.flags in plan.refusal(config, gpu, given)
+
+
+def test_an_activation_that_is_kept_takes_memory_and_saves_time() -> None:
+    config, gpu = config_of(*LLAMA), plan.find_gpu("H200")
+    kept = config_of(*LLAMA, "--recompute_ffn=False")
+    moved = 16 * 2048 * config.model.ffn_width * config.model.n_layer * 2  # bytes that backward does not write
+    less, more = plan.plan(config, gpu), plan.plan(kept, gpu)
+    assert 1e9 * (more.memory.activations_gb - less.memory.activations_gb) == pytest.approx(moved)
+    assert 0 < less.step_ms - more.step_ms < 1.2e3 * moved / gpu.hbm_byte_s
+    for recompute in ("selective", "full"):
+        one, other = (plan.plan(c, gpu, recompute=recompute) for c in (config, kept))  # type: ignore[arg-type]
+        assert (one.step_ms, one.memory) == (other.step_ms, other.memory)
+    for flag in ("--recompute=full", "--matmul_dtype=fp8"):
+        with pytest.raises(ConfigError, match="recompute_ffn = false applies with"):
+            config_of(*LLAMA, "--recompute_ffn=False", flag)
 
 
 def test_what_fsdp_keeps_can_be_given_back() -> None:

@@ -12,7 +12,7 @@ from triton.errors import TritonError
 from gptperf.config import command_line
 from gptperf.errors import DeviceError
 from gptperf.kernels import decode_linear, draw, reference
-from gptperf.ops import OPS, Ops, resolve_ops, without_triton
+from gptperf.ops import OPS, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.registry import KINDS
 from gptperf.training import selftest
 
@@ -65,6 +65,17 @@ def test_every_op_is_run_for_some_model() -> None:
 
 def test_eager_ops_are_not_run() -> None:
     assert _broken(resolve_ops("eager", "cpu")) == {}
+
+
+def test_ops_that_keep_the_activation_are_run_so() -> None:
+    ran: list[bool] = []
+
+    def swiglu(*tensors: Tensor, recompute: bool = True) -> Tensor:
+        ran.append(recompute)
+        return reference.swiglu(*tensors)
+
+    assert _broken(keeping_ffn(_ops(swiglu=swiglu))) == {}
+    assert ran == [False]
 
 
 def test_a_wrong_result_is_found() -> None:
