@@ -6,7 +6,7 @@ from gptperf.config import Config
 from gptperf.flops.matmuls import Linear, linears
 from gptperf.flops.model_cards import ffn_of
 
-__all__ = ["WRITES_FLOAT8", "float8_bytes", "float8_flops", "float8_layers", "skips"]
+__all__ = ["WRITES_FLOAT8", "float8_activation_bytes", "float8_bytes", "float8_flops", "float8_layers", "skips"]
 
 WRITES_FLOAT8 = ("swiglu",)
 """Ops of an FFN that write the input of the down projection in 8 bits; another op runs without that projection."""
@@ -49,6 +49,14 @@ def float8_flops(config: Config, again: int = 0) -> int:
     """Returns the FLOPs per trained token that run in 8 bits; `again` is how often backward runs the forward pass."""
     forward = sum(2 * linear.matmul.weight * blocks for linear, blocks in float8_layers(config))
     return forward * (_MATMULS[config.system.fp8_level] + again)
+
+
+def float8_activation_bytes(config: Config, moved: float) -> float:
+    """Returns how many bytes of those that the activations move are moved by an op that also quantises."""
+    if ffn_of(config.model).op not in WRITES_FLOAT8:
+        return 0.0
+    fused = sum(blocks for linear, blocks in float8_layers(config) if linear.matmul.name == "ffn_out")
+    return moved * fused / config.model.n_layer
 
 
 def float8_bytes(config: Config) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from gptperf import flops
 from gptperf.cards import FP32_BYTES, Implementation, causal_pairs, element_bytes
 from gptperf.config import Config
-from gptperf.flops.float8 import float8_bytes, float8_flops
+from gptperf.flops import BytesMoved
+from gptperf.flops.float8 import float8_activation_bytes, float8_bytes, float8_flops, float8_layers
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
@@ -47,9 +48,9 @@ documents in a layer without one. An H200 with PyTorch 2.11 reaches 0.44 with wi
 0.66 if one document fills the sequence; shorter documents take less time, which the plan leaves out, because it does
 not see the data: documents of 512 tokens on average take as long as no mask. Not measured: narrower windows, which are
 slower, the masks of T x T elements that replace FlexAttention with dropout, and other GPUs."""
-_FLOAT8 = 0.64
-"""Share of the fp8 peak that fp8 matmuls reach: single ones 1185 to 1356 of 1979 TFLOP/s on an H200. Not measured in a
-step, nor on other GPUs."""
+_FLOAT8, _QUANTISE = 0.68, 0.60
+"""Share of the fp8 peak that fp8 matmuls reach, and share of the rate of a copy that kernels reach which quantise.
+Both are fitted to the profile of one step of llama_1.36b on an H200, so neither is known for other models and GPUs."""
 _NARROW = 0.68
 """Share of `Rates.attention` that attention reaches at head_dim 64 and less."""
 _MEASURED = 0.10
@@ -132,9 +133,11 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         gemm -= float8_flops(config, again) * tokens * (1 / (rates.gemm * peak) - 1 / (_FLOAT8 * float8_peak))
     attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
     copy = rates.copy * gpu.hbm_byte_s
-    quantised, weights = float8_bytes(config)
-    moved = (_memory_bound_bytes(config, recompute) + quantised) * tokens + weights * micro_batches
+    per_token, weights = float8_bytes(config)
+    written = float8_activation_bytes(config, sum(_bytes_moved(config, recompute).activation))
+    moved = (_memory_bound_bytes(config, recompute) - written) * tokens
     memory_bound = moved / (copy * _OPS_OF_COPY[_implementation(config)])
+    memory_bound += ((per_token + written) * tokens + weights * micro_batches) / (copy * _QUANTISE)
     optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
     # Under every strategy each GPU orthogonalizes its share of the matrices.
     products = optimizer_flops(config, halved=_implementation(config) == "triton")
@@ -183,11 +186,15 @@ def _implementation(config: Config) -> Implementation:
 
 def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
     """Returns the bytes that the memory-bound ops move per token, forward and backward."""
-    kept = _implementation(config) != "triton"
-    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn or recompute != "none"
-    moved = flops.bytes_moved(config.model, size, logits_kept=kept, recompute_ffn=ffn)
+    moved = _bytes_moved(config, recompute)
     again = 0 if recompute == "none" else moved.forward - moved.loss.forward - moved.embedding.forward
     return float(moved.total + again)
+
+
+def _bytes_moved(config: Config, recompute: Recompute) -> BytesMoved:
+    kept = _implementation(config) != "triton"
+    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn or recompute != "none"
+    return flops.bytes_moved(config.model, size, logits_kept=kept, recompute_ffn=ffn)
 
 
 def optimizer_flops(config: Config, *, halved: bool) -> int:
@@ -208,8 +215,9 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
     count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model).elements
     added = count * (first + more * (micro_batches - 1))
     if direct_gradients(config, num_gpus, strategy):
-        # Backward writes the gradients of the blocks where the update reads them. The others are copied.
-        added, gradient = (count - hidden) * 2 * size, size
+        # Backward of a linear layer in 16 or 32 bits writes its gradient where the update reads it. Others are copied.
+        fp8 = sum(linear.matmul.weight * blocks for linear, blocks in float8_layers(config))
+        added, gradient = (count - hidden + fp8) * 2 * size, size
     update = optimizer_of(config.optimizer).update_bytes(count, hidden, size if size < FP32_BYTES else 0, gradient)
     shared = 1 if strategy == "ddp" else num_gpus
     return added + (gradient * count + update) / shared

@@ -44,10 +44,7 @@ VARIANTS = {
     "activation_gelu_linear": "activation",
     "activation_gelu_linear_bias": "activation",
     "activation_gelu_linear_kept": "activation",
-    "swiglu": "swiglu",
-    "swiglu_linear": "swiglu",
-    "swiglu_linear_bias": "swiglu",
-    "swiglu_linear_kept": "swiglu",
+    **dict.fromkeys(("swiglu", "swiglu_linear", "swiglu_linear_bias", "swiglu_linear_kept"), "swiglu"),
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_cross_entropy_capped": "linear_cross_entropy",
 }
@@ -171,8 +168,8 @@ def build(
         if variant.endswith("_bias"):
             tensors["bias"] = make(24).to(dtype)
         name = variant.removeprefix("activation_").partition("_linear")[0]
-        others = {"name": name} if op == "activation" else {}
-        return Case(variant, tensors, others | ({"recompute": False} if variant.endswith("_kept") else {}))
+        kept: dict[str, Any] = {"recompute": False} if variant.endswith("_kept") else {}
+        return Case(variant, tensors, kept | ({"name": name} if op == "activation" else {}))
     x = make(*shape).mul(scale).to(dtype)
     if op == "linear_cross_entropy":
         targets = torch.randint(classes, shape[:-1], generator=torch.Generator().manual_seed(seed)).to(device)
