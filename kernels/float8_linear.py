@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from gptperf.kernels import float8_reference
 from gptperf.kernels.float8 import E5M2, INVERSE, PROGRAMS, STATISTICS
-from gptperf.kernels.linear import bias_grad, dgrad, operand_dtype, scaled_mm, wgrad
+from gptperf.kernels.linear import bias_grad, dgrad, operand_dtype, scaled_mm, take_offer, weight_grad
 
 __all__ = ["GRADIENTS", "LEVELS", "OPERANDS", "Float8State", "float8_linear", "float8_swiglu"]
 
@@ -116,6 +116,11 @@ def _dgrad(triton: bool, dy: Tensor, inverse: Tensor, weight: Tensor, w_factors:
     return scaled_mm(dy, wt, inverse, w_factors[INVERSE], weight.dtype, FAST_BACKWARD)
 
 
+def _wgrad(dy: Tensor, x: Tensor, dy_inverse: Tensor, x_inverse: Tensor, weight: Tensor) -> Tensor:
+    """Returns dW = dy^T x for dy and x in 8 bits and transposed, in the memory that was offered for it, if any."""
+    return scaled_mm(dy, x, dy_inverse, x_inverse, weight.dtype, FAST_BACKWARD, out=take_offer(weight))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,15 +141,15 @@ class _Linear(torch.autograd.Function):
         dbias = bias_grad(dy) if ctx.needs_input_grad[2] else None
         if level == "forward":
             probe = torch.stack([x_stats, w_stats, torch.zeros_like(x_stats)])
-            return dgrad(dy, weight), wgrad(dy, x), dbias, probe, *[None] * 6
+            return dgrad(dy, weight), weight_grad(dy, x, weight), dbias, probe, *[None] * 6
         q, qt, factors, stats = _quantize(triton, dy, dy_scale, e5m2=_IS_E5M2, columns=level == "full")
         dx = _dgrad(triton, q, factors[INVERSE], weight, w_factors)
         if level == "full":
             if ctx.keeps_input:
                 x = _quantize(triton, x, x_factors, rows=False, columns=True, after=factors)[1]
-            dweight = scaled_mm(qt, x, factors[INVERSE], x_factors[INVERSE], weight.dtype, FAST_BACKWARD)
+            dweight = _wgrad(qt, x, factors[INVERSE], x_factors[INVERSE], weight)
         else:
-            dweight = wgrad(dy, x)
+            dweight = weight_grad(dy, x, weight)
         return dx, dweight, dbias, torch.stack([x_stats, w_stats, stats]), *[None] * 6
 
 
@@ -210,10 +215,10 @@ class _SwiGLU(torch.autograd.Function):
                 dq, dqt, y, dup_factors, dup_stats, dgate_up = _in_parts(triton, *known, full)
             dx = _dgrad(triton, dq, dup_factors[INVERSE], up, up_factors)
         if full:
-            ddown = scaled_mm(qt, y, factors[INVERSE], y_factors[INVERSE], down.dtype, FAST_BACKWARD)
-            dup = scaled_mm(dqt, x, dup_factors[INVERSE], x_factors[INVERSE], up.dtype, FAST_BACKWARD)
+            ddown = _wgrad(qt, y, factors[INVERSE], y_factors[INVERSE], down)
+            dup = _wgrad(dqt, x, dup_factors[INVERSE], x_factors[INVERSE], up)
         else:
-            dup, ddown = wgrad(dgate_up, x), wgrad(dout, y)
+            dup, ddown = weight_grad(dgate_up, x, up), weight_grad(dout, y, down)
         if needs[2]:
             dup_bias = bias_grad(dgate_up)
         probes = torch.stack([x_stats, up_stats, dup_stats]), torch.stack([y_stats, down_stats, stats])

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["add_product", "bias_grad", "dgrad", "linear", "offer_gradient", "operand_dtype", "scaled_mm", "weight_grad"]
-__all__ += ["wgrad"]
+__all__ = ["add_product", "bias_grad", "dgrad", "linear", "offer_gradient", "operand_dtype", "scaled_mm", "take_offer"]
+__all__ += ["weight_grad", "wgrad"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -72,6 +72,7 @@ def offer_gradient(weight: Tensor, place: Tensor) -> None:
     """Offers memory for the gradient of a weight to the next backward.
 
     Its first `weight_grad` writes there and returns that memory; a second one, of a weight with two uses, does not.
+    Whoever calls `take_offer` has to write there.
 
     Args:
         weight: a parameter.
@@ -82,12 +83,18 @@ def offer_gradient(weight: Tensor, place: Tensor) -> None:
 
 def weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Computes `wgrad` into the memory that was offered for the gradient of the weight, if any is left."""
-    place = getattr(weight, _OFFER, None)
-    if place is None or not place.dtype == dy.dtype == x.dtype:
-        return wgrad(dy, x)
+    place = take_offer(weight) if weight.dtype == dy.dtype == x.dtype else None
+    return wgrad(dy, x) if place is None else wgrad(_rows(dy), _rows(x), out=place)
+
+
+def take_offer(weight: Tensor) -> Tensor | None:
+    """Returns the memory that was offered for the gradient of the weight, once, or None."""
+    place = None if torch.compiler.is_compiling() else getattr(weight, _OFFER, None)
+    if place is None or place.dtype != weight.dtype:
+        return None
     setattr(weight, _OFFER, None)
     # A view, because autograd keeps a gradient without a copy only if nothing else holds the tensor.
-    return wgrad(_rows(dy), _rows(x), out=place.view(place.shape))
+    return place.view(place.shape)
 
 
 def dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -131,6 +138,7 @@ def scaled_mm(
     dtype: torch.dtype,
     fast: bool,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Computes a b^T of 8-bit floats, divided by their scales, (+ bias); on a CPU in float32.
 
@@ -141,6 +149,7 @@ def scaled_mm(
         dtype: dtype of the result, to which it is rounded once.
         fast: let Hopper's tensor cores keep partial sums in fewer bits than float32.
         bias: `(N,)` in `dtype`, or None.
+        out: `(M, N)` in `dtype`, to which the result is written, or None.
 
     Returns:
         `(M, N)`.
@@ -148,9 +157,12 @@ def scaled_mm(
     if a.is_cuda:
         # Inductor cannot add dimensions to a scalar that is a view of another tensor.
         inverses = a_inverse.view(1, 1), b_inverse.view(1, 1)
-        return torch._scaled_mm(a, b.t(), *inverses, bias, out_dtype=dtype, use_fast_accum=fast)
+        if out is None:
+            return torch._scaled_mm(a, b.t(), *inverses, bias, out_dtype=dtype, use_fast_accum=fast)
+        return torch._scaled_mm(a, b.t(), *inverses, bias, out_dtype=dtype, use_fast_accum=fast, out=out)
     y = torch.mm(a.float(), b.float().t()) * (a_inverse * b_inverse)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    y = (y if bias is None else y + bias.float()).to(dtype)
+    return y if out is None else out.copy_(y)
 
 
 def bias_grad(dy: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from gptperf import flops
 from gptperf.cards import FP32_BYTES, Implementation, causal_pairs, element_bytes
 from gptperf.config import Config
 from gptperf.flops import BytesMoved
-from gptperf.flops.float8 import float8_activation_bytes, float8_bytes, float8_flops, float8_layers
+from gptperf.flops.float8 import float8_activation_bytes, float8_bytes, float8_flops
 from gptperf.flops.matmuls import hidden_matrices
 from gptperf.flops.model_cards import optimizer_of
 from gptperf.hardware import Gpu
@@ -215,9 +215,8 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
     count, hidden = flops.parameters(config.model).total, hidden_matrices(config.model).elements
     added = count * (first + more * (micro_batches - 1))
     if direct_gradients(config, num_gpus, strategy):
-        # Backward of a linear layer in 16 or 32 bits writes its gradient where the update reads it. Others are copied.
-        fp8 = sum(linear.matmul.weight * blocks for linear, blocks in float8_layers(config))
-        added, gradient = (count - hidden + fp8) * 2 * size, size
+        # Backward of a linear layer writes its gradient where the update reads it, unless it is compiled.
+        added, gradient = (count - (0 if config.system.compiles else hidden)) * 2 * size, size
     update = optimizer_of(config.optimizer).update_bytes(count, hidden, size if size < FP32_BYTES else 0, gradient)
     shared = 1 if strategy == "ddp" else num_gpus
     return added + (gradient * count + update) / shared

@@ -99,6 +99,8 @@ def test_the_optimizer_moves_every_byte_that_it_reads_or_writes() -> None:
         moved = 2 * size * copied + size + size + 6 * 4 + copy
         assert parts_of(f"--dtype={dtype}")["optimizer"] == pytest.approx(moved * base)
     assert parts_of("--dtype=float16")["optimizer"] == pytest.approx(one * base)  # the loss scale needs float32
+    compiled = 2 * 2 + 2 + 2 + 6 * 4 + 2  # every gradient is copied
+    assert parts_of("--compile=True")["optimizer"] == pytest.approx(compiled * base)
 
 
 NCCL = "--communication=process_group"

@@ -13,6 +13,7 @@ from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.plan.memory import direct_gradients, strategy_of
 from gptperf.training.engine import make_weights
+from gptperf.training.float8 import Float8Layers
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"normalization": "rmsnorm", "ffn_type": "swiglu", "position_encoding": "rope", "weight_tying": False},
@@ -61,6 +62,34 @@ def test_gradients_have_the_bits_of_a_copy(
         assert gradient.dtype == torch.float32
         matrix = gradient.ndim >= 2 and dtype != torch.float16
         assert found[0][key].dtype == (dtype if matrix else torch.float32), key
+        assert torch.equal(found[0][key].float(), gradient), key
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("level", ["forward", "forward+dgrad", "full"])
+@pytest.mark.parametrize("preset", ["llama", "gpt2", "gpt2_openai"])
+def test_gradients_of_fp8_have_the_bits_of_a_copy(preset: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the layers in 8 bits are written to their buckets too."""
+    sizes = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=16", "--vocab_size=50"]
+    system = ["--dtype=bfloat16", "--matmul_dtype=fp8", f"--fp8_level={level}"]
+    config = command_line.resolve([*sizes, *system, f"--arch_preset={preset}"]).config
+    tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    found, copied = [], []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: (copied.append(list(to)), copy(to, source)))
+    for single in (True, False):
+        torch.manual_seed(0)
+        model = GPT(config.model)
+        weights = Replicated(model, torch.bfloat16, single=single)
+        Float8Layers(model, config, triton=False)
+        copied.clear()
+        found.append(_gradients(model, weights, tokens, torch.bfloat16))
+        if single:
+            pointers = {to.data_ptr() for call in copied for to in call}
+            direct = {key for key, x in found[0].items() if x.data_ptr() not in pointers}
+            blocks = {key for key, x in found[0].items() if key.startswith("blocks.") and x.ndim == 2}
+            assert blocks <= direct <= blocks | {"lm_head.weight"}
+    for key, gradient in found[1].items():
         assert torch.equal(found[0][key].float(), gradient), key
         assert gradient.abs().max() > 0
 
