@@ -45,6 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(weight, _OFFER):
         return F.linear(x, weight, bias)
     dtype = operand_dtype(x)
+    if weight.dtype != dtype:  # in an autocast of a plugin, whose casts PyTorch differentiates
+        return F.linear(x, weight, bias)
     return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 

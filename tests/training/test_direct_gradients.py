@@ -118,6 +118,19 @@ def test_a_layer_with_several_uses_has_the_sum(uses: int) -> None:
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_an_autocast_of_its_own_has_the_bits_of_a_copy(dtype: torch.dtype) -> None:
+    """A plugin may compute a layer in another dtype than that of the weight."""
+    found = []
+    for single in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Linear(8, 8, bias=True), Linear(8, 8, bias=False))
+        weights, x = Replicated(model, dtype, single=single), torch.randn(5, 8)
+        found.append(_gradients(model, weights, x, torch.float16))
+    for key, gradient in found[1].items():
+        assert torch.equal(found[0][key].float(), gradient), key
+
+
 def test_a_weight_that_is_not_used_has_no_old_gradient() -> None:
     model = nn.ModuleDict({"a": Linear(4, 4, bias=False), "b": Linear(4, 4, bias=False)})
     weights = Replicated(model, torch.float32, single=True)
