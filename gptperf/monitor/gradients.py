@@ -5,7 +5,8 @@ reduction over the ranks gives the figures of the whole model.
 
 No op here waits for the device (except in the first step, which builds the masks), and all ops are deterministic. No op
 converts a whole parameter: PyTorch's sum of booleans first makes an int64 copy of them, and its float64 sum of float32
-values makes a float64 copy. Therefore rows are summed in float32, and 0-norms replace sums of booleans.
+values makes a float64 copy. Therefore rows are summed in float32, and 0-norms replace sums of booleans. Gradients in
+bfloat16 are read as they are: a float32 copy of all of them would need twice their memory.
 """
 
 import itertools
@@ -87,7 +88,7 @@ class GradientMonitor:
         """Returns figures of the gradients that the optimizer reads next.
 
         Args:
-            pieces: pieces of the float32 gradients that this rank has.
+            pieces: pieces of the gradients that this rank has, float32 or bfloat16.
 
         Returns:
             A float64 vector for `record`, on the device. The caller waits for the device when it reads it.
@@ -98,14 +99,13 @@ class GradientMonitor:
         counts = torch.zeros(3, dtype=torch.float64, device=self.device)
         extremes = torch.full((2,), -math.inf, device=self.device)
         if parts:
-            totals = torch.cat([part.sum(1) for part in parts])
-            filled = torch.cat([torch.linalg.vector_norm(part, 0, 1) for part in parts])
-            # x - x is 0, or NaN if x is not finite; the 0-norm counts the elements that are not 0.
-            non_finite = torch.cat([torch.linalg.vector_norm(part - part, 0, 1) for part in parts])
+            totals = torch.cat([part.sum(1, dtype=_wide(part)) for part in parts])
+            filled = torch.cat([_filled(part) for part in parts])
+            non_finite = torch.cat([_filled(part - part) for part in parts])  # x - x is 0, or NaN if x is not finite
             counts = torch.stack([totals, filled, non_finite]).double().sum(1)
             lows, highs = zip(*(part.aminmax() for part in parts), strict=True)
             extremes = torch.stack([-torch.stack(lows).amin(), torch.stack(highs).amax()])
-        squares = self._squares([name for name, _ in named], torch._foreach_norm(every) if every else [])
+        squares = self._squares([name for name, _ in named], _norms(every))
         sums = torch.cat([squares, counts, self._distribution(every)])
         return torch.cat([self.summed(sums), self.largest(extremes).double()])
 
@@ -131,7 +131,7 @@ class GradientMonitor:
         samples = [values[:: _EVERY if values.numel() >= _LARGE else 1] for values in pieces]
         number = sum(values.numel() for values in samples)
         counts = [torch.full((), number, dtype=torch.float64, device=self.device)]
-        # The last row is padded with NaN, which is below no bound.
+        # The last row is padded with NaN, which is below no bound. Beside it, `cat` widens bfloat16 to float32.
         samples.append(torch.full((-number % _ROW,), math.nan, device=self.device))
         magnitudes = torch.cat(samples).abs_().view(-1, _ROW)
         flags = torch.empty_like(magnitudes)  # 0 or 1
@@ -201,6 +201,26 @@ class GradientMonitor:
         """Returns the edges, and the shares of finite nonzero magnitudes below, between and above them."""
         shares = [(high - low) / sampled for low, high in itertools.pairwise(below)]
         return {"log2_edges": list(_EDGES), "shares": shares}
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """Returns the dtype of sums: at least float32."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _filled(matrix: Tensor) -> Tensor:
+    """Returns the number of elements of each row that are not 0: its 0-norm."""
+    return torch.linalg.vector_norm(matrix, 0, 1, dtype=_wide(matrix))
+
+
+def _norms(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the 2-norm of each piece, in few launches, because the pieces of an op have one dtype."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {values.dtype for values in pieces}:
+        places = [i for i, values in enumerate(pieces) if values.dtype == dtype]
+        same = [pieces[i] for i in places]
+        norms |= zip(places, torch._foreach_norm(same, 2, _wide(same[0])), strict=True)
+    return [norms[i] for i in range(len(pieces))]
 
 
 def _matrices(pieces: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -138,7 +138,7 @@ def _reduce_and_update(engine: Engine, *, watched: bool) -> tuple[Tensor, Tensor
     norm = weights.gradient_norm()
     measured = None
     if watched:
-        measured = engine.monitor.measure(weights.pieces(lambda bucket: gradient_of(bucket).float(), to_save=False))
+        measured = engine.monitor.measure(weights.pieces(gradient_of, to_save=False))
     divisor, found_inf = clip_scale(norm, engine.config.optimizer.grad_clip)
     engine.skipped += found_inf
     _update(engine, divisor, found_inf, watched=watched)

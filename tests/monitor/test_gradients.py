@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from run_helpers import masters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gptperf.config import command_line
 from gptperf.distributed.buckets import Piece
@@ -151,6 +154,40 @@ def test_a_large_parameter_is_sampled_for_the_histogram_alone() -> None:
         assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted / (gradient.numel() / 16)) + 1e-9)
 
 
+class _Widened(TorchDispatchMode):
+    """Keeps the sizes of the float32 tensors that ops return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.sizes += [x.numel() for x in tree_leaves(result) if torch.is_tensor(x) and x.dtype == torch.float32]
+        return result
+
+
+def test_gradients_in_bfloat16_need_no_copy_in_float32() -> None:
+    generator, numel = torch.Generator().manual_seed(0), (1 << 21) + 5
+    gradients = {
+        "wte.weight": torch.randn(numel, generator=generator).bfloat16(),
+        "norm.weight": torch.randn(7, generator=generator),
+        "lm_head.weight": torch.randn(5000, generator=generator).bfloat16(),
+    }
+    gradients["wte.weight"][[3, 7]] = torch.tensor([math.inf, 0.0]).bfloat16()
+    monitor = GradientMonitor(gradients, numel + 5007, torch.device("cpu"))
+    found = []
+    for widened in (False, True):
+        values = {name: x.float() if widened else x for name, x in gradients.items()}
+        with _Widened() as seen:
+            figures = monitor.measure([Piece(name, x.shape, 0, x) for name, x in values.items()])
+        found.append(figures.tolist())
+        assert max(seen.sizes) < numel / 8 or widened
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    record = monitor.record(math.inf, found[0], None)
+    assert record["non_finite"] == 1
+
+
 EDGE_VALUES = [sign * 2.0**edge for edge in range(-40, 9, 2) for sign in (1, -1)]
 BESIDE = [float(np.nextafter(np.float32(x), np.float32(y))) for x in EDGE_VALUES for y in (0, 2 * x)]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, -(2.0**-149), 2.0**-126, 3e38]
@@ -198,14 +235,16 @@ def test_pieces_of_any_size() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_watching_never_waits_for_the_gpu(deterministic: bool) -> None:
+def test_watching_never_waits_for_the_gpu(deterministic: bool, dtype: torch.dtype) -> None:
     device = torch.device("cuda")
     sizes = {"wte.weight": (1 << 21) + 5, "blocks.0.ffn.up.weight": 1 << 20, "blocks.0.norm1.weight": 1000}
     gradients, old, new = (
         [(name, torch.Size([size]), 0, torch.randn(size, device=device)) for name, size in sizes.items()]
         for _ in range(3)
     )
+    gradients = [(*known, values.to(dtype)) for *known, values in gradients]
     monitor = GradientMonitor(sizes, sum(sizes.values()), device)
 
     def watch() -> torch.Tensor:
