@@ -110,13 +110,16 @@ class Float8Layers:
         """Forgets the statistics of an iteration that was dropped."""
         self._seen.zero_()
 
+    def start_micro_batch(self) -> None:
+        """Forgets the statistics of a micro-batch whose backward did not end, as a CUDA graph could not record it."""
+        for state in self._states:
+            state.probe.grad = None
+
     @torch.no_grad()
     def collect(self) -> None:
         """Takes the statistics of the micro-batch whose backward has ended."""
-        probes = [state.probe for state in self._states]
-        parts = torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in probes])
-        for probe in probes:
-            probe.grad = None
+        grads = [(state.probe, state.probe.grad) for state in self._states]
+        parts = torch.stack([torch.zeros_like(probe) if grad is None else grad for probe, grad in grads])
         torch.maximum(self._seen[..., 0], parts[:, :, 0].amax(-1), out=self._seen[..., 0])
         self._seen[..., 1:] += parts[:, :, 1:].sum(-1)
 

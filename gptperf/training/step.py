@@ -110,6 +110,8 @@ def _is_local(engine: Engine, *, first: bool, last: bool) -> bool:
 
 def _micro_batch(engine: Engine, batch: Tensor) -> Tensor:
     """Runs forward and backward of a micro-batch `(2, B, T)`, and returns its loss, a float32 scalar."""
+    if engine.float8 is not None:
+        engine.float8.start_micro_batch()
     with engine.autocast():
         loss = engine.model(batch[0], batch[1])
     # The loss is divided by the micro-batches of the whole job, because gradients are summed over micro-batches and
@@ -133,6 +135,10 @@ def _reduce_and_update(engine: Engine, *, watched: bool) -> tuple[Tensor, Tensor
     weights = engine.weights
     with engine.process.progress.collective("all_reduce of the gradients"):
         weights.finish_gradients()
+    if engine.scaler.is_enabled():
+        # The scaler refuses a second `unscale_` before its `update`, and the recording of a CUDA graph may have stopped
+        # between them.
+        engine.scaler._per_optimizer_states.clear()
     # Gradients are divided by the loss scale first, so that norm, monitor and optimizer see their true values.
     engine.scaler.unscale_(engine.optimizer)  # type: ignore[arg-type]
     norm = weights.gradient_norm()
