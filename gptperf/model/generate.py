@@ -16,6 +16,7 @@ import torch
 from gptperf.config import ModelConfig
 from gptperf.errors import note
 from gptperf.model.attention import SDPA, Attention, FlashAttention, KVCache, ManualAttention
+from gptperf.model.capture import capturing
 from gptperf.model.gpt import GPT
 from gptperf.model.position import LearnedAbsolute, NoPosition, RoPE
 
@@ -132,8 +133,7 @@ class _Decoder:
     def _record(self, model: GPT) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # The error mode lets the threads that load and save go on.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with capturing(graph, self.stream, torch.cuda.graph_pool_handle()):
                 self._step(model)
         except torch.OutOfMemoryError:
             raise

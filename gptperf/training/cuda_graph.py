@@ -23,6 +23,7 @@ from torch import Tensor
 from gptperf.config import Config
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import DeviceError
+from gptperf.model.capture import capturing
 from gptperf.plan.host_time import graph_problem
 
 __all__ = ["CudaGraphs", "check_graphs"]
@@ -135,16 +136,15 @@ class CudaGraphs:
     def _record(self, key: Hashable, function: Callable[[], Any]) -> str | None:
         """Records a function without running its kernels. Returns why it cannot be recorded, or None."""
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            # The error mode lets the threads that load and save go on.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with capturing(graph, self._stream, self._pool):
                 results = function()
         except torch.OutOfMemoryError:
             return "the GPU has no memory for CUDA graphs"
         except RuntimeError as error:
             return f"a CUDA graph cannot record this model: {str(error).splitlines()[0]}"
-        if self._pool is None:
-            self._pool = graph.pool()
         if any(bucket.arrived for bucket in self.weights.buckets):
             return "the model has parameters without a gradient, which CUDA graphs do not support"
         self._recorded[key] = graph, results, self.weights.bookkeeping()

@@ -3,7 +3,9 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from gptperf.config import command_line
 from gptperf.data.prepare import prepare
 from gptperf.distributed.process import Process
 from gptperf.errors import ConfigError, DeviceError
-from gptperf.training import trainer
+from gptperf.training import cuda_graph, trainer
+from gptperf.training.cuda_graph import CudaGraphs
 from gptperf.training.engine import Engine, build_engine, compile_engine, open_graphs
 from gptperf.training.saved_state import TrainState, restore, snapshot
 from gptperf.training.step import train_step
@@ -49,7 +52,8 @@ def _engine(*flags: str, graphs: bool, device: str = "cuda") -> Engine:
 def _batches(count: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     for _ in range(count):
-        yield torch.randint(0, 257, (2, 4, 128), generator=generator).pin_memory()
+        batch = torch.randint(0, 257, (2, 4, 128), generator=generator)
+        yield batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def _known(engine: Engine) -> Any:
@@ -151,6 +155,39 @@ def test_a_save_and_a_resume_between_replays(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_a_replay_uses_no_memory_that_others_may_get() -> None:
+    """torch.compile's own CUDA graphs free the workspaces of cuBLAS, as `between` does here."""
+
+    def between(engine: Engine, step: int) -> None:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+    _assert_same(*_both(range(12), between, "--compile=False", *CASES["llama"])[:2])
+
+
+@pytest.mark.gpu
+def test_a_model_that_cannot_be_recorded_trains_on_with_the_same_bits() -> None:
+    """CUDA ends a capture in which the model waits for the GPU."""
+    found, problems = [], list[str]()
+    for graphs in (False, True):
+        engine = _engine("--compile=False", *CASES["dropout"], graphs=False)
+        if graphs:
+            engine.graphs = CudaGraphs(engine.weights, must=False, warn=problems.append)
+        loss = engine.model.loss
+
+        def waits(*given: Any, loss: Callable[..., torch.Tensor] = loss, **keys: Any) -> torch.Tensor:
+            result = loss(*given, **keys)
+            result.item()
+            return result
+
+        engine.model.loss = waits
+        found.append(_train(engine, range(6)))
+        torch.cuda.empty_cache()
+    assert ["cannot record this model" in problem for problem in problems] == [True]
+    _assert_same(*found)
+
+
+@pytest.mark.gpu
 def test_a_pause_frees_the_graphs() -> None:
     def pause(engine: Engine, step: int) -> None:
         if engine.graphs is not None:
@@ -185,6 +222,66 @@ def test_a_whole_run_is_the_same(tmp_path: Path) -> None:
     assert len([row for row in losses[0] if row[1] is not None]) >= 37
     assert len([row for row in losses[0] if row[2] is not None]) >= 4
     assert losses[0] == losses[1]
+
+
+class HalfRecordings(CudaGraphs):
+    """Stands in for CUDA graphs on a CPU: the recording of one function stops in its middle, without memory.
+
+    Args:
+        engine: has the functions.
+        monkeypatch: sets what stands in.
+        recorded: first word of the key of the function.
+        owner, name: the method at whose call the recording stops.
+    """
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, recorded: str, owner: Any, name: str):
+        self.recorded_word, self.recording, self.problems = recorded, False, list[str]()
+        stream = SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cpu"))
+        for known in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, known, lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(cuda_graph, "capturing", self._capturing)
+        divide, stopped = engine.scaler._unscale_grads_, getattr(owner, name)
+        found = {torch.device("cpu"): torch.zeros(())}  # a recording divides nothing
+        monkeypatch.setattr(engine.scaler, "_unscale_grads_", lambda *x: found if self.recording else divide(*x))
+        monkeypatch.setattr(owner, name, lambda *x: self._stop() if self.recording else stopped(*x))
+        super().__init__(engine.weights, must=False, warn=self.problems.append)
+
+    def run(self, key: Any, function: Callable[[], Any]) -> Any:
+        return super().run(key, function) if key[0] == self.recorded_word else function()
+
+    @contextmanager
+    def _capturing(self, *_: object) -> Iterator[None]:
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
+
+    def _stop(self) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("recorded", ["update", "micro-batch"])
+@pytest.mark.parametrize("flags", [["--dtype=float16"], ["--dtype=bfloat16"], ["--matmul_dtype=fp8"]], ids=" ".join)
+def test_a_recording_that_stops_halfway_changes_no_bit(
+    flags: list[str], recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*CASES["llama"], "--n_embd=32", "--device=cpu", "--compile=False", "--kernels=eager", *flags]
+    found = []
+    for graphs in (False, True):
+        engine = _engine(*flags, "--gradient_accumulation_steps=1", graphs=False, device="cpu")
+        if graphs:
+            stops: tuple[Any, str] = engine.weights, "_collect"  # when the first gradients arrive
+            if recorded == "update":  # when the gradients have been divided by the loss scale
+                stops = engine.weights, "gradient_norm"
+            elif engine.float8 is not None:  # when backward has left its statistics
+                stops = engine.float8, "collect"
+            engine.graphs = half = HalfRecordings(engine, monkeypatch, recorded, *stops)
+        found.append(_train(engine, range(6)))
+    assert ["no memory for CUDA graphs" in problem for problem in half.problems] == [True]
+    _assert_same(*found)
 
 
 @pytest.mark.parametrize(
