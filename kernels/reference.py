@@ -324,7 +324,7 @@ def draw(
     comes first, and of equally likely ones that with the lowest id; else tokens come in the order of their ids.
 
     Args:
-        logits: `(B, V)`.
+        logits: `(B, V)`; NaN counts as infinity.
         uniform: `(B,)` float32, from 0 to below 1.
         vocab_size: number of ids that may be drawn, 1..V.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -339,19 +339,19 @@ def draw(
 
     Source: Fan et al., 2018 (top_k); Holtzman et al., 2020 (top_p).
     """
-    check_draw(logits, uniform, vocab_size, top_k, top_p)
-    x = logits[:, :vocab_size].float()
+    check_draw(logits, uniform, vocab_size, temperature, top_k, top_p)
+    x = logits[:, :vocab_size].float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if temperature == 0:
         return x.argmax(-1)
     ids = None
     if 0 < top_k < vocab_size or top_p < 1:
-        bits = x.view(torch.int32).long()
+        bits = (x + 0.0).view(torch.int32).long()  # -0 becomes 0
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
         keys = (order << 32) + (0x7FFFFFFF - torch.arange(vocab_size, device=x.device))
         ids = 0x7FFFFFFF - (keys.topk(min(top_k or vocab_size, vocab_size)).values & 0xFFFFFFFF)
         x = x.gather(-1, ids)
-    # In float64, and with the maximum at 0, no temperature overflows.
-    weights = ((x - x.amax(-1, keepdim=True)).double() / temperature).exp()
+    # In float64, and with the maximum at 0 even if it is infinite, no temperature overflows.
+    weights = ((x - x.amax(-1, keepdim=True)).nan_to_num(neginf=-torch.inf).double() / temperature).exp()
     sums = weights.cumsum(-1)
     if top_p < 1:
         weights = weights * (sums - weights < top_p * sums[:, -1:])
