@@ -246,7 +246,7 @@ def decode_attention(
     Args:
         qkv: `(B, 1, (H + 2 K) D)`, the packed projection of the new tokens.
         positions: `(B,)` int64, the position of each new token, 0..S-1.
-        keys, values: `(B, S, K, D)` in qkv's dtype, contiguous: the cache, written at `positions`.
+        keys, values: `(B, S, K, D)` in qkv's dtype, contiguous: the cache, written at `positions`. All of it is finite.
         cos, sin: `(T, D / 2)` float32, the tables of rope for the positions 0..T-1, or None without rope.
         q_weight, k_weight, eps, interleaved: as for `rope`; QK-norm also works without rope.
         window: a token attends to itself and to the window - 1 tokens before it; 0: to all before it.
@@ -271,7 +271,7 @@ def decode_attention(
             k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
     batch = torch.arange(B, device=qkv.device)
     keys[batch, positions], values[batch, positions] = k, v
-    if qkv.device.type == "cpu":  # elsewhere the host would wait for the device
+    if B and qkv.device.type == "cpu":  # elsewhere the host would wait for the device
         S = int(positions.max()) + 1
     place, position = torch.arange(S, device=qkv.device), positions[:, None]
     seen = place <= position if window == 0 else (place <= position) & (place > position - window)

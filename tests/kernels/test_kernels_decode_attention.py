@@ -119,6 +119,13 @@ def test_only_the_new_position_of_the_cache_is_written() -> None:
             assert changed.nonzero().tolist() == [[i, p] for i, p in enumerate(given["positions"].tolist())]
 
 
+def test_no_sequences() -> None:
+    given = arguments(OPTIONS[0], torch.float32)
+    none = {name: given[name][:0] for name in ("qkv", "positions", "keys", "values")}
+    for function in (reference.decode_attention, decode_attention):
+        assert function(**(given | none)).shape == (0, 1, 4 * 8)
+
+
 def test_what_follows_the_position_does_not_count() -> None:
     """The cache after it holds padding, or the tokens of a longer text before."""
     given = arguments(OPTIONS[1], torch.float32)
