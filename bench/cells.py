@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.measure.cases import HOST_SHAPES, LOSS_OP, OPS
-from bench.measure.models import MODELS, PLANNED, RIVAL_MODELS, SHAPES, STARTED, STEP_VARIANTS
+from bench.measure.models import (
+    DEFAULT_VARIANT,
+    MODELS,
+    PLANNED,
+    RIVAL_MODELS,
+    SHAPES,
+    SMALL,
+    STARTED,
+    STEP_VARIANTS,
+)
 from gptperf.errors import ConfigError
 
 __all__ = ["BATCH_SIZES", "GENERATING", "MICRO", "Cell", "all_cells", "select"]
@@ -49,7 +58,7 @@ def all_cells() -> tuple[Cell, ...]:
         quick, large = model == _QUICK_MODEL, model == _LARGE
         ceilings = Cell(f"ceilings/{model}", 60, alone=True, quick_s=40 if quick else None)
         cells.append(ceilings)
-        for variant in STEP_VARIANTS:
+        for variant in (STEP_VARIANTS[0], DEFAULT_VARIANT) if model in SMALL else STEP_VARIANTS:
             seconds = (90 if large else 45) if "compiled" in variant else (60 if large else 35)
             # `--quick` has no step cells: the waterfall's cell measures the same step, and compiles the model once.
             cells.append(Cell(f"step/{model}/{variant}", seconds, alone=True, needs=(ceilings.name,)))

@@ -339,7 +339,8 @@ def streams(
 
     Returns:
         The pieces of each sample, as for `stream`: first all samples of the first prompt, then of the next one. They
-        may be read in any order. The samples of a prompt do not depend on the other prompts.
+        may be read in any order. The samples of a prompt do not depend on the other prompts, up to the rounding of
+        matrix products, whose kernels differ with the number of texts on a GPU.
 
     Raises:
         ConfigError: As for `generate`.

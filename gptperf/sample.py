@@ -88,7 +88,8 @@ def _prompt(text: str) -> str:
     try:
         return b"".join(clean(iter([path.read_bytes()]))).decode()
     except OSError as error:
-        near = nearest(str(path), map(str, path.parent.glob("*"))) if not path.exists() else ""
+        absent = isinstance(error, FileNotFoundError)
+        near = nearest(str(path), map(str, path.parent.glob("*"))) if absent else ""
         raise ConfigError(f"{COMMAND_LINE}: prompt: {path} cannot be read: {error.strerror}{near}") from error
     except Refused as error:
         raise ConfigError(f"{COMMAND_LINE}: prompt: {path}: found {error}, wanted text") from error

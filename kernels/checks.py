@@ -3,6 +3,8 @@
 Each check takes the arguments of the op of that name in `gptperf.kernels.reference`, and returns nothing.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -238,6 +240,9 @@ def check_decode_attention(
         raise ValueError(f"{op}: found only one of cos and sin, wanted both or neither")
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{op}: found only one of q_weight and k_weight, wanted both or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _check_vector(op, name, weight, qkv, torch.Size([D]))
 
 
 def check_decode_linear(
@@ -277,7 +282,7 @@ def check_decode_linear(
         raise ValueError(f"{op}: found residual {_describe(residual)}, wanted {shape} {x.dtype} on {x.device}")
 
 
-def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top_p: float) -> None:
+def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, temperature: float, top_k: int, top_p: float) -> None:
     """Checks the arguments of draw.
 
     Raises:
@@ -290,6 +295,8 @@ def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, top_k: int, top
         raise ValueError(f"draw: found uniform {_describe(uniform)}, wanted {wanted}")
     if not 1 <= vocab_size <= logits.shape[1]:
         raise ValueError(f"draw: found vocab_size {vocab_size}, wanted 1 to {logits.shape[1]}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"draw: found temperature {temperature}, wanted a finite number of 0 or more")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"draw: found top_k {top_k} and top_p {top_p}, wanted 0 or more, and above 0 up to 1")
 

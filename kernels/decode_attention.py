@@ -116,7 +116,7 @@ def _decode_attention_kernel(
     base = (row * size * K + kv) * D
     if AHEAD:
         k, v = _tile(KEYS, VALUES, base, low, high, K * D, whole, D, BLOCK_S)
-    wait_for_previous(EARLY)  # it computes the new token; the cache before the token is older
+    wait_for_previous(EARLY)  # it computes the new token; the cache before the token is of earlier steps
     token = QKV + row * ((H + 2 * K) * D)
     table = position * ((D + 1) // 2) + cols
     qa, qb = _head(token + head * D, COS, SIN, Q_WEIGHT, first, second, table, eps, D, HAS_ROPE, HAS_NORM)
@@ -187,7 +187,8 @@ def _forward(
     interleaved: bool,
     window: int,
 ) -> Tensor:
-    qkv = qkv.contiguous()
+    early = positions.is_contiguous()  # else they are copied just now
+    qkv, positions = qkv.contiguous(), positions.contiguous()
     B, S, K, D = keys.shape
     H = qkv.shape[2] // D - 2 * K
     y = qkv.new_empty((B, 1, H * D))
@@ -202,7 +203,7 @@ def _forward(
     ahead = B * H * count <= PROGRAMS
     tile = (TILE // 2 if ahead else TILE) // (2 * block_d)
     sizes: dict[str, int] = {"H": H, "K": K, "D": D, "HAS_ROPE": cos is not None, "HAS_NORM": q_weight is not None}
-    sizes |= {"INTERLEAVED": interleaved, "AHEAD": ahead, "EARLY": True, "BLOCK_S": max(16, min(128, tile))}
+    sizes |= {"INTERLEAVED": interleaved, "AHEAD": ahead, "EARLY": early, "BLOCK_S": max(16, min(128, tile))}
     tensors = (qkv, positions, *optional, keys, values, y, parts, maxima, sums)
     constants = {**sizes, "BLOCK_D": block_d, "num_warps": WARPS}
     launch(_decode_attention_kernel, (B * H, count), tensors, (S, window or S, eps, 1 / math.sqrt(D)), constants)
@@ -240,7 +241,8 @@ def decode_attention(
 ) -> Tensor:
     """Attends over the cache; see `gptperf.kernels.reference.decode_attention` for arguments, result and errors.
 
-    On a GPU that launches kernels early, the kernel that was launched just before must not write positions or cache.
+    On a GPU that launches kernels early, no kernel that may still run must write positions or the cache before them;
+    see `wait_for_previous`.
     """
     check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
     check_triton("decode_attention", qkv)

@@ -107,6 +107,7 @@ def _forward(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
+    early = all(z is None or z.is_contiguous() for z in (weight, bias, norm_weight, norm_bias))  # else copied just now
     x, weight = x.contiguous(), weight.contiguous()
     y = _fake(x, weight, None, None, None, eps, center, activation)
     N, K = y.shape[-1], x.shape[-1]
@@ -117,7 +118,7 @@ def _forward(
     flags = {"NORM": norm_weight is not None, "CENTER": center, "HAS_NORM_BIAS": norm_bias is not None}
     flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     shape = program_shape(N, K, weight.element_size(), weight.shape[0] // N)
-    constants = {"M": M, "K": K, **flags, "NAME": activation, "EARLY": True, **shape}
+    constants = {"M": M, "K": K, **flags, "NAME": activation, "EARLY": early, **shape}
     grid = (ceil_div(N, shape["BLOCK_N"]),)
     launch(_decode_linear_kernel, grid, (x, weight, *optional, y), (N, eps), constants)
     return y
@@ -149,7 +150,7 @@ def decode_linear(
 ) -> Tensor:
     """Computes a linear layer of a few rows; see `gptperf.kernels.reference.decode_linear` for arguments and errors.
 
-    On a GPU that launches kernels early, the kernel that was launched just before must not write the weights.
+    On a GPU that launches kernels early, no kernel that may still run must write the weights; see `wait_for_previous`.
     """
     check_decode_linear(x, weight, bias, norm_weight, norm_bias, center, activation, residual)
     check_triton("decode_linear", x)

@@ -8,11 +8,12 @@ The first kernel finds the top_k largest logits of each chunk of a row. A second
 together, and is repeated until few are left; a sort within one program takes longer than a kernel. Among what is left
 the last kernel finds the top_k largest of the row, and draws. A logit and its id are one integer: larger logits come
 first, and equal ones in the order of their ids, so the same logits give the same token. The integer has 32 bits where
-logits and ids have 16 each, else 64. The sums are in float32.
+logits and ids have 16 each, else 64. The sums are in float32. NaN counts as infinity, and -0 as 0.
 
 Elements moved: the logits once, and top_k for each chunk, written and read.
 
-Eager reference: `gptperf.kernels.reference.draw`, which also runs where more than `MAX_TOP_K` tokens may be drawn.
+Eager reference: `gptperf.kernels.reference.draw`, which also runs where more than `MAX_TOP_K` tokens may be drawn, or
+all of a small vocabulary, which it does not sort.
 Sources: Fan et al., 2018 (top_k); Holtzman et al., 2020 (top_p).
 """
 
@@ -43,12 +44,15 @@ LEAST, MOST = 1e-30, 1e30
 @triton.jit
 def _keys(x, ids, NARROW: tl.constexpr):
     """Returns the integers of logits and their ids."""
+    value = x.to(tl.float32)
+    value = tl.where(value == value, value, float("inf"))
+    value = tl.where(value == 0.0, 0.0, value)
     if NARROW:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = value.to(x.dtype).to(tl.int16, bitcast=True).to(tl.int32)
         order = bits ^ ((bits >> 15) & 0x7FFF)  # integers in the order of the floats
         key = (order << 16) + (0xFFFF - ids).to(tl.int32)
     else:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = value.to(tl.int32, bitcast=True)
         order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
         key = (order << 32) + (0x7FFFFFFF - ids)
     return key
@@ -111,7 +115,8 @@ def _draw_kernel(
     x, ids = _logits_and_ids(_largest(FOUND, 0, count, BLOCK_K, BLOCK_N), DTYPE)
     rank = tl.arange(0, BLOCK_K)
     largest = tl.sum(tl.where(rank == 0, x, 0.0), axis=0)
-    weight = tl.where(rank < top_k, tl.exp((x - largest) / temperature), 0.0)
+    below = tl.where(x == largest, 0.0, x - largest)  # not NaN where both are infinite
+    weight = tl.where(rank < top_k, tl.exp(below / temperature), 0.0)
     sums = tl.cumsum(weight, axis=0)
     kept = (sums - weight < top_p * tl.sum(weight, axis=0)) & (rank < top_k)
     weight = tl.where(kept, weight, 0.0)
@@ -165,9 +170,9 @@ def draw(
     logits: Tensor, uniform: Tensor, vocab_size: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
     """Draws tokens; see `gptperf.kernels.reference.draw` for arguments, result and errors."""
-    check_draw(logits, uniform, vocab_size, top_k, top_p)
+    check_draw(logits, uniform, vocab_size, temperature, top_k, top_p)
     check_triton("draw", logits)
     top_k = 1 if temperature == 0 else min(top_k or vocab_size, vocab_size)
-    if top_k > MAX_TOP_K:
+    if top_k > MAX_TOP_K or (top_k == vocab_size and top_p == 1):
         return reference.draw(logits, uniform, vocab_size, temperature, top_k, top_p)
     return _draw(logits, uniform, vocab_size, temperature or 1.0, top_k, top_p)

@@ -124,9 +124,11 @@ def wait_for_previous(EARLY: tl.constexpr):
     """Waits until the previous kernel of the stream has ended and its results can be read.
 
     CUDA calls it programmatic dependent launch: the programs of a kernel start as soon as all programs of the previous
-    one have called this function or ended. Before the call a kernel may only read what no kernel in flight writes, such
-    as weights. Every program has to call it: then a kernel has ended after all kernels before it, as usual. A kernel
-    that does not call it starts when the previous one has ended. `launch` sets the constant.
+    one have called this function or ended. They call it before the previous one has ended, so several kernels in a row
+    may run at once. Before the call a kernel may only read what none of them writes, such as weights: what was written
+    before the last kernel that does not call it, or that `launch` does not launch early, as those of PyTorch. Every
+    program has to call it: then a kernel has ended after all kernels before it, as usual. A kernel that does not call
+    it starts when the previous one has ended. `launch` sets the constant.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -245,7 +245,7 @@ def decode_attention(
     Args:
         qkv: `(B, 1, (H + 2 K) D)`, the packed projection of the new tokens.
         positions: `(B,)` int64, the position of each new token, 0..S-1.
-        keys, values: `(B, S, K, D)` in qkv's dtype, contiguous: the cache, written at `positions`.
+        keys, values: `(B, S, K, D)` in qkv's dtype, contiguous: the cache, written at `positions`. All of it is finite.
         cos, sin: `(T, D / 2)` float32, the tables of rope for the positions 0..T-1, or None without rope.
         q_weight, k_weight, eps, interleaved: as for `rope`; QK-norm also works without rope.
         window: a token attends to itself and to the window - 1 tokens before it; 0: to all before it.
@@ -270,7 +270,7 @@ def decode_attention(
             k = F.rms_norm(k.to(acc), k_weight.shape, k_weight.to(acc), eps).to(qkv.dtype)
     batch = torch.arange(B, device=qkv.device)
     keys[batch, positions], values[batch, positions] = k, v
-    if qkv.device.type == "cpu":  # elsewhere the host would wait for the device
+    if B and qkv.device.type == "cpu":  # elsewhere the host would wait for the device
         S = int(positions.max()) + 1
     place, position = torch.arange(S, device=qkv.device), positions[:, None]
     seen = place <= position if window == 0 else (place <= position) & (place > position - window)
@@ -323,7 +323,7 @@ def draw(
     comes first, and of equally likely ones that with the lowest id; else tokens come in the order of their ids.
 
     Args:
-        logits: `(B, V)`.
+        logits: `(B, V)`; NaN counts as infinity.
         uniform: `(B,)` float32, from 0 to below 1.
         vocab_size: number of ids that may be drawn, 1..V.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -338,19 +338,19 @@ def draw(
 
     Source: Fan et al., 2018 (top_k); Holtzman et al., 2020 (top_p).
     """
-    check_draw(logits, uniform, vocab_size, top_k, top_p)
-    x = logits[:, :vocab_size].float()
+    check_draw(logits, uniform, vocab_size, temperature, top_k, top_p)
+    x = logits[:, :vocab_size].float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if temperature == 0:
         return x.argmax(-1)
     ids = None
     if 0 < top_k < vocab_size or top_p < 1:
-        bits = x.view(torch.int32).long()
+        bits = (x + 0.0).view(torch.int32).long()  # -0 becomes 0
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
         keys = (order << 32) + (0x7FFFFFFF - torch.arange(vocab_size, device=x.device))
         ids = 0x7FFFFFFF - (keys.topk(min(top_k or vocab_size, vocab_size)).values & 0xFFFFFFFF)
         x = x.gather(-1, ids)
-    # In float64, and with the maximum at 0, no temperature overflows.
-    weights = ((x - x.amax(-1, keepdim=True)).double() / temperature).exp()
+    # In float64, and with the maximum at 0 even if it is infinite, no temperature overflows.
+    weights = ((x - x.amax(-1, keepdim=True)).nan_to_num(neginf=-torch.inf).double() / temperature).exp()
     sums = weights.cumsum(-1)
     if top_p < 1:
         weights = weights * (sums - weights < top_p * sums[:, -1:])

@@ -147,6 +147,8 @@ def test_mistakes_come_before_the_model_is_looked_for(
         (["--temperature=inf"], "temperature: found inf"),
         (["--temperature=nan"], "temperature: found nan"),
         ([f"--prompt=FILE:{tmp_path}"], "cannot be read: Is a directory"),
+        ([f"--prompt=FILE: {'long ' * 60}"], "cannot be read: File name too long"),
+        ([f"--prompt=FILE:{tmp_path / 'prompt.txt' / 'a'}"], "cannot be read: Not a directory"),
         ([f"--prompt=FILE:{tmp_path / 'promt.txt'}"], f"No such file or directory; nearest: {tmp_path / 'prompt.txt'}"),
         ([f"--prompt=FILE:{tmp_path / 'prompt.txt'}"], "found binary (contains NUL), wanted text"),
         ([f"--prompt=FILE:{tmp_path / 'latin.txt'}"], "found not UTF-8; at offset 3, wanted text"),

@@ -7,14 +7,18 @@ from typing import Any
 
 from gptperf.config import Config, command_line
 
-__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "RIVAL_MODELS", "SHAPES", "STARTED", "STEP_VARIANTS"]
-__all__ += ["VARIANTS", "config_of", "planned", "resolve", "rival_config"]
+__all__ = ["DEFAULT_VARIANT", "MODELS", "PLANNED", "RIVAL_MODELS", "SHAPES", "SMALL", "STARTED"]
+__all__ += ["STEP_VARIANTS", "VARIANTS", "config_of", "planned", "resolve", "rival_config"]
 
 MODELS = {
     "llama_1.36b": ["configs/llama_1.36b.toml", "--batch_size=16"],
     "gpt2_124m": ["configs/gpt2_124m.toml", "--norm_position=pre", "--batch_size=64"],
     "llama_124m": ["configs/llama_124m.toml", "--batch_size=64"],
+    "shakespeare_char": ["configs/shakespeare_char.toml"],
+    "tiny": ["configs/tiny.toml", "--dtype=bfloat16"],
 }
+SMALL = ("shakespeare_char", "tiny")
+"""Models whose step would wait for the host without CUDA graphs."""
 RIVAL_MODELS = ("shakespeare_char", "gpt2_124m", "llama_124m", "llama_1.36b")
 """Models that are timed beside rivals."""
 STARTED = ("tiny", "llama_1.36b")
@@ -51,7 +55,7 @@ VARIANTS = {
     "fp8_current": [*_FP8, "--fp8_scaling=current"],
 }
 STEP_VARIANTS = ("eager", "compiled", "triton", "triton+compiled", "fp8")
-"""Variants with a cell of `python -m bench`."""
+"""Variants with a cell of `python -m bench`; small models have the first and the default."""
 DEFAULT_VARIANT = "triton"
 """The variant that a run on a GPU uses by default."""
 
@@ -77,7 +81,7 @@ def rival_config(model: str, shape: str, flags: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The configuration file is missing, or a flag is wrong.
     """
-    given = [*MODELS.get(model, [f"configs/{model}.toml"]), "--gradient_accumulation_steps=1", *flags]
+    given = [*MODELS[model], "--gradient_accumulation_steps=1", *flags]
     usual = command_line.resolve(given).config
     if shape == "small":
         given.append("--batch_size=1")

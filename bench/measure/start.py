@@ -51,7 +51,7 @@ def measure(model: str, flags: Sequence[str] = ()) -> dict[str, Any]:
         folder = Path(name)
         data = f"--data_dir={folder / 'data'}"
         _run(folder, "data", "gptperf.prepare", "python_stdlib", data)
-        shared = [*MODELS.get(model, [f"configs/{model}.toml"]), data, "--gradient_accumulation_steps=1"]
+        shared = [*MODELS[model], data, "--gradient_accumulation_steps=1"]
         shared += ["--warmup_iters=1", "--log_interval=1", "--console=plain", "--sample_tokens=0", "--eval_iters=1"]
         shared += ["--eval_interval=100000", "--keep_checkpoints=1"]
         found: dict[str, Any] = {"model": model, "iteration_s": {}, "token_s": {}}

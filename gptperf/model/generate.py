@@ -177,13 +177,16 @@ _kept: "weakref.WeakKeyDictionary[GPT, tuple[Any, _Decoder]]" = weakref.WeakKeyD
 
 
 def _decoder(model: GPT, *arguments: Any) -> tuple[Any, _Decoder]:
-    """Returns a decoder and what it is valid for: its arguments, and the memory of the weights."""
+    """Returns a decoder and what it is valid for: its arguments, the memory of the weights, and inference mode.
+
+    PyTorch refuses to write memory that was allocated in inference mode outside of it.
+    """
     *others, dtype = arguments
     kind = model.wte.weight.device.type
     if dtype is None and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     arguments = *others, None if dtype == torch.float32 else dtype
-    key = arguments, tuple(x.data_ptr() for x in model.parameters())
+    key = arguments, tuple(x.data_ptr() for x in model.parameters()), torch.is_inference_mode_enabled()
     found, decoder = _kept.pop(model, (None, None))  # taken out while it is in use
     if decoder is None or found != key:
         decoder = None  # frees the memory of the old one first

@@ -1,10 +1,12 @@
-"""Every kernel under NVIDIA's compute-sanitizer: `python tests/kernels/sanitize.py memcheck racecheck initcheck`.
+"""Every kernel under NVIDIA's compute-sanitizer.
 
-Each kernel runs forward and backward at an odd and at an even shape; without the name of a tool, the kernels run
-without a sanitizer. PyTorch's cache is off, so that each tensor is an allocation of its own and an access beyond its
-end is seen. memcheck and racecheck look at our kernels alone; initcheck must follow the writes of other kernels too.
-Matrix products are replaced with sums: initcheck does not see what cuBLAS writes through the tensor memory accelerator,
-and racecheck aborts in the kernels of cuBLAS.
+    PYTHONPATH=.:tests/helpers python tests/kernels/sanitize.py memcheck racecheck initcheck
+
+Each kernel runs at odd and at even shapes, forward and backward; without the name of a tool, the kernels run without a
+sanitizer. PyTorch's cache is off, so that each tensor is an allocation of its own and an access beyond its end is seen.
+memcheck and racecheck look at our kernels alone; initcheck must follow the writes of other kernels too. Matrix products
+are replaced with sums: initcheck does not see what cuBLAS writes through the tensor memory accelerator, and racecheck
+aborts in the kernels of cuBLAS.
 """
 
 import importlib
@@ -12,18 +14,29 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from unittest.mock import patch
 
+import test_kernels_decode_attention as attention
+import test_kernels_decode_linear as layers
 import torch
 import torch.nn.functional as F
-import triton
-from kernel_cases import VARIANTS, build, gradients_for, kernel, run
+from kernel_cases import DEVICE, VARIANTS, build, gradients_for, kernel, run
 from torch import Tensor
+from triton.runtime import KernelInterface
 
 import gptperf.kernels
 from gptperf.kernels.adamw import adamw
+from gptperf.kernels.decode_attention import decode_attention
+from gptperf.kernels.decode_linear import decode_linear
+from gptperf.kernels.draw import draw
+from gptperf.kernels.quantize import quantize
+from gptperf.kernels.quantize_swiglu import quantize_swiglu, quantize_swiglu_backward
 from gptperf.kernels.sum_shares import sum_shares
+from gptperf.kernels.symmetric_matmul import symmetric_matmul
 
-SHAPES = [(7, 123), (16, 768)]
+SHAPES = ((7, 123), (16, 768))
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def kernel_names() -> list[str]:
@@ -31,9 +44,7 @@ def kernel_names() -> list[str]:
     modules = [
         importlib.import_module(x.name) for x in pkgutil.iter_modules(gptperf.kernels.__path__, "gptperf.kernels.")
     ]
-    return sorted(
-        {k for m in modules for k, x in vars(m).items() if isinstance(x, triton.JITFunction) and "_kernel" in k}
-    )
+    return sorted({k for m in modules for k, x in vars(m).items() if isinstance(x, KernelInterface) and "_kernel" in k})
 
 
 def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -50,23 +61,68 @@ def leave_out_cublas() -> None:
     F.linear = lambda x, w, b=None: product(x, w.t()) if b is None else product(x, w.t()) + b
 
 
-def run_all() -> None:
-    """Runs all kernels, forward and backward."""
+def run_variants(
+    shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES, classes: int = 5000
+) -> None:
+    """Runs the ops that have a gradient, forward and backward."""
     for variant, op in VARIANTS.items():
-        for shape in SHAPES:
-            for dtype in (torch.bfloat16, torch.float32):
-                case = build(variant, shape, dtype, "cuda", classes=5000 + shape[0])
+        for shape in shapes:
+            for dtype in dtypes:
+                case = build(variant, shape, dtype, DEVICE, classes=classes + shape[0])
                 run(kernel(op), case, gradients_for(case))
-        torch.cuda.synchronize()
-        print(variant, flush=True)
-    for numel in (1000, 4096):
-        tensors = [torch.rand(numel, device="cuda") for _ in range(4)]
-        copy = torch.empty(numel, device="cuda", dtype=torch.bfloat16)
-        scalars = torch.tensor([1e-3, 1.0, 0.1, 0.05, 1.0, 0.0], device="cuda")
+        done(variant)
+
+
+def run_optimizers(shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """Runs the update of AdamW, the sum of shards, and the products of Muon."""
+    for rows, columns in shapes:
+        numel = rows * columns
+        tensors = [torch.rand(numel, device=DEVICE) for _ in range(4)]
+        copy = torch.empty(numel, device=DEVICE, dtype=torch.bfloat16)
+        scalars = torch.tensor([1e-3, 1.0, 0.1, 0.05, 1.0, 0.0], device=DEVICE)
         adamw(*tensors, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
-        sum_shares(tensors[0], tensors[1], torch.rand(3, numel, device="cuda"), 1, True)
-    torch.cuda.synchronize()
-    print("adamw, sum_shares")
+        sum_shares(tensors[0], tensors[1], torch.rand(3, numel, device=DEVICE), 1, True)
+        for dtype in dtypes:
+            gram = symmetric_matmul(torch.rand(2, rows, columns, device=DEVICE, dtype=dtype))
+            symmetric_matmul(gram, None, gram, 0.5, -1.5)
+    done("adamw, sum_shares, symmetric_matmul")
+
+
+def run_quantizing(shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """Runs the ops that write 8-bit floats, with a scale that is given and one that is found."""
+    for shape in shapes:
+        for dtype in dtypes:
+            x, gate_up = (torch.randn(shape[0], n * shape[1], device=DEVICE).to(dtype) for n in (1, 2))
+            for value in (0.0, 2.0):
+                scale = torch.full((4,), value, device=DEVICE)
+                for e5m2 in (False, True):
+                    quantize(x, scale, e5m2=e5m2, columns=True)
+                    quantize_swiglu_backward(x, gate_up, scale, scale, e5m2=e5m2)
+                quantize_swiglu(gate_up, scale)
+    done("quantize, quantize_swiglu")
+
+
+def run_generation(dtypes: Sequence[torch.dtype] = DTYPES, vocabularies: Sequence[int] = (65, 257, 50257)) -> None:
+    """Runs the ops of a decode step: with heads that programs share or not, every norm and activation, every draw."""
+    for dtype in dtypes:
+        for programs in (1, attention.module.PROGRAMS):
+            with patch.object(attention.module, "PROGRAMS", programs):
+                for options in attention.OPTIONS:
+                    attention.called(decode_attention, attention.arguments(options, dtype))
+        for options in layers.OPTIONS:
+            decode_linear(**layers.arguments(options, dtype))
+        for V in vocabularies:
+            logits, uniform = torch.randn(3, V + 7, device=DEVICE).to(dtype), torch.rand(3, device=DEVICE)
+            for temperature, top_k, top_p in ((0.0, 0, 1.0), (0.8, 20, 1.0), (1.0, 50, 0.9)):
+                draw(logits, uniform, V, temperature, top_k, top_p)
+    done("decode_attention, decode_linear, draw")
+
+
+def done(names: str) -> None:
+    """Waits for the kernels and prints what has run."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(names, flush=True)
 
 
 def sanitize(tool: str) -> int:
@@ -86,7 +142,11 @@ def main() -> int:
     """The tools on the command line, one after another."""
     if not sys.argv[1:]:
         leave_out_cublas()
-        run_all()
+        run_variants()
+        run_optimizers()
+        if torch.cuda.get_device_capability() >= (8, 9):  # has 8-bit floats
+            run_quantizing()
+        run_generation()
     return max([sanitize(tool) for tool in sys.argv[1:]], default=0)
 
 

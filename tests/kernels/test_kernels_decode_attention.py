@@ -119,6 +119,13 @@ def test_only_the_new_position_of_the_cache_is_written() -> None:
             assert changed.nonzero().tolist() == [[i, p] for i, p in enumerate(given["positions"].tolist())]
 
 
+def test_no_sequences() -> None:
+    given = arguments(OPTIONS[0], torch.float32)
+    none = {name: given[name][:0] for name in ("qkv", "positions", "keys", "values")}
+    for function in (reference.decode_attention, decode_attention):
+        assert function(**(given | none)).shape == (0, 1, 4 * 8)
+
+
 def test_what_follows_the_position_does_not_count() -> None:
     """The cache after it holds padding, or the tokens of a longer text before."""
     given = arguments(OPTIONS[1], torch.float32)
@@ -129,6 +136,23 @@ def test_what_follows_the_position_does_not_count() -> None:
             other[name][row, position:] = 1e4
     for function in (reference.decode_attention, decode_attention):
         assert torch.equal(called(function, given)[0], called(function, other)[0])
+
+
+def test_positions_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that are copied first are written by the kernel just before, so the launch must not be early."""
+    given, early = arguments(OPTIONS[0], torch.float32), list[bool]()
+    launched = module.launch
+
+    def launch(*launched_with: Any) -> None:
+        early.append(launched_with[-1]["EARLY"])
+        launched(*launched_with)
+
+    monkeypatch.setattr(module, "launch", launch)
+    wanted = called(decode_attention, given)
+    wide = torch.stack([given["positions"], torch.full_like(given["positions"], -1)], dim=1)
+    found = called(decode_attention, given | {"positions": wide[:, 0]})
+    assert all(map(torch.equal, found, wanted))
+    assert early == [True, False]
 
 
 def test_a_head_is_shared_when_multiprocessors_are_idle() -> None:
@@ -155,3 +179,7 @@ def test_arguments_are_checked() -> None:
     for function in (reference.decode_attention, decode_attention):
         with pytest.raises(ValueError, match="decode_attention: found only one of q_weight and k_weight"):
             function(**(given | {"k_weight": None}))
+        for name in ("q_weight", "k_weight"):  # a smaller one would be read beyond its end
+            for wrong_weight in (given[name][1:], given[name].double(), given[name][None]):
+                with pytest.raises(ValueError, match=f"decode_attention: found {name}"):
+                    function(**(given | {name: wrong_weight}))

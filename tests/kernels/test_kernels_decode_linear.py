@@ -7,6 +7,7 @@ import torch
 from kernel_rule import check
 from torch import Tensor
 
+from gptperf.kernels import decode_linear as module
 from gptperf.kernels import reference
 from gptperf.kernels.checks import ACTIVATIONS, DECODE_ROWS, DECODE_WIDTH
 from gptperf.kernels.decode_linear import PROGRAMS, decode_linear, program_shape
@@ -68,6 +69,25 @@ def test_the_kernel_is_as_exact_as_eager(options: dict[str, Any], dtype: torch.d
     given = arguments(options, dtype)
     exact = reference.decode_linear(**doubled(given))
     check("decode_linear", decode_linear(**given), reference.decode_linear(**given), exact)
+
+
+def test_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied first is written by the kernel just before, so a launch with such weights must not be early."""
+    given, early = arguments(OPTIONS[4], torch.float32), list[bool]()
+    launched = module.launch
+
+    def launch(*launched_with: Any) -> None:
+        early.append(launched_with[-1]["EARLY"])
+        launched(*launched_with)
+
+    monkeypatch.setattr(module, "launch", launch)
+    wanted = decode_linear(**given)
+    for name in ("x", "weight", "bias", "norm_weight", "norm_bias"):
+        wide = torch.full((*given[name].shape[:-1], 2 * given[name].shape[-1]), torch.nan, device=DEVICE)
+        wide = wide.to(given[name].dtype)
+        wide[..., ::2] = given[name]
+        assert torch.equal(decode_linear(**given | {name: wide[..., ::2]}), wanted)
+    assert early == [True, True, False, False, False, False]
 
 
 def test_the_reference_is_the_layers_of_a_block() -> None:

@@ -68,6 +68,41 @@ def test_few_tokens_that_are_possible_at_all() -> None:
         assert function(x, uniform, 39, 1.0, 5, 1.0).tolist() == [17] * 3
 
 
+@pytest.mark.parametrize("top_k", [0, 30, 40])
+def test_all_of_a_small_vocabulary(top_k: int) -> None:
+    """The reference takes the tokens in the order of their ids then, so the kernel must not take them by their size."""
+    x, uniform = logits(16, 30), torch.linspace(0, 1 - 2**-24, 16, device=DEVICE)
+    for top_p in (1.0, 0.7):
+        wanted = reference.draw(x, uniform, 30, 1.0, top_k, top_p)
+        assert torch.equal(draw(x, uniform, 30, 1.0, top_k, top_p), wanted)
+        assert len(wanted.unique()) > 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zeros_of_both_signs_are_equal(dtype: torch.dtype, temperature: float) -> None:
+    x = torch.full((1, 70), -9.0, device=DEVICE, dtype=dtype)
+    x[0, 20], x[0, 30] = -0.0, 0.0
+    uniform = torch.zeros(1, device=DEVICE)
+    for function in (reference.draw, draw):
+        assert function(x, uniform, 70, temperature, 2).tolist() == [20]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tokens_that_are_infinitely_likely(dtype: torch.dtype) -> None:
+    """Infinity, as from an overflow in float16, and NaN of either sign; no other token of the row has a chance."""
+    x = torch.randn(4, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x[:, 50:] = -torch.inf
+    x[:, 7] = x[0, 40] = x[1, 40] = torch.inf
+    x[2, 40], x[3, 40] = torch.nan, torch.tensor(torch.nan).copysign(torch.tensor(-1.0))
+    uniform = torch.tensor([0.0, 0.51, 0.51, 0.51], device=DEVICE)
+    for function in (reference.draw, draw):
+        for top_k, top_p in ((0, 1.0), (5, 0.9)):
+            assert function(x, uniform, 70, 0.7, top_k, top_p).tolist() == [7, 40, 40, 40]
+        assert function(x, uniform, 70, 0.0).tolist() == [7] * 4
+
+
 def test_more_tokens_than_the_kernel_sorts_are_left_to_the_reference() -> None:
     x, uniform = logits(3, 91), torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
     for top_k, top_p in ((0, 1.0), (65, 0.9), (0, 0.5)):
@@ -83,6 +118,9 @@ def test_arguments_are_checked() -> None:
         (x, uniform[:2], 91),
         (x, uniform, 92),
         (x, uniform, 0),
+        (x, uniform, 91, -1.0),
+        (x, uniform, 91, float("nan")),
+        (x, uniform, 91, float("inf")),
         (x, uniform, 91, 1.0, -1),
         (x, uniform, 91, 1.0, 5, 0.0),
     ):

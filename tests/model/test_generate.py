@@ -214,6 +214,22 @@ def test_a_graph_draws_what_the_step_draws(preset: str) -> None:
     assert model in generation._kept
 
 
+def test_a_call_outside_of_inference_mode_after_one_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder with a graph is kept for the next call, here without a graph; its memory is that of the first call."""
+
+    def step(self: Any, model: GPT) -> None:
+        self._step(model)
+        self.graph = "a graph"
+
+    monkeypatch.setattr(generation._Decoder, "step", step)
+    model, prompt = small("llama", torch.float32), torch.tensor([1, 2, 3])
+    with torch.inference_mode():
+        found = drawn(model, prompt, 5)
+    kept = generation._kept[model][1]
+    assert drawn(model, prompt, 5) == drawn(model, prompt, 5) == found
+    assert generation._kept[model][1] is not kept
+
+
 def test_a_cache_takes_no_more_than_its_size() -> None:
     cache, k = KVCache(3), torch.ones(1, 2, 1, 4)
     cache.append(k, k)
