@@ -158,6 +158,17 @@ def score_tasks(
     return scores
 
 
+@contextlib.contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Permits ops without a deterministic algorithm: on a GPU, PyTorch refuses the prefix sum of a draw otherwise."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
 def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callable[[], bool] | None = None) -> str:
     """Returns a document that a model in training writes, or its first tokens.
 
@@ -185,7 +196,7 @@ def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callab
         capture=False,  # one sample does not repay a recording, and the weights may move after it
     )
     ids: list[int] = []
-    with stance, engine.autocast():
+    with stance, engine.autocast(), _any_algorithm():
         while len(ids) < tokens:
             if drops is not None and drops():
                 raise Dropped

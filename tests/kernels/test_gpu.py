@@ -165,7 +165,7 @@ def test_resume_is_bitwise(compiled: bool, corpus: Path, tmp_path: Path) -> None
     def run(out: Path, *flags: str) -> None:
         torch._dynamo.reset()
         argv = [*SIZES, *BATCH, "--dataset=text", f"--data_dir={corpus}", f"--out_dir={out}", f"--compile={compiled}"]
-        argv += ["--deterministic=True", "--dropout=0.1", "--eval_interval=10", "--sample_tokens=0", *flags]
+        argv += ["--deterministic=True", "--dropout=0.1", "--eval_interval=10", "--sample_tokens=4", *flags]
         resolved = command_line.resolve(argv)
         assert trainer.train(resolved.config, resolved.origins) == 0
 

@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from gptperf.config import command_line
 from gptperf.data.shards import TokenSource
+from gptperf.data.tokenizers import load_tokenizer
 from gptperf.distributed.process import Process
 from gptperf.training.engine import build_engine
-from gptperf.training.evaluation import _as_many_as_any_rank, evaluate
+from gptperf.training.evaluation import _as_many_as_any_rank, evaluate, sample_text
 
 
 @dataclass(eq=False)
@@ -53,6 +56,29 @@ def test_dropout_is_off_in_an_evaluation_and_on_again_after_it(corpus: Path) -> 
     assert engine.model.training
     batch = torch.zeros(2, 2, config.model.block_size, dtype=torch.int64)
     assert engine.model(*batch).item() != engine.model(*batch).item()
+
+
+def test_a_sample_may_use_any_algorithm(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses the prefix sum of a draw on a GPU where only deterministic algorithms are permitted."""
+    config = command_line.resolve([str(corpus / "small.toml"), f"--data_dir={corpus / 'data'}"]).config
+    engine = build_engine(config, Process(0, 1, torch.device("cpu")))
+    tokenizer = load_tokenizer("byte")
+    permitted: list[bool] = []
+    draw = engine.model.draw
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        permitted.append(not torch.are_deterministic_algorithms_enabled())
+        return draw(*arguments)
+
+    monkeypatch.setattr(engine.model, "draw", watched)
+    torch.use_deterministic_algorithms(True)
+    try:
+        sample_text(engine, tokenizer, 3)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert permitted
+    assert all(permitted)
 
 
 def test_ranks_go_on_from_the_same_part(corpus: Path) -> None:
