@@ -12,6 +12,7 @@ from bench.report.sections import verdict_lines
 from bench.report.write import write_reports
 from bench.results import Record
 from gptperf.errors import DeviceError
+from gptperf.formats import counted
 
 __all__ = ["QUICK_S", "run"]
 
@@ -52,7 +53,7 @@ def run(cells: Sequence[Cell], out: Path | None, *, quick: bool, fresh: bool, on
     print("\n".join(_budget(possible, done, folder, quick)), flush=True)
     missing = [cell for cell in cells if cell not in possible]
     if missing:
-        print(f"no GPU here: {len(missing)} cells that need one are not measured, and there is no MFU")
+        print(f"no GPU here: no MFU, and without the {counted(len(missing), 'cell')} that need one")
     if not on_gpu and any(cell.name.startswith("errors/") for cell in possible):
         print("the errors of the ops are those of Triton's interpreter, on small shapes")
     if only_list:
@@ -99,8 +100,8 @@ def _budget(cells: Sequence[Cell], done: Sequence[str], folder: Path, quick: boo
             seconds = _expected(cell, folder, quick)
             total += seconds
             lines.append(f"  {cell.name:<46}{seconds:>6.0f} s")
-    count = len(cells) - len(done)
-    return [*lines, f"  {count} cells to measure, about {total / 60:.1f} minutes; {len(done)} are there"]
+    left = counted(len(cells) - len(done), "cell")
+    return [*lines, f"  {left} to measure, about {total / 60:.1f} minutes; measured before: {len(done)}"]
 
 
 def _expected(cell: Cell, folder: Path, quick: bool) -> float:

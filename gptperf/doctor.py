@@ -21,7 +21,7 @@ from gptperf import hardware
 from gptperf.config import ModelConfig, SystemConfig, command_line
 from gptperf.config.flags import Flags, parse
 from gptperf.errors import DeviceError, run_main
-from gptperf.formats import byte_text, rough_duration
+from gptperf.formats import byte_text, counted, rough_duration
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
 from gptperf.ops import ALL_TRITON, resolve_ops, unmeasured_versions
@@ -329,7 +329,7 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
 def _verdict(report: dict[str, Any]) -> str:
     count, training = len(report["problems"]), report["training"]
     if count:
-        return f"VERDICT: {count} problem{'s' if count > 1 else ''}"
+        return f"VERDICT: {counted(count, 'problem')}"
     if training.get("too_much") is not None:
         return f"VERDICT: ready to train tiny models (make train), but not GPT-2 124M: {training['too_much']}"
     if "gpt2_124m" in training.get("iteration_s", {}):

@@ -9,6 +9,7 @@ __all__ = [
     "about",
     "byte_text",
     "count_text",
+    "counted",
     "duration",
     "mfu_scale",
     "number",
@@ -88,6 +89,17 @@ def byte_text(count: float) -> str:
 def count_text(value: float) -> str:
     """Returns a rate with commas and without decimals, or with two digits if it is below 10: "3,557", "0.42"."""
     return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """Returns a number of things with commas: "1 thread", "2,048 threads".
+
+    Args:
+        count: how many.
+        noun: the singular.
+        nouns: the plural; "" means the singular with an "s".
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def percent(value: float) -> str:

@@ -15,6 +15,7 @@ from gptperf import api, registry
 from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.data.text import Refused, clean
 from gptperf.errors import ConfigError, nearest, note, run_main
+from gptperf.formats import counted
 from gptperf.hardware.cpu import set_up_threads
 
 __all__ = ["main"]
@@ -103,7 +104,7 @@ def _output(flags: _SampleFlags, prompts: Sequence[str]) -> Iterator[str]:
     for prompt in prompts:
         read, most = len(loaded.tokenizer.encode(prompt)), loaded.model.config.block_size
         if read > most:
-            note(f"a prompt has {read:,} tokens; the model reads the last {most:,} of them (block_size)")
+            note(f"a prompt has {counted(read, 'token')}; the model reads the last {most:,} (block_size)")
     samples = api.streams(loaded, prompts, **flags.arguments(), stop_at_eot=flags.stop_at_eot)
     for number, pieces in enumerate(samples, 1):
         if len(samples) > 1:

@@ -271,7 +271,7 @@ def check_decode_linear(
         raise ValueError(f"{op}: found {activation!r}, wanted '', swiglu or one of {', '.join(ACTIVATIONS)}")
     N = weight.shape[0]
     if activation == "swiglu" and N % 2:
-        raise ValueError(f"{op}: found a weight of {N} rows, wanted an even number for swiglu; nearest: {N + 1}")
+        raise ValueError(f"{op}: found N = {N} rows in weight, wanted an even number for swiglu; nearest: {N + 1}")
     for name, tensor, n in (("bias", bias, N), ("norm_weight", norm_weight, K), ("norm_bias", norm_bias, K)):
         if tensor is not None:
             _check_vector(op, name, tensor, x, torch.Size([n]))

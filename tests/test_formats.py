@@ -11,6 +11,7 @@ from gptperf.formats import (
     about,
     byte_text,
     count_text,
+    counted,
     duration,
     mfu_scale,
     number,
@@ -82,6 +83,12 @@ def test_bytes_have_four_digits(count: float, text: str) -> None:
 def test_no_figure_reads_as_nothing(value: float) -> None:
     for text in (percent(value), count_text(value), duration(value)):
         assert any(digit in text for digit in "123456789"), text
+
+
+@given(st.integers(0, 10**9))
+def test_a_noun_agrees_with_its_number(count: int) -> None:
+    assert counted(count, "thread") == f"{count:,} thread{'' if count == 1 else 's'}"
+    assert counted(count, "copy", "copies").split(" ")[1] == ("copy" if count == 1 else "copies")
 
 
 def test_an_estimate_is_as_exact_as_it_is_known() -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from bench.measure.models import DEFAULT_VARIANT, resolve
 from gptperf.errors import DataError, DeviceError
+from gptperf.formats import counted
 from gptperf.hardware import GPUS, peak_flop_s
 from gptperf.monitor.live import Panel
 from gptperf.monitor.run_log import find_log, finite, load
@@ -210,6 +211,6 @@ def ablation(folder: Path) -> str:
     axes.set_xlabel("difference of the final validation loss, nats a token; left is better")
     title = f"baseline {baseline['mean_val_loss']:.3f}, {baseline['parameters']:,} parameters, "
     title += f"{baseline['tokens']:,} tokens a run, {of.info.get('device')}, {_day(of.path)}\n"
-    title += f"dots: {len(baseline['runs'])} seeds, diamond: mean, bar: 95% interval"
+    title += f"dots: {counted(len(baseline['runs']), 'seed')}, diamond: mean, bar: 95% interval"
     figure.suptitle(title, x=0.01, ha="left", fontsize=8)
     return _alone(figure, "ablation")

@@ -15,6 +15,7 @@ from bench.report.metrics import Metric, metrics
 from bench.results import Record, load_folder
 from gptperf.config.flags import Flags, parse
 from gptperf.errors import ConfigError, run_main
+from gptperf.formats import counted
 
 __all__ = ["LEAST", "Change", "Comparison", "compare", "differences", "main"]
 
@@ -148,10 +149,10 @@ def _lines(found: Comparison, show_all: bool) -> list[str]:
         lines.append(f"{change.verdict:<7}{moved_by:>+8.1%}  {change.cell} {b.name}: {a.value:.4g} {spans}{note}")
     lines += [f"BROKEN  {text}" for text in found.broken]
     if found.missing:
-        lines.append(f"{len(found.missing)} cells are in one folder only: {', '.join(found.missing[:8])}")
+        lines.append(f"in one folder only: {counted(len(found.missing), 'cell')}: {', '.join(found.missing[:8])}")
     same = len(found.changes) - len(moved)
-    worse = f"{len(found.worse)} of ours got slower, {len(found.broken)} cells broke"
-    return [*lines, f"{len(found.changes)} figures in both: {same} the same within their noise; {worse}"]
+    worse = f"{len(found.worse)} of ours got slower, {counted(len(found.broken), 'cell')} broke"
+    return [*lines, f"{counted(len(found.changes), 'figure')} in both: {same} the same within their noise; {worse}"]
 
 
 @dataclass(frozen=True, kw_only=True)

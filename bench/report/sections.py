@@ -7,7 +7,7 @@ from bench.measure.models import DEFAULT_VARIANT, config_of
 from bench.report import crosscheck, outside
 from bench.results import Record, Records, done
 from gptperf import plan
-from gptperf.formats import mfu_scale, number
+from gptperf.formats import counted, mfu_scale, number
 from gptperf.monitor.waterfall import PARTS
 from gptperf.report.page import Section
 from gptperf.report.tables import Table, words
@@ -36,7 +36,7 @@ def verdict_lines(records: Records) -> list[str]:
             mfu += f" ({mfu_scale(_STRICT | fall)})"
             lines.append(f"{cell}: {closes}: {mfu}")
     failed = [cell for cell, record in records.items() if record["status"] != "done"]
-    lines.append(f"{len(records) - len(failed)} cells measured, {len(failed)} failed")
+    lines.append(f"{counted(len(records) - len(failed), 'cell')} measured, {len(failed)} failed")
     return lines
 
 

@@ -24,6 +24,7 @@ from gptperf.experiment.job import Job
 from gptperf.experiment.rates import FACTORS, factors_of
 from gptperf.experiment.runner import Runner, gpus_for, run_all
 from gptperf.files import replace_text
+from gptperf.formats import counted
 from gptperf.report.page import check_packages
 
 __all__ = ["main"]
@@ -101,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if len(set(gpus)) < len(gpus) and "" not in gpus:
         print(
-            f"ablate: {len(gpus)} runs at a time share {len(set(gpus))} GPU(s): each run has lower tokens/s and MFU "
-            "than alone, and its plan assumes the whole memory of the GPU"
+            f"ablate: {len(gpus)} runs at a time share {counted(len(set(gpus)), 'GPU')}: each run has lower tokens/s "
+            "and MFU than alone, and its plan assumes the whole memory of the GPU"
         )
     if args.html is not None:
         check_packages()

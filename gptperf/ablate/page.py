@@ -12,7 +12,7 @@ from gptperf.ablate.variants import Variant
 from gptperf.compare import curves
 from gptperf.experiment.significance import LEVEL
 from gptperf.files import replace_text
-from gptperf.formats import number
+from gptperf.formats import counted, number
 from gptperf.monitor.runs import LoggedRun
 from gptperf.report.figures import TEXT_COLOR, WIDTH, Line, lines_for, pyplot, svg
 from gptperf.report.page import Section, render
@@ -125,7 +125,7 @@ def _lines(found: Sequence[Result], failed: Mapping[Path, str]) -> list[str]:
     lines += [f"failed: {folder}: {how}" for folder, how in failed.items()]
     missing = sum(len(r.variant.jobs) - len(r.losses) for r in found)
     return lines + (
-        [f"{missing} of {sum(len(r.variant.jobs) for r in found)} runs are not finished."] if missing else []
+        [f"Not finished: {missing} of {counted(sum(len(r.variant.jobs) for r in found), 'run')}."] if missing else []
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from gptperf.checkpoint.strict_json import parse_json
 from gptperf.errors import CheckpointError
 from gptperf.files import FileRecord, open_regular
+from gptperf.formats import counted
 
 __all__ = [
     "MANIFEST",
@@ -109,7 +110,7 @@ def check_files(path: Path, manifest: CheckpointManifest) -> None:
     try:
         present = set(os.listdir(path)) - {MANIFEST}
         for name in sorted(wanted.keys() - present):
-            raise CheckpointError(f"{path / name} is missing; wanted {wanted[name]} bytes")
+            raise CheckpointError(f"{path / name} is missing; wanted {counted(wanted[name], 'byte')}")
         for name in sorted(present - wanted.keys()):
             raise CheckpointError(f"{path / name} is not in {MANIFEST}; wanted only {', '.join(sorted(wanted))}")
         for name, size in wanted.items():
@@ -117,7 +118,7 @@ def check_files(path: Path, manifest: CheckpointManifest) -> None:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path / name} is not a regular file")
             if status.st_size != size:
-                raise CheckpointError(f"{path / name} has {status.st_size} bytes; wanted {size}")
+                raise CheckpointError(f"{path / name} has {counted(status.st_size, 'byte')}; wanted {size:,}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -140,8 +141,8 @@ def check_hash(path: Path, file: FileRecord) -> None:
         raise CheckpointError(f"{path / file.name} cannot be read: {error}") from error
     if size != file.bytes or digest.hexdigest() != file.sha256:
         raise CheckpointError(
-            f"{path / file.name} is corrupt: {size} bytes with SHA-256 {digest.hexdigest()}; "
-            f"wanted {file.bytes} bytes with {file.sha256}"
+            f"{path / file.name} is corrupt: {counted(size, 'byte')} with SHA-256 {digest.hexdigest()}; "
+            f"wanted {counted(file.bytes, 'byte')} with {file.sha256}"
         )
 
 
@@ -157,7 +158,7 @@ def read_file(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if len(data) > limit:
-        raise CheckpointError(f"{path} has more than {limit} bytes, the most that gptperf writes")
+        raise CheckpointError(f"{path} has more than {counted(limit, 'byte')}, the most that gptperf writes")
     return data
 
 

@@ -22,6 +22,7 @@ from gptperf.checkpoint.manifest import (
 from gptperf.checkpoint.strict_json import STATE_LIMIT, parse_json
 from gptperf.checkpoint.tensor_file import Part, join, parts, read_tensors
 from gptperf.errors import CheckpointError
+from gptperf.formats import counted
 
 __all__ = ["Checkpoint", "best", "checkpoints", "latest", "load", "load_latest", "stored"]
 
@@ -150,5 +151,7 @@ def load_latest(
         else:
             return loaded
     if failure is not None:
-        raise CheckpointError(f"all {len(found)} checkpoints in {directory} are corrupt; the oldest: {failure}")
+        raise CheckpointError(
+            f"{directory}: no checkpoint is usable, of {counted(len(found), 'checkpoint')}; the oldest: {failure}"
+        )
     return None

@@ -112,8 +112,7 @@ def html(ranking: Ranking) -> str:
     elif len(ranking.runs) > 1:
         sections.append(Section("", ["All runs have the same configuration."]))
     sections.append(Section("Curves", _on_the_curves(ranking), charts=list(charts), legend=lines))
-    count = "1 run" if len(ranking.runs) == 1 else f"{len(ranking.runs)} runs"
-    return render(f"gptperf: {count} compared", sections, charts)
+    return render(f"gptperf: {formats.counted(len(ranking.runs), 'run')} compared", sections, charts)
 
 
 def _on_the_curves(ranking: Ranking) -> list[str]:

@@ -19,6 +19,7 @@ from gptperf.config.presets import PRESETS
 from gptperf.config.rules import combination_problems
 from gptperf.config.sections import KEYS, Config
 from gptperf.errors import MOST_MISTAKES, ConfigError, DeviceError, mistakes
+from gptperf.formats import counted
 
 __all__ = ["Resolved", "resolve", "show_config", "world_size"]
 
@@ -153,9 +154,10 @@ def _indivisible(micro_batches: int, world_size: int, origins: dict[str, str]) -
     if micro_batches % world_size == 0:
         return []
     below, above = micro_batches // world_size * world_size, -(-micro_batches // world_size) * world_size
+    found = counted(micro_batches, "micro-batch", "micro-batches")
     return [
-        f"{_places(('gradient_accumulation_steps',), origins)}: found {micro_batches} micro-batches per iteration for "
-        f"{world_size} ranks, wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
+        f"{_places(('gradient_accumulation_steps',), origins)}: found {found} per iteration for {world_size} ranks, "
+        f"wanted a multiple of {world_size}; nearest: {f'{below} or ' if below else ''}{above}"
     ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from gptperf import registry
 from gptperf.cards import FFN
+from gptperf.formats import counted
 
 __all__ = ["notes_on"]
 
@@ -25,8 +26,8 @@ def notes_on(c: Mapping[str, Any], windows: Sequence[int], usual: Mapping[str, A
     end = c["lr_decay_iters"] or c["max_iters"]
     if c["warmup_iters"] >= end:
         lines.append(
-            f"warmup_iters = {c['warmup_iters']} is not shorter than the schedule ({end} iterations), so the learning "
-            "rate never reaches its peak"
+            f"warmup_iters = {c['warmup_iters']} is not shorter than the schedule ({counted(end, 'iteration')}), so "
+            "the learning rate never reaches its peak"
         )
     ffn: FFN | None = registry.card("ffn_type", c["ffn_type"])
     if ffn is not None and ffn.activation is not None and c["activation"] != usual["activation"]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from gptperf import registry
 from gptperf.config.fork import fork_of
 from gptperf.errors import nearest
+from gptperf.formats import counted
 
 __all__ = ["RULES", "Problem", "Rule", "combination_problems"]
 
@@ -77,7 +78,8 @@ def _window(c: _Values) -> str | None:
             return f"window = {c['window']!r}: found {part!r}, {wanted}; nearest: {near}"
     if len(parts) > c["n_layer"]:
         return (
-            f"window = {c['window']!r} has {len(parts)} parts for n_layer = {c['n_layer']}; wanted at most one a layer"
+            f"window = {c['window']!r} has {counted(len(parts), 'part')} for n_layer = {c['n_layer']}; wanted at most "
+            "one per layer"
         )
     return None
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gptperf.data.format import SPLITS, DatasetManifest, Shard
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["BLOCK_BYTES", "BlockChecksums", "CHECKSUMS", "block_sum", "block_sums"]
 
@@ -74,8 +75,8 @@ class BlockChecksums:
         }
         if len(sums) != sum(counts.values()):
             raise DataError(
-                f"{folder / CHECKSUMS}: found {len(sums)} checksums, wanted {sum(counts.values())} for the shards; "
-                "prepare the data set again"
+                f"{folder / CHECKSUMS}: found {counted(len(sums), 'checksum')}, wanted {sum(counts.values()):,} for "
+                "the shards; prepare the data set again"
             )
         begin = 0 if split == SPLITS[0] else counts[SPLITS[0]]
         return cls(manifest.splits[split].shards, sums[begin : begin + counts[split]])

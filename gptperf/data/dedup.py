@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from gptperf.data.text import Document
 from gptperf.errors import DataError, DeviceError, nearest
+from gptperf.formats import counted
 
 __all__ = ["DEDUP", "Copies", "HashSet"]
 
@@ -124,9 +125,9 @@ class Copies:
     def lines(self) -> list[str]:
         """Returns what was found, in words."""
         kept = "kept, as --dedup=off" if self._kind == "off" else "removed"
-        lines = [f"{self.exact:,} exact copies of documents: {kept}"] if self.exact else []
+        lines = [f"{counted(self.exact, 'exact copy', 'exact copies')} of documents: {kept}"] if self.exact else []
         if self.near:
-            lines.append(f"{self.near:,} near copies of documents: removed")
+            lines.append(f"{counted(self.near, 'near copy', 'near copies')} of documents: removed")
         if lines:
-            lines.append(f"the copies have {self.bytes:,} bytes of text")
+            lines.append(f"the copies have {counted(self.bytes, 'byte')} of text")
         return lines

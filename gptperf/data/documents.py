@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from gptperf.data.format import DatasetManifest
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["RECORD", "DocumentIndex", "IndexWriter", "Origin", "bytes_per_token", "index_file"]
 
@@ -108,7 +109,7 @@ class DocumentIndex:
             or wanted != manifest.splits[split].documents * RECORD.itemsize
         ):
             raise DataError(
-                f"{path}: found another size than the manifest's {wanted} bytes; prepare the data set again"
+                f"{path}: found another size than the manifest's {counted(wanted, 'byte')}; prepare the data set again"
             )
         self.records: npt.NDArray[Any] = np.memmap(path, RECORD, "r") if wanted else np.empty(0, RECORD)
         self._sources = self._names(manifest, folder, SOURCES)

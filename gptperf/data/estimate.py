@@ -18,7 +18,7 @@ from gptperf.data.vocabulary import token_dtype
 from gptperf.data.walk import Fields, check_format, file_documents
 from gptperf.errors import DataError
 from gptperf.files import free_bytes
-from gptperf.formats import byte_text, rough_duration
+from gptperf.formats import byte_text, counted, rough_duration
 
 __all__ = ["estimate"]
 
@@ -60,19 +60,20 @@ def estimate(job: Job) -> str:
         text += text_of_kind
         kinds.append((text_of_kind, [sample for sample, _, _ in samples if sample]))
     if not text:
-        raise DataError(f"--plan: found no text in {len(sizes)} files of {job.what}, wanted some")
+        raise DataError(f"--plan: found no text in {counted(len(sizes), 'file')} of {job.what}, wanted some")
     read_seconds = (time.perf_counter() - begin) / max(read, 1) * text
     name, per_token, rate, cores, itemsize = _encoding(job, kinds)
     tokens = text / per_token
     size = tokens * itemsize + RECORD.itemsize * len(sizes)
     seconds = max(read_seconds, text / (rate * cores))
+    speed = f"{counted(cores, 'thread')}, {byte_text(rate)}/s per thread"
     return "\n".join(
         [
             f"{job.path}: {job.source.source}; a plan, nothing is written",
-            f"  text    about {byte_text(text)} in {len(sizes):,} files of {byte_text(total)}",
+            f"  text    about {byte_text(text)} in {counted(len(sizes), 'file')} of {byte_text(total)}",
             f"  tokens  about {float(f'{tokens:.2g}'):,.0f}, {per_token:.2f} bytes each; tokenizer {name}",
             f"  disk    about {byte_text(size)}, {byte_text(free_bytes(job.path))} free",
-            f"  time    about {rough_duration(seconds)}; {cores} threads encode {byte_text(rate)} a second each",
+            f"  time    about {rough_duration(seconds)}; encoding in {speed}",
         ]
     )
 

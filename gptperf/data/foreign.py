@@ -26,6 +26,7 @@ from gptperf.data.tokenizers import load_tokenizer
 from gptperf.data.vocabulary import IDS, NoVocabularyError, Tokenizer, Tokens
 from gptperf.data.writer import SHARD_TOKENS, ShardWriter, check_target
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["PREFIX", "convert"]
 
@@ -114,7 +115,7 @@ def convert(
     encoder = _tokenizer(tokenizer, eot, data_dir)
     say: Callable[[str], object] = (lambda line: None) if quiet else print
     for split, file in [(name, file) for name in SPLITS for file in files[name]]:
-        say(f"{split}: {file.path}: {file.kind}, {file.dtype}, {file.tokens:,} tokens")
+        say(f"{split}: {file.path}: {file.kind}, {file.dtype}, {counted(file.tokens, 'token')}")
     writer = ShardWriter(
         path,
         tokenizer=encoder,
@@ -130,7 +131,7 @@ def convert(
         counts = [(split, *writer.counts(split)) for split in SPLITS]
     say(f"{path}: converted, tokenizer {encoder.name}, {time.perf_counter() - begin:.1f} s")
     for split, tokens, documents in counts:
-        say(f"{split}: {tokens:,} tokens, {documents:,} documents")
+        say(f"{split}: {counted(tokens, 'token')}, {counted(documents, 'document')}")
     return path
 
 
@@ -197,14 +198,18 @@ def _recognised(path: Path, dtype: str | None) -> _File:
         raise DataError(f"--dtype: found {dtype!r}, wanted none or {stored}, as in the header of {path}")
     full = _HEADER_BYTES + count * DTYPES[stored].itemsize
     if size != full:
-        raise DataError(f"{path}: found {size} bytes, wanted {full} for the {count} tokens of its header")
+        raise DataError(
+            f"{path}: found {counted(size, 'byte')}, wanted {full:,} for the {counted(count, 'token')} of its header"
+        )
     return _File(path, "llm.c or modded-nanogpt", stored, _HEADER_BYTES, count)
 
 
 def _headerless(path: Path, size: int, dtype: str) -> _File:
     itemsize = DTYPES[dtype].itemsize
     if size == 0 or size % itemsize:
-        raise DataError(f"{path}: found {size} bytes, wanted a multiple of {itemsize}, the bytes of a {dtype}")
+        raise DataError(
+            f"{path}: found {counted(size, 'byte')}, wanted a multiple of {itemsize}, the bytes of a {dtype}"
+        )
     if dtype == "uint16" and size % 4 == 0 and size >= 64:
         high = np.fromfile(path, DTYPES[dtype], 1 << 16)[1::2]
         if high.max() < 256 and len(np.unique(high)) < 3:  # the upper halves of uint32

@@ -33,6 +33,7 @@ from typing import Any, Self
 import numpy as np
 
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = [
     "DTYPES",
@@ -89,7 +90,9 @@ class Header:
             DataError: The data is too short, or the magic, version, dtype code or padding is wrong.
         """
         if len(data) < HEADER_BYTES:
-            raise DataError(f"{where}: found {len(data)} bytes, wanted at least the {HEADER_BYTES} of a shard header")
+            raise DataError(
+                f"{where}: found {counted(len(data), 'byte')}, wanted at least the {HEADER_BYTES} of a shard header"
+            )
         magic, version, itemsize, tokens, documents, max_id, zeros = _HEADER.unpack(data[:HEADER_BYTES])
         if magic != MAGIC:
             raise DataError(f"{where}: found magic {magic!r}, wanted {MAGIC!r}: not a gptperf shard, or corrupt")
@@ -178,7 +181,9 @@ class DatasetManifest:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; the manifest names this file") from error
         if size != wanted.bytes:
-            raise DataError(f"{path}: found {size} bytes, wanted {wanted.bytes}; prepare the data set again")
+            raise DataError(
+                f"{path}: found {counted(size, 'byte')}, wanted {wanted.bytes:,}; prepare the data set again"
+            )
         if digest != wanted.sha256:
             raise DataError(f"{path}: found another SHA-256 than the manifest's: corrupt; prepare the data set again")
 

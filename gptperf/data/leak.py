@@ -8,6 +8,7 @@ import numpy as np
 from gptperf.data import window_search
 from gptperf.data.shards import TokenSource
 from gptperf.data.window_search import NOWHERE, WindowSearch, chunks_of, search
+from gptperf.formats import counted
 
 __all__ = ["Leak", "measure_leak"]
 
@@ -31,7 +32,8 @@ class Leak(NamedTuple):
         """Returns the result in words."""
         share = self.found / max(self.windows, 1)
         part = "" if self.searched == 1 else f", at least: {self.searched:.1%} of the training tokens were searched"
-        return f"{share:.2%} of {self.windows:,} validation windows of {WINDOW} tokens occur verbatim in training{part}"
+        windows = f"{counted(self.windows, 'validation window')} of {WINDOW} tokens"
+        return f"{share:.2%} of {windows} occur verbatim in training{part}"
 
 
 def measure_leak(path: Path) -> Leak:

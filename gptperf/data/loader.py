@@ -19,6 +19,7 @@ from gptperf.data.mixture import MixedTokens, order_of
 from gptperf.data.order import Offsets
 from gptperf.data.shards import TokenSource
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["Loader", "validation_batches", "validation_count"]
 
@@ -201,8 +202,8 @@ def validation_batches(
     available = (len(source) - 1) // block_size
     if available < 1:
         raise DataError(
-            f"{source.path}: found {len(source)} tokens in the split {source.split!r}, wanted at least "
-            f"block_size + 1 = {block_size + 1}; {_longer_split(source, block_size)}"
+            f"{source.path}: found {counted(len(source), 'token')} in the split {source.split!r}, wanted at least "
+            f"block_size + 1 = {block_size + 1:,}; {_longer_split(source, block_size)}"
         )
     count = validation_count(source, block_size=block_size, batch_size=batch_size, max_batches=max_batches)
     batch_size = min(batch_size, available)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptperf.data.shards import TokenSource
+from gptperf.formats import counted
 
 __all__ = ["MAX_VOCAB_SIZE", "NgramLosses", "ngram_losses", "trigram_loss"]
 
@@ -52,7 +53,9 @@ def ngram_losses(train: TokenSource, val: TokenSource) -> NgramLosses:
         raise ValueError(f"vocab_size: found {vocab_size}, wanted at most {MAX_VOCAB_SIZE} for n-gram counts")
     for source in (train, val):
         if len(source) < 3:
-            raise ValueError(f"{source.path}: found {len(source)} tokens in {source.split!r}, wanted at least 3")
+            raise ValueError(
+                f"{source.path}: found {counted(len(source), 'token')} in {source.split!r}, wanted at least 3"
+            )
     dense, size = _dense_ids(train, val)
     levels = [_Level(train, dense, size, order) for order in (1, 2, 3)]
     means = []

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["BatchOrder", "MixedOrder", "Offsets", "Permutation"]
 
@@ -49,8 +50,8 @@ class BatchOrder:
         if self.n_blocks < 1:
             shorter = f" or --block_size={tokens // 2}" if tokens > 1 else ""
             raise DataError(
-                f"training data: found {tokens} tokens, wanted at least 2 * block_size = {2 * block_size}; "
-                f"use more text{shorter}"
+                f"training data: found {counted(tokens, 'token')}, wanted at least 2 * block_size = {2 * block_size:,}"
+                f"; use more text{shorter}"
             )
         self._seed = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))
         self._permutation = Permutation(self.n_blocks)

@@ -15,6 +15,7 @@ from gptperf.data.tokenizers import ByteTokenizer, Tokenizer
 from gptperf.data.vocabulary import PIECE_CHARACTERS, Tokens, as_text, pieces
 from gptperf.data.writer import ShardWriter, SourceChangedError
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["Chosen", "Part", "document_parts", "encoded", "text_parts", "threads", "write_parts"]
 
@@ -198,7 +199,9 @@ def _encode(task: list[Part], tokenizer: Tokenizer) -> list[Tokens]:
             found.append(tokenizer.encode(part.text))
         except DataError as error:
             where = f"{part.origin.source}, record {part.origin.offset}"
-            raise DataError(f"{where}, in the {len(part.text):,} bytes at byte {part.begin:,}: {error}") from error
+            raise DataError(
+                f"{where}, in the {counted(len(part.text), 'byte')} at byte {part.begin:,}: {error}"
+            ) from error
     return found
 
 

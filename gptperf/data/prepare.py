@@ -22,6 +22,7 @@ from gptperf.data.tokenizers import Tokenizer, load_tokenizer
 from gptperf.data.train_tokenizer import PREFIX, train_tokenizer, vocabulary_size
 from gptperf.data.writer import ShardWriter, SourceChangedError, check_target
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["KNOWN", "prepare", "summary"]
 
@@ -62,7 +63,8 @@ def _write(job: Job, tokenizer: Tokenizer) -> list[str]:
         try:
             with job.writer(tokenizer) as writer:
                 if writer.resumed and not job.quiet:
-                    print(f"{job.path}: goes on behind the {writer.tokens():,} tokens of a preparation that was ended")
+                    done = counted(writer.tokens(), "token")
+                    print(f"{job.path}: continues a preparation that was ended, after its {done}")
                 work.write(writer)
             return work.lines()
         except SourceChangedError:
@@ -88,8 +90,8 @@ class _Work:
             document = next(documents)
             if document.size < 2:
                 raise DataError(
-                    f"{document.origin.source}: found {document.size} bytes, wanted a text to train on and to "
-                    "validate on"
+                    f"{document.origin.source}: found {counted(document.size, 'byte')}, wanted a text to train on "
+                    "and to validate on"
                 )
             parts = text_parts(document, self._job.fraction, self._tokenizer, writer)
         else:
@@ -146,7 +148,7 @@ def summary(path: str | os.PathLike[str], seconds: float) -> str:
         part = manifest.splits[split]
         share = 100 * part.tokens / max(total, 1)
         lines.append(
-            f"  {split:5s} {part.tokens:>15,} tokens ({share:.2f}%)  {part.documents:>10,} documents  "
-            f"{len(part.shards):>5} shards"
+            f"  {split:5s} {counted(part.tokens, 'token'):>22} ({share:.2f}%)  "
+            f"{counted(part.documents, 'document'):>20}  {counted(len(part.shards), 'shard'):>12}"
         )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from gptperf.data.readers import Meter
 from gptperf.errors import note
-from gptperf.formats import rough_duration
+from gptperf.formats import counted, rough_duration
 
 __all__ = ["Progress", "progress_bar"]
 
@@ -58,7 +58,7 @@ def progress_bar(name: str, total: int | None, meter: Meter, quiet: bool) -> Ite
 
 
 def _said(name: str, tokens: int) -> str:
-    return f"{name}: {tokens:,} tokens" if tokens else name
+    return f"{name}: {counted(tokens, 'token')}" if tokens else name
 
 
 def _lines(name: str, total: int | None, meter: Meter) -> Progress:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from gptperf.data.text import byte_order_mark
 from gptperf.errors import DataError, DeviceError
+from gptperf.formats import counted
 
 __all__ = ["STRUCTURED", "Meter", "Record", "open_file", "read_records", "suffixes_in_name", "suffixes_of"]
 
@@ -255,9 +256,8 @@ def _delimited(delimiter: str) -> "Callable[[IO[bytes], Path, Sequence[str]], It
                 if len(row) == len(header):
                     yield dict(zip(header, row, strict=True))
                 elif row:
-                    raise DataError(
-                        f"{path}:{rows.line_num}: found {len(row)} fields, wanted {len(header)} as in the first line"
-                    )
+                    found = counted(len(row), "field")
+                    raise DataError(f"{path}:{rows.line_num}: found {found}, wanted {len(header)} as in the first line")
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}:{rows.line_num + 1}: not a valid table ({error})") from error
 

@@ -23,6 +23,7 @@ from gptperf.data.format import DTYPES, HEADER_BYTES, MANIFEST, SPLITS, DatasetM
 from gptperf.data.sources import KNOWN
 from gptperf.data.tokenizers import read_vocabulary
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["TokenSource", "resolve_dataset", "verify"]
 
@@ -243,9 +244,10 @@ class TokenSource:
                 got = os.preadv(file.fd, (view,), position)
                 if got == 0:
                     shard = self._shards[index]
+                    found = counted(os.fstat(file.fd).st_size, "byte")
                     raise DataError(
-                        f"{self.path / shard.file}: found {os.fstat(file.fd).st_size} bytes, wanted {shard.bytes}: "
-                        "the shard was truncated during the run"
+                        f"{self.path / shard.file}: found {found}, wanted {shard.bytes:,}: the shard was truncated "
+                        "during the run"
                     )
                 view, position = view[got:], position + got
             done += count
@@ -313,7 +315,8 @@ class TokenSource:
                     "(the manifest's)"
                 )
         if identity[0] != shard.bytes:
-            raise DataError(f"{where}: found {identity[0]} bytes, wanted {shard.bytes} for {shard.tokens} tokens")
+            found, tokens = counted(identity[0], "byte"), counted(shard.tokens, "token")
+            raise DataError(f"{where}: found {found}, wanted {shard.bytes:,} for {tokens}")
         self._identity.append(identity)
         if index < self._most_open:
             self._keep(index, file)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from gptperf.data.text import Document
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["HashSplit", "tail_pieces"]
 
@@ -51,14 +52,15 @@ class HashSplit:
         if self._grouped:
             single = "leave --group_by out"
         if low == high:
-            found = "1 document" if count == 1 else f"{count} copies of one document"
-            found = f"{count} documents of one group" if self._grouped else found
+            found = "1 document" if count == 1 else f"{count:,} copies of one document"
+            found = f"{counted(count, 'document')} of one group" if self._grouped else found
             raise DataError(f"prepare: found {found}, wanted different ones for training and validation; {single}")
         empty = "training" if high < fraction else "validation"
         near = _between(low, high, nearer_low=fraction <= low)
         raise DataError(
-            f"prepare: the {empty} split of {count} documents is empty at --val_fraction={fraction:g}, wanted at least "
-            f"one {'group' if self._grouped else 'document'} in each; --val_fraction={near} puts one there, or {single}"
+            f"prepare: the {empty} split of {counted(count, 'document')} is empty at --val_fraction={fraction:g}, "
+            f"wanted at least one {'group' if self._grouped else 'document'} in each; "
+            f"--val_fraction={near} puts one there, or {single}"
         )
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import IO, NamedTuple
 
 from gptperf.data.documents import Origin
+from gptperf.formats import counted
 
 __all__ = [
     "BINARY",
@@ -67,14 +68,19 @@ class Skipped:
         self._first: dict[str, str] = {}
 
     def add(self, reason: str, name: str, number: int = 1) -> None:
-        """Counts `number` files or records, the first of which is `name`."""
+        """Counts `number` files or records, the first of which is `name`; a reason is "file: WHY" or "record: WHY"."""
         self.counts[reason] = self.counts.get(reason, 0) + number
         self._first.setdefault(reason, name)
 
     def lines(self) -> list[str]:
         """Returns a line for each reason, the most frequent first."""
         order = sorted(self.counts, key=lambda reason: (-self.counts[reason], reason))
-        return [f"not read: {self.counts[reason]:,} {reason} (first: {self._first[reason]})" for reason in order]
+        return [f"not read: {self._counted(reason)} (first: {self._first[reason]})" for reason in order]
+
+    def _counted(self, reason: str) -> str:
+        kind, _, why = reason.partition(": ")
+        kinds = " or ".join(f"{word}s" for word in kind.split(" or "))
+        return f"{counted(self.counts[reason], kind, kinds)}: {why}"
 
 
 def byte_order_mark(head: bytes) -> tuple[bytes, str]:

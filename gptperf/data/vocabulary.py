@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = [
     "IDS",
@@ -183,7 +184,7 @@ def encode_in_pieces(
         except RefusedError as error:
             if size <= _SMALLEST_PIECE:
                 raise DataError(
-                    f"tokenizer {name!r}: cannot encode the {len(piece)} characters at character {begin} "
+                    f"tokenizer {name!r}: cannot encode the {counted(len(piece), 'character')} at character {begin} "
                     f"({piece[:20]!r}...): {error}"
                 ) from error
             found.append(encode_in_pieces(name, piece, encode, size // 16, begin))

@@ -120,7 +120,7 @@ def record_documents(
         try:
             document = text_document(Origin(name, number, group), text)
         except Refused as refused:
-            skipped.add(f"records: {refused.reason}", f"{name}, record {number}")
+            skipped.add(f"record: {refused.reason}", f"{name}, record {number}")
             continue
         del text, record  # they may have hundreds of megabytes
         yield document
@@ -130,7 +130,7 @@ def record_documents(
     if number + 1 == without_text:
         raise Refused(f"no text in the field {fields.text!r}", f"its fields are {', '.join(sorted(others)) or 'none'}")
     if without_text:
-        skipped.add(f"records: no text in the field {fields.text!r}", name, without_text)
+        skipped.add(f"record: no text in the field {fields.text!r}", name, without_text)
 
 
 def folder_documents(
@@ -163,16 +163,16 @@ def documents_of(
         try:
             yield from file_documents(path, name, fields, skipped, group(path), meter)
         except Refused as refused:
-            skipped.add(f"files: {refused.reason}", name)
+            skipped.add(f"file: {refused.reason}", name)
         except OSError as error:
-            skipped.add(f"files: unreadable ({error.strerror})", name)
+            skipped.add(f"file: unreadable ({error.strerror})", name)
         except DataError as error:
-            skipped.add("files: corrupt, or not of the format that the name says", str(error))
+            skipped.add("file: corrupt, or not of the format that the name says", str(error))
         except DeviceError as error:
             if suffixes_in_name(path) == suffixes_of(path):
                 raise
             # A cache or a checkpoint among the texts: nobody named it as data.
-            skipped.add("files: first bytes of a format whose package is not installed", str(error))
+            skipped.add("file: first bytes of a format whose package is not installed", str(error))
 
 
 def files_below(
@@ -201,11 +201,11 @@ def files_below(
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            skipped.add(f"folders: unreadable ({error.strerror})", str(folder.relative_to(root)))
+            skipped.add(f"folder: unreadable ({error.strerror})", str(folder.relative_to(root)))
             continue
         for entry in entries:
             if entry.name.startswith("."):
-                skipped.add("files and folders: hidden", str(Path(entry.path).relative_to(root)))
+                skipped.add("file or folder: hidden", str(Path(entry.path).relative_to(root)))
             elif not entry.is_dir():
                 found.append(Path(entry.path))
             elif entry.name not in without_names:

@@ -5,7 +5,7 @@ optimizer launches per step.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gptperf.cards import BUCKET_NUMEL
+from gptperf.distributed.bucket_sizes import join_units
 from gptperf.distributed.collectives import Pending
 
-__all__ = ["ALIGN", "BUCKET_NUMEL", "Bucket", "BucketGroup", "Layout", "Piece", "Place", "by_size", "gaps"]
-__all__ += ["gradient_of", "group_of", "join_units"]
-
-ALIGN = 64
-"""A parameter starts at a multiple of this many elements: 128 bytes of bfloat16, for vector loads."""
+__all__ = ["BUCKET_NUMEL", "Bucket", "BucketGroup", "Layout", "Piece", "Place", "by_size", "gaps"]
+__all__ += ["gradient_of", "group_of"]
 
 
 class BucketGroup(Enum):
@@ -167,33 +165,5 @@ def by_size(parameters: dict[str, nn.Parameter], numel: int, hidden_numel: int =
     """
     for group, names in itertools.groupby(reversed(parameters), key=lambda name: group_of(name, parameters[name])):
         least = max(numel, hidden_numel) if group is BucketGroup.HIDDEN else numel
-        yield from join_units([[name] for name in names], parameters, least)
-
-
-def join_units(units: Sequence[list[str]], parameters: dict[str, nn.Parameter], numel: int) -> Iterator[list[str]]:
-    """Joins consecutive units into buckets of at least `numel` elements; the last bucket may have fewer.
-
-    A unit that has `numel` elements by itself is not joined with others. So the embedding, whose gradient comes last,
-    does not delay the reduction of other parameters until the end of backward.
-
-    Args:
-        units: names of parameters that stay together.
-        parameters: by name.
-        numel: elements at which a bucket is closed.
-
-    Yields:
-        The names of each bucket.
-    """
-    names: list[str] = []
-    size = 0
-    for unit in units:
-        unit_numel = sum(parameters[name].numel() for name in unit)
-        if names and unit_numel >= numel:
-            yield names
-            names, size = [], 0
-        names, size = names + unit, size + unit_numel
-        if size >= numel:
-            yield names
-            names, size = [], 0
-    if names:
-        yield names
+        units = [[name] for name in names]
+        yield from join_units(units, {name: x.numel() for name, x in parameters.items()}, least)

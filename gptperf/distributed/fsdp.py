@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptperf.distributed.buckets import Bucket, BucketGroup, Layout, join_units
+from gptperf.distributed.bucket_sizes import join_units
+from gptperf.distributed.buckets import Bucket, BucketGroup, Layout
 from gptperf.distributed.collectives import Collectives, Pending
 from gptperf.distributed.zero1 import Sharded
 
@@ -83,7 +84,8 @@ class FullySharded(Sharded):
         blocks = [names for unit, names in units.items() if unit.startswith("blocks.")]
         others = {unit: names for unit, names in units.items() if not unit.startswith("blocks.")}
         yield from (names for unit, names in others.items() if unit in ("norm", "lm_head"))
-        yield from join_units(blocks, matrices, max(self.min_num_params, self._hidden_numel(matrices)))
+        sizes = {name: parameter.numel() for name, parameter in matrices.items()}
+        yield from join_units(blocks, sizes, max(self.min_num_params, self._hidden_numel(matrices)))
         yield from (names for unit, names in others.items() if unit not in ("norm", "lm_head"))
 
     def _shards(self, group: BucketGroup) -> bool:

@@ -1,21 +1,19 @@
 """Whole matrices in the buckets of hidden matrices, for an optimizer that updates whole matrices.
 
 A parameter is a matrix, or packs several below one another, such as queries, keys and values. Every rank owns an equal
-share of a bucket. `cut_between` lays the parameters out so that no matrix lies in two shares; the rest of a share is
-padding.
+share of a bucket, and no matrix lies in two shares (`gptperf.distributed.bucket_sizes.cut_between`).
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptperf.distributed.buckets import ALIGN, Piece, Place
+from gptperf.distributed.buckets import Piece, Place
 from gptperf.errors import ConfigError
 
-__all__ = ["Matrix", "cut_between", "elements_of", "matrices_in", "row_pieces", "rows_of"]
+__all__ = ["Matrix", "elements_of", "matrices_in", "row_pieces", "rows_of"]
 
 
 class Matrix(NamedTuple):
@@ -27,52 +25,6 @@ class Matrix(NamedTuple):
     columns: int
     first_row: int
     """Index of its first row among the rows of all matrices that this rank holds of the bucket."""
-
-
-def cut_between(parameters: Sequence[Sequence[int]], shares: int) -> tuple[list[int], int]:
-    """Lays parameters out so that none of their matrices lies in two of the equal shares of a bucket.
-
-    Args:
-        parameters: elements of each matrix of each parameter.
-        shares: number of equal parts into which the bucket is cut.
-
-    Returns:
-        The first element of each parameter, a multiple of `ALIGN`, and the elements of a share, as few as a bisection
-        finds.
-    """
-    total = sum(map(sum, parameters))
-    # The offsets for a share of `high` units exist: the first share takes all parameters.
-    low = -(-max(max(map(max, parameters)), -(-total // shares)) // ALIGN)
-    high = sum(-(-sum(matrices) // ALIGN) for matrices in parameters)
-    found = _offsets(parameters, low * ALIGN, shares)
-    if found is not None:
-        return found, low * ALIGN
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _offsets(parameters, middle * ALIGN, shares) else (middle, high)
-    found = _offsets(parameters, high * ALIGN, shares)
-    assert found is not None
-    return found, high * ALIGN
-
-
-def _offsets(parameters: Sequence[Sequence[int]], share: int, shares: int) -> list[int] | None:
-    """Returns the first element of each parameter if each share has `share` elements, or None if they are too few."""
-    offsets, at = [], 0
-    for matrices in parameters:
-        begins = list(itertools.accumulate(matrices, initial=0))
-        # The parameter begins at the next multiple of ALIGN or, if a cut would fall into one of its matrices there, at
-        # the next place where a cut falls between two of them; at the latest at a cut.
-        places = sorted({at, *(-(-(at + begin) // share) * share - begin for begin in begins[:-1])})
-        for place in places:
-            if place % ALIGN == 0 and not any(
-                (place + a) // share < (place + b - 1) // share for a, b in itertools.pairwise(begins)
-            ):
-                break
-        else:
-            return None
-        offsets.append(place)
-        at = place + -(-begins[-1] // ALIGN) * ALIGN
-    return offsets if at <= share * shares else None
 
 
 def rows_of(name: str, shape: torch.Size, packed: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptperf.distributed.access import Access
+from gptperf.distributed.bucket_sizes import ALIGN, cut_between, least_numel
 from gptperf.distributed.buckets import (
-    ALIGN,
     BUCKET_NUMEL,
     Bucket,
     BucketGroup,
@@ -38,7 +38,7 @@ from gptperf.distributed.buckets import (
     group_of,
 )
 from gptperf.distributed.collectives import Collectives
-from gptperf.distributed.matrices import cut_between, elements_of
+from gptperf.distributed.matrices import elements_of
 from gptperf.kernels.linear import offer_gradient
 
 __all__ = ["Replicated"]
@@ -107,18 +107,14 @@ class Replicated(Access):
         return by_size(matrices, bucket_numel, self._hidden_numel(matrices))
 
     def _hidden_numel(self, matrices: dict[str, nn.Parameter]) -> int:
-        """Returns the least elements of a bucket that is cut between matrices, or 0 if buckets are cut anywhere.
-
-        A block of a LLaMA has 7 matrices of different sizes. With half as many blocks as ranks, about a tenth of a
-        bucket is padding; with one block for 4 ranks it is 18%, and 44% for 8.
-        """
+        """Returns the least elements of a bucket that is cut between matrices, or 0 if buckets are cut anywhere."""
         if self.packed is None or self.world_size == 1:
             return 0
         blocks: Counter[str] = Counter()
         for name, parameter in matrices.items():
             if group_of(name, parameter) is BucketGroup.HIDDEN:
                 blocks[name.split(".")[1]] += parameter.numel()
-        return max(blocks.values(), default=0) * -(-self.world_size // 2)
+        return least_numel(max(blocks.values(), default=0), self.world_size)
 
     def _lay_out(self, parameters: dict[str, nn.Parameter]) -> Layout:
         groups = {group_of(name, parameter) for name, parameter in parameters.items()}

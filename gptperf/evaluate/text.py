@@ -50,7 +50,8 @@ def _tasks(found: Mapping[str, Any]) -> str:
         lines.append(f"core, the mean of the centred scores: {formats.with_error(found, 'core')}")
     cut = sum(scores["truncated"] for scores in found["tasks"].values())
     if cut:
-        lines.append(f"truncated: {cut:,} items are longer than block_size and lost the start of their context")
+        cut = formats.counted(cut, "item")
+        lines.append(f"truncated: {cut} longer than block_size, which lost the start of the context")
     return "\n".join(lines)
 
 
@@ -77,5 +78,5 @@ def _contained(contained: Mapping[str, Any]) -> list[str]:
 def _hit(hit: Mapping[str, Any]) -> str:
     places = [f"{one['dataset']}: {one['source']}:{one['offset']}" for one in hit["documents"][:_DOCUMENTS]]
     more = len(hit["documents"]) - len(places)
-    listed = ", ".join(places) + (f" and {more} more documents" if more else "")
-    return f"{hit['item']}: {hit['found']} of {hit['ngrams']} n-grams, in {listed}"
+    listed = ", ".join(places) + (f" and {formats.counted(more, 'more document')}" if more else "")
+    return f"{hit['item']}: {hit['found']:,} of {formats.counted(hit['ngrams'], 'n-gram')}, in {listed}"

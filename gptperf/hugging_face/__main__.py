@@ -24,6 +24,7 @@ from typing import Annotated, ClassVar
 from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.config.keys import Range
 from gptperf.errors import run_main
+from gptperf.formats import counted
 from gptperf.hugging_face.convert import convert, downloaded
 from gptperf.hugging_face.export_command import export_main
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nanogpt=flags.nanogpt is not None,
         tell=print,
     )
-    print(f"{path}: {model.n_layer} layers of {model.n_embd}, vocab_size {model.vocab_size:,}")
+    print(f"{path}: {counted(model.n_layer, 'layer')} of {model.n_embd}, vocab_size {model.vocab_size:,}")
     out = flags.out_dir
     print(f"python -m gptperf.train {out}/model.toml --init_from={out} --out_dir=... --dataset=...")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 from gptperf.checkpoint import Checkpoint
 from gptperf.config import KEYS, ModelConfig
 from gptperf.errors import DataError
-from gptperf.formats import duration, one_line, short_count, with_error
+from gptperf.formats import counted, duration, one_line, short_count, with_error
 from gptperf.hugging_face.exported_config import ExportClass
 from gptperf.monitor.blocks import SCORES
 from gptperf.monitor.run_log import finite, load, mapping
@@ -99,11 +99,11 @@ def _model_rows(model: ModelConfig, kind: ExportClass, dtype: str, found: Checkp
     count = sum(tensor.numel() for tensor in found.tensors["model"].values())
     yield "class", kind.name
     yield "parameters", f"{count:,}, stored in {dtype}"
-    heads = f"{model.n_head} heads" + (
+    heads = counted(model.n_head, "head") + (
         f", {model.kv_heads} of keys and values" if model.kv_heads < model.n_head else ""
     )
-    yield "sizes", f"{model.n_layer} layers of width {model.n_embd}, {heads}, FFN of width {model.ffn_width}"
-    yield "sequence", f"{model.block_size:,} tokens"
+    yield "sizes", f"{counted(model.n_layer, 'layer')} of width {model.n_embd}, {heads}, FFN of width {model.ffn_width}"
+    yield "sequence", f"{counted(model.block_size, 'token')}"
     parts = (model.normalization, f"{model.norm_position}-norm", model.ffn_type, model.applied_activation)
     position = model.position_encoding + (f", base {model.rope_theta:g}" if model.position_encoding == "rope" else "")
     yield "parts", ", ".join((*parts, position)) + (", qk_norm" if model.qk_norm else "")
@@ -127,7 +127,7 @@ def _training_rows(found: Checkpoint, log: _Record) -> Iterator[tuple[str, str]]
     tokens, trained = finite(state.get("tokens")) or 0.0, finite(info.get("train_tokens"))
     sets = _names(str(mapping(config.get("data")).get("dataset", "")))
     yield "data", sets + (f", {trained:,.0f} tokens for training" if trained else "")
-    yield "trained on", f"{tokens:,.0f} tokens in {found.step:,} iterations" + _epochs(tokens, trained)
+    yield "trained on", f"{tokens:,.0f} tokens in {counted(found.step, 'iteration')}" + _epochs(tokens, trained)
     entries = [entry for entry in log.get("training_iterations", ()) if entry["iter"] <= found.step]
     losses = [loss for entry in entries if (loss := finite(entry.get("loss"))) is not None]
     if losses:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gptperf.formats import byte_text, count_text, duration, mfu_scale, number, percent, with_error, with_unit
+from gptperf.formats import byte_text, count_text, counted, duration, mfu_scale, number, percent, with_error, with_unit
 
 __all__ = [
     "SCORES",
@@ -93,7 +93,7 @@ def _training(info: Mapping[str, Any]) -> list[str]:
     lines += _rows(info, {"tokenizer": "Tokenizer"})
     lines += _rows(info, {"train_tokens": "Training tokens", "val_tokens": "Validation tokens"}, "{:,}")
     for name, source in (info.get("sources") or {}).items():
-        figures = f"{source['weight']:.1%}, {source['epochs']:.2f} epochs of {source['train_tokens']:,} tokens"
+        figures = f"{source['weight']:.1%}, {source['epochs']:.2f} epochs of {counted(source['train_tokens'], 'token')}"
         lines.append(_row(name, figures))
     return lines + ([] if info.get("sources") else _rows(info, {"epochs": "Epochs"}, "{:.2f}"))
 
@@ -195,9 +195,9 @@ def stability_parts(record: Mapping[str, Any]) -> list[str]:
     if found.get("loss_variance") is not None:
         parts.append(f"loss variance={found['loss_variance']:.2e} of {found['window']}")
     parts += [name for key, name in {"spike": "LOSS SPIKE", "plateau": "PLATEAU"}.items() if found.get(key)]
-    parts += [f"{found['non_finite']:,} steps skipped"] if found.get("non_finite") else []
+    parts += [f"{counted(found['non_finite'], 'step')} skipped"] if found.get("non_finite") else []
     elements = (record.get("gradients") or {}).get("non_finite")
-    return parts + ([f"{elements:,} gradient elements not finite"] if elements else [])
+    return parts + ([f"{counted(elements, 'gradient element')} not finite"] if elements else [])
 
 
 def _gradient_lines(record: Mapping[str, Any]) -> list[str]:
@@ -244,7 +244,7 @@ def profile_lines(record: Mapping[str, Any]) -> list[str]:
     Args:
         record: a `Profile`.
     """
-    lines = [f" profile of {record['steps']} iterations: {record['trace']} (open it at ui.perfetto.dev)"]
+    lines = [f" profile of {counted(record['steps'], 'iteration')}: {record['trace']} (open it at ui.perfetto.dev)"]
     points_lost = record.get("waterfall")
     if "parts_ms" in record:
         parts = [f"{name} {ms:.2f} ms" for name, ms in record["parts_ms"].items() if ms > 0]
@@ -270,7 +270,7 @@ def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
     lines += _rows(summary, {"stopped": "Reason"})
     lines += _rows(summary, {"iterations": "Iterations", "tokens": "Tokens"}, "{:,}")
     if summary.get("train_loss") is not None:
-        over = f" (mean of the last {summary['train_loss_iterations']} iterations)"
+        over = f" (mean of the last {counted(summary['train_loss_iterations'], 'iteration')})"
         lines.append(_row("Training loss", f"{number(summary['train_loss'], '.4f')}{over}"))
     lines += _rows(summary, {"val_loss": "Validation loss"}, "{:.4f}")
     if summary.get("best_val_loss") is not None:
@@ -289,7 +289,8 @@ def summary_lines(summary: Mapping[str, Any], width: int = WIDTH) -> list[str]:
         lines.append(_row("Wall time", f"{duration(summary['wall_time_s'])}{starts}"))
     added = summary.get("this_start")
     if added:
-        part = f"{added['iterations']:,} iterations from {added['first_iter']:,} on, {added['tokens']:,} tokens"
+        part = f"{counted(added['iterations'], 'iteration')} from {added['first_iter']:,} on"
+        part = f"{part}, {counted(added['tokens'], 'token')}"
         lines.append(_row("Added by this start", f"{part}, {duration(added['wall_time_s'])}"))
     lines += _rows(summary, {"log_path": "Log", "checkpoint_dir": "Checkpoints"})
     if summary.get("sample"):

@@ -18,6 +18,7 @@ from typing import Any
 
 from gptperf.errors import ConfigError, DataError, DiskError
 from gptperf.files import replace_text
+from gptperf.formats import counted
 from gptperf.monitor.events import EVENTS, SCHEMA_VERSION, Resume, RunLog
 
 __all__ = ["Journal", "assemble", "find_journal", "new_run_name", "newest_log", "write_json"]
@@ -136,7 +137,7 @@ class Journal:
         assert self._fd is not None, "the journal is closed"
         line = _line(event, fields)
         if self._unreported:
-            text = f"{self._unreported} journal events were lost because the disk could not be written"
+            text = f"the disk could not be written: {counted(self._unreported, 'journal event')} lost"
             line = _line("message", {"level": "warning", "text": text, "time": _now()}) + line
         if self._torn:
             line = b"\n" + line

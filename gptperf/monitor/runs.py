@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
-from gptperf.formats import mfu_scale, one_line
+from gptperf.formats import counted, mfu_scale, one_line
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_lock import is_locked
 from gptperf.monitor.run_log import find_log, finite, load, mapping
@@ -121,8 +121,7 @@ class LoggedRun:
         if self.state != "finished":
             lines.append(f"{self.name}: {self.state}, read up to iteration {self.iterations}")
         if self.damaged_lines:
-            count = "1 damaged line" if self.damaged_lines == 1 else f"{self.damaged_lines} damaged lines"
-            lines.append(f"{self.name}: {count} left out")
+            lines.append(f"{self.name}: {counted(self.damaged_lines, 'damaged line')} left out")
         return lines
 
 

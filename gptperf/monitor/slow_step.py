@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptperf.formats import counted
 from gptperf.hardware import gpu_state
 from gptperf.hardware.cpu import cgroup_folders, usable_cpus
 
@@ -89,12 +90,12 @@ class SlowSteps:
         if waited_s > 0.1 * seconds:
             known.append(f"{waited_s:.1f} s of it waiting for data")
         if now.throttled > before.throttled:
-            known.append(
-                f"the CPU quota of its cgroup stopped this process in {now.throttled - before.throttled} periods"
-            )
+            periods = counted(now.throttled - before.throttled, "period")
+            known.append(f"the CPU quota of its cgroup stopped this process in {periods}")
         if now.disk_faults > before.disk_faults:
-            known.append(f"{now.disk_faults - before.disk_faults} pages were read from disk, so memory may be short")
-        known.append(f"load average {os.getloadavg()[0]:.1f} on {cpus} usable CPUs")
+            pages = counted(now.disk_faults - before.disk_faults, "page")
+            known.append(f"this process read {pages} from disk, so memory may be short")
+        known.append(f"load average {os.getloadavg()[0]:.1f} on {counted(cpus, 'usable CPU')}")
         known.append(f"this process had {now.cpu_s - before.cpu_s:.1f} s of CPU time")
         if self._gpu is not None:
             known.append(str(gpu_state(self._gpu)))

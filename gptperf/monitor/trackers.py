@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from gptperf.config import Config
+from gptperf.formats import counted
 
 __all__ = ["TensorBoard", "Tracker", "Trackers", "WeightsAndBiases", "flat", "open_trackers"]
 
@@ -179,7 +180,8 @@ class Trackers:
             if lane.thread.is_alive():
                 self._disable(lane, f"it did not finish within {_CLOSE_S:g} s")
             elif lane.dropped:
-                self._warn(f"{lane.tracker.name}: too slow for the run: {lane.dropped} records were dropped")
+                lost = counted(lane.dropped, "record")
+                self._warn(f"{lane.tracker.name}: too slow for the run, which dropped {lost}")
         self._lanes = []
 
     def _report(self) -> None:

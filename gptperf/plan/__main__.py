@@ -10,7 +10,7 @@ from gptperf.config import Config, command_line
 from gptperf.config.flags import Flags, take
 from gptperf.config.keys import Range
 from gptperf.errors import ConfigError, run_main
-from gptperf.formats import mfu_scale, number
+from gptperf.formats import counted, mfu_scale, number
 from gptperf.hardware import Gpu
 from gptperf.plan.fit import largest_batch, refusal
 from gptperf.plan.gpu_lookup import FIGURES, described_gpu, find_gpu
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(record, indent=2))
         return 0 if chosen.fits else 7
     total = flops.parameters(config.model).total
-    print(f"{total:,} parameters, {config.tokens_per_iter:,} tokens per iteration, {args.num_gpus} x {gpu.name}\n")
+    tokens_per_iter = counted(config.tokens_per_iter, "token")
+    print(f"{total:,} parameters, {tokens_per_iter} per iteration, {args.num_gpus} x {gpu.name}\n")
     print("\n".join(_table(config, gpu, chosen)))
     print("\n" + "\n".join(plan_lines(chosen)))
     print(f"{tokens:,.0f} tokens in {chosen.days(tokens):,.2f} days")

@@ -1,9 +1,10 @@
 """Predicts the GPU memory of a training run, by part, from its configuration alone.
 
 The parts that stay for the whole run are exact: float32 master weights, gradients and optimizer states, and the copy of
-the matrices in the compute dtype. Activations are the tensors that autograd keeps for backward, as the cards of the
-components list them. The buffers of the loss are added, or those of the last block's backward if they are larger.
-PyTorch's own bookkeeping, the CUDA context and fragmentation are not in the sum; `usable_gb` leaves room for them.
+the matrices in the compute dtype, with the padding of Muon's buckets. Activations are the tensors that autograd keeps
+for backward, as the cards of the components list them. The buffers of the loss are added, or those of the last block's
+backward if they are larger. PyTorch's own bookkeeping, the CUDA context and fragmentation are not in the sum;
+`usable_gb` leaves room for them.
 
 PyTorch and Inductor decide what eager ops keep; the constants for these ops were fitted to one run each. This module
 loads no torch.
@@ -13,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptperf import flops, registry
-from gptperf.cards import BUCKET_NUMEL, FFN, FP32_BYTES, Implementation, element_bytes
+from gptperf.cards import FFN, FP32_BYTES, Implementation, element_bytes
 from gptperf.config import Config, ModelConfig
 from gptperf.flops.float8 import WRITES_FLOAT8, float8_layers
 from gptperf.flops.matmuls import biases, hidden_matrices
 from gptperf.flops.model_cards import attention_of, block_of, ffn_of, norm_of, optimizer_of, position_of
 from gptperf.kernels.logit_chunks import chunk_rows, padded
+from gptperf.plan.buckets import hidden_buckets
 
 __all__ = [
     "RECOMPUTE",
@@ -130,26 +132,27 @@ def _states(config: Config, num_gpus: int, strategy: Strategy) -> tuple[float, f
     model, count = config.model, flops.parameters(config.model)
     vectors = count.norm + biases(model)
     size = element_bytes(config.system.weight_copy_dtype)
-    matrices = count.total - vectors
-    copy = 0 if size == FP32_BYTES else size * matrices
-    master = gradients = float(FP32_BYTES * count.total)
     hidden = hidden_matrices(model)
-    states = float(optimizer_of(config.optimizer).state_bytes(count.total, hidden.elements, hidden.rows))
+    buckets = hidden_buckets(config, num_gpus, fsdp=strategy == "fsdp" and num_gpus > 1)
+    padding = sum(buckets) - hidden.elements
+    total = count.total + padding
+    matrices = total - vectors
+    copy = 0 if size == FP32_BYTES else size * matrices
+    master = gradients = float(FP32_BYTES * total)
+    states = float(optimizer_of(config.optimizer).state_bytes(total, hidden.elements + padding, hidden.rows))
+    unit = max(count.embedding, *buckets)
     # The share of a bucket that this GPU copies from the other GPUs.
     others = (num_gpus - 1) / num_gpus if copy_engines_move(config, num_gpus) else 0.0
     if strategy != "fsdp" or num_gpus == 1:  # one GPU has nothing to gather
         single = config.train.gradient_accumulation_steps == num_gpus and size < FP32_BYTES
         # With one micro-batch per step, gradients are sent in the compute dtype, and three buckets may be in flight.
-        pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * max(
-            count.embedding, BUCKET_NUMEL
-        )
+        pulled = (size * (3 + others) if single and others else others * FP32_BYTES) * unit
         if direct_gradients(config, num_gpus, strategy):
             gradients = float(size * matrices + FP32_BYTES * vectors)
         if strategy != "zero1":
             return master + copy, gradients, states, pulled
         return master / num_gpus + copy, gradients, states / num_gpus, pulled
-    block = (count.attention + count.ffn) / model.n_layer
-    unit = max(block, count.embedding)  # two or all units are gathered at a time; one or three gradients exist
+    # Two or all units are gathered at a time; one or three gradients exist.
     once = config.system.fsdp_reduce_once
     gathered = (FP32_BYTES * others if once else size * (3 + others) if others else FP32_BYTES) * unit
     gathered += size * (matrices if config.system.fsdp_gather_once else 2 * unit)

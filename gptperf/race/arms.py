@@ -18,6 +18,7 @@ from gptperf.errors import ConfigError, mistakes
 from gptperf.experiment.changes import change_text, folder_name, parse_changes, with_length
 from gptperf.experiment.job import Job
 from gptperf.experiment.rates import TUNING_SEED, scaled_rates
+from gptperf.formats import counted
 
 __all__ = [
     "HORIZONS",
@@ -87,8 +88,9 @@ def arms_of(words: Sequence[str], vary: Sequence[str], out: Path) -> tuple[Arm, 
     problems += wrong
     if (len(files), len(vary)) not in ((2, 0), (1, 1)):
         problems.append(
-            f"command line: found {len(files)} configurations and {len(vary)} changes, wanted two configurations, such "
-            "as gpt2_124m llama_124m, or one and a --vary, such as gpt2_124m --vary optimizer=muon"
+            f"command line: found {counted(len(files), 'configuration')} and {counted(len(vary), 'change')}, wanted "
+            "two configurations, such as gpt2_124m llama_124m, or one and a --vary, such as "
+            "gpt2_124m --vary optimizer=muon"
         )
     if problems:
         raise mistakes(problems)
@@ -142,7 +144,7 @@ def _check(first: Arm, second: Arm) -> None:
         warmup, most = arm.config.optimizer.warmup_iters, arm.length // 10
         if warmup > most:
             problems.append(
-                f"{arm.name}: warmup_iters: found {warmup}, wanted at most a tenth of its {arm.length} iterations: "
+                f"{arm.name}: warmup_iters: found {warmup}, wanted at most a tenth of its {arm.length:,} iterations: "
                 f"the first cooldown begins at {arm.length // 5}; nearest: {most}"
             )
     for key, a, b in (

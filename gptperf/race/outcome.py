@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gptperf.formats import counted
 from gptperf.race.envelope import FEWEST_SEEDS, Distance, Interval, distances, product, t_interval
 from gptperf.race.state import Race, bytes_per_token
 
@@ -147,15 +148,15 @@ def _verdict(
     text += "" if distance.whole.low is None else ", with 95% intervals"
     if len(losses) < FEWEST_SEEDS:
         return (
-            f"{text}; no verdict: a bootstrap over {len(losses)} seeds has no 95% interval, wanted {FEWEST_SEEDS} or "
-            "more."
+            f"{text}; no verdict: a bootstrap over {counted(len(losses), 'seed')} has no 95% interval, wanted "
+            f"{FEWEST_SEEDS} or more."
         )
     shown = distance.whole if time is None else time
     what = "tokens" if time is None else "time"
     if not shown.excludes_one:
         return f"{text}: no difference in {what} is shown."
     better = second if shown.ratio < 1 else first
-    left = "" if len(losses) == race.seeds else f" So far {len(losses)} of {race.seeds} seeds."
+    left = "" if len(losses) == race.seeds else f" So far {len(losses)} of {counted(race.seeds, 'seed')}."
     return f"{text}: {better} needs less {what}.{left}".replace("less tokens", "fewer tokens")
 
 

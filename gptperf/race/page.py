@@ -12,7 +12,7 @@ from gptperf.compare import curves
 from gptperf.experiment.job import Job
 from gptperf.experiment.rates import best_of
 from gptperf.files import replace_text
-from gptperf.formats import number, short_count
+from gptperf.formats import counted, number, short_count
 from gptperf.monitor.runs import LoggedRun
 from gptperf.race.envelope import Interval
 from gptperf.race.outcome import Cost, Outcome, interval_text, plain
@@ -112,8 +112,8 @@ def _speed_line(found: Outcome) -> str:
         for arm, seconds, joules in zip(found.race.arms, speed.seconds_per_token, speed.joules_per_token, strict=True)
     )
     return (
-        f"Speed on one {speed.device}, {speed.turns} windows of each arm in turns: {rates}; seconds a token, ratio "
-        f"{interval_text(speed.ratio)}."
+        f"Speed on one {speed.device}, {counted(speed.turns, 'window')} of each arm in turns: {rates}; seconds per "
+        f"token, ratio {interval_text(speed.ratio)}."
     )
 
 

@@ -102,7 +102,8 @@ def _verdict(log: RunLog, running: bool) -> Section:
     best = _best(log)
     loss, over = finite(summary.get("train_loss")), finite(summary.get("train_loss_iterations"))
     if loss is not None and over is not None:
-        tiles.append(Tile("Training loss", f"{loss:.4f}", f"mean of the last {over:,.0f} iterations"))
+        over_text = f"mean of the last {formats.counted(int(over), 'iteration')}"
+        tiles.append(Tile("Training loss", f"{loss:.4f}", over_text))
     for label, of, key in (("Training loss", entries, "loss"), ("Validation loss", log["eval_steps"], "val_loss")):
         xs, ys = series(of, key)
         if ys and not (key == "loss" and loss is not None and over is not None):
@@ -118,7 +119,7 @@ def _verdict(log: RunLog, running: bool) -> Section:
     wall, training = finite(summary.get("wall_time_s")), _training_s(log)
     if wall is not None:
         starts = finite(summary.get("starts"))
-        which = "of the last process" if starts is None else f"in {starts:,.0f} starts"
+        which = "of the last process" if starts is None else f"in {formats.counted(int(starts), 'start')}"
         tiles.append(Tile("Wall time", formats.duration(wall), which if log["resumes"] else ""))
     elif training is not None:
         tiles.append(Tile("Training time", formats.duration(training), "without evaluation and saving"))
@@ -225,7 +226,8 @@ def _stability(log: RunLog) -> Iterator[Section]:
     spikes = [e["iter"] for e in entries if value_at(e, "stability", "spike") is True]
     flat = sum(value_at(e, "stability", "plateau") is True for e in entries)
     lines = [f"Spikes at iteration {_listed(spikes)}." if spikes else "No spike."]
-    lines.append(f"Plateau in {flat:,} of {len(entries):,} entries." if flat else "No plateau.")
+    total = formats.counted(len(entries), "entry", "entries")
+    lines.append(f"Plateau in {flat:,} of {total}." if flat else "No plateau.")
     names = {"window": "entries in the window", "loss_mean": "mean loss", "loss_variance": "variance of the loss"}
     names |= {"non_finite": "steps left out: gradient not finite"}
     rows = [(label, text(last[key])) for key, label in names.items() if key in last]
@@ -248,7 +250,8 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
             for k in kernels
         ]
         tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed, frozenset({0, 1})))
-    lines = [f"{text(last.get('steps'))} steps to iteration {last['iter']:,}; trace: {text(last.get('trace'))}"]
+    steps, trace = text(last.get("steps")), text(last.get("trace"))
+    lines = [f"Profile up to iteration {last['iter']:,}; steps: {steps}; trace: {trace}"]
     lines += _scale(log) if finite(last.get("mfu_percent")) is not None else []
     yield Section("Where the time goes", lines, tables, ["waterfall"])
 

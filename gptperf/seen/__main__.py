@@ -14,6 +14,7 @@ from typing import Any
 
 from gptperf.config.flags import COMMAND_LINE, Flags, parse
 from gptperf.errors import ConfigError, DataError, run_main
+from gptperf.formats import counted
 from gptperf.monitor.blocks import printable
 from gptperf.monitor.events import RunLog
 from gptperf.monitor.run_log import find_log, load, value_at
@@ -81,7 +82,7 @@ def _read(log: RunLog, path: Path, asked: tuple[int, int], data_dir: str | None)
     reached = _reached(log)
     if asked[1] > reached:
         near = f"; nearest: {min(asked[0], reached - 1)}:{reached}" if reached else ""
-        raise ConfigError(f"{path}: found {reached:,} iterations, wanted {asked[0]}:{asked[1]}{near}")
+        raise ConfigError(f"{path}: found {counted(reached, 'iteration')}, wanted {asked[0]}:{asked[1]}{near}")
     block_size, seed = (_number(log, path, *keys) for keys in (("model", "block_size"), ("train", "seed")))
     rows = _number(log, path, "train", "batch_size") * _number(log, path, "train", "gradient_accumulation_steps")
     dataset = value_at(log["config"], "data", "dataset")
@@ -127,8 +128,8 @@ def _text(found: dict[str, Any]) -> str:
     """Returns a line about the whole, and a table of the documents."""
     first, last = found["iterations"]
     head = (
-        f"{found['run']}, iterations {first + 1:,} to {last:,}: {len(found['documents']):,} documents in "
-        f"{found['samples']:,} samples of {found['tokens'] // found['samples']:,} tokens"
+        f"{found['run']}, iterations {first + 1:,} to {last:,}: {counted(len(found['documents']), 'document')} in "
+        f"{counted(found['samples'], 'sample')} of {counted(found['tokens'] // found['samples'], 'token')}"
     )
     columns = ("data set", "source", "offset", "group", "tokens read")
     keys = ("dataset", "source", "offset", "group", "tokens")

@@ -8,6 +8,7 @@ from typing import Any
 from gptperf.data.readers import STRUCTURED, open_file, read_records, suffixes_of
 from gptperf.data.text import byte_order_mark
 from gptperf.errors import DataError
+from gptperf.formats import counted
 from gptperf.tasks.items import FORMATS, Fields, Item, Task
 
 __all__ = ["load_tasks"]
@@ -57,7 +58,7 @@ def _read(path: Path) -> tuple[str, list[Item]]:
                 record = {**record, "label": next(answers, "no answer on this line")}
             items.append(FORMATS[name].read(Fields(where, record)))
         if answers is not None and next(answers, None) is not None:
-            raise DataError(f"{_labels_path(path)}: found more labels than the {len(items)} items of {path}")
+            raise DataError(f"{_labels_path(path)}: found more labels than the {counted(len(items), 'item')} of {path}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; wanted a task file") from error
     if not items:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 __all__ = ["FORMATS", "Fields", "Format", "Item", "Task"]
 
@@ -170,7 +171,7 @@ def _arc(fields: Fields) -> Item:
         choices = fields.choices("question.choices", [choice.get("text") for choice in listed])
         names = [str(choice.get("label")) for choice in listed]
     if len(names) != len(choices):
-        raise fields.problem("choices.label", names, f"{len(choices)} labels, one a choice")
+        raise fields.problem("choices.label", names, f"{counted(len(choices), 'label')}, one per choice")
     key = fields.value("answerKey")
     if names.count(str(key)) != 1:
         raise fields.problem("answerKey", key, f"one of {', '.join(names)}, each the label of one choice")

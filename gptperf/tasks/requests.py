@@ -16,6 +16,7 @@ import numpy as np
 
 from gptperf.data.vocabulary import Tokenizer, Tokens
 from gptperf.errors import DataError
+from gptperf.formats import counted
 from gptperf.tasks.items import Item, Task
 
 __all__ = ["Request", "TaskRequests", "encode_pair", "encode_task"]
@@ -61,7 +62,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, block_size: int, *, shots: int
     """
     if shots >= len(task.items):
         raise DataError(
-            f"task {task.name}: found {len(task.items)} items, wanted more than shots = {shots}; nearest: "
+            f"task {task.name}: found {counted(len(task.items), 'item')}, wanted more than shots = {shots}; nearest: "
             f"--shots={len(task.items) - 1}"
         )
     # The choices of an item mostly have one context, which is encoded once.
@@ -75,8 +76,8 @@ def encode_task(task: Task, tokenizer: Tokenizer, block_size: int, *, shots: int
             ids, targets = encode_pair(tokenizer, before + context, continuation, count)
             if targets > block_size:
                 raise DataError(
-                    f"{item.where}: found a continuation of {targets:,} tokens of the tokenizer {tokenizer.name}, "
-                    f"wanted at most block_size = {block_size:,}"
+                    f"{item.where}: found a continuation of {counted(targets, 'token')} of the tokenizer "
+                    f"{tokenizer.name}, wanted at most block_size = {block_size:,}"
                 )
             cut |= len(ids) > block_size + 1
             requests.append(Request(ids[-(block_size + 1) :], targets))

@@ -20,6 +20,7 @@ from gptperf.distributed.process import Process
 from gptperf.errors import DeviceError, OutOfMemoryError
 from gptperf.files import check_space
 from gptperf.flops.float8 import float8_flops
+from gptperf.formats import counted
 from gptperf.hardware import Peak, ceiling_cache, gpu_state, match_gpu, peak_flop_s
 from gptperf.hardware.ceilings import ceiling_flop_s
 from gptperf.monitor.console import Console
@@ -176,7 +177,7 @@ def check_disk(out_dir: Path, parameters: int, keep_checkpoints: int, warn: Call
     """
     fit = check_space(out_dir, 12 * parameters)  # a float32 master weight and two moments for each parameter
     if fit < keep_checkpoints + 2:  # `keep_checkpoints`, the best one, and the one that is being written
-        warn(f"{out_dir}: room for {fit} checkpoints, keep_checkpoints = {keep_checkpoints}")
+        warn(f"{out_dir}: room for {counted(fit, 'checkpoint')}, keep_checkpoints = {keep_checkpoints}")
 
 
 def find_peak(config: Config, device: torch.device) -> Peak | None:

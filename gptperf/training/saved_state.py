@@ -29,6 +29,7 @@ from gptperf.checkpoint.tensor_file import Part, part_name
 from gptperf.distributed.buckets import Bucket, Piece
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, DataError
+from gptperf.formats import counted
 from gptperf.training.engine import Engine
 from gptperf.training.matching import DERIVED, versions
 
@@ -216,7 +217,7 @@ def _fill(found: Checkpoint, stem: str, wanted: Mapping[str, Piece], *, optional
             missing[name] -= last - first
     for name, count in missing.items():
         if count and (name in names or not optional):
-            what = f"{count} elements less" if name in names else "nothing"
+            what = f"{counted(count, 'element')} fewer" if name in names else "nothing"
             raise CheckpointError(f"{found.path}: {stem}: found {what} for {name}, wanted {tuple(wanted[name].shape)}")
     return names
 

@@ -10,6 +10,7 @@ from gptperf.config import Config, ModelConfig
 from gptperf.data.format import TokenizerInfo
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.process import Process
+from gptperf.formats import counted
 from gptperf.hardware import Peak, no_peak_hint
 from gptperf.model import prefers_cudnn
 from gptperf.monitor.events import (
@@ -130,7 +131,7 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
     """Returns the fields of the startup info that describe the device."""
     if process.device.type != "cuda":
         threads = torch.get_num_threads()
-        name = f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+        name = f"CPU ({platform.machine()}), {counted(threads, 'thread')}"
         return {"device": name, "num_gpus": 0, "peak_hint": "no MFU without a GPU"}
     properties = torch.cuda.get_device_properties(process.device)
     backend = config.model.attention_backend

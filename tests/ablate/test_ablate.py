@@ -136,7 +136,7 @@ def test_the_report_of_synthetic_runs(tmp_path: Path) -> None:
     assert f"  {rope.adjusted_p:.4f}  " in text
     assert "2 of 3" in text
     assert "exit code 5" in text
-    assert "1 of 9 runs are not finished" in text
+    assert "Not finished: 1 of 9 runs." in text
     record = json.loads(json.dumps(page.record(reached, "tokens", failed), allow_nan=False))
     assert record["variants"][1]["difference"]["verdict"] == "better"
     assert record["variants"][2]["runs"][2] == {
@@ -217,7 +217,7 @@ def test_a_run_that_fails_does_not_end_the_others(
     assert len(seen) == 2
     captured = capfd.readouterr()
     assert "baseline, seed 1337 failed: exit code 3" in captured.err
-    assert "2 of 2 runs are not finished" in captured.out
+    assert "Not finished: 2 of 2 runs." in captured.out
     record = json.loads((tmp_path / "ablation.json").read_text())
     assert record["variants"][0]["runs"][0]["failed"] == "exit code 3"
 
@@ -275,8 +275,8 @@ def test_runs_at_a_time_share_the_gpus_out(
     names = {str(log.relative_to(tmp_path)) for _, log in seen}
     assert names == {f"{variant}/seed{seed}.txt" for variant in ("baseline", "n_layer=1") for seed in (1337, 1338)}
     said = capfd.readouterr().out
-    assert "4 of 4 runs are not finished" in said
-    assert ("4 runs at a time share 2 GPU(s)" in said) == (parallel == 4)
+    assert "Not finished: 4 of 4 runs." in said
+    assert ("4 runs at a time share 2 GPUs" in said) == (parallel == 4)
 
 
 def test_no_more_at_a_time_than_there_are_runs(

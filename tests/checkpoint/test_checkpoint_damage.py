@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from gptperf import checkpoint, files
 from gptperf.checkpoint import manifest, read, tensor_file
 from gptperf.errors import CheckpointError
+from gptperf.formats import counted
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_truncation_is_caught(saved: Path) -> None:
             with pytest.raises(CheckpointError, match=name) as caught:
                 checkpoint.load(saved)
             if name != "MANIFEST.json":
-                assert f"{cut} bytes; wanted {len(data)}" in str(caught.value)
+                assert f"{counted(cut, 'byte')}; wanted {len(data):,}" in str(caught.value)
                 with pytest.raises(CheckpointError):
                     checkpoint.load(saved, only=())
         (saved / name).write_bytes(data)
@@ -168,7 +169,7 @@ def test_fallback_to_the_previous_good_one(tmp_path: Path) -> None:
             assert found is not None
             assert_equal(found, 3 - count)
         else:
-            with pytest.raises(CheckpointError, match="all 3 checkpoints"):
+            with pytest.raises(CheckpointError, match="no checkpoint is usable, of 3 checkpoints"):
                 checkpoint.load_latest(tmp_path, warn=lines.append)
         assert len(lines) == count
         assert all("CORRUPT" in line and "optimizer.safetensors" in line for line in lines)

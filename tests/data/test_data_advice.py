@@ -174,7 +174,7 @@ def test_other_formats_are_named(start: bytes, name: str) -> None:
     Path("notes/a.bin").write_bytes(start + b"\0\xff" * 99)
     with pytest.raises(DataError, match=rf"corpus\.jsonl: found {name} data, wanted text"):
         prepare("corpus.jsonl")
-    with pytest.raises(DataError, match=r"found no document, .*not read: 1 files: (binary|not UTF-8)"):
+    with pytest.raises(DataError, match=r"found no document, .*not read: 1 file: (binary|not UTF-8)"):
         prepare("notes")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptperf import prepare as command
+from gptperf.data import estimate
 from gptperf.data.format import read_manifest
 from gptperf.errors import DataError
 
@@ -66,6 +67,18 @@ def test_the_plan_sees_many_small_texts_among_large_binaries(binaries: str, caps
     assert command.main(["mixed"]) == 0
     tokens = sum(split.tokens for split in read_manifest("data/mixed").splits.values())
     assert 0.75 < planned / tokens < 1.25
+
+
+@pytest.mark.parametrize(("cores", "text"), [(1, " in 1 thread, "), (2, " in 2 threads, ")])
+def test_the_plan_of_one_file_says_one_file(
+    cores: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "threads", lambda tokenizer: cores)
+    Path("one.txt").write_text("one text\n" * 1000)
+    assert command.main(["one.txt", "--plan", "--tokenizer=byte"]) == 0
+    planned = capsys.readouterr().out
+    assert " in 1 file of " in planned
+    assert text in planned
 
 
 def test_a_plan_that_cannot_be_made() -> None:

@@ -120,9 +120,9 @@ def test_documents_are_held_out_by_their_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[:-1], r"found 1157 bytes, wanted 1158 for the 67 tokens of its header"),
-        (lambda raw: raw + b"\0\0", r"found 1160 bytes, wanted 1158"),
-        (lambda raw: header(1 << 30) + raw[1024:], r"wanted 2147484672 for"),
+        (lambda raw: raw[:-1], r"found 1,157 bytes, wanted 1,158 for the 67 tokens of its header"),
+        (lambda raw: raw + b"\0\0", r"found 1,160 bytes, wanted 1,158"),
+        (lambda raw: header(1 << 30) + raw[1024:], r"wanted 2,147,484,672 for"),
         (lambda raw: header(67, version=2) + raw[1024:], r"found version 2 of the format 20240520, wanted 1"),
         (lambda raw: raw[3::-1] + raw[4:], r"big-endian order, wanted little-endian"),
         (lambda raw: raw[:1030] + b"\x29\0" + raw[1032:], r"found the id 41 as token 3, wanted ids below 41"),
@@ -190,7 +190,7 @@ def test_the_command_and_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert prepare.main(argv) == 0
     printed = capsys.readouterr().out
     assert f"train: {tmp_path}/train.bin: nanoGPT (no header), uint16, 3,000 tokens" in printed
-    assert "val: 3,001 tokens, 1 documents" in printed
+    assert "val: 3,001 tokens, 1 document" in printed
     with pytest.raises(DataError, match=r"--text_field: found 'text', wanted none: bin:"):
         prepare.main([*argv, "--text_field=text"])
     with pytest.raises(DataError, match=r"--dtype: found 'uint16', wanted none"):

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from gptperf.data.order import BatchOrder, MixedOrder
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 
 @settings(max_examples=150, deadline=None)
 @given(tokens=st.integers(2, 3000), block_size=st.integers(1, 64), seed=st.integers(-(2**65), 2**65))
 def test_an_epoch_is_a_permutation_of_disjoint_blocks(tokens: int, block_size: int, seed: int) -> None:
     if tokens < 2 * block_size:
-        with pytest.raises(DataError, match=f"found {tokens} tokens, wanted at least .* {2 * block_size}"):
+        with pytest.raises(DataError, match=f"found {counted(tokens, 'token')}, wanted at least .* {2 * block_size:,}"):
             BatchOrder(tokens, block_size, seed)
         return
     order = BatchOrder(tokens, block_size, seed)

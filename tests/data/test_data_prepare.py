@@ -18,6 +18,7 @@ from gptperf.data.format import read_manifest
 from gptperf.data.prepare import KNOWN, prepare, summary
 from gptperf.data.shards import TokenSource, verify
 from gptperf.errors import ConfigError, DataError, run_main
+from gptperf.formats import counted
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +104,15 @@ def test_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert documents(path, "val") == [text for text in texts if below(text, 0.5)]
     out = capsys.readouterr().out
     for line in (
-        "2 files and folders: hidden (first: ",
+        "2 files or folders: hidden (first: ",
         "2 files: not UTF-8 (first: ",
-        "1 files: binary (contains NUL) (first: nul.txt)",
-        "1 files: empty (first: empty)",
-        "1 files: not a regular file (first: pipe)",
+        "1 file: binary (contains NUL) (first: nul.txt)",
+        "1 file: empty (first: empty)",
+        "1 file: not a regular file (first: pipe)",
     ):
         assert f"not read: {line}" in out
-    assert all(f" {len(documents(path, split))} documents" in out for split in ("train", "val"))
+    assert all(f" {counted(len(documents(path, split)), 'document')} " in out for split in ("train", "val"))
+    assert out.count("  1 shard\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_text_that_is_not_utf8_names_the_place(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("content", [b"", b"a"])
 def test_text_too_short(content: bytes) -> None:
     Path("short.txt").write_bytes(content)
-    with pytest.raises(DataError, match=r"short\.txt: found (empty|1 bytes), wanted a text"):
+    with pytest.raises(DataError, match=r"short\.txt: found (empty|1 byte), wanted a text"):
         prepare("short.txt", quiet=True)
 
 

@@ -146,7 +146,7 @@ def test_plain_text_is_one_document(tmp_path: Path, name: str, compression: str)
         ("a.json", b'[{"text": "a"}', r"element 0: not valid JSON \(the array does not end"),
         ("a.json", b'[{"text": "a"}] x', r"found 'x' after the array"),
         ("a.json", b"[" + b"[" * 100_000, r"element 0: not valid JSON"),
-        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv:3: found 1 fields, wanted 2"),
+        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv:3: found 1 field, wanted 2"),
         ("a.csv", b'text,n\n"a,1\n', r"a\.csv:\d: not a valid table"),
         ("a.csv", b"text,n\n\xff,1\n", r"not a valid table"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: the compressed file is truncated or corrupt"),
@@ -199,9 +199,9 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
     skipped = Skipped()
     assert read(tmp_path / "a.jsonl", skipped) == [(Origin("a.jsonl", 0), b"a"), (Origin("a.jsonl", 6), b"c")]
     assert skipped.counts == {
-        "records: no text in the field 'text'": 3,
-        "records: empty": 1,
-        "records: binary (contains NUL)": 1,
+        "record: no text in the field 'text'": 3,
+        "record: empty": 1,
+        "record: binary (contains NUL)": 1,
     }
 
 
@@ -329,15 +329,15 @@ def test_a_walk_reads_every_format_and_counts_the_rest(tmp_path: Path) -> None:
     assert names == ["a.py", "b.txt", "c.csv", "sub/a.jsonl", "sub/d.txt.gz"]
     assert len(origins) == 3 + 2 * len(RECORDS)
     assert skipped.counts == {
-        "files: empty": 2,
-        "files: binary (contains NUL)": 1,
-        "files: not UTF-8": 1,
-        "files: no text in the field 'text'": 1,
-        "files: corrupt, or not of the format that the name says": 1,
-        "files: format .zip": 1,
-        "files: not a regular file": 1,
-        "files: unreadable (No such file or directory)": 1,
-        "files and folders: hidden": 1,
+        "file: empty": 2,
+        "file: binary (contains NUL)": 1,
+        "file: not UTF-8": 1,
+        "file: no text in the field 'text'": 1,
+        "file: corrupt, or not of the format that the name says": 1,
+        "file: format .zip": 1,
+        "file: not a regular file": 1,
+        "file: unreadable (No such file or directory)": 1,
+        "file or folder: hidden": 1,
     }
     assert any("torn.jsonl:1: not valid JSON" in line for line in skipped.lines())
 

@@ -19,6 +19,7 @@ from gptperf.data.shards import TokenSource, verify
 from gptperf.data.tokenizers import ByteTokenizer
 from gptperf.data.writer import ShardWriter
 from gptperf.errors import DataError
+from gptperf.formats import counted
 
 BYTE = ByteTokenizer()
 
@@ -185,11 +186,11 @@ def test_truncation_at_every_offset_is_found(data: Path) -> None:
     raw = shard.read_bytes()
     for size in range(len(raw)):
         shard.write_bytes(raw[:size])
-        with pytest.raises(DataError, match=f"train_00001.bin: found {size} bytes, wanted"):
+        with pytest.raises(DataError, match=f"train_00001.bin: found {counted(size, 'byte')}, wanted"):
             TokenSource.open(data, "train")
     for extra in (1, 2, 64):
         shard.write_bytes(raw + bytes(extra))
-        with pytest.raises(DataError, match=f"found {len(raw) + extra} bytes, wanted {len(raw)}"):
+        with pytest.raises(DataError, match=f"found {len(raw) + extra:,} bytes, wanted {len(raw):,}"):
             TokenSource.open(data, "train")
     shard.write_bytes(raw)
     TokenSource.open(data, "train").close()

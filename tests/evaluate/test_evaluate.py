@@ -111,7 +111,7 @@ def test_the_text_has_the_scores(trained: Path, files: list[str], capsys: pytest
     for name, one in scores.items():
         (line,) = [line for line in shown.splitlines() if line.startswith(name)]
         assert f"{one['acc']:.4f} +- {one['acc_stderr']:.4f}" in line
-    assert "truncated: 6 items are longer than block_size" in shown
+    assert "truncated: 6 items longer than block_size" in shown
     assert "core, the mean of the centred scores: " in shown
     assert main([str(trained), "--device=cpu"]) == 0
     assert "bits a byte" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptperf.config import ModelConfig
 from gptperf.config.presets import PRESETS
-from gptperf.distributed.buckets import ALIGN, BucketGroup
+from gptperf.distributed.bucket_sizes import ALIGN
+from gptperf.distributed.buckets import BucketGroup
 from gptperf.distributed.collectives import Collectives
 from gptperf.distributed.fsdp import FullySharded
 from gptperf.distributed.replicated import Replicated

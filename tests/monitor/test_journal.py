@@ -236,7 +236,7 @@ def test_a_full_disk_costs_events_and_one_warning(tmp_path: Path, monkeypatch: p
     found = assemble(log.path)
     assert iters(found) == [1, 5, 6]
     (message,) = found["messages"]
-    assert message["text"] == "4 journal events were lost because the disk could not be written"
+    assert message["text"] == "the disk could not be written: 4 journal events lost"
     assert found["damaged_lines"] == 3
     assert log.lost == 4
 

@@ -33,8 +33,8 @@ def test_what_is_known_is_said_once(counts: list[Usage]) -> None:
     slow.add(8, 2000.0)
     assert said == [
         "iteration 7 took 2.0 s, 20 times the median of 100 ms: 0.7 s of it waiting for data; the CPU quota of its "
-        "cgroup stopped this process in 12 periods; 3 pages were read from disk, so memory may be short; load average "
-        "7.2 on 2 usable CPUs; this process had 0.5 s of CPU time"
+        "cgroup stopped this process in 12 periods; this process read 3 pages from disk, so memory may be short; load "
+        "average 7.2 on 2 usable CPUs; this process had 0.5 s of CPU time"
     ]
 
 

@@ -187,7 +187,7 @@ def test_the_oldest_records_go_and_are_counted(monkeypatch: pytest.MonkeyPatch, 
     these.close()
     these.close()
     assert fake.steps == [1, *range(41, 51)]
-    assert told == ["Fake: too slow for the run: 39 records were dropped"]
+    assert told == ["Fake: too slow for the run, which dropped 39 records"]
 
 
 def test_one_that_starts_too_late_is_ended(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:

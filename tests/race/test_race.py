@@ -201,8 +201,8 @@ def test_a_run_that_fails_ends_its_chain_alone(tmp_path: Path, monkeypatch: pyte
 
 def test_every_mistake_of_a_race_is_told_before_it_begins(tmp_path: Path) -> None:
     cases = {
-        ("gpt2_124m",): "found 1 configurations and 0 changes",
-        ("gpt2_124m", "llama_124m", "--vary=n_layer=6"): "found 2 configurations and 1 changes",
+        ("gpt2_124m",): "found 1 configuration and 0 changes",
+        ("gpt2_124m", "llama_124m", "--vary=n_layer=6"): "found 2 configurations and 1 change",
         ("gpt2_124m", "--vary=n_layer=6", "--max_iters=2001", "--warmup_iters=9"): "a multiple of 20; nearest: 2000",
         ("gpt2_124m", "--vary=n_layer=6", "--max_iters=200", "--warmup_iters=50"): "a tenth of its 200 iterations",
         ("gpt2_124m", "--vary=n_layer=12", "--max_iters=200", "--warmup_iters=9"): "the same configuration as baseline",

@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_with_its_place(records: list[Any], wrong: str, tm
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "target": "b"}\n', mtime=0)[:-9], "truncated or corrupt"),
         ("a.json", b"[1]", ": element 0: found a JSON int, wanted an object"),
         ("a.md", b"# text", r": found the suffix '\.md', wanted one of \.jsonl"),
-        ("a.csv", b"prompt,target\na\n", ":2: found 1 fields, wanted 2"),
+        ("a.csv", b"prompt,target\na\n", ":2: found 1 field, wanted 2"),
     ],
 )
 def test_a_damaged_file_is_one_line(name: str, content: bytes, wrong: str, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptperf.config import ModelConfig, OptimizerConfig, command_line
-from gptperf.distributed.buckets import ALIGN, BucketGroup
-from gptperf.distributed.matrices import cut_between
+from gptperf.distributed.bucket_sizes import ALIGN, cut_between
+from gptperf.distributed.buckets import BucketGroup
 from gptperf.distributed.replicated import Replicated
 from gptperf.errors import CheckpointError, ConfigError
 from gptperf.flops.matmuls import hidden_matrices

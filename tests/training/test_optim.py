@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptperf.config import ModelConfig, OptimizerConfig
-from gptperf.distributed.buckets import ALIGN, gradient_of
+from gptperf.distributed.bucket_sizes import ALIGN
+from gptperf.distributed.buckets import gradient_of
 from gptperf.distributed.replicated import Replicated
 from gptperf.kernels import reference
 from gptperf.model import GPT

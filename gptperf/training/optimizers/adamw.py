@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gptperf.config import OptimizerConfig
-from gptperf.distributed.buckets import ALIGN, Bucket, Piece
+from gptperf.distributed.bucket_sizes import ALIGN
+from gptperf.distributed.buckets import Bucket, Piece
 from gptperf.kernels import reference
 from gptperf.kernels.checks import SEED_NUMEL
 from gptperf.training.optimizers.base import Optimizer
