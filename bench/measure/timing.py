@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from gptperf.hardware import gpu_state
+from gptperf.model.capture import capturing
 from gptperf.monitor.step_timing import Spread
 
 __all__ = ["Call", "Spread", "Work", "alternate", "capture", "copies", "device_uuid", "environment", "extra_bytes"]
@@ -113,7 +114,7 @@ def capture(calls: Sequence[Call], prepare: Call | None = None) -> Work:
 
     graph, method = torch.cuda.CUDAGraph(), "graph"
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        with capturing(graph, torch.cuda.current_stream(), torch.cuda.graph_pool_handle()):
             run()
     except RuntimeError as error:
         torch.cuda.synchronize()
