@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gptperf.checkpoint.background import Saved
+from gptperf.config import TrainConfig
 from gptperf.errors import GptperfError
 from gptperf.monitor.clock import Lap, process_age_s
 from gptperf.monitor.console import Console
@@ -39,7 +40,12 @@ from gptperf.training.engine import Engine
 from gptperf.training.saved_state import TrainState
 from gptperf.training.step import StepResult
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "resume_flags"]
+
+
+def resume_flags(train: TrainConfig) -> str:
+    """Returns the flags to add to the command of a run so that it continues."""
+    return "--init_from=resume" + (" --overwrite=False" if train.overwrite else "")
 
 
 class Reporter:
@@ -229,10 +235,9 @@ class Reporter:
             dropped: name of the work that was dropped, or "".
             loss: see `summary`.
         """
-        overwrite = " --overwrite=False" if self._config.train.overwrite else ""
         text = f"asked to stop: {dropped} is dropped, " if dropped else "asked to stop: "
         if self._state.step:
-            text += f"iteration {self._state.step} is saved; continue with --init_from=resume{overwrite}"
+            text += f"iteration {self._state.step} is saved; continue with {resume_flags(self._config.train)}"
         else:
             text += "no iteration is finished, so there is nothing to save; start the run again"
         self.message(text)

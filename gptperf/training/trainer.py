@@ -4,7 +4,6 @@ The host waits for the GPU only at log lines, evaluations and saves.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,14 +11,13 @@ from functools import partial
 import torch
 
 from gptperf import checkpoint, flops
-from gptperf.checkpoint.background import Saved
 from gptperf.config import Config
 from gptperf.data.loader import Loader
 from gptperf.data.mixture import parts_of
 from gptperf.data.ngram import trigram_loss
 from gptperf.distributed.process import start_process
-from gptperf.errors import PREEMPTED, DiskError, GptperfError, NonFiniteError, OutOfMemoryError
-from gptperf.monitor.clock import StepClock, process_age_s
+from gptperf.errors import PREEMPTED, GptperfError, OutOfMemoryError
+from gptperf.monitor.clock import StepClock
 from gptperf.monitor.console import Console
 from gptperf.monitor.slow_step import SlowSteps
 from gptperf.tasks import Scores
@@ -29,15 +27,14 @@ from gptperf.training.estimate import check_sizes_given, tasks_interval
 from gptperf.training.evaluation import evaluate, sample_text, score_tasks
 from gptperf.training.matching import Told
 from gptperf.training.preflight import check_device
-from gptperf.training.saved_state import changed_by_forward, snapshot
+from gptperf.training.saved_state import changed_by_forward
+from gptperf.training.saving import check_finite, report_save, save_run
 from gptperf.training.signals import StopRequest
 from gptperf.training.start import TrainingRun, start_run
 from gptperf.training.step import StepResult, train_step
 from gptperf.training.stopping import Dropped, StopPoints, answer
 
 __all__ = ["train"]
-
-_SAVE_TRIES = 3  # this many failed saves in a row end the run
 
 
 def train(config: Config, origins: Mapping[str, str], changes: Mapping[str, str] | None = None) -> int:
@@ -142,7 +139,7 @@ def _loop(run: TrainingRun, loader: Loader, stop: StopRequest) -> bool:
             # In a job of several ranks a save may end at different times. So that every rank takes the same branches,
             # each one learns the result at the next save or at the end.
             if process.world_size == 1:
-                _report_save(run, run.saver.poll(), must=False)
+                report_save(run, run.saver.poll(), must=False)
             request = points.after_iteration(run.engine.micro_batches)
             task = f"the evaluation of iteration {iteration}"
             last, due = iteration == train.max_iters, iteration % train.eval_interval == 0 or _tasks_due(run)
@@ -225,8 +222,8 @@ def _evaluate_and_save(run: TrainingRun, clock: StepClock, points: StopPoints, *
         request = points.request()
     if save or request:
         with clock.paused(), progress.during("save"):
-            _check_finite(run)
-            _save(run, val_loss, must=last)
+            check_finite(run)
+            save_run(run, val_loss, must=last)
     return request
 
 
@@ -240,10 +237,10 @@ def _stop(run: TrainingRun, clock: StepClock, dropped: str) -> None:
     """
     process = run.engine.process
     with clock.paused(), process.progress.during("save"):
-        _check_finite(run)
-        _report_save(run, run.saver.wait(), must=False)
+        check_finite(run)
+        report_save(run, run.saver.wait(), must=False)
         if run.saved_step != run.state.step:
-            _save(run, None, must=True)
+            save_run(run, None, must=True)
     run.reporter.stopped(dropped, _mean_loss(run))
     process.barrier()  # torchrun ends all processes of a host when the first one exits
 
@@ -271,7 +268,7 @@ def _log(run: TrainingRun, result: StepResult, clock: StepClock, waited_s: float
         if run.engine.process.device.type == "cuda":
             slow.add(state.step, lap.step_ms)
     run.reporter.iteration(result, loss, lap, waited_s, pairs)
-    _check_finite(run)
+    check_finite(run)
 
 
 def _timed_pairs(run: TrainingRun, steps: int) -> int:
@@ -281,28 +278,6 @@ def _timed_pairs(run: TrainingRun, steps: int) -> int:
         model = run.config.model
         return steps * run.config.tokens_per_iter // model.block_size * flops.attended_pairs(model)
     return sum(run.engine.process.gather(int(counted.item())))
-
-
-def _check_finite(run: TrainingRun) -> None:
-    """Ends a run whose gradients are no longer finite, before its state is saved.
-
-    Raises:
-        NonFiniteError: a step was skipped, or float16's loss scale has fallen below 1.
-    """
-    engine = run.engine
-    skipped = int(engine.skipped.item())
-    if engine.scaler.is_enabled():  # the scaler skips steps by design
-        if engine.scaler.get_scale() >= 1:
-            return
-        what = f"the loss scale fell to {engine.scaler.get_scale()}"
-    elif skipped == 0:
-        return
-    else:
-        what = f"{skipped} iterations had gradients that are not finite, and were skipped"
-    raise NonFiniteError(
-        f"iteration {run.state.step}: {what}; {run.saver.directory} has the last checkpoint before that. Lower "
-        "learning_rate, or check the data of these iterations."
-    )
 
 
 def _evaluate(run: TrainingRun, points: StopPoints) -> float:
@@ -330,40 +305,6 @@ def _tasks_due(run: TrainingRun) -> bool:
     """Returns whether the evaluation of this iteration has the tasks of `eval_tasks`."""
     step, last = run.state.step, run.config.train.max_iters
     return bool(run.inputs.tasks) and (step == last or step % tasks_interval(run.config) == 0)
-
-
-def _save(run: TrainingRun, val_loss: float | None, *, must: bool) -> None:
-    """Starts a save. With `must`, at the end of the run, waits until the checkpoint is on disk.
-
-    Raises:
-        DiskError: see `_report_save`.
-    """
-    inputs, state = run.inputs, dataclasses.replace(run.state, wall_s=run.state.wall_s + process_age_s())
-    tokenizer = {key: getattr(inputs.tokenizer_info, key) for key in ("name", "vocab_size", "fingerprint", "eot")}
-    fingerprint = inputs.train_tokens.fingerprint
-    tensors, saved = snapshot(run.engine, state, fingerprint, tokenizer, inputs.vocabulary, run.data)
-    _report_save(run, run.saver.save(state.step, tensors, saved, val_loss), must=False)
-    if must:
-        _report_save(run, run.saver.wait(), must=True)
-
-
-def _report_save(run: TrainingRun, ended: Saved | None, *, must: bool) -> None:
-    """Reports how a save ended. A disk that fails ends the run if `must` is set, or at the third failed save in a row.
-
-    Raises:
-        DiskError: the disk failed and the run must end.
-        GptperfError: the save failed for another reason.
-    """
-    if ended is None:
-        return
-    if ended.error is None:
-        run.failed_saves, run.saved_step = 0, ended.step
-        run.reporter.checkpoint(ended)
-        return
-    run.failed_saves += 1
-    if must or run.failed_saves >= _SAVE_TRIES or not isinstance(ended.error, DiskError):
-        raise ended.error
-    run.reporter.save_failed(ended.step, ended.error)
 
 
 def _mean_loss(run: TrainingRun) -> tuple[float, int] | None:

@@ -143,10 +143,10 @@ def test_a_lost_run_stops_before_its_weights_are(corpus: Path, tmp_path: Path, m
         return original(engine, batches, step, **keys)
 
     monkeypatch.setattr(trainer, "train_step", poisoned)
-    with pytest.raises(NonFiniteError, match="iteration 8: 1 iterations had gradients that are not finite"):
+    with pytest.raises(NonFiniteError, match="iteration 8: the updates of 1 iteration were skipped"):
         run(corpus, tmp_path, "--log_interval=10", "--save_interval=4")
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
-    assert run_log(tmp_path)["summary"]["stopped"].startswith("E5: iteration 8: 1 iterations")
+    assert run_log(tmp_path)["summary"]["stopped"].startswith("E5: iteration 8: the updates of 1 iteration")
 
 
 def test_a_component_cannot_take_a_name_of_gptperfs_own() -> None:
