@@ -17,7 +17,7 @@ recomputation and CUDA graphs all leave open, and an evaluation, which has none,
 Expected time of quantisation for M = 32768 tokens of llama_1.36b on an H200, for a layer of C columns, in units of M C
 bytes (16 us by copy): 4 for x of qkv and 4 for x of gate and up (read 2, write 1 + 1), 6 for x of the output
 projection, 12 for dy of qkv, and 4 for dy of each output projection. The product takes 2.75 less in forward and in
-backward. The sum is 28.5 units: 0.45 ms a layer and 11 ms a step, beside 160 ms that the matmuls save. A norm that
+backward. The sum is 28.5 units: 0.45 ms per layer and 11 ms per step, beside 160 ms that the matmuls save. A norm that
 writes 8 bits itself would save 3 units for each of two norms; a rope that does, 12.
 
 Eager reference: the same functions over `gptperf.kernels.float8_reference`, on a CPU. Source: Micikevicius et al.,

@@ -55,6 +55,16 @@ def test_the_page_about_testing_names_every_test_file() -> None:
         assert f"`{path.relative_to(ROOT / 'tests')}`" in page, path
 
 
+def test_a_rate_is_written_with_per() -> None:
+    """Messages, labels and pages have one form of a rate: "ms per iteration", not "ms an iteration"."""
+    units = "ms|us|[GMT]?FLOPs?|[GMk]B|nats|bits|bytes|tokens|seconds|calls"
+    other = re.compile(rf"\b(?:{units}) (?:an?|each) (?:iteration|step|token|byte|run|parameter|micro-batch|GPU)\b")
+    sources = [path for folder in ("gptperf", "bench", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 100
+    for path in (*PAGES, *sources):
+        assert not other.findall(path.read_text()), path
+
+
 def test_the_tree_of_the_overview_is_that_of_the_package() -> None:
     tree = (ROOT / "gptperf" / "OVERVIEW.md").read_text().split("```")[1]
     for path in (ROOT / "gptperf").iterdir():

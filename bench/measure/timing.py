@@ -129,7 +129,7 @@ def copies(moved_bytes: int) -> Work:
     It is the fastest of two `dst.copy_(src)` and one elementwise kernel, each with memory of its own, because on an
     H200 a memcpy is sometimes a third slower than usual, for as long as its buffers exist.
     """
-    elements = max(1, moved_bytes // 4)  # 2 bytes an element, read and written
+    elements = max(1, moved_bytes // 4)  # 2 bytes per element, read and written
     found = []
     for copy in (Tensor.copy_, Tensor.copy_, lambda target, source: torch.neg(source, out=target)):
         sources = [torch.randn(elements, device="cuda", dtype=torch.bfloat16) for _ in range(input_sets(2 * elements))]

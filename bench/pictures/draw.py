@@ -171,7 +171,7 @@ def step_waterfall(notes: Path) -> str:
     parts = dict.fromkeys(PARTS, 0.0) | spent
     broken_down = Breakdown(sum(parts.values()), parts, hidden_communication_ms=0.0, unknown_ms={})
     fall = waterfall(broken_down, step_flops(resolve("llama_1.36b", DEFAULT_VARIANT)), peak.flop_s, 1.0)
-    title = f"llama_1.36b, {broken_down.step_ms:.0f} ms a step of 16 x 2048 tokens\n"
+    title = f"llama_1.36b, {broken_down.step_ms:.0f} ms per step of 16 x 2048 tokens\n"
     title += f"{measured[1]}; dotted: without a profiler"
     figure = figures.waterfall(title, {part: fall.lost_points[part] for part in spent}, float(timed[1]))
     return _alone(figure, "step_waterfall")
@@ -208,9 +208,9 @@ def ablation(folder: Path) -> str:
     axes.set_ylim(len(others) - 0.5, -0.7)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.35 * (high - low))  # room for the verdicts
-    axes.set_xlabel("difference of the final validation loss, nats a token; left is better")
+    axes.set_xlabel("difference of the final validation loss, nats per token; left is better")
     title = f"baseline {baseline['mean_val_loss']:.3f}, {baseline['parameters']:,} parameters, "
-    title += f"{baseline['tokens']:,} tokens a run, {of.info.get('device')}, {_day(of.path)}\n"
+    title += f"{baseline['tokens']:,} tokens per run, {of.info.get('device')}, {_day(of.path)}\n"
     title += f"dots: {counted(len(baseline['runs']), 'seed')}, diamond: mean, bar: 95% interval"
     figure.suptitle(title, x=0.01, ha="left", fontsize=8)
     return _alone(figure, "ablation")

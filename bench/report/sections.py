@@ -139,7 +139,7 @@ def _waterfalls(records: Records) -> Iterator[Section]:
         hidden = profile["hidden_communication_ms"]
         if hidden > 0:
             lines.append(f"{cell.partition('/')[2]}: {hidden:.3f} ms per step of communication during computation.")
-        tables.append(Table((cell.partition("/")[2], "ms a step", "points of MFU"), rows))
+        tables.append(Table((cell.partition("/")[2], "ms per step", "points of MFU"), rows))
         unknown |= profile["unknown_ms"]
     if tables:
         lines += [f"MFU: {' / '.join(scales)}."] if scales else []
@@ -158,8 +158,8 @@ def _monitoring(records: Records) -> Iterator[Section]:
         rows = [
             (what, number(row["ms"], ",.2f"), f"{row['p10_ms']:,.2f} to {row['p90_ms']:,.2f}")
             for what, row in (
-                ("ms a step, none watched", found["unwatched"]),
-                (f"ms a step, every {found['interval']}th watched", found["watched"]),
+                ("ms per step, none watched", found["unwatched"]),
+                (f"ms per step, every {found['interval']}th watched", found["watched"]),
                 ("ms that a watched step takes more", found["watched_step_ms"]),
             )
         ]

@@ -65,7 +65,7 @@ def table(found: Sequence[Result]) -> Table:
                 "-" if result.mfu_percent is None else f"{result.mfu_percent:.1f}%",
             )
         )
-    more = ("learning rate", "iterations", "parameters", "GFLOP a token", "tokens/s", "MFU")
+    more = ("learning rate", "iterations", "parameters", "GFLOP per token", "tokens/s", "MFU")
     keys = lines_for([result.variant.name for result in found])
     return Table((*columns, *more), rows, frozenset({0, 9}), keys)
 

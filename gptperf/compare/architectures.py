@@ -59,14 +59,14 @@ def _facts(config: Config, gpu: Gpu | None) -> dict[str, Any]:
     for convention in ("strict", "palm"):
         known = flops.uncountable_flops(model) is None
         per_token = float(flops.flops_per_token(model, convention).training_per_token) / 1e9 if known else None
-        facts[f"GFLOP a token, {convention}"] = per_token
+        facts[f"GFLOP per token, {convention}"] = per_token
     facts["attention / FFN"] = None if flops.uncountable_flops(model) else flops.attention_ffn_ratio(model)
-    facts |= {"batch_size": config.train.batch_size, "tokens an iteration": config.tokens_per_iter}
+    facts |= {"batch_size": config.train.batch_size, "tokens per iteration": config.tokens_per_iter}
     return facts if gpu is None else facts | _predicted(config, gpu)
 
 
 def _predicted(config: Config, gpu: Gpu) -> dict[str, Any]:
-    names = ("GB", "fits", "ms an iteration", "tokens/s", "MFU %", "MFU is")
+    names = ("GB", "fits", "ms per iteration", "tokens/s", "MFU %", "MFU is")
     if unplannable(config, gpu) is not None:
         return {f"{gpu.name}: {name}": None for name in names}
     planned = plan(config, gpu, recompute=config.system.recompute)

@@ -173,7 +173,7 @@ class OptimizerConfig(_Section):
     cautious_weight_decay: bool = False
     """Muon decays only the weights that its update moves towards zero."""
     optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of AdamW's moments. bfloat16 saves 4 bytes a parameter, and is rounded up or down at random."""
+    """Dtype of AdamW's moments. bfloat16 saves 4 bytes per parameter, and is rounded up or down at random."""
     grad_clip: Annotated[float, Range(0)] = 1.0
     """Maximum global norm of the gradients; 0 disables clipping."""
 

@@ -31,7 +31,7 @@ _KINDS = 32
 _FILE_BYTES = 1 << 17
 """Text of each file of the sample that is encoded."""
 _TRAINED_BYTES, _TRAINED_RATE = 4.0, 3e6
-"""Bytes of text a token, and bytes of text a second and core, that are assumed for a vocabulary that is not yet
+"""Bytes of text per token, and bytes of text per second and core, that are assumed for a vocabulary that is not yet
 trained."""
 
 
@@ -131,7 +131,7 @@ def _pieces(path: Path, job: Job, meter: Meter) -> Iterator[bytes]:
 
 
 def _encoding(job: Job, kinds: list[tuple[float, list[bytes]]]) -> tuple[str, float, float, int, int]:
-    """Returns name, bytes a token, bytes a second and thread, threads, and bytes of an id.
+    """Returns name, bytes per token, bytes per second and thread, threads, and bytes of an id.
 
     `kinds` has the bytes of text and some texts of each kind of files.
     """

@@ -62,7 +62,7 @@ def _said(name: str, tokens: int) -> str:
 
 
 def _lines(name: str, total: int | None, meter: Meter) -> Progress:
-    """Returns a function that prints a line a minute, for a log file."""
+    """Returns a function that prints a line per minute, for a log file."""
     begin = shown = time.monotonic()
     skipped: int | None = None  # what was read before the first call: a preparation may go on where it was
 

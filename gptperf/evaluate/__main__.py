@@ -1,7 +1,7 @@
 """Evaluates a model: `python -m gptperf.evaluate MODEL [--tasks=FILE,FILE] [--dataset=NAME]`, alone or under torchrun.
 
 MODEL is the folder of a run, of a checkpoint or of a Hugging Face model. Without --tasks, the command prints loss,
-perplexity and bits a byte on the validation split of the run's data set, or of --dataset. With --tasks it scores the
+perplexity and bits per byte on the validation split of the run's data set, or of --dataset. With --tasks it scores the
 items of files by likelihood: HellaSwag, ARC, PIQA, Winogrande, LAMBADA, or a format of your own (the user's guide has
 it). --contains also looks for the items in the training data.
 """

@@ -1,4 +1,4 @@
-"""The loss of a model on a prepared data set, as perplexity and bits a byte too."""
+"""The loss of a model on a prepared data set, as perplexity and bits per byte too."""
 
 import math
 from typing import Any

@@ -33,7 +33,7 @@ def text(found: Mapping[str, Any]) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     rows = [(data["dataset"], data)]
     rows += list(data.get("sources", {}).items())
-    columns = ("data set", "split", "loss", "perplexity", "bits a byte")
+    columns = ("data set", "split", "loss", "perplexity", "bits per byte")
     figures = ("loss", "perplexity", "bits_per_byte")
     cells = [(name, data["split"], *(formats.number(one.get(key), ".4f") for key in figures)) for name, one in rows]
     return aligned(Table(columns, cells, frozenset({0, 1})))

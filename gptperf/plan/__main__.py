@@ -24,7 +24,7 @@ __all__ = ["main"]
 def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
     """Returns a table with a row for every strategy and recompute; the chosen row is marked."""
     lines = [
-        f"{'':<3}{'strategy':<10}{'recompute':<11}{'GB a GPU':>9}{'fits':>6}{'largest batch_size':>20}"
+        f"{'':<3}{'strategy':<10}{'recompute':<11}{'GB per GPU':>11}{'fits':>6}{'largest batch_size':>20}"
         f"{'ms/step':>10}{'tokens/s':>12}{'MFU':>8}"
     ]
     for strategy in STRATEGIES if chosen.num_gpus > 1 else (chosen.strategy,):
@@ -33,7 +33,7 @@ def _table(config: Config, gpu: Gpu, chosen: Plan) -> list[str]:
             most = largest_batch(config, row.limit_gb, num_gpus=row.num_gpus, strategy=strategy, recompute=recompute)
             mark = "*" if (strategy, recompute) == (chosen.strategy, chosen.recompute) else ""
             lines.append(
-                f"{mark:<3}{STRATEGY_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>9.1f}"
+                f"{mark:<3}{STRATEGY_NAMES[strategy]:<10}{recompute:<11}{row.memory.total_gb:>11.1f}"
                 f"{'yes' if row.fits else 'no':>6}{most:>20,}{row.step_ms:>10,.1f}{row.tokens_per_sec:>12,.0f}"
                 f"{number(row.mfu, '.1%'):>8}"
             )

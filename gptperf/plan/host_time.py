@@ -5,7 +5,7 @@ from Python, so the GPU waits if its kernels are short, as those of small models
 of a micro-batch at once, so that only the first of these times remains.
 
 Measured on an H200 with PyTorch 2.11 on 2026-11-30, 64 x 256 tokens of shakespeare_char (6 layers, dropout) and 8 x 128
-of tiny (4 layers): 22.1 and 14.8 ms a step without graphs, all of which the host needs; 4.69 and 0.94 ms with them.
+of tiny (4 layers): 22.1 and 14.8 ms per step without graphs, all of which the host needs; 4.69 and 0.94 ms with them.
 """
 
 from gptperf.config import Config

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def tokens_per_sec(self) -> float:
-        """Tokens a second of the whole job."""
+        """Tokens per second of the whole job."""
         return self.tokens_per_iter / self.step_ms * 1e3
 
     def days(self, tokens: float) -> float:

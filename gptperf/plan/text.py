@@ -46,6 +46,6 @@ def plan_lines(given: Plan) -> list[str]:
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in given.parts_ms.items())
     return [
         f"{given.memory.total_gb:.1f} GB of {given.limit_gb:.1f} a GPU, {fit}: {memory_text(given.memory)}",
-        f"{given.step_ms:.1f} ms an iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
+        f"{given.step_ms:.1f} ms per iteration +-{given.band:.0%}, {low:,.0f} to {high:,.0f} tokens/s, "
         f"MFU {number(given.mfu, '.1%')} ({mfu_scale(given.peak)}): {parts} ms",
     ]

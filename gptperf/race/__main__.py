@@ -54,7 +54,7 @@ class _RaceFlags(Flags):
     lr_factors: str = _FACTORS
     """Learning rates to try, as multiples of the arm's own."""
     tolerance: Annotated[float, Range(0)] = 0.0
-    """After RUN@STEP: differences up to this, in nats a token, count as none."""
+    """After RUN@STEP: differences up to this, in nats per token, count as none."""
     parallel: Annotated[int, Range(1)] = 1
     """Trainings at a time, each on one GPU."""
     minutes: Annotated[float, Range(0, exclude_low=True)] | None = None

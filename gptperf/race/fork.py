@@ -47,7 +47,7 @@ class Decision:
     """What is known about a change."""
 
     differences: tuple[float, ...]
-    """Final validation loss minus the loss of the unchanged run, one value for each pair, in nats a token."""
+    """Final validation loss minus the loss of the unchanged run, one value for each pair, in nats per token."""
     bounds: Bounds
     verdict: str
     """better, worse, the same, or undecided."""
@@ -211,7 +211,7 @@ def forks_of(
         if same is not None:
             problems.append(f"--vary {name}: the same configuration as {same}")
         elif changed.tokens_per_iter != config.tokens_per_iter:
-            problems.append(f"--vary {name}: found another number of tokens an iteration, wanted the same data")
+            problems.append(f"--vary {name}: found another number of tokens per iteration, wanted the same data")
         arms.append(ForkArm(name, (*argv, *flags), changed))
     if problems:
         raise mistakes(problems)

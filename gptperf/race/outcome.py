@@ -64,7 +64,7 @@ def outcome_of(race: Race, price: float | None) -> Outcome:
         price: Dollars of a GPU hour, or None.
     """
     size = bytes_per_token(race.arms[0].config)
-    scale, unit = (1.0, "nats a token") if size is None else (1 / math.log(2) / size, "bits a byte")
+    scale, unit = (1.0, "nats per token") if size is None else (1 / math.log(2) / size, "bits per byte")
     scaled = {
         seed: ([loss * scale for loss in a], [loss * scale for loss in b]) for seed, (a, b) in race.losses().items()
     }

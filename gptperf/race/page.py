@@ -99,7 +99,7 @@ def _tuning(found: Outcome) -> Table:
                 loss = found.race.failed.get(job.out_dir, number(job.val_loss(), ".4f"))
                 rate = f"{job.config.optimizer.learning_rate:g}"
                 rows.append((arm.name, part, rate, loss, "best" if job is best else ""))
-    columns = ("arm", "of the length", "learning rate", "validation loss, nats a token", "")
+    columns = ("arm", "of the length", "learning rate", "validation loss, nats per token", "")
     return Table(columns, rows, frozenset({0, 4}))
 
 
@@ -202,7 +202,7 @@ def html(found: Outcome) -> str:
     keys = lines_for([arm.name for arm in race.arms])
     charts: dict[str, str | None] = {"envelopes": _envelopes(found, keys), "learning rates": _rates(race, keys)}
     tiles = [] if found.distance is None else [Tile("token ratio", interval_text(found.distance.whole))]
-    tiles += [] if found.speed is None else [Tile("speed: seconds a token, ratio", interval_text(found.speed.ratio))]
+    tiles += [] if found.speed is None else [Tile("speed: seconds per token, ratio", interval_text(found.speed.ratio))]
     tiles += [] if found.time is None else [Tile("time ratio", interval_text(found.time))]
     ratios, ends = _ratios(found), _ends(found)
     lines = "Line: mean envelope. Dots: seeds. Dotted: the losses at which the envelopes are compared."
@@ -256,7 +256,7 @@ def _rates(race: Race, keys: Sequence[Line]) -> str | None:
     if not points:
         pyplot().close(figure)
         return None
-    return _finished(figure, axes, "learning rate", "validation loss, nats a token", "rates")
+    return _finished(figure, axes, "learning rate", "validation loss, nats per token", "rates")
 
 
 def _finished(figure: Any, axes: Any, x: str, y: str, name: str) -> str:

@@ -27,7 +27,7 @@ from gptperf.report.page import clean
 __all__ = ["CAPTIONS", "draw", "layer_order"]
 
 CAPTIONS = {
-    "loss": "Loss, nats a token: training, and the evaluations on validation data.",
+    "loss": "Loss, nats per token: training, and the evaluations on validation data.",
     "loss_tail": "The second half, on a linear axis.",
     "tasks": "Share of the items of each task that are right.",
     "learning_rate": "",

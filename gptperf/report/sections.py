@@ -196,7 +196,7 @@ def _speed(log: RunLog) -> Iterator[Section]:
     rows = []
     labels = ("MFU %", "HFU %", "% of the measured ceiling", "TFLOP/s, of one GPU if any", "tokens/s")
     paths = [(label, ("mfu", key)) for label, key in zip(labels, _SPEED, strict=True)]
-    for label, path in [*paths, ("ms an iteration", ("time_ms",)), ("ms waiting for data", ("data_wait_ms",))]:
+    for label, path in [*paths, ("ms per iteration", ("time_ms",)), ("ms waiting for data", ("data_wait_ms",))]:
         ys = series(log["training_iterations"][1:], *path)[1]
         if ys:
             rows.append((label, *map(text, (*formats.percentiles(ys), min(ys), max(ys)))))
@@ -241,7 +241,7 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
     parts, points = mapping(last.get("parts_ms")), mapping(last.get("waterfall"))
     rows = [(text(str(name)), figure(ms, 3), figure(points.get(name))) for name, ms in list(parts.items())[:20]]
     rows.append(("step, and MFU that is left", figure(last.get("step_ms"), 3), figure(last.get("mfu_percent"))))
-    tables = [Table(("part", "ms a step", "points of MFU"), rows)]
+    tables = [Table(("part", "ms per step", "points of MFU"), rows)]
     given = last.get("kernels")
     kernels = [mapping(kernel) for kernel in given[:20]] if isinstance(given, list) else []
     if kernels:
@@ -249,7 +249,7 @@ def _waterfall(log: RunLog) -> Iterator[Section]:
             (text(k.get("name"))[:90], text(k.get("part")), figure(k.get("ms"), 3), text(k.get("calls")))
             for k in kernels
         ]
-        tables.append(Table(("longest kernels", "part", "ms a step", "calls a step"), listed, frozenset({0, 1})))
+        tables.append(Table(("longest kernels", "part", "ms per step", "calls per step"), listed, frozenset({0, 1})))
     steps, trace = text(last.get("steps")), text(last.get("trace"))
     lines = [f"Profile up to iteration {last['iter']:,}; steps: {steps}; trace: {trace}"]
     lines += _scale(log) if finite(last.get("mfu_percent")) is not None else []
@@ -270,7 +270,7 @@ def _plan(log: RunLog) -> Iterator[Section]:
             _typical(log, "mfu", "tokens_per_sec"),
         ),
         ("MFU %", plan.get("mfu_percent"), None, _of_run(log, "mfu_percent")[0]),
-        ("ms an iteration", plan.get("step_ms"), None, _typical(log, "time_ms")),
+        ("ms per iteration", plan.get("step_ms"), None, _typical(log, "time_ms")),
     ]
     rows = []
     for label, planned, told, seen in pairs:

@@ -61,8 +61,8 @@ def check_float8(config: Config, device: torch.device) -> None:
     tokens = config.train.batch_size * config.model.block_size
     if tokens % _MULTIPLE:
         raise ConfigError(
-            f"batch_size, block_size: matmul_dtype = 'fp8' needs a multiple of {_MULTIPLE} tokens a micro-batch, found "
-            f"{tokens}; {nearest_value}"
+            f"batch_size, block_size: matmul_dtype = 'fp8' needs a multiple of {_MULTIPLE} tokens per micro-batch, "
+            f"found {tokens}; {nearest_value}"
         )
     with torch.device("meta"):  # for the shapes of its weights
         _layers(GPT(config.model), config.system)

@@ -93,7 +93,7 @@ def test_the_ablation_shows_every_finished_difference(tmp_path: Path) -> None:
     for shown in (
         "x=1",
         "-0.250, better",
-        "baseline 2.500, 1,000 parameters, 2,000 tokens a run, NVIDIA H200, 2026-01-02",
+        "baseline 2.500, 1,000 parameters, 2,000 tokens per run, NVIDIA H200, 2026-01-02",
     ):
         assert shown in words(text), shown
     assert "x=2" not in words(text)  # not finished

@@ -1,4 +1,4 @@
-"""Progress of a preparation: a bar that fits any terminal, elsewhere a line a minute."""
+"""Progress of a preparation: a bar that fits any terminal, elsewhere a line per minute."""
 
 import functools
 import io

@@ -114,7 +114,7 @@ def test_the_text_has_the_scores(trained: Path, files: list[str], capsys: pytest
     assert "truncated: 6 items longer than block_size" in shown
     assert "core, the mean of the centred scores: " in shown
     assert main([str(trained), "--device=cpu"]) == 0
-    assert "bits a byte" in capsys.readouterr().out
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_two_ranks_say_the_same(

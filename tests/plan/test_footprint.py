@@ -237,7 +237,7 @@ def test_dropout_keeps_a_byte_for_each_element_of_a_branch() -> None:
 
 
 def test_masks_of_all_pairs_are_kept_where_flex_attention_does_not_run() -> None:
-    """With documents T elements a token and layer, with windows alone one mask for all sequences of a micro-batch."""
+    """With documents T elements per token and layer, with windows alone one mask for all sequences of a micro-batch."""
 
     def kept(*flags: str) -> float:
         return memory.saved_bytes(large(*flags), "none")

@@ -43,7 +43,7 @@ def test_a_small_race_from_command_to_page(corpus: Path, tmp_path: Path) -> None
     code = race.main([*argv, "--lr_factors=0.01,1,100", f"--html={tmp_path / 'page.html'}"])
     found = json.loads((out / "race.json").read_text())
     assert code == 0, found["verdict"]
-    assert found["unit"] == "bits a byte"
+    assert found["unit"] == "bits per byte"
     assert found["speed"]["device"] == "CPU"
     first, second = (arm["losses"]["1337"] for arm in found["arms"])
     assert all(0 < loss < 9 for loss in (*first, *second))

@@ -36,6 +36,6 @@ def test_a_request_that_one_rank_hears_stops_all(rank: int, corpus: Path, tmp_pa
     assert command[0] == sys.executable
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0  # torchrun reports that its processes left with 75
-    # Five norms in a forward pass, two micro-batches a rank and step: call 67 is in step 7.
+    # Five norms in a forward pass, two micro-batches per rank and step: call 67 is in step 7.
     assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000007"]
     assert run_log(tmp_path / "out")["summary"]["stopped"] == "asked to"
