@@ -19,6 +19,7 @@ from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import ALL_TRITON, GENERATION, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
+from gptperf.plan.memory import direct_gradients, strategy_of
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
 from gptperf.training.float8 import Float8Layers, make_float8
@@ -72,7 +73,10 @@ def build_engine(config: Config, process: Process) -> Engine:
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
     if not config.system.recompute_ffn:
         ops = keeping_ffn(ops)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments))
+    direct = direct_gradients(config, process.world_size, strategy_of(config))
+    gradients = dtype if direct else torch.float32
+    found = selftest.broken_ops(ops, config.model, process.device, dtype, moments, gradients=gradients)
+    broken = process.merged(found)
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
