@@ -20,6 +20,7 @@ from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import ALL_TRITON, GENERATION, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
 from gptperf.plan.memory import direct_gradients, strategy_of
+from gptperf.registry import KINDS
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
 from gptperf.training.float8 import Float8Layers, make_float8
@@ -183,6 +184,13 @@ def compile_engine(engine: Engine, *, must: bool = False) -> str:
         return f"off: {found['problem']}"
     with build.compiler_errors():
         engine.optimizer.compile()
-        if not system.compiles and "eager" not in engine.ops.chosen.values():
+        if not system.compiles and _all_triton(engine):
             return ALL_TRITON
         return build.compile_model(engine.model, system)
+
+
+def _all_triton(engine: Engine) -> bool:
+    """Whether nothing in the model gains from torch.compile, as an op in eager PyTorch does, or one of a plugin."""
+    model = engine.config.model
+    ours = all(getattr(model, kind) in names for kind, names in KINDS.items()) and model.attention_backend != "manual"
+    return ours and "eager" not in engine.ops.chosen.values()
