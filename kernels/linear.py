@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["add_product", "bias_grad", "dgrad", "linear", "offer_gradient", "operand_dtype", "scaled_mm", "take_offer"]
 __all__ += ["weight_grad", "wgrad"]
@@ -44,6 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         return torch.mm(x, weight.t(), out=out)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(weight, _OFFER):
         return F.linear(x, weight, bias)
+    if torch._C._are_functorch_transforms_active():  # torch.func in a plugin, which transforms PyTorch's own ops
+        return F.linear(x, weight, bias)
     dtype = operand_dtype(x)
     if weight.dtype != dtype:  # in an autocast of a plugin, whose casts PyTorch differentiates
         return F.linear(x, weight, bias)
@@ -51,7 +52,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 
 class _Linear(torch.autograd.Function):
-    """Computes `linear`; backward writes the gradient of the weight to the memory that was offered for it."""
+    """Computes `linear`; backward writes the gradient of the weight to the memory that was offered for it.
+
+    Backward can be differentiated again, like that of PyTorch; it then takes no offer.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +63,6 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -90,8 +93,11 @@ def weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def take_offer(weight: Tensor) -> Tensor | None:
-    """Returns the memory that was offered for the gradient of the weight, once, or None."""
-    place = None if torch.compiler.is_compiling() else getattr(weight, _OFFER, None)
+    """Returns the memory that was offered for the gradient of the weight, once, or None.
+
+    A gradient that is differentiated again is no final one, and the matmul into given memory has no derivative.
+    """
+    place = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else getattr(weight, _OFFER, None)
     if place is None or place.dtype != weight.dtype:
         return None
     setattr(weight, _OFFER, None)

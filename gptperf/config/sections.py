@@ -272,7 +272,7 @@ class SystemConfig(_Section):
 
     @property
     def compiles(self) -> bool:
-        """Whether the model is compiled, if its ops run as `kernels` says.
+        """Whether the model is compiled, if its ops run as `kernels` says and none is of a plugin or manual attention.
 
         Not compiled, a step with Triton's ops takes the same time within 0.3%, and its first iteration ends 10 to 19 s
         earlier (an H200, `bench/NOTES.md`). Recomputation and fp8 were not measured without torch.compile.

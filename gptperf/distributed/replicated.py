@@ -202,6 +202,7 @@ class Replicated(Access):
         """Forgets the gradients of the last step: the first gradient of each parameter overwrites them."""
         for bucket in self.buckets:
             bucket.started.clear()
+            bucket.arrived.clear()  # there are some if an error ended the last backward
 
     @torch.no_grad()
     def start_micro_batch(self, last: bool) -> None:

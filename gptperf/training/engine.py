@@ -19,6 +19,8 @@ from gptperf.model.linear import Linear
 from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import ALL_TRITON, GENERATION, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
+from gptperf.plan.memory import direct_gradients, strategy_of
+from gptperf.registry import KINDS
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
 from gptperf.training.float8 import Float8Layers, make_float8
@@ -72,7 +74,10 @@ def build_engine(config: Config, process: Process) -> Engine:
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
     if not config.system.recompute_ffn:
         ops = keeping_ffn(ops)
-    broken = process.merged(selftest.broken_ops(ops, config.model, process.device, dtype, moments))
+    direct = direct_gradients(config, process.world_size, strategy_of(config))
+    gradients = dtype if direct else torch.float32
+    found = selftest.broken_ops(ops, config.model, process.device, dtype, moments, gradients=gradients)
+    broken = process.merged(found)
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
@@ -179,6 +184,13 @@ def compile_engine(engine: Engine, *, must: bool = False) -> str:
         return f"off: {found['problem']}"
     with build.compiler_errors():
         engine.optimizer.compile()
-        if not system.compiles and "eager" not in engine.ops.chosen.values():
+        if not system.compiles and _all_triton(engine):
             return ALL_TRITON
         return build.compile_model(engine.model, system)
+
+
+def _all_triton(engine: Engine) -> bool:
+    """Whether nothing in the model gains from torch.compile, as an op in eager PyTorch does, or one of a plugin."""
+    model = engine.config.model
+    ours = all(getattr(model, kind) in names for kind, names in KINDS.items()) and model.attention_backend != "manual"
+    return ours and "eager" not in engine.ops.chosen.values()

@@ -38,6 +38,7 @@ def broken_ops(
     dtype: torch.dtype,
     moments: torch.dtype = torch.float32,
     *,
+    gradients: torch.dtype = torch.float32,
     trains: bool = True,
 ) -> dict[str, str]:
     """Runs each op for which Triton was chosen, and returns the ops that fail.
@@ -48,6 +49,7 @@ def broken_ops(
         device: device of the training run.
         dtype: dtype of the activations; vectors are float32.
         moments: dtype of AdamW's moments.
+        gradients: dtype of the matrices' gradients, for which AdamW's kernel is compiled.
         trains: whether the model is trained; else backward, the loss and the optimizers' ops are not run.
 
     Returns:
@@ -62,7 +64,7 @@ def broken_ops(
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
     found: dict[str, str] = {}
     unused = set() if trains else _OF_TRAINING
-    for op, run in _runs(model, device, dtype, moments, trains):
+    for op, run in _runs(model, device, dtype, (moments, gradients), trains):
         if ops.chosen.get(op) != "triton" or op in found or op in unused:
             continue
         try:
@@ -165,14 +167,21 @@ _OTHERS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {"rope": _rope, "acti
 
 
 def _runs(
-    model: ModelConfig, device: torch.device, dtype: torch.dtype, moments: torch.dtype, trains: bool = True
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    of_adamw: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    trains: bool = True,
 ) -> Iterator[tuple[str, _Run]]:
-    """Yields every op that the model calls, as named by the cards of its components, with a function that runs it."""
+    """Yields every op that the model calls, as named by the cards of its components, with a function that runs it.
+
+    `of_adamw` has the dtypes of AdamW's moments and of the gradients that it reads.
+    """
     inputs, run = _Inputs(model, device, dtype), _differentiated if trains else _forward
     norm: Norm | None = registry.card("normalization", model.normalization)
     position: PositionEncoding | None = registry.card("position_encoding", model.position_encoding)
     ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
-    yield "adamw", lambda op: _updated(op, device, dtype, moments)
+    yield "adamw", lambda op: _updated(op, device, dtype, *of_adamw)
     yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
@@ -238,14 +247,16 @@ def _drawn(function: _Op, inputs: _Inputs) -> list[Tensor]:
     return [function(logits, uniform, V, 0.0), among]
 
 
-def _updated(function: _Op, device: torch.device, dtype: torch.dtype, moments: torch.dtype) -> list[Tensor]:
+def _updated(
+    function: _Op, device: torch.device, dtype: torch.dtype, moments: torch.dtype, gradients: torch.dtype
+) -> list[Tensor]:
     """Returns the weights, moments and copy after one update of AdamW."""
     master, gradient, exp_avg, exp_avg_sq = torch.linspace(0.1, 2, 4 * 64 * ROWS, device=device).view(4, ROWS, 64)
     copy = None if dtype == torch.float32 else torch.zeros_like(master, dtype=dtype)
     scalars = torch.tensor([0.1, 3.0, 1 - 0.9**3, 1 - 0.95**3, 2.0, 0.0], device=device)
     exp_avg, exp_avg_sq = exp_avg.to(moments), exp_avg_sq.to(moments)
     seeds = torch.arange(ROWS, dtype=torch.int32, device=device) if moments == torch.bfloat16 else None
-    function(master, gradient, exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1, seeds)
+    function(master, gradient.to(gradients), exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1, seeds)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from run_helpers import run, run_command, run_log
 
+from gptperf import registry
 from gptperf.config import command_line
 from gptperf.errors import DeviceError
 from gptperf.hardware.compiler import compiler_problem
@@ -92,6 +93,29 @@ def test_by_default_what_gains_is_compiled(flags: list[str], compiles: bool, mon
             assert (said, called) == (config.system.compile_scope, ["update", "model"])
         else:
             assert (said, called) == (ALL_TRITON, ["update"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("attention_backend", "manual"), ("activation", "cube"), ("ffn_type", "gated"), ("normalization", "centred")],
+)
+def test_components_in_several_ops_of_pytorch_are_compiled_by_default(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of plugins, which have no Triton kernel in gptperf, and manual attention."""
+    monkeypatch.setattr(registry, "_components", dict(registry._components))
+    if name not in registry.KINDS[kind]:
+        registry.register(kind, name, torch.nn.Identity)
+    monkeypatch.setattr(build, "compile_model", lambda model, system: system.compile_scope)
+    monkeypatch.setattr(engine, "compiler_problem", lambda device_type: None)
+    process = SimpleNamespace(device=torch.device("cuda"), merged=lambda found: found)
+    ops = SimpleNamespace(chosen={"swiglu": "triton"})
+    said = []
+    for flags in ([f"--{kind}={name}"], [f"--{kind}={name}", "--compile=False"], []):
+        config, optimizer = command_line.resolve(flags).config, SimpleNamespace(compile=lambda: None)
+        given: Any = SimpleNamespace(config=config, process=process, optimizer=optimizer, ops=ops, model=None)
+        said.append(engine.compile_engine(given))
+    assert said == ["block", "off", ALL_TRITON]
 
 
 def test_a_compiler_without_python_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Steps of one micro-batch in one process: backward writes gradients to their buckets, with the bits of a copy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,6 +130,66 @@ def test_a_layer_in_an_autocast_of_its_own_has_the_bits_of_a_copy(dtype: torch.d
         found.append(_gradients(model, weights, x, torch.float16))
     for key, gradient in found[1].items():
         assert torch.equal(found[0][key].float(), gradient), key
+
+
+def _penalty(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0].square().sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        _penalty,
+        lambda model, x: model(x).sum() + _penalty(model, x),
+        lambda model, x: torch.func.vmap(model)(x).square().sum(),
+        lambda model, x: torch.func.jvp(model, (x,), (x,))[1].square().sum(),
+        lambda model, x: torch.func.grad(lambda y: model(y).square().sum())(x).square().sum(),
+    ],
+    ids=["penalty", "loss and penalty", "vmap", "jvp", "grad"],
+)
+def test_a_plugin_may_differentiate_its_layers_as_with_several_micro_batches(
+    loss: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    found = []
+    for single in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Linear(8, 8, bias=True), nn.Tanh(), Linear(8, 8, bias=False))
+        weights, x = Replicated(model, torch.float32, single=single), torch.randn(5, 8).requires_grad_()
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        loss(model, x).backward()
+        weights.finish_gradients()
+        found.append({name: weights.gradient(name) for name in weights.places})
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-6, atol=1e-6)
+        assert gradient.abs().max() > 0 or name.endswith("bias")
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_step_after_an_error_in_backward_has_its_own_gradients(single: bool) -> None:
+    """Gradients that had arrived before the error do not count."""
+    model = nn.Sequential(Linear(4, 4, bias=False), Linear(4, 4, bias=False))
+    weights, x = Replicated(model, torch.bfloat16, single=single), torch.ones(2, 4, dtype=torch.bfloat16)
+    wanted = []
+    for error in (None, KeyboardInterrupt, None):
+        weights.start_step()
+        weights.start_micro_batch(last=True)
+        y = model[0](x)
+        if error is not None:
+            y.register_hook(lambda _: _raise(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                model[1](y).sum().backward()
+            assert any(bucket.arrived for bucket in weights.buckets)
+            continue
+        model[1](y).sum().backward()
+        weights.finish_gradients()
+        wanted.append({name: weights.gradient(name).clone() for name in weights.places})
+    for name, gradient in wanted[0].items():
+        assert torch.equal(wanted[1][name], gradient), name
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def test_a_weight_that_is_not_used_has_no_old_gradient() -> None:

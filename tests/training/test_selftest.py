@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from gptperf.config import command_line
+from gptperf.distributed.process import start_process
 from gptperf.errors import DeviceError
 from gptperf.kernels import decode_linear, draw, reference
 from gptperf.ops import OPS, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.registry import KINDS
+from gptperf.training import engine as engine_module
 from gptperf.training import selftest
+from gptperf.training.step import train_step
 
 SIZES = ["--n_layer=1", "--n_head=4", "--n_embd=48", "--vocab_size=300", "--d_ff=100", "--arch_preset=llama"]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter; the GPU's is in test_gpu")
@@ -59,7 +63,7 @@ def test_every_op_is_run_for_some_model() -> None:
     for names in itertools.product(*(KINDS[kind] for kind in kinds)):
         flags = [f"--{kind}={name}" for kind, name in zip(kinds, names, strict=True)]
         model = command_line.resolve([*SIZES, *flags]).config.model
-        found |= {op for op, _ in selftest._runs(model, torch.device("cpu"), torch.float32, torch.float32)}
+        found |= {op for op, _ in selftest._runs(model, torch.device("cpu"), torch.float32)}
     assert found == set(OPS)
 
 
@@ -91,6 +95,32 @@ def test_a_wrong_result_is_found() -> None:
     found = _broken(_ops(**wrong))
     assert set(found) == set(wrong)
     assert "off eager PyTorch by" in found["rms_norm"]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "dtype", "wanted"),
+    [(1, "bfloat16", "bfloat16"), (2, "bfloat16", "float32"), (1, "float16", "float32"), (1, "float32", "float32")],
+)
+def test_adamw_is_run_with_the_dtypes_of_the_step(
+    micro_batches: int, dtype: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each dtype has a kernel of its own, and a kernel that does not compile has to be found before the first step."""
+    kinds: list[tuple[torch.dtype, ...]] = []
+
+    def adamw(master: Tensor, *others: Any) -> None:
+        kinds.append(tuple(x.dtype for x in (master, *others[:4]) if x is not None))
+        reference.adamw(master, *others)
+
+    ops = replace(resolve_ops("eager", "cpu"), adamw=adamw, chosen={"adamw": "triton"})
+    monkeypatch.setattr(engine_module, "resolve_ops", lambda *_: ops)
+    flags = [*SIZES, f"--dtype={dtype}", f"--gradient_accumulation_steps={micro_batches}", "--block_size=16"]
+    config = command_line.resolve([*flags, "--batch_size=1", "--device=cpu", "--compile=False"]).config
+    engine = engine_module.build_engine(config, start_process("cpu"))
+    assert engine.ops.reasons == {}
+    (tested,) = kinds
+    assert tested[1] == getattr(torch, wanted)
+    train_step(engine, iter(torch.zeros(micro_batches, 2, 1, 16, dtype=torch.int64)), 0)
+    assert tested in kinds[1:]
 
 
 def test_a_kernel_that_fails_is_named() -> None:
