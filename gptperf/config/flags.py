@@ -43,8 +43,8 @@ _FLAGS_OF_COMMANDS = {
     "ablate": "vary seeds tune_lr lr_factors parallel equal out html list",
     "compare": "runs configs gpu html json",
     "doctor": "json",
-    "evaluate": "tasks shots seed limit dataset split data_dir eval_iters block_size batch_size contains ngram checkpoint "
-    "device plugins json",
+    "evaluate": "tasks shots seed limit dataset split data_dir eval_iters block_size batch_size contains ngram "
+    "checkpoint device plugins json",
     "flops": "json",
     "hardware": "json measure again",
     "hugging_face": "model nanogpt tokenizer eot vocab_multiple",
@@ -58,7 +58,7 @@ _FLAGS_OF_COMMANDS = {
     "seen": "data_dir json",
     "train": "show_config",
 }
-"""Command -> its optional flags. It is a copy, held to the commands by a test, because this module imports no command."""
+"""Command -> its optional flags. This module imports no command, so a test compares this copy with the commands."""
 _MOST_OWNERS = 3
 """A flag of more commands than this says nothing about the command that was meant."""
 

@@ -68,7 +68,7 @@ def test_a_flag_of_another_command_names_the_command(word: str, told: str) -> No
 
 
 def test_a_key_of_a_configuration_names_training_where_a_command_takes_none() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'n_layer'; --n_layer is a flag of gptperf.train"):
+    with pytest.raises(ConfigError, match=r"unknown key 'n_layer'; --n_layer is a flag of gptperf\.train"):
         importlib.import_module("gptperf.report.__main__").main(["out/run", "--n_layer=3"])
 
 
