@@ -39,6 +39,29 @@ __all__ = [
 COMMAND_LINE = "command line"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
+_FLAGS_OF_COMMANDS = {
+    "ablate": "vary seeds tune_lr lr_factors parallel equal out html list",
+    "compare": "runs configs gpu html json",
+    "doctor": "json",
+    "evaluate": "tasks shots seed limit dataset split data_dir eval_iters block_size batch_size contains ngram "
+    "checkpoint device plugins json",
+    "flops": "json",
+    "hardware": "json measure again",
+    "hugging_face": "model nanogpt tokenizer eot vocab_multiple",
+    "hugging_face export": "step checkpoint dtype tokenizer",
+    "plan": "gpu gpu_tflops gpu_memory_gb gpu_bandwidth_gb_s num_gpus tokens json",
+    "prepare": "name data_dir tokenizer eot val_fraction split text_field group_by dedup shard_tokens dtype plan "
+    "overwrite verify",
+    "race": "vary seeds lr_factors tolerance parallel minutes price keep_models out html list",
+    "report": "out",
+    "sample": "prompt tokens num_samples temperature top_k top_p stop stop_at_eot seed checkpoint device plugins",
+    "seen": "data_dir json",
+    "train": "show_config",
+}
+"""Command -> its optional flags. A test compares this copy with the commands, which no module may import."""
+_MOST_OWNERS = 3
+"""A flag of more commands than this says nothing about the command that was meant."""
+
 
 class Given(NamedTuple):
     """A key with its value, as the user wrote it."""
@@ -238,12 +261,12 @@ def check(
         command: name of the module whose `--help` lists the keys.
         also: other names that the nearest of an unknown key can be.
     """
-    key = keys.get(given.name)
+    key, read = keys.get(given.name), given.where == COMMAND_LINE
     if key is None:
-        near = near_key(given.name, [*also, *keys, "help", "version"]) or f"; python -m {command} --help lists the keys"
+        near = near_key(given.name, [*also, *keys, "help", "version"]) + (_owners(given.name) if read else "")
+        near = near or f"; python -m {command} --help lists the keys"
         problems.append(f"{given.where}: unknown key {given.name!r}{near}")
         return None
-    read = given.where == COMMAND_LINE
     values = [_from_text(key, one) if read else one for one in (given.value if key.many else [given.value])]
     for value in values:
         wrong = value_problem(key, value)
@@ -254,6 +277,14 @@ def check(
     if key.type is float:
         values = [value if value is None else float(value) for value in values]
     return given._replace(value=tuple(values) if key.many else values[0])
+
+
+def _owners(name: str) -> str:
+    """Returns "; --NAME is a flag of COMMANDS" for the few commands that have such a flag, or ""."""
+    owners = [f"gptperf.{command}" for command, names in _FLAGS_OF_COMMANDS.items() if name in names.split()]
+    if any(name == field.name for section in SECTIONS.values() for field in dataclasses.fields(section)):
+        owners = ["gptperf.train"]
+    return f"; --{name} is a flag of {' and '.join(owners)}" if 0 < len(owners) <= _MOST_OWNERS else ""
 
 
 def _checked(given: Sequence[Given], keys: Mapping[str, Key], problems: list[str], command: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What a message proposes for an unknown name: something near in spelling or in meaning, or nothing."""
 
+import dataclasses
+import importlib
 import re
 
 import pytest
 
-from gptperf.config import KEYS, command_line
+from gptperf.__main__ import COMMANDS
+from gptperf.config import KEYS, command_line, flags
 from gptperf.config.synonyms import COMMAND_SYNONYMS, KEY_SYNONYMS, VALUE_SYNONYMS, near_key
 from gptperf.errors import ConfigError, nearest
 
@@ -36,7 +39,7 @@ dataset_name dataset | datset dataset | num_workers prefetch | report_to wandb_l
 vocab vocab_size | dropout_p dropout | swiglu ffn_type=swiglu | rope position_encoding=rope | dtyp dtype | sede seed
 """
 NOTHING = """muon verbose tp pp ep cp moe use_moe num_experts lora quantization
-tokenizer temperature top_p label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
+label_smoothing ema amsgrad log_file port host wandb_mode wandb_entity shuffle streaming
 pin_memory patience early_stopping theta alibi softcap foo x cosine eval_only tf32 dry_run interval"""
 
 
@@ -47,6 +50,39 @@ def test_a_word_of_another_project_names_the_key_that_it_means(pair: list[str]) 
     with pytest.raises(ConfigError, match=re.escape(f"unknown key '{word}'; nearest: {key}")):
         command_line.resolve([f"--{word}=1"])
     assert key.partition("=")[0] in KEYS
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("temperature", "; --temperature is a flag of gptperf.sample"),
+        ("gpu", "; nearest: device=cuda; --gpu is a flag of gptperf.compare and gptperf.plan"),
+        ("seeds", "; nearest: seed; --seeds is a flag of gptperf.ablate and gptperf.race"),
+        ("json", "; python -m gptperf.train --help lists the keys"),
+    ],
+)
+def test_a_flag_of_another_command_names_the_command(word: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command_line.resolve([f"--{word}=1"])
+    assert str(caught.value) == f"command line: unknown key {word!r}{told}"
+
+
+def test_a_key_of_a_configuration_names_training_where_a_command_takes_none() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'n_layer'; --n_layer is a flag of gptperf\.train"):
+        importlib.import_module("gptperf.report.__main__").main(["out/run", "--n_layer=3"])
+
+
+def test_the_table_of_flags_is_that_of_the_commands() -> None:
+    found = {}
+    for name in (*COMMANDS, "hugging_face.export_command"):
+        module = importlib.import_module(f"gptperf.{name}")
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"gptperf.{name}.__main__")
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, flags.Flags)]
+        for kind in (kind for kind in kinds if kind.__module__ == module.__name__):
+            optional = [x.name for x in dataclasses.fields(kind) if x.default is not dataclasses.MISSING]
+            found[name.replace(".export_command", " export")] = " ".join(optional)
+    assert found == flags._FLAGS_OF_COMMANDS
 
 
 @pytest.mark.parametrize("word", NOTHING.split())
