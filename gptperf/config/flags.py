@@ -58,7 +58,7 @@ _FLAGS_OF_COMMANDS = {
     "seen": "data_dir json",
     "train": "show_config",
 }
-"""Command -> its optional flags. This module imports no command, so a test compares this copy with the commands."""
+"""Command -> its optional flags. A test compares this copy with the commands, which no module may import."""
 _MOST_OWNERS = 3
 """A flag of more commands than this says nothing about the command that was meant."""
 
