@@ -1,20 +1,23 @@
 """Steps of one micro-batch in one process: backward writes gradients to their buckets, with the bits of a copy."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gptperf.config import ModelConfig, command_line
-from gptperf.distributed.process import start_process
+from gptperf.config import ModelConfig, SystemConfig, command_line
+from gptperf.distributed.process import Process, start_process
 from gptperf.distributed.replicated import Replicated
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.plan.memory import direct_gradients, strategy_of
+from gptperf.training import engine as engine_module
 from gptperf.training.engine import make_weights
 from gptperf.training.float8 import Float8Layers
+from gptperf.training.step import train_step
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"normalization": "rmsnorm", "ffn_type": "swiglu", "position_encoding": "rope", "weight_tying": False},
@@ -93,6 +96,42 @@ def test_gradients_of_fp8_have_the_bits_of_a_copy(preset: str, level: str, monke
     for key, gradient in found[1].items():
         assert torch.equal(found[0][key].float(), gradient), key
         assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--recompute=full"], ["--optimizer_state_dtype=bfloat16"], ["--optimizer=muon", "--normuon=True"]],
+    ids=" ".join,
+)
+def test_steps_have_the_bits_of_steps_with_a_copy(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped, watched and skipped ones, of a tied model, with an evaluation between them."""
+    sizes = ["--arch_preset=gpt2", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_size=50"]
+    system = ["--device=cpu", "--dtype=bfloat16", "--kernels=eager"]
+    train = ["--batch_size=2", "--gradient_accumulation_steps=1", "--grad_clip=0.1", "--warmup_iters=0"]
+    config = command_line.resolve([*sizes, *system, *train, *flags]).config
+    found = []
+    for direct in (True, False):
+        monkeypatch.setattr(engine_module, "make_weights", partial(_make_weights, direct))
+        engine = engine_module.build_engine(config, start_process("cpu"))
+        assert engine.weights.direct is direct
+        generator, tensors = torch.Generator().manual_seed(0), list[Tensor]()
+        for step in range(4):
+            batch = torch.randint(0, 50, (2, 2, 16), generator=generator)
+            monkeypatch.setattr(engine.scaler, "scale", partial(torch.mul, torch.inf if step == 1 else 1.0))
+            result = train_step(engine, iter([batch]), step, watched=step == 2)
+            with torch.no_grad(), engine.autocast():
+                tensors += [result.gradient_norm, result.loss, engine.model(*batch)]
+            tensors += [] if result.gradients is None else [result.gradients]
+        for bucket in engine.weights.buckets:
+            tensors += [bucket.master.data, bucket.compute, *engine.optimizer.states(bucket).values()]
+        assert engine.skipped == 1
+        found.append(tensors)
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def _make_weights(direct: bool, model: GPT, system: SystemConfig, process: Process, single: bool, *packed: Any) -> Any:
+    return make_weights(model, system, process, single and direct, *packed)
 
 
 @pytest.mark.parametrize("uses", [1, 2, 3])
