@@ -4,7 +4,8 @@ With one configuration and `--vary key=value`, the arms are the configuration an
 rates are tried at a quarter of the length, and the best one and its neighbours over all of it, with a seed that is not
 compared. Then each seed trains a trunk at a constant rate, and cooldowns of it that end at 1/4, 1/2 and 1 of the
 length. `python -m gptperf.race RUN@STEP --vary key=value,value2` tries changes from a checkpoint instead, in pairs of
-forks, and stops when they are decided. The same command continues: in parts, and on another card with a copy of DIR.
+forks, and stops when they are decided; RUN@0 tries them from the start, as a learning rate or an optimizer needs it.
+The same command continues: in parts, and on another card with a copy of DIR.
 """
 
 import json
@@ -53,7 +54,7 @@ class _RaceFlags(Flags):
     """Seeds of each arm, default 5; after RUN@STEP the most pairs, default 12."""
     lr_factors: str = _FACTORS
     """Learning rates to try, as multiples of the arm's own."""
-    tolerance: Annotated[float, Range(0)] = 0.0
+    tolerance: Annotated[float, Range(0)] = 0.01
     """After RUN@STEP: differences up to this, in nats per token, count as none."""
     parallel: Annotated[int, Range(1)] = 1
     """Trainings at a time, each on one GPU."""

@@ -1,13 +1,18 @@
-"""Changes that are tried from a checkpoint of a run, in pairs of forks, until they are decided. Loads no torch.
+"""Changes that are tried from a checkpoint or the start of a run, in pairs, until they are decided. Loads no torch.
 
 A pair has a seed of its own, and every arm of it reads the same data in the same order with the same dropout: the run
 as it is, and each change. A fork ends with a cooldown, because a loss at a high learning rate says little about the
 loss after it. The differences of the pairs are independent given the checkpoint, as their seeds are; nothing is assumed
 about how the losses of one fork follow one another, because each fork counts as one block. What is estimated is the
 mean difference, over data orders, at the end of forks of this length from this checkpoint.
+
+A fork inherits moments, the norms of the weights and an early phase that went well, so it cannot tell what another
+learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from one initialization, another
+one in each pair. Their differences vary more, because small changes of an early phase grow, but they have that phase.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +35,12 @@ __all__ = ["Decision", "ForkArm", "Forks", "alternatives", "forks_of"]
 _COOLDOWN = 0.6
 """Share of a fork that is its cooldown: a fifth of the whole, if the fork is half as long as the run before it."""
 _OF_THE_RUN = (*SET_HERE, "seed", "max_iters", "plugins", "debug", "profile", "console", "warmup_iters")
+_RACE_COOLDOWN = 0.2
+"""Share of a pair from iteration 0 that is its cooldown, as in a race."""
+_RACE_PART = 4
+"""A pair from iteration 0 is this much shorter than the run: it ends where the shortest runs of a race end."""
 CONTROL = "as it is"
+NOTHING_FOUND = "no difference found"
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Decision:
     """Final validation loss minus the loss of the unchanged run, one value for each pair, in nats per token."""
     bounds: Bounds
     verdict: str
-    """better, worse, the same, or undecided."""
+    """better, worse, the same, no difference found (after the last pair), or undecided."""
 
 
 @dataclass
@@ -80,7 +90,7 @@ class Forks:
             "max_iters": self.end,
             "lr_schedule": "wsd",
             "lr_decay_iters": "none",
-            "wsd_decay_fraction": f"{_COOLDOWN * (self.end - self.step) / self.end:.6f}",
+            "wsd_decay_fraction": f"{_cooldown(self.step, self.end):.6f}",
             "eval_interval": self.end,
             "save_interval": self.end,
             "keep_checkpoints": 1,
@@ -88,7 +98,7 @@ class Forks:
         }
         argv = (*arm.argv, *(f"--{key}={value}" for key, value in keys.items()), "--overwrite=False")
         argv = (*argv, f"--out_dir={folder}")
-        return Job(seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step))
+        return Job(seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step) if self.step else None)
 
     def decision(self, arm: ForkArm) -> Decision:
         """Returns what is known about a change, from the pairs that are complete up to the first one that is not."""
@@ -110,7 +120,17 @@ class Forks:
             verdict = "better"
         elif found.low > 0:
             verdict = "worse"
+        elif len(differences) == self.pairs:
+            verdict = NOTHING_FOUND
         return Decision(tuple(differences), found, verdict)
+
+    @property
+    def inherited(self) -> list[str]:
+        """Returns the names of the changes of the optimizer whose forks begin with what the unchanged run has done."""
+        if not self.step:
+            return []
+        before = self.arms[0].config.flat()
+        return [arm.name for arm in self.arms[1:] if any(map(_of_optimizer, differing_keys(before, arm.config)))]
 
     @property
     def level(self) -> float:
@@ -139,6 +159,15 @@ class Forks:
         """Tokens of all forks that are finished."""
         jobs = [self.job(arm, pair) for arm in self.arms for pair in range(self.pairs)]
         return sum((self.end - self.step) * job.config.tokens_per_iter for job in jobs if job.finished())
+
+
+def _cooldown(step: int, end: int) -> float:
+    """Returns the share of the iterations up to `end` that is the cooldown of a fork."""
+    return _COOLDOWN * (end - step) / end if step else _RACE_COOLDOWN
+
+
+def _of_optimizer(key: str) -> bool:
+    return KEYS[key].section == "optimizer"
 
 
 @functools.cache
@@ -174,7 +203,7 @@ def forks_of(
 
     Args:
         run: Folder of a run.
-        step: Iteration of one of its checkpoints.
+        step: Iteration of one of its checkpoints, or 0 for its start.
         words: Flags for all forks, `--key=value ...`.
         vary: Changes, each `key=value[,value2 ...]`.
         pairs: Most pairs.
@@ -197,8 +226,9 @@ def forks_of(
     base = _flags_of(logged.config)
     argv = (*base, *flags_text(given))
     config = command_line.resolve(argv).config
-    end = config.train.max_iters if any(one.name == "max_iters" for one in given) else step + max(2, step // 2)
-    _check(logged.config, run, step, end)
+    length = max(2, step // 2) if step else (logged.config.get("max_iters") or 0) // _RACE_PART
+    end = config.train.max_iters if any(one.name == "max_iters" for one in given) else step + length
+    (_check if step else _check_start)(logged.config, run, step, end)
     arms = [ForkArm(CONTROL, argv, config)]
     for change in changes:
         name, flags = change_text(change), tuple(f"--{key}={value}" for key, value in change.items())
@@ -223,6 +253,21 @@ def _flags_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     kept = {key: value for key, value in values.items() if key in KEYS and key not in _OF_THE_RUN}
     kept |= {key: values[key] for key in ("seed", "warmup_iters") if key in values}
     return tuple(f"--{key}={'none' if value is None else value}" for key, value in kept.items() if value != "")
+
+
+def _check_start(values: Mapping[str, Any], run: Path, step: int, end: int) -> None:
+    """Checks that pairs from iteration 0 reach the peak of the learning rate before their cooldown.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    warmup = values.get("warmup_iters") or 0
+    least = max(2, math.ceil(warmup / (1 - _RACE_COOLDOWN)))
+    if end < least:
+        raise ConfigError(
+            f"max_iters: found {end}, wanted {least} or more: {run}@{step} has a warm-up of {warmup} iterations, and "
+            f"the last {_RACE_COOLDOWN:.0%} are a cooldown; nearest: {least}"
+        )
 
 
 def _check(values: Mapping[str, Any], run: Path, step: int, end: int) -> None:

@@ -32,13 +32,18 @@ def _sentence(forks: Forks, decisions: Sequence[Decision]) -> str:
 
 def _method(forks: Forks) -> str:
     chance = 1 - forks.level * (len(forks.arms) - 1)
+    what = "Forks" if forks.step else "Short runs"
+    warning = (
+        f" {', '.join(forks.inherited)}: the forks inherit what the unchanged run has done; {forks.run}@0 tries a change "
+        "of the optimizer from the start."
+    )
     return (
-        f"Forks from {forks.run}@{forks.step} to iteration {forks.end}, {short_count(forks.tokens)} tokens in all. "
+        f"{what} from {forks.run}@{forks.step} to iteration {forks.end}, {short_count(forks.tokens)} tokens in all. "
         "Difference: final validation loss, nats per token, minus the unchanged run's, in pairs with the same data "
         "and dropout. The interval is a confidence sequence for the mean of independent normal differences with an "
         f"unknown variance (Wang and Ramdas, 2023): with a probability of {chance:.0%} "
         "no true difference is ever outside its interval, however often one looks. It is not about longer runs."
-    )
+    ) + (warning if forks.inherited else "")
 
 
 def _table(forks: Forks, decisions: Sequence[Decision]) -> Table:

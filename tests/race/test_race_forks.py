@@ -50,15 +50,17 @@ def test_changes_are_tried_in_pairs_until_they_are_decided(
         monkeypatch,
         _loss(1e-3, lambda config: {good: -0.02, bad: 0.03}.get(config.optimizer.learning_rate, 0.0)),
     )
-    argv = [f"{run}@{STEP}", f"--vary=learning_rate={good},{bad},7e-4", f"--out={tmp_path / 'out'}"]
-    assert race.main([*argv, f"--html={tmp_path / 'page.html'}"]) == 1  # one is left undecided
+    argv = [f"{run}@{STEP}", f"--vary=learning_rate={good},{bad},7e-4", "--tolerance=0", f"--out={tmp_path / 'out'}"]
+    assert race.main([*argv, f"--html={tmp_path / 'page.html'}"]) == 0
     found = _record(tmp_path / "out")
     better, worse, same = found["changes"]
-    assert (better["verdict"], worse["verdict"], same["verdict"]) == ("better", "worse", "undecided")
+    assert (better["verdict"], worse["verdict"], same["verdict"]) == ("better", "worse", "no difference found")
     assert better["low"] <= -0.02 <= better["high"] < 0 < worse["low"]
     assert len(same["differences"]) == 12
     assert len(better["differences"]) < 8
-    assert "learning_rate=0.0012 has the lowest loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "learning_rate=0.0012 has the lowest loss" in out
+    assert "learning_rate=7e-4: the forks inherit what the unchanged run has done" in out
     # every arm of a pair has the same seed, and ends with a cooldown
     for config, start in trainer.ran:
         assert start == f"{run}@{STEP}"
@@ -71,8 +73,50 @@ def test_changes_are_tried_in_pairs_until_they_are_decided(
     assert found["tokens"] == len(seeds) * 500 * trainer.ran[0][0].tokens_per_iter
     assert "<figure>" in (tmp_path / "page.html").read_text()
     done = len(trainer.ran)
-    assert race.main(argv) == 1
+    assert race.main(argv) == 0
     assert len(trainer.ran) == done  # nothing is trained again
+
+
+def test_pairs_from_the_start_are_short_runs_of_the_whole_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They need no checkpoint and no constant rate, and each pair has an initialization and data of its own."""
+    run = _run(tmp_path / "run", schedule="cosine")
+    trainer = FakeTrainer(monkeypatch, _loss(1e-3, lambda config: -0.05 if config.optimizer.optimizer == "muon" else 0.0))
+    assert race.main([f"{run}@0", "--vary=optimizer=muon", f"--out={tmp_path / 'out'}"]) == 0
+    found = _record(tmp_path / "out")
+    assert found["changes"][0]["verdict"] == "better"
+    assert (found["step"], found["end"]) == (0, 1250)  # a quarter of the run
+    for config, start in trainer.ran:
+        assert start == "auto"
+        assert config.train.max_iters == 1250
+        assert (config.optimizer.lr_schedule, config.optimizer.wsd_decay_fraction) == ("wsd", 0.2)
+        assert config.optimizer.warmup_iters == 100
+    seeds = [config.train.seed for config, _ in trainer.ran]
+    assert seeds == [1338 + place // 2 for place in range(len(seeds))]
+    assert found["tokens"] == len(seeds) * 1250 * trainer.ran[0][0].tokens_per_iter
+    assert "inherit" not in capsys.readouterr().out
+
+
+def test_only_a_change_of_the_optimizer_inherits_from_the_unchanged_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path / "run")
+    FakeTrainer(monkeypatch, _loss(1e-3, lambda config: 0.05))
+    vary = ("--vary=dtype=float32", "--vary=beta2=0.9", "--vary=kernels=eager,weight_decay=0")
+    assert race.main([f"{run}@{STEP}", *vary, f"--out={tmp_path / 'out'}"]) == 0
+    assert "beta2=0.9, kernels=eager,weight_decay=0: the forks inherit" in capsys.readouterr().out
+
+
+def test_a_small_difference_is_none_without_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks of one checkpoint differ so little that a change without effect could be called better or worse."""
+    run = _run(tmp_path / "run")
+    FakeTrainer(monkeypatch, _loss(0.0, lambda config: 1e-4 if config.system.dtype == "float32" else 0.0))
+    assert race.main([f"{run}@{STEP}", "--vary=dtype=float32", f"--out={tmp_path / 'out'}"]) == 0
+    assert _record(tmp_path / "out")["changes"][0]["verdict"] == "the same"
+    argv = [f"{run}@{STEP}", "--vary=dtype=float32", "--tolerance=0"]
+    assert race.main([*argv, f"--out={tmp_path / 'exact'}"]) == 0
+    assert _record(tmp_path / "exact")["changes"][0]["verdict"] == "worse"
 
 
 def test_a_tolerance_decides_that_a_change_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +168,7 @@ def test_what_cannot_be_forked_is_refused_first(tmp_path: Path) -> None:
         (f"{run}@1000", "--vary=batch_size=2"): "another number of tokens",
         (f"{run}@1000", "--vary=seed=2"): "seed is set by the race",
         (f"{run}@1000", "--vary=learning_rate=1e-3", "--max_iters=1001"): "wanted more than 1001",
+        (f"{run}@0", "--vary=learning_rate=1e-3", "--max_iters=120"): "found 120, wanted 125 or more",
         (f"{run}@1000", "other", "--vary=learning_rate=1e-3"): "found 'other'",
     }
     for words, message in cases.items():
