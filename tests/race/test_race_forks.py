@@ -125,9 +125,12 @@ def test_what_cannot_be_forked_is_refused_first(tmp_path: Path) -> None:
         (f"{run}@1000", "--vary=seed=2"): "seed is set by the race",
         (f"{run}@1000", "--vary=learning_rate=1e-3", "--max_iters=1001"): "wanted more than 1001",
         (f"{run}@1000", "other", "--vary=learning_rate=1e-3"): "found 'other'",
+        (f"{run}@999", "--n_layr=3", "--vary=n_heda=3"): f"{run}: found no checkpoint",
     }
     for words, message in cases.items():
         with pytest.raises(ConfigError) as error:
             race.main([*words, f"--out={tmp_path / 'out'}"])
         assert message in str(error.value), words
+    for message in ("nearest: n_layer", "--vary n_heda=3: unknown key 'n_heda'; nearest: n_head"):  # of the last one
+        assert message in str(error.value)
     assert not (tmp_path / "out").exists()
