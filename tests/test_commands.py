@@ -186,12 +186,38 @@ def test_a_boolean_is_written_in_one_way_everywhere(value: str) -> None:
             ],
         ),
         (
+            [
+                *("ablate", "--n_layr=3", "--paralel=2", "--vary=n_heda=3", "--vary=n_embd=97", "--vary=foo,n_layer=x"),
+                *("--tune_lr", "--lr_factors=x", "--vary=min_lr=1", "--out_dir=x"),
+            ],
+            [
+                "command line: unknown key 'n_layr'; nearest: n_layer",
+                "command line: unknown key 'paralel'; nearest: parallel",
+                "--vary n_heda=3: unknown key 'n_heda'; nearest: n_head",
+                "--vary n_embd=97: n_embd, n_head: n_embd = 97 is not a multiple",
+                "--vary foo,n_layer=x: found 'foo', wanted key=value",
+                "--vary foo,n_layer=x: n_layer: found 'x'",
+                "lr_factors: found 'x'",
+                "min_lr is set by the ablation",
+                "out_dir is set by the ablation",
+            ],
+        ),
+        (
+            ["race", "tiny", "--n_layr=3", "--paralel=2", "--vary", "n_embd=97", "--out_dir=x"],
+            ["nearest: n_layer", "nearest: parallel", "--vary n_embd=97: n_embd, ", "out_dir is set by the race"],
+        ),
+        (
             ["race", "tiny", "--seeds=0", "--minutes=0", "--n_layr=3", "--paralel=2", "--vary", "n_layer=0"],
             ["seeds: found 0", "minutes: found 0", "nearest: n_layer", "nearest: parallel", "--vary n_layer=0: n_la"],
         ),
         (
             ["race", "tiny", "--vary", "positon=rope", "--vary=seed=1", "--out_dir=x"],
-            ["1 configurations and 2 changes", "seed is set by the race", "out_dir is set by the race"],
+            [
+                "1 configuration and 2 changes",
+                "nearest: position_encoding",
+                "seed is set by the race",
+                "out_dir is set by the race",
+            ],
         ),
         (
             ["hardware", "--again", "--jsn", "--dtype=bf16"],
@@ -223,6 +249,8 @@ def test_all_mistakes_are_reported_at_once(argv: Sequence[str], parts: Sequence[
     with pytest.raises(ConfigError) as caught:
         commands.main(argv)
     count = len(caught.value.problems)
+    assert len(set(caught.value.problems)) == count
+    assert sum("unknown key 'n_layr'" in problem for problem in caught.value.problems) <= 1
     assert count == 1 or str(caught.value) == "\n  ".join([f"{count} mistakes", *caught.value.problems])
     for part in parts:
         assert any(part in problem for problem in caught.value.problems), (part, caught.value.problems)

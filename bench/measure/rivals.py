@@ -292,7 +292,7 @@ class _RivalFlags(Flags):
     shapes: tuple[Annotated[str, Choice(SHAPES)], ...] = ("usual",)
     """small: one sequence; usual: the batch of the bench; long: sequences of 8192 tokens, as many tokens as usual."""
     rivals: tuple[str, ...] = ("compile", "reduce_overhead")
-    """Rivals beside gptperf; "gptperf FLAGS" is gptperf with other flags."""
+    """Rivals beside gptperf; `gptperf FLAGS` is gptperf with other flags."""
     flags: str = ""
     """More flags of gptperf's run, separated by spaces."""
     rounds: Annotated[int, Range(1)] = 3

@@ -8,7 +8,7 @@ others.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +16,9 @@ from gptperf.ablate import page
 from gptperf.ablate.results import results
 from gptperf.ablate.tuning import tuned, tuning_runs, without_rate
 from gptperf.ablate.variants import Variant, changed_runs, variants
-from gptperf.config import command_line
 from gptperf.config.flags import COMMAND_LINE, Flags, take
 from gptperf.config.keys import Range
-from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
+from gptperf.errors import PREEMPTED, ConfigError, run_main
 from gptperf.experiment.job import Job
 from gptperf.experiment.rates import FACTORS, factors_of
 from gptperf.experiment.runner import Runner, gpus_for, run_all
@@ -84,17 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     taken = take(_AblateFlags, argv, "gptperf.ablate", __doc__.partition("\n\n")[2], _AFTER)
     args = taken.flags
-    problems: Sequence[str] = ()
-    try:
-        command_line.resolve(taken.rest, taken=taken)
-    except ConfigError as error:
-        problems = error.problems
-    try:
-        found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out, args.factors)
-    except ConfigError as error:
-        raise mistakes([*problems, *(text for text in error.problems if text not in problems)]) from error
-    if problems:
-        raise mistakes(problems)
+    if taken.problems:
+        args = replace(args, lr_factors=None)  # which may be wrong
+    found = variants(taken.rest, args.vary, args.seeds, args.equal, args.out, args.factors, taken)
     gpus = gpus_for(min(args.parallel, len(found) * max(args.seeds, len(args.factors))))
     _check_folders(found, rates_are_known=not args.factors)
     if args.list:

@@ -7,8 +7,9 @@ from typing import Any
 
 from gptperf import flops
 from gptperf.config import Config, command_line
+from gptperf.config.flags import Taken
 from gptperf.errors import ConfigError, mistakes
-from gptperf.experiment.changes import LENGTHS, change_text, folder_name, parse_changes, with_length
+from gptperf.experiment.changes import LENGTHS, change_text, folder_name, new_problems, parse_changes, with_length
 from gptperf.experiment.job import LEARNING_RATES, Job, differing_keys, flag_keys, held_by_others
 from gptperf.experiment.rates import TUNING_SEED, scaled_rates
 
@@ -53,7 +54,13 @@ class Variant:
 
 
 def variants(
-    argv: Sequence[str], vary: Sequence[str], seeds: int, equal: str, out: Path, factors: Sequence[float] = ()
+    argv: Sequence[str],
+    vary: Sequence[str],
+    seeds: int,
+    equal: str,
+    out: Path,
+    factors: Sequence[float] = (),
+    taken: Taken[Any] | None = None,
 ) -> list[Variant]:
     """Resolves the baseline and every change, with a run for each seed.
 
@@ -64,25 +71,27 @@ def variants(
         equal: "tokens" or "flops": every run gets as many as the baseline.
         out: Folder of all runs.
         factors: Learning rates to try for each variant, as multiples of its own; none: it is not tuned.
+        taken: The command's own flags, whose mistakes are reported with those of the variants.
 
     Raises:
         ConfigError: A variant is wrong; the message lists everything that is wrong with any of them.
     """
     given = flag_keys(argv)
-    wrong = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
-    changes, problems = parse_changes(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())), "the ablation")
-    if wrong or problems:
-        raise mistakes([*wrong, *problems])
-    baseline = _resolve(argv, {}, out / BASELINE)
-    found, problems = [Variant(BASELINE, {}, baseline)], []
+    problems = [f"command line: {key} is set by the ablation" for key in _SET_HERE[1:4] if key in given]
+    found: list[Variant] = []
+    of_baseline: Sequence[str] = ()
+    try:
+        found.append(Variant(BASELINE, {}, _resolve(argv, {}, out / BASELINE, taken)))
+    except ConfigError as error:
+        of_baseline = error.problems
+    changes, wrong = parse_changes(vary, (*_SET_HERE, *(LEARNING_RATES if factors else ())), "the ablation")
+    problems += [*of_baseline, *wrong]
     for change in changes:
         name = folder_name(change)
         try:
-            config = _resolve(argv, change, out / name)
+            config = _resolve(argv, change, out / name, taken)
         except ConfigError as error:
-            problems += [
-                f"--vary {change_text(change)}: {line.removeprefix('command line: ')}" for line in error.problems
-            ]
+            problems += new_problems(error, change, of_baseline)
             continue
         same = next((v for v in found if _same(v.config, config)), None)
         if same is not None:
@@ -103,8 +112,8 @@ def _argv(argv: Sequence[str], change: dict[str, Any], folder: Path) -> list[str
     return [*argv, *_flags(change), "--overwrite=False", f"--out_dir={folder}"]
 
 
-def _resolve(argv: Sequence[str], change: dict[str, Any], folder: Path) -> Config:
-    return command_line.resolve(_argv(argv, change, folder)).config
+def _resolve(argv: Sequence[str], change: dict[str, Any], folder: Path, taken: Taken[Any] | None) -> Config:
+    return command_line.resolve(_argv(argv, change, folder), taken=taken).config
 
 
 def _same(a: Config, b: Config) -> bool:

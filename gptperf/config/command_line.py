@@ -21,7 +21,7 @@ from gptperf.config.sections import KEYS, Config
 from gptperf.errors import MOST_MISTAKES, ConfigError, DeviceError, mistakes
 from gptperf.formats import counted
 
-__all__ = ["Resolved", "resolve", "show_config", "world_size"]
+__all__ = ["Resolved", "load_plugins", "resolve", "show_config", "world_size"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def resolve(argv: Sequence[str], *, world_size: int = 1, taken: Taken[Any] | Non
     command, own = ("gptperf.train", ()) if taken is None else (taken.command, taken.names)
     files: list[str] = []
     flags = _parse(argv, own, files, problems)
-    _load_plugins(flags, problems)
+    load_plugins(flags, problems)
     sources = [list(read_file(path, problems)) for path in files]
     sources.append(flags)
     sources.insert(0, _parent_values([given for source in sources for given in source], problems))
@@ -98,7 +98,7 @@ def _check(given: Given, own: Sequence[str], problems: list[str], command: str) 
     return check(given, KEYS, problems, command, own if given.where == COMMAND_LINE else ())
 
 
-def _load_plugins(flags: Iterable[Given], problems: list[str]) -> None:
+def load_plugins(flags: Iterable[Given], problems: list[str]) -> None:
     """Imports the modules of `--plugins`. Must run before values are checked, because plugins add component names."""
     for given in flags:
         if given.name == "plugins":

@@ -5,16 +5,18 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
-from gptperf.config import Config
+from gptperf.config import KEYS, Config, command_line
+from gptperf.config.flags import COMMAND_LINE, Given, check
+from gptperf.errors import ConfigError
 
-__all__ = ["LENGTHS", "change_text", "folder_name", "parse_changes", "with_length"]
+__all__ = ["LENGTHS", "change_text", "folder_name", "new_problems", "parse_changes", "with_length"]
 
 LENGTHS = ("warmup_iters", "lr_decay_iters")
 """Lengths of the learning rate schedule, which are scaled with `max_iters`."""
 
 
 def parse_changes(vary: Sequence[str], set_here: Sequence[str], command: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Reads changes, each `key=value[,key2=value2 ...]`.
+    """Reads changes, each `key=value[,key2=value2 ...]`. Plugins of the whole command must be loaded before.
 
     Args:
         vary: The changes.
@@ -22,24 +24,52 @@ def parse_changes(vary: Sequence[str], set_here: Sequence[str], command: str) ->
         command: What sets those keys, for messages.
 
     Returns:
-        The changes, and a line for each mistake.
+        The changes without a mistake, and a line for each mistake. Rules between keys are not checked.
     """
     changes, problems = [], []
     for text in vary:
         change: dict[str, str] = {}
+        wrong: list[str] = []
         for part in text.split(","):
             key, equals, value = part.partition("=")
             key = key.strip().removeprefix("--").replace("-", "_")
             if not (key and equals):
-                problems.append(f"--vary {text}: found {part!r}, wanted key=value")
+                wrong.append(f"found {part!r}, wanted key=value")
             elif key in set_here:
-                problems.append(f"--vary {text}: {key} is set by {command}")
+                wrong.append(f"{key} is set by {command}")
             elif key in change:
-                problems.append(f"--vary {text}: {key} appears twice")
+                wrong.append(f"{key} appears twice")
             else:
                 change[key] = value.strip()
-        changes.append(change)
+        wrong += _wrong_values(change)
+        problems += [f"--vary {text}: {line}" for line in wrong]
+        if not wrong:
+            changes.append(change)
     return changes, problems
+
+
+def _wrong_values(change: Mapping[str, str]) -> list[str]:
+    """Returns a line for each unknown key and each wrong value of a change."""
+    problems: list[str] = []
+    given = [
+        Given(key, [text] if key in KEYS and KEYS[key].many else text, COMMAND_LINE) for key, text in change.items()
+    ]
+    command_line.load_plugins(given, problems)
+    for one in given:
+        check(one, KEYS, problems, "gptperf.train")
+    return [line.removeprefix(f"{COMMAND_LINE}: ") for line in problems]
+
+
+def new_problems(error: ConfigError, change: Mapping[str, str], of_base: Container[str] = ()) -> list[str]:
+    """Returns what is wrong with a configuration and a change, without what is wrong with the configuration alone.
+
+    Args:
+        error: What is wrong with both.
+        change: The change.
+        of_base: What is wrong with the configuration.
+    """
+    where = f"--vary {change_text(change)}: "
+    return [where + line.removeprefix(f"{COMMAND_LINE}: ") for line in error.problems if line not in of_base]
 
 
 def change_text(change: Mapping[str, str]) -> str:

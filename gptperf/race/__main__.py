@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gptperf.config import KEYS, command_line
+from gptperf.config import KEYS
 from gptperf.config.flags import COMMAND_LINE, Flags, split, take
 from gptperf.config.keys import Range
-from gptperf.errors import PREEMPTED, ConfigError, mistakes, run_main
+from gptperf.errors import PREEMPTED, ConfigError, run_main
 from gptperf.experiment.job import held_by_others
 from gptperf.experiment.rates import factors_of
 from gptperf.experiment.runner import Runner, gpus_for, run_all
 from gptperf.files import replace_text
 from gptperf.race import fork_page, page
-from gptperf.race.arms import arms_of, flags_text
+from gptperf.race.arms import arms_of
 from gptperf.race.fork import Forks, forks_of
 from gptperf.race.outcome import outcome_of
 from gptperf.race.state import STAGES, Race
@@ -94,35 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     taken = take(_RaceFlags, argv, "gptperf.race", __doc__.partition("\n\n")[2], _AFTER)
     args = taken.flags
-    given, words, _ = split(taken.rest, KEYS)
+    _, words, _ = split(taken.rest, KEYS)
     fork = next((found for word in words if (found := _FORK.fullmatch(word))), None)
-    problems = list(taken.problems)
-    if fork is None:  # the first arm tells what is wrong with the flags, too
-        problems = _problems(lambda: command_line.resolve([*words[:1], *flags_text(given)], taken=taken))
     race: Race | None = None
     forks: Forks | None = None
-    try:
-        if fork is not None:
-            rest = [word for word in taken.rest if word != fork[0]]
-            pairs = args.seeds or _PAIRS
-            forks = forks_of(Path(fork[1]), int(fork[2]), rest, args.vary, pairs, args.tolerance, args.out)
-        else:
-            race = Race(arms_of(taken.rest, args.vary, args.out), args.factors, args.seeds or _SEEDS, args.out)
-    except ConfigError as error:
-        problems += [text for text in error.problems if text not in problems]
-    if problems:
-        raise mistakes(problems)
+    if fork is not None:
+        rest = [word for word in taken.rest if word != fork[0]]
+        pairs = args.seeds or _PAIRS
+        forks = forks_of(Path(fork[1]), int(fork[2]), rest, args.vary, pairs, args.tolerance, args.out, taken)
+    else:
+        race = Race(arms_of(taken.rest, args.vary, args.out, taken), args.factors, args.seeds or _SEEDS, args.out)
     if args.html is not None:
         check_packages()
     return _race(race, args) if race is not None else _fork(forks, args) if forks is not None else 1
-
-
-def _problems(resolve: Callable[[], object]) -> list[str]:
-    try:
-        resolve()
-    except ConfigError as error:
-        return list(error.problems)
-    return []
 
 
 def _race(race: Race, args: _RaceFlags) -> int:

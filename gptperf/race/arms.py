@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.config import KEYS, Config, command_line
-from gptperf.config.flags import Given, split
+from gptperf.config.flags import Given, Taken, split
 from gptperf.errors import ConfigError, mistakes
-from gptperf.experiment.changes import change_text, folder_name, parse_changes, with_length
+from gptperf.experiment.changes import folder_name, new_problems, parse_changes, with_length
 from gptperf.experiment.job import Job
 from gptperf.experiment.rates import TUNING_SEED, scaled_rates
 from gptperf.formats import counted
@@ -70,46 +70,50 @@ class Arm:
         return tuple(self.length // part * self.config.tokens_per_iter for part in HORIZONS)
 
 
-def arms_of(words: Sequence[str], vary: Sequence[str], out: Path) -> tuple[Arm, Arm]:
+def arms_of(words: Sequence[str], vary: Sequence[str], out: Path, taken: Taken[Any] | None = None) -> tuple[Arm, Arm]:
     """Resolves both arms.
 
     Args:
         words: `A.toml B.toml [--key=value ...]`, or one configuration and a change; the flags are for both.
         vary: At most one change of the configuration, `key=value[,key2=value2 ...]`.
         out: Folder of the race.
+        taken: The command's own flags, whose mistakes are reported with those of the arms.
 
     Raises:
         ConfigError: An arm is wrong; the message has a line for each mistake.
     """
     given, files, problems = split(words, KEYS)
     problems += [f"command line: {one.name} is set by the race" for one in given if one.name in SET_HERE]
-    flags = flags_text(given)
+    flags, of_base = flags_text(given), list[str]()
+    try:
+        command_line.resolve([*files[:1], *flags], taken=taken)
+    except ConfigError as error:
+        of_base += error.problems
     changes, wrong = parse_changes(vary, (*SET_HERE, "seed", "max_iters"), "the race")
-    problems += wrong
+    problems += of_base + wrong
     if (len(files), len(vary)) not in ((2, 0), (1, 1)):
         problems.append(
             f"command line: found {counted(len(files), 'configuration')} and {counted(len(vary), 'change')}, wanted "
             "two configurations, such as gpt2_124m llama_124m, or one and a --vary, such as "
             "gpt2_124m --vary optimizer=muon"
         )
-    if problems:
         raise mistakes(problems)
-    if changes:
-        files = [files[0], files[0]]
-        names = ["baseline", folder_name(changes[0])]
+    if vary:
+        chosen = [(files[0], "baseline", {}), *((files[0], folder_name(change), change) for change in changes)]
     else:
-        changes = [{}]
         names = [Path(file).stem for file in files]
         names = names if names[0] != names[1] else [f"{names[0]}-1", f"{names[1]}-2"]
-    found = []
-    for file, name, change in zip(files, names, ({}, changes[0]), strict=True):
+        chosen = [(file, name, {}) for file, name in zip(files, names, strict=True)]
+    found: list[Arm] = []
+    for file, name, change in chosen:
         argv = (file, *flags, *(f"--{key}={value}" for key, value in change.items()))
         try:
-            found.append(Arm(name, argv, command_line.resolve(argv).config, out / name))
+            found.append(Arm(name, argv, command_line.resolve(argv, taken=taken).config, out / name))
         except ConfigError as error:
-            where = f"--vary {change_text(change)}: " if change else "command line: "
-            told = [line.replace("command line: ", where, 1) for line in error.problems]
-            problems += [line for line in told if line not in problems]
+            if change:
+                problems += new_problems(error, change, of_base)
+            else:
+                problems += [line for line in error.problems if line not in problems]
     if problems:
         raise mistakes(problems)
     first, second = _of_equal_tokens(found)

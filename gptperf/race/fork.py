@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gptperf.config import KEYS, Config, command_line
-from gptperf.config.flags import split
+from gptperf.config.flags import Taken, split
 from gptperf.errors import ConfigError, mistakes
-from gptperf.experiment.changes import change_text, folder_name, parse_changes
+from gptperf.experiment.changes import change_text, folder_name, new_problems, parse_changes
 from gptperf.experiment.job import Job, differing_keys
 from gptperf.experiment.significance import LEVEL
 from gptperf.files import delete
@@ -98,7 +98,9 @@ class Forks:
         }
         argv = (*arm.argv, *(f"--{key}={value}" for key, value in keys.items()), "--overwrite=False")
         argv = (*argv, f"--out_dir={folder}")
-        return Job(seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step) if self.step else None)
+        return Job(
+            seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step) if self.step else None
+        )
 
     def decision(self, arm: ForkArm) -> Decision:
         """Returns what is known about a change, from the pairs that are complete up to the first one that is not."""
@@ -197,7 +199,14 @@ def _keys(text: str) -> list[str]:
 
 
 def forks_of(
-    run: Path, step: int, words: Sequence[str], vary: Sequence[str], pairs: int, tolerance: float, out: Path
+    run: Path,
+    step: int,
+    words: Sequence[str],
+    vary: Sequence[str],
+    pairs: int,
+    tolerance: float,
+    out: Path,
+    taken: Taken[Any] | None = None,
 ) -> Forks:
     """Resolves the run as it is and every change.
 
@@ -209,6 +218,7 @@ def forks_of(
         pairs: Most pairs.
         tolerance: Differences up to this one count as none.
         out: Folder of the forks.
+        taken: The command's own flags, whose mistakes are reported with those of the forks.
 
     Raises:
         ConfigError: A change is wrong, or the checkpoint is not one to fork from.
@@ -219,33 +229,45 @@ def forks_of(
     problems += [f"command line: found {word!r}, wanted flags after {run}@{step}" for word in others]
     own = (*SET_HERE, "seed", "warmup_iters")
     problems += [f"command line: {one.name} is set by the race" for one in given if one.name in own]
-    changes, wrong = parse_changes(alternatives(vary), (*own, "max_iters"), "the race")
-    problems += wrong + ([] if vary else ["command line: found no --vary, wanted one, such as learning_rate=1e-3,2e-3"])
-    if problems:
-        raise mistakes(problems)
-    base = _flags_of(logged.config)
-    argv = (*base, *flags_text(given))
-    config = command_line.resolve(argv).config
+    problems += [] if vary else ["command line: found no --vary, wanted one, such as learning_rate=1e-3,2e-3"]
+    argv = (*_flags_of(logged.config), *flags_text(given))
     length = max(2, step // 2) if step else (logged.config.get("max_iters") or 0) // _RACE_PART
-    end = config.train.max_iters if any(one.name == "max_iters" for one in given) else step + length
-    (_check if step else _check_start)(logged.config, run, step, end)
-    arms = [ForkArm(CONTROL, argv, config)]
+    end, arms, of_run = step + length, list[ForkArm](), list[str]()
+    try:
+        arms.append(ForkArm(CONTROL, argv, command_line.resolve(argv, taken=taken).config))
+        end = arms[0].config.train.max_iters if any(one.name == "max_iters" for one in given) else end
+    except ConfigError as error:
+        of_run += error.problems
+    problems += (_problems_of_checkpoint if step else _problems_of_start)(logged.config, run, step, end)
+    changes, wrong = parse_changes(alternatives(vary), (*own, "max_iters"), "the race")
+    problems += of_run + wrong
     for change in changes:
-        name, flags = change_text(change), tuple(f"--{key}={value}" for key, value in change.items())
-        try:
-            changed = command_line.resolve((*argv, *flags)).config
-        except ConfigError as error:
-            problems += [f"--vary {name}: {line.removeprefix('command line: ')}" for line in error.problems]
-            continue
-        same = next((arm.name for arm in arms if not differing_keys(arm.config.flat(), changed)), None)
-        if same is not None:
-            problems.append(f"--vary {name}: the same configuration as {same}")
-        elif changed.tokens_per_iter != config.tokens_per_iter:
-            problems.append(f"--vary {name}: found another number of tokens per iteration, wanted the same data")
-        arms.append(ForkArm(name, (*argv, *flags), changed))
+        problems += _add_arm(arms, argv, change, of_run, taken)
     if problems:
         raise mistakes(problems)
     return Forks(run, step, end, tuple(arms), pairs, tolerance, out)
+
+
+def _add_arm(
+    arms: list[ForkArm],
+    argv: tuple[str, ...],
+    change: dict[str, str],
+    of_run: Sequence[str],
+    taken: Taken[Any] | None,
+) -> list[str]:
+    """Appends the arm of a change, and returns what is wrong with it but not with the run as it is."""
+    name, flags = change_text(change), tuple(f"--{key}={value}" for key, value in change.items())
+    try:
+        changed = command_line.resolve((*argv, *flags), taken=taken).config
+    except ConfigError as error:
+        return new_problems(error, change, of_run)
+    same = next((arm.name for arm in arms if not differing_keys(arm.config.flat(), changed)), None)
+    arms.append(ForkArm(name, (*argv, *flags), changed))
+    if same is not None:
+        return [f"--vary {name}: the same configuration as {same}"]
+    if changed.tokens_per_iter != arms[0].config.tokens_per_iter:
+        return [f"--vary {name}: found another number of tokens per iteration, wanted the same data"]
+    return []
 
 
 def _flags_of(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -255,41 +277,36 @@ def _flags_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"--{key}={'none' if value is None else value}" for key, value in kept.items() if value != "")
 
 
-def _check_start(values: Mapping[str, Any], run: Path, step: int, end: int) -> None:
-    """Checks that pairs from iteration 0 reach the peak of the learning rate before their cooldown.
-
-    Raises:
-        ConfigError: They do not.
-    """
+def _problems_of_start(values: Mapping[str, Any], run: Path, step: int, end: int) -> list[str]:
+    """Returns whether pairs from iteration 0 end before the learning rate has reached its peak."""
     warmup = values.get("warmup_iters") or 0
     least = max(2, math.ceil(warmup / (1 - _RACE_COOLDOWN)))
-    if end < least:
-        raise ConfigError(
-            f"max_iters: found {end}, wanted {least} or more: {run}@{step} has a warm-up of {warmup} iterations, and "
-            f"the last {_RACE_COOLDOWN:.0%} are a cooldown; nearest: {least}"
-        )
+    if end >= least:
+        return []
+    return [
+        f"max_iters: found {end}, wanted {least} or more: {run}@{step} has a warm-up of {warmup} iterations, and "
+        f"the last {_RACE_COOLDOWN:.0%} are a cooldown; nearest: {least}"
+    ]
 
 
-def _check(values: Mapping[str, Any], run: Path, step: int, end: int) -> None:
-    """Checks that a checkpoint is there, and that its learning rate is the peak.
-
-    Raises:
-        ConfigError: It cannot be forked.
-    """
+def _problems_of_checkpoint(values: Mapping[str, Any], run: Path, step: int, end: int) -> list[str]:
+    """Returns whether a checkpoint is missing, or its learning rate is not the peak."""
+    problems = []
     steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit())
     if step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         near = f"; nearest: {run}@{min(steps, key=lambda one: abs(one - step))}" if steps else ""
-        raise ConfigError(f"{run}: found no checkpoint of iteration {step}, wanted one of {there}{near}")
+        problems.append(f"{run}: found no checkpoint of iteration {step}, wanted one of {there}{near}")
     schedule, warmup = values.get("lr_schedule"), values.get("warmup_iters") or 0
     last = values.get("lr_decay_iters") or values.get("max_iters") or step
     start = last if schedule == "constant" else round(last * (1 - (values.get("wsd_decay_fraction") or 0)))
     if schedule not in ("constant", "wsd") or not warmup <= step <= start:
-        raise ConfigError(
+        problems.append(
             f"{run}@{step}: found lr_schedule = {schedule}, where the rate of iteration {step} is not the peak; wanted "
             "a checkpoint of a run with lr_schedule = wsd or constant, after its warm-up and before its decay"
         )
     if end <= step + 1:
-        raise ConfigError(
+        problems.append(
             f"max_iters: found {end}, wanted more than {step + 1}: forks begin at {step}; nearest: {step + step // 2}"
         )
+    return problems

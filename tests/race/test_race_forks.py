@@ -82,7 +82,9 @@ def test_pairs_from_the_start_are_short_runs_of_the_whole_schedule(
 ) -> None:
     """They need no checkpoint and no constant rate, and each pair has an initialization and data of its own."""
     run = _run(tmp_path / "run", schedule="cosine")
-    trainer = FakeTrainer(monkeypatch, _loss(1e-3, lambda config: -0.05 if config.optimizer.optimizer == "muon" else 0.0))
+    trainer = FakeTrainer(
+        monkeypatch, _loss(1e-3, lambda config: -0.05 if config.optimizer.optimizer == "muon" else 0.0)
+    )
     assert race.main([f"{run}@0", "--vary=optimizer=muon", f"--out={tmp_path / 'out'}"]) == 0
     found = _record(tmp_path / "out")
     assert found["changes"][0]["verdict"] == "better"
@@ -170,9 +172,12 @@ def test_what_cannot_be_forked_is_refused_first(tmp_path: Path) -> None:
         (f"{run}@1000", "--vary=learning_rate=1e-3", "--max_iters=1001"): "wanted more than 1001",
         (f"{run}@0", "--vary=learning_rate=1e-3", "--max_iters=120"): "found 120, wanted 125 or more",
         (f"{run}@1000", "other", "--vary=learning_rate=1e-3"): "found 'other'",
+        (f"{run}@999", "--n_layr=3", "--vary=n_heda=3"): f"{run}: found no checkpoint",
     }
     for words, message in cases.items():
         with pytest.raises(ConfigError) as error:
             race.main([*words, f"--out={tmp_path / 'out'}"])
         assert message in str(error.value), words
+    for message in ("nearest: n_layer", "--vary n_heda=3: unknown key 'n_heda'; nearest: n_head"):  # of the last one
+        assert message in str(error.value)
     assert not (tmp_path / "out").exists()
