@@ -276,7 +276,7 @@ def check_decode_linear(
         if tensor is not None:
             _check_vector(op, name, tensor, x, torch.Size([n]))
     if norm_bias is not None and (norm_weight is None or not center):
-        raise ValueError(f"{op}: found norm_bias, wanted it with norm_weight and center alone")
+        raise ValueError(f"{op}: found norm_bias, wanted it only with norm_weight and center")
     shape = (*x.shape[:-1], N // 2 if activation == "swiglu" else N)
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device):
         raise ValueError(f"{op}: found residual {_describe(residual)}, wanted {shape} {x.dtype} on {x.device}")
@@ -298,7 +298,7 @@ def check_draw(logits: Tensor, uniform: Tensor, vocab_size: int, temperature: fl
     if not 0 <= temperature < math.inf:
         raise ValueError(f"draw: found temperature {temperature}, wanted a finite number of 0 or more")
     if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"draw: found top_k {top_k} and top_p {top_p}, wanted 0 or more, and above 0 up to 1")
+        raise ValueError(f"draw: found top_k {top_k} and top_p {top_p}, wanted top_k >= 0 and 0 < top_p <= 1")
 
 
 def check_quantize(x: Tensor, scale: Tensor) -> None:

@@ -138,7 +138,8 @@ def load_latest(
     failure: CheckpointError | None = None
     if not found and (others := sorted(path.name for path in directory.glob("step-*"))):
         raise CheckpointError(
-            f"{directory}: found {', '.join(others[:5])} without {MANIFEST}; wanted checkpoints, or none"
+            f"{directory}: found only folders without {MANIFEST}, which are no checkpoints: "
+            f"{', '.join(others[:5])}; wanted a checkpoint, or an empty folder"
         )
     for info in reversed(found):
         try:
@@ -152,6 +153,6 @@ def load_latest(
             return loaded
     if failure is not None:
         raise CheckpointError(
-            f"{directory}: no checkpoint is usable, of {counted(len(found), 'checkpoint')}; the oldest: {failure}"
+            f"{directory}: found {counted(len(found), 'checkpoint')}, but none that can be read; the oldest: {failure}"
         )
     return None

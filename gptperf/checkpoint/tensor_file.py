@@ -205,7 +205,7 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         with open(open_regular(path), "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
         if length > HEADER_LIMIT:
-            raise CheckpointError(f"{path} announces a header of {length} bytes; wanted at most {HEADER_LIMIT}")
+            raise CheckpointError(f"{path} states a header of {length} bytes; wanted at most {HEADER_LIMIT}")
         with safe_open(path, framework="pt") as opened:
             # The copy leaves no tensor on the mapped file, where a read would raise SIGBUS if the file is truncated.
             names = list(opened.keys())

@@ -109,7 +109,8 @@ class DocumentIndex:
             or wanted != manifest.splits[split].documents * RECORD.itemsize
         ):
             raise DataError(
-                f"{path}: found another size than the manifest's {counted(wanted, 'byte')}; prepare the data set again"
+                f"{path}: found another size than {counted(wanted, 'byte')}, which the manifest states; prepare the "
+                "data set again"
             )
         self.records: npt.NDArray[Any] = np.memmap(path, RECORD, "r") if wanted else np.empty(0, RECORD)
         self._sources = self._names(manifest, folder, SOURCES)

@@ -43,7 +43,7 @@ def estimate(job: Job) -> str:
     """
     files = job.source.files
     if files is None:
-        raise DataError(f"--plan: {job.what} is streamed, its size is not known; wanted files")
+        raise DataError(f"--plan: {job.what} is streamed, so its size is not known; wanted a file or a folder")
     sizes: dict[Path, int] = {}
     for path in files():
         try:
@@ -60,7 +60,9 @@ def estimate(job: Job) -> str:
         text += text_of_kind
         kinds.append((text_of_kind, [sample for sample, _, _ in samples if sample]))
     if not text:
-        raise DataError(f"--plan: found no text in {counted(len(sizes), 'file')} of {job.what}, wanted some")
+        raise DataError(
+            f"--plan: found no text in {counted(len(sizes), 'file')} of {job.what}, wanted at least one file with text"
+        )
     read_seconds = (time.perf_counter() - begin) / max(read, 1) * text
     name, per_token, rate, cores, itemsize = _encoding(job, kinds)
     tokens = text / per_token

@@ -63,7 +63,7 @@ class JsonTokenizer:
         found = None if text is None else self._library.token_to_id(text)
         if found is None:
             raise DataError(
-                f"tokenizer {name!r}: found no token {eot!r}, wanted --eot= one of {_candidates(described)}"
+                f"tokenizer {name!r}: found no token {eot!r}, wanted --eot=TOKEN, one of {_candidates(described)}"
             )
         self.eot: int = found
         self._eot_text: str = text
@@ -94,7 +94,7 @@ class JsonTokenizer:
         if name.startswith("hf:"):
             path, config = _download(name, TOKENIZER_JSON), None
             if path is None:
-                raise DataError(f"tokenizer {name!r}: the repository has no {TOKENIZER_JSON}, wanted one that has")
+                raise DataError(f"tokenizer {name!r}: found no {TOKENIZER_JSON}, wanted a repository that has one")
             if eot is None:
                 config = _download(name, _CONFIG)
         else:

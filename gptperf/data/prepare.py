@@ -90,8 +90,8 @@ class _Work:
             document = next(documents)
             if document.size < 2:
                 raise DataError(
-                    f"{document.origin.source}: found {counted(document.size, 'byte')}, wanted a text to train on "
-                    "and to validate on"
+                    f"{document.origin.source}: found {counted(document.size, 'byte')}, wanted at least 2: a part to "
+                    "train on, and a part to validate on"
                 )
             parts = text_parts(document, self._job.fraction, self._tokenizer, writer)
         else:

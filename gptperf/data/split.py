@@ -54,7 +54,9 @@ class HashSplit:
         if low == high:
             found = "1 document" if count == 1 else f"{count:,} copies of one document"
             found = f"{counted(count, 'document')} of one group" if self._grouped else found
-            raise DataError(f"prepare: found {found}, wanted different ones for training and validation; {single}")
+            raise DataError(
+                f"prepare: found {found}, wanted at least two, one for training and one for validation; {single}"
+            )
         empty = "training" if high < fraction else "validation"
         near = _between(low, high, nearer_low=fraction <= low)
         raise DataError(
@@ -97,7 +99,8 @@ def tail_pieces(document: Document, fraction: float) -> Iterator[tuple[str, byte
                 at = next((i for i in range(1, len(piece)) if piece[i] & 0xC0 != 0x80), len(piece))
             if done + at >= document.size:
                 raise DataError(
-                    f"{document.origin.source}: found 1 character, wanted a text to train on and to validate on"
+                    f"{document.origin.source}: found 1 character, wanted at least 2: a part to train on, "
+                    "and a part to validate on"
                 )
             if at:
                 yield "train", piece[:at]

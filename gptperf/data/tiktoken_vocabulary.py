@@ -51,7 +51,7 @@ class TiktokenTokenizer:
         if eot not in encoding.special_tokens_set:
             known = ", ".join(sorted(encoding.special_tokens_set)[:10]) or "none"
             raise DataError(
-                f"tokenizer {name!r}: found no {eot} token, wanted one to end a document: --eot= one of {known}"
+                f"tokenizer {name!r}: found no {eot} token to end a document; wanted --eot=TOKEN, one of {known}"
             )
         self.eot = encoding.encode_single_token(eot)
         self._dtype = token_dtype(self.vocab_size)

@@ -84,7 +84,7 @@ def load_tokenizer(
             raise DataError(f"--eot: found {eot!r}, wanted none: the id 256 ends a document of the tokenizer 'byte'")
         return ByteTokenizer()
     if name.startswith(IDS):
-        raise NoVocabularyError(f"tokenizer {name!r}: these ids have no vocabulary, so there is no text of them")
+        raise NoVocabularyError(f"tokenizer {name!r}: these ids have no vocabulary, so they cannot be decoded to text")
     if name.startswith("hf:"):
         return JsonTokenizer.find(name, eot)
     if os.path.isfile(Path(name, MANIFEST)):
@@ -113,7 +113,7 @@ def load_tokenizer(
 def _of_data_set(folder: Path, eot: str | None) -> Tokenizer:
     info = read_manifest(folder).tokenizer
     if eot is not None:
-        raise DataError(f"--eot: found {eot!r}, wanted none: {folder} has an end of a document, the id {info.eot}")
+        raise DataError(f"--eot: found {eot!r}, wanted none: a document of {folder} ends with the id {info.eot}")
     return restore_tokenizer(info, read_vocabulary(folder, info), folder)
 
 

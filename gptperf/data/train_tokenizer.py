@@ -76,8 +76,8 @@ def train_tokenizer(name: str, documents: Iterable[bytes]) -> JsonTokenizer:
     largest = trained.get_vocab_size() + 1
     if largest < size:
         raise DataError(
-            f"tokenizer {name!r}: found text for {largest:,} ids, wanted {size:,}; nearest: {PREFIX}{largest}, or more "
-            "text"
+            f"tokenizer {name!r}: the text is enough for {largest:,} ids, wanted {size:,}; nearest: "
+            f"{PREFIX}{largest}, or more text"
         )
     trained.add_special_tokens([library.AddedToken(_END_OF_TEXT, normalized=False, special=True)])
     return JsonTokenizer(name, trained.to_str().encode(), _END_OF_TEXT)

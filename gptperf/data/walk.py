@@ -115,7 +115,7 @@ def record_documents(
             continue
         if fields.group is not None:
             if fields.group not in (*record, fields.text):
-                raise DataError(f"{name}, record {number}: found no field {fields.group!r}, wanted the group")
+                raise DataError(f"{name}, record {number}: found no field {fields.group!r}, which --group_by names")
             group = str(record.get(fields.group, text))
         try:
             document = text_document(Origin(name, number, group), text)

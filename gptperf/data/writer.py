@@ -300,7 +300,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     if not (path / MANIFEST).is_file():
         raise DataError(f"{path}: exists and is not a data set (it has no {MANIFEST}); it is never replaced")
     if not overwrite:
-        raise DataError(f"{path}: this data set exists; to replace it: --overwrite=True, or choose another --name")
+        raise DataError(f"{path}: this data set exists; wanted another --name, or --overwrite=True to replace it")
 
 
 @contextlib.contextmanager

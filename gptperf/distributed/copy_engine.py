@@ -69,7 +69,7 @@ def open_collectives(process: Process, communication: str, reduce_dtype: torch.d
     for attempt in (lambda: _check(process), trial.allocate, trial.share, lambda: proven.append(trial.run())):
         found = process.merged(_failure(attempt))
         if found and communication == "copy_engine":
-            raise DeviceError(f"communication = 'copy_engine': {found['missing']}; nearest: 'auto'")
+            raise DeviceError(f"communication = 'copy_engine': {found['missing']}; nearest: --communication=auto")
         if found:
             return Collectives(*where, reason=found["missing"])
     return proven[0]

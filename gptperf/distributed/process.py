@@ -157,7 +157,9 @@ def start_process(device: str, timeout_s: float = 600.0) -> Process:
         if world_size > 1 and name not in os.environ
     ]
     if missing:
-        raise DeviceError(f"WORLD_SIZE is {world_size}, and {', '.join(missing)} not set. Start the job with torchrun.")
+        raise DeviceError(
+            f"WORLD_SIZE is {world_size}, but the environment has no {', '.join(missing)}. Start the job with torchrun."
+        )
     given = {
         name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", *(["MASTER_PORT"] if world_size > 1 else []))
     }

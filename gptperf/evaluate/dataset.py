@@ -59,7 +59,10 @@ def dataset_loss(
         keys |= {"rank": process.rank, "world_size": process.world_size}
         loss = mean_loss(loaded.model, part.source, keys, process, loaded.autocast)
         if not math.isfinite(loss):
-            raise NonFiniteError(f"{loaded.path}: the loss on {part.name} is {loss}; wanted weights that are finite")
+            raise NonFiniteError(
+                f"{loaded.path}: found a loss of {loss} on {part.name}, wanted a finite one: the weights are "
+                "not finite, or the activations overflow"
+            )
         size = bytes_per_token(part.source.manifest, part.source.path, split)
         bits = {} if size is None else {"bits_per_byte": loss / math.log(2) / size}
         found[part.name] = {"weight": part.weight} | _losses(loss) | bits

@@ -146,7 +146,7 @@ def _opened(source: Path, nanogpt: bool) -> tuple[ModelConfig, StoredTensors]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source / CONFIG}: cannot be read: {error}{near}") from error
     if not isinstance(described, dict):
-        raise CheckpointError(f"{source / CONFIG}: found no object, wanted the description of a model")
+        raise CheckpointError(f"{source / CONFIG}: found JSON that is not an object, wanted the description of a model")
     stored = of_folder(source)
     stored.own = described.get("model_type") == OWN
     return model_config(described), stored

@@ -123,7 +123,9 @@ def _check_weights(found: Checkpoint, model: ModelConfig) -> None:
             )
     if found.tensors.get("buffers"):
         names = ", ".join(sorted(found.tensors["buffers"])[:5])
-        raise CheckpointError(f"{found.path}: found buffers of a plugin ({names}), which no class reads")
+        raise CheckpointError(
+            f"{found.path}: found buffers of a plugin ({names}), which no class of Hugging Face reads"
+        )
 
 
 def _tokenizer(found: Checkpoint, model: ModelConfig, name: str) -> Tokenizer:
@@ -139,8 +141,8 @@ def _tokenizer(found: Checkpoint, model: ModelConfig, name: str) -> Tokenizer:
     tokenizer = load_tokenizer(name)
     if saved.get("fingerprint") and tokenizer.fingerprint != saved["fingerprint"]:
         raise DataError(
-            f"--tokenizer: found {name!r}, wanted {saved['name']!r}, with whose ids the model was trained; leave the "
-            "flag out"
+            f"--tokenizer: found {name!r}, wanted {saved['name']!r}, the tokenizer that the model was trained with; "
+            "leave the flag out"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(

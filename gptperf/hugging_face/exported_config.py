@@ -78,12 +78,15 @@ def export_class(model: ModelConfig) -> ExportClass:
         found = getattr(model, kind)
         if found not in names:
             raise CheckpointError(
-                f"{kind}: found {found!r} of a plugin, wanted one of {', '.join(names)}: no class reads another one"
+                f"{kind}: found {found!r} of a plugin, wanted one of {', '.join(names)}: no class of Hugging Face "
+                "reads another one"
             )
     for field in dataclasses.fields(ModelConfig):
         value, usual = getattr(model, field.name), KEYS[field.name].default
         if field.name not in EXPORTED | _WITHOUT_EFFECT and value != usual:
-            raise CheckpointError(f"{field.name}: found {value!r}, wanted {usual!r}: no class reads another one")
+            raise CheckpointError(
+                f"{field.name}: found {value!r}, wanted {usual!r}: no class of Hugging Face reads another value"
+            )
     parts = _parts(model)
     lacks = {
         kind: [f"{name} = {_shown(model, name)}" for name, values in wanted.items() if parts[name] not in values]

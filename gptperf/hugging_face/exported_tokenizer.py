@@ -101,8 +101,8 @@ def _converted(
     for text in _SAMPLE:
         if again.vocab_size != tokenizer.vocab_size or again.encode(text).tolist() != tokenizer.encode(text).tolist():
             raise DataError(
-                f"tokenizer {tokenizer.name!r}: its {TOKENIZER_JSON} has other ids for {text[:30]!r}; wanted the same; "
-                "--tokenizer=unknown leaves it out"
+                f"tokenizer {tokenizer.name!r}: its {TOKENIZER_JSON} encodes {text[:30]!r} to other ids than the "
+                "tokenizer itself; --tokenizer=unknown exports the model without a tokenizer"
             )
     return content
 

@@ -92,7 +92,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, StoredTensors]:
     try:
         model = model_config(described)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: told as a config.json: {error}") from error
+        raise CheckpointError(f"{path}: its keys, as those of a config.json: {error}") from error
     read = {_name(name): tensor for name, tensor in stored.items() if name != _FREQUENCIES}
     if kind == "llama":
         read |= {name: partial(_unpermuted, tensor, model) for name, tensor in read.items() if _is_permuted(name)}
@@ -103,12 +103,12 @@ def _described(path: Path, own: Mapping[str, Any], stored: Mapping[str, Callable
     """Returns the keys of a config.json."""
     for name, value in own.items():
         if name not in (*_KEYS, *_CHECKED, *_SCALING):
-            raise CheckpointError(f"{path}: {name}: found {value!r}, wanted a key that gptperf reads")
+            raise CheckpointError(f"{path}: {name}: found {value!r}; gptperf does not know this key")
         if isinstance(value, list):
             raise CheckpointError(f"{path}: {name}: found {value[:8]!r}, wanted one number for all layers")
     for name in _REQUIRED:
         if name not in own:
-            raise CheckpointError(f"{path}: found no {name}, which a model has")
+            raise CheckpointError(f"{path}: found no {name}, which every model needs")
         if not isinstance(own[name], int) or own[name] < 1:
             raise CheckpointError(f"{path}: {name}: found {own[name]!r}, wanted a number above 0")
     found = {ours: _shortest(own[name]) for name, ours in _KEYS.items() if name in own}

@@ -55,7 +55,7 @@ class Journal:
         warn: Callable[[str], None] | None = None,
     ) -> None:
         if not _NAME.fullmatch(run_name):
-            raise ConfigError(f"run name {run_name!r}; wanted letters, digits, '.', '_', '-', at most 64")
+            raise ConfigError(f"run name: found {run_name!r}, wanted at most 64 letters, digits, '.', '_' and '-'")
         self.run_name = run_name
         self.path = Path(out_dir) / f"{run_name}.jsonl"
         self.lost = 0

@@ -49,7 +49,9 @@ class RunLock:
         except BlockingIOError:
             text = _holder(fd)
             os.close(fd)
-            raise CheckpointError(f"run is live on {text}; only one process may write to {self.path.parent}") from None
+            raise CheckpointError(
+                f"another run is live on {text}; only one run may write to {self.path.parent}"
+            ) from None
         except OSError as error:
             os.close(fd)
             raise DiskError(f"{self.path} cannot be locked: {error}") from error

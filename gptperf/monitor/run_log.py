@@ -44,9 +44,9 @@ def find_log(run: Path) -> Path:
             raise DataError(f"{run}: found no run_*.jsonl or run_*.json, wanted the out_dir of a run")
         return found
     if not os.path.isfile(run):
-        raise DataError(f"{run}: not there, wanted a run's folder, run_*.jsonl or run_*.json")
+        raise DataError(f"{run}: found no such file, wanted the folder of a run, run_*.jsonl or run_*.json")
     if run.suffix not in (".jsonl", ".json"):
-        raise DataError(f"{run}: wanted a run's folder, run_*.jsonl or run_*.json")
+        raise DataError(f"{run}: found another file, wanted the folder of a run, run_*.jsonl or run_*.json")
     return run
 
 
@@ -77,9 +77,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: no JSON: {error}") from error
+        raise DataError(f"{path}: cannot be read: not valid JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("training_iterations"), list):
-        raise DataError(f"{path}: is not a run's log: found no training_iterations")
+        raise DataError(f"{path}: not the log of a run: found no training_iterations")
     return raw
 
 

@@ -198,7 +198,7 @@ def read_run(path: Path, name: str) -> LoggedRun:
     config, info, summary = _flat(log["config"]), log["startup_info"], log["summary"]
     entries = log["training_iterations"]
     if not (entries or config or info or summary or log["eval_steps"]):
-        raise DataError(f"{path}: holds no entry of a run")
+        raise DataError(f"{path}: found an empty log, wanted the log of a run")
     per_iter = _tokens_per_iter(info, config, entries)
     steps = _steps(entries, per_iter)
     evals = _evals(log["eval_steps"], steps, per_iter)

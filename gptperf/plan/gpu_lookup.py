@@ -122,8 +122,9 @@ def find_gpu(name: str | None) -> Gpu:
         return row
     rows = _rows(name)
     known = ", ".join(gpu.name for gpu in rows or hardware.GPUS)
-    other = "" if rows else f"; or describe it with {figures}"
-    raise ConfigError(f"command line: gpu: found {name!r}, wanted one of {known}{other}")
+    # The list of all rows is long: what helps with a GPU that has none comes before it.
+    missing = "" if rows else f"which is not in the table; python -m gptperf.plan takes its figures: {figures}; "
+    raise ConfigError(f"command line: gpu: found {name!r}, {missing}wanted one of {known}")
 
 
 def _rows(name: str) -> list[Gpu]:

@@ -62,7 +62,7 @@ def _read(path: Path) -> tuple[str, list[Item]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; wanted a task file") from error
     if not items:
-        raise DataError(f"{path}: found no item, wanted one a line")
+        raise DataError(f"{path}: found no item, wanted one per line")
     return FORMATS[known].kind, items
 
 
@@ -101,9 +101,7 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, record in enumerate(read_records(path, _NAMES)):
             yield f"{path}: record {number}", record
     else:
-        raise DataError(
-            f"{path}: found the suffix {kind!r}, wanted one of {', '.join(_LINES)}, {', '.join(STRUCTURED)}"
-        )
+        raise DataError(f"{path}: found the suffix {kind!r}, wanted one of {', '.join((*_LINES, *STRUCTURED))}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -125,7 +123,7 @@ def _object(line: str, where: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}); wanted an object a line") from error
+        raise DataError(f"{where}: not valid JSON ({error}); wanted one object per line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found a JSON {type(record).__name__}, wanted an object")
     return record
@@ -141,5 +139,7 @@ def _labels(path: Path) -> Iterator[str]:
     try:
         lines = [line.strip() for _, line in _lines(labels)]
     except OSError as error:
-        raise DataError(f"{path}: found no label in its records, and {labels}: {error.strerror}; wanted one") from error
+        raise DataError(
+            f"{path}: found no label in its records, wanted one there or in {labels}: {error.strerror}"
+        ) from error
     return iter(lines)

@@ -65,7 +65,9 @@ class Fields:
             if not isinstance(value, Mapping):
                 raise self.problem(".".join(names[:depth]), value, f"an object with {name!r}")
             if name not in value:
-                raise DataError(f"{self.where}: found no field {'.'.join(names[: depth + 1])!r}, wanted one")
+                raise DataError(
+                    f"{self.where}: found no field {'.'.join(names[: depth + 1])!r}, which an item of this format has"
+                )
             value = value[name]
         return value
 
@@ -141,7 +143,7 @@ def _item(
         listed = " and ".join(map(str, same))
         raise DataError(
             f"{fields.where}: found the right answer {pairs[answer][1].strip()[:_SHOWN]!r} as the choices {listed} "
-            "(from 0), wanted it once"
+            "(counted from 0), wanted it as one choice"
         )
     return Item(fields.where, pairs, answer, sizes, passage)
 

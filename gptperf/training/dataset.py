@@ -169,8 +169,8 @@ def compare_data(saved: Mapping[str, Any], tokens: TokenSource | MixedTokens, wh
     if saved["dataset_fingerprint"] != tokens.fingerprint and before:
         changes = "; ".join(_changes(before, now)) or "the order of the data sets"
         raise DataError(
-            f"{where}: it was trained on other data (saved -> now): {changes}; wanted the same data sets, weights and "
-            f"shards; --init_from={where} starts on other data from the weights of the model alone"
+            f"{where}: the run was trained on other data (saved -> now): {changes}; wanted the same data sets, "
+            f"weights and shards; --init_from={where} starts on other data from the weights of the model alone"
         )
     for record, part in zip(before, now, strict=False):
         for file, begin, wanted in record["blocks"]:

@@ -102,9 +102,9 @@ def check_sizes_given(origins: Mapping[str, str], device: torch.device) -> None:
     """
     if device.type == "cpu" and all(origins[key] == "default" for key in _SIZES):
         raise ConfigError(
-            "found no configuration and no size, for which the default is GPT-2 124M with 491,520 tokens per "
-            "iteration, and no GPU to train it on; wanted `make train` or `python -m gptperf.train tiny` for a model "
-            "that a CPU trains in minutes, or `python -m gptperf.train gpt2_124m` for GPT-2 124M all the same"
+            "found no configuration, no size, and no GPU for the default, GPT-2 124M with 491,520 tokens per "
+            "iteration; wanted `make train` or `python -m gptperf.train tiny`, a model that a CPU trains "
+            "in minutes, or `python -m gptperf.train gpt2_124m` to train GPT-2 124M on the CPU"
         )
 
 

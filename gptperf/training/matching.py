@@ -71,6 +71,13 @@ def keep_schedule(told: Told, saved: Mapping[str, Any], path: object) -> Told:
         kept["lr_decay_iters"] = recorded_end
     kept = {key: value for key, value in kept.items() if told.origins[key] not in ("command line", "Python")}
     lines = {key: f"{key} = {value} as in {path}; --{key}={flags[key]} changes it" for key, value in kept.items()}
+    last = told.config.train.max_iters
+    if kept.get("lr_decay_iters", last) < last:
+        lines["lr_decay_iters"] = (
+            f"the learning rate stays at min_lr = {now.min_lr:g} in iterations {recorded_end + 1:,} to {last:,}, "
+            f"because the decay ends at iteration {recorded_end:,} as in {path}; --lr_decay_iters={last} lets it end "
+            "with the run"
+        )
     config = replace(told.config, optimizer=replace(now, **kept))
     return Told(config, {**told.origins, **dict.fromkeys(kept, str(path))}, {**told.changes, **lines})
 

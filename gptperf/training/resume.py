@@ -113,7 +113,10 @@ def _taken_up(
     fork = fork_of(engine.config.train.init_from) is not None
     resuming = fork or engine.config.train.init_from in ("resume", "auto")
     if resuming and "train_state" not in found.state:
-        raise CheckpointError(f"{found.path} has weights alone; wanted --init_from=PATH and another --out_dir")
+        raise CheckpointError(
+            f"{found.path} has weights but no optimizer state, so it cannot be resumed; wanted --init_from=PATH and "
+            "another --out_dir, which start a new run from the weights"
+        )
     changed = changed_keys(found.state, engine.config, weights_only=not resuming, fork=fork)
     for line in () if fork else changed:
         console.warning(f"{found.path} was made with another value (saved -> now): {line}")

@@ -247,7 +247,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, fingerprint: str, *, fork: b
     saved, optimizer = checkpoint.state, engine.optimizer
     if saved["dataset_fingerprint"] != fingerprint:
         raise DataError(
-            f"{checkpoint.path}: it was trained on the data set {saved['dataset_fingerprint'][:12]} (fingerprint), "
+            f"{checkpoint.path}: the run was trained on data with the fingerprint {saved['dataset_fingerprint'][:12]}, "
             f"found {fingerprint[:12]}; wanted the same shards"
         )
     restore_weights(checkpoint, engine.model, engine.weights)
@@ -302,7 +302,7 @@ def restore_weights(checkpoint: Checkpoint, model: nn.Module, weights: Replicate
     extra = _fill(checkpoint, "model", pieces) - weights.places.keys()
     if extra:
         raise CheckpointError(
-            f"{checkpoint.path}: found weights that this model has not: {', '.join(sorted(extra)[:5])}"
+            f"{checkpoint.path}: found weights that this model does not have: {', '.join(sorted(extra)[:5])}"
         )
     for name, tensor in _buffers(model):
         tensor.copy_(_tensor(checkpoint, "buffers", name, tensor.shape))

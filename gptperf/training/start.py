@@ -180,7 +180,8 @@ def _restore(inputs: Inputs, engine: Engine, console: Console) -> TrainState:
         state = take_up(inputs.checkpoint, engine, inputs.train_tokens, inputs.tokenizer_info, console)
     if state.validation not in ("", inputs.val_tokens.fingerprint):
         raise DataError(
-            f"{engine.config.train.out_dir}: found validation losses of other validation data; wanted the same shards"
+            f"{engine.config.train.out_dir}: found losses on other validation data than now; wanted the same "
+            "validation shards"
         )
     state.validation = inputs.val_tokens.fingerprint
     state.starts += 1

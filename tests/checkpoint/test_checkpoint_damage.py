@@ -169,7 +169,7 @@ def test_fallback_to_the_previous_good_one(tmp_path: Path) -> None:
             assert found is not None
             assert_equal(found, 3 - count)
         else:
-            with pytest.raises(CheckpointError, match="no checkpoint is usable, of 3 checkpoints"):
+            with pytest.raises(CheckpointError, match="found 3 checkpoints, but none that can be read"):
                 checkpoint.load_latest(tmp_path, warn=lines.append)
         assert len(lines) == count
         assert all("CORRUPT" in line and "optimizer.safetensors" in line for line in lines)
@@ -286,7 +286,7 @@ def test_hostile_checkpoints_are_refused_and_run_nothing(tmp_path: Path) -> None
 
 def test_the_header_is_limited_before_it_is_parsed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_file, "HEADER_LIMIT", 100)
-    with pytest.raises(CheckpointError, match=r"announces a header of \d+ bytes; wanted at most 100"):
+    with pytest.raises(CheckpointError, match=r"states a header of \d+ bytes; wanted at most 100"):
         checkpoint.load(saved)
     with pytest.raises(CheckpointError, match=r"header of 'model' is \d+ bytes; wanted at most 100"):
         put(saved.parent, 8)

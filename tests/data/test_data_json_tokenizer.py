@@ -131,7 +131,7 @@ def test_paths_and_the_end_of_a_document(trained: JsonTokenizer, tmp_path: Path)
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
         assert load_tokenizer(str(folder)).eot == 400
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"no token '<other>', wanted --eot= one of <\|endoftext\|>, <stop>"):
+    with pytest.raises(DataError, match=r"no token '<other>', wanted --eot=TOKEN, one of <\|endoftext\|>, <stop>"):
         load_tokenizer(str(folder), eot="<other>")
     content["added_tokens"] = [{"id": 399, "content": "<stop>", "special": True, **AS_IS}]
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -172,7 +172,7 @@ def test_hub(trained: JsonTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, content in (("tokenizer.json", trained.files["tokenizer.json"]), ("tokenizer_config.json", b"{}")):
         (tmp_path / name).write_bytes(content)
     here = {name: str(tmp_path / name) for name in ("tokenizer.json", "tokenizer_config.json")}
-    with pytest.raises(DataError, match=r"'hf:me/it': the repository has no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"'hf:me/it': found no tokenizer\.json, wanted a repository that has one"):
         load_tokenizer("hf:me/it")
     online = here
     assert load_tokenizer("hf:me/it").fingerprint == trained.fingerprint

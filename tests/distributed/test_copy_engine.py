@@ -27,7 +27,7 @@ def test_without_gpus() -> None:
     found = open_collectives(Agreeing(0, 2, CPU), "auto", torch.float32)
     assert (type(found), found.reason) == (Collectives, "there is no GPU")
     assert open_collectives(Agreeing(0, 2, CPU), "process_group", torch.float32).reason == ""
-    with pytest.raises(DeviceError, match=r"copy_engine': there is no GPU; nearest: 'auto'"):
+    with pytest.raises(DeviceError, match=r"copy_engine': there is no GPU; nearest: --communication=auto"):
         open_collectives(Agreeing(0, 2, CPU), "copy_engine", torch.float32)
 
 

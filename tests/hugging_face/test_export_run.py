@@ -235,7 +235,9 @@ def test_what_no_class_has_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     known = exported_config.EXPORTED - {"norm_eps"}
     monkeypatch.setattr(exported_config, "EXPORTED", known)
     assert exported_config.export_class(ModelConfig(**SIZES)).reason
-    with pytest.raises(CheckpointError, match=r"norm_eps: found 0.01, wanted 1e-05: no class reads another one"):
+    with pytest.raises(
+        CheckpointError, match=r"norm_eps: found 0.01, wanted 1e-05: no class of Hugging Face reads another value"
+    ):
         exported_config.export_class(ModelConfig(**SIZES | {"norm_eps": 1e-2}))
 
 
@@ -301,5 +303,5 @@ def test_another_tokenizer_than_that_of_the_data(tmp_path: Path) -> None:
     other = ByteTokenizer()
     other.name, other.fingerprint = "mine", "0" * 64  # type: ignore[misc]
     _, path = saved(ModelConfig(**SIZES), tmp_path, other)
-    with pytest.raises(DataError, match="--tokenizer: found 'byte', wanted 'mine', with whose ids"):
+    with pytest.raises(DataError, match="--tokenizer: found 'byte', wanted 'mine', the tokenizer that the model"):
         export(path, tmp_path / "hf", tokenizer="byte")

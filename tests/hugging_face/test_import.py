@@ -210,7 +210,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(r"config\.json: cannot be read: .*; nearest: .*model\.gguf")
     (tmp_path / "config.json").write_text("[1]")
-    refused("found no object")
+    refused("found JSON that is not an object")
     (tmp_path / "config.json").write_text("{")
     refused(r"config\.json: cannot be read")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -257,7 +257,7 @@ def test_a_run_that_is_there_is_left_alone(tmp_path: Path) -> None:
 def test_weights_alone_are_not_resumed(corpus: Path, tmp_path: Path) -> None:
     saved(tmp_path / "theirs", "gpt2")
     hugging_face.convert(tmp_path / "theirs", tmp_path / "out", "byte")
-    with pytest.raises(CheckpointError, match="has weights alone; wanted --init_from=PATH"):
+    with pytest.raises(CheckpointError, match="no optimizer state, so it cannot be resumed; wanted --init_from=PATH"):
         run(corpus, tmp_path / "out", "--init_from=resume")
 
 

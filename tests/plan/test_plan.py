@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,6 +185,16 @@ def test_gpus_by_name(name: str, row: str) -> None:
 def test_no_gpu_or_several(name: str) -> None:
     with pytest.raises(ConfigError, match=r"gpu: found .* wanted one of .*A100 SXM 80 GB"):
         plan.find_gpu(name)
+
+
+def test_a_gpu_without_a_row_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:
+    """NVIDIA states no rate of the GB10 in bfloat16; the message proposes the flags that give the figures."""
+    with pytest.raises(ConfigError, match=r"'NVIDIA GB10', which is not in the table; .* its figures: ") as e:
+        plan.find_gpu("NVIDIA GB10")
+    words = [word for word in re.findall(r"(--\w+)=X", str(e.value).partition("wanted one of")[0])]
+    figures = [f"{word}={value}" for word, value in zip(words, (100, 128, 273), strict=True)]
+    assert main(["configs/tiny.toml", "--gpu=NVIDIA GB10", *figures]) == 0
+    assert "NVIDIA GB10" in capsys.readouterr().out
 
 
 FIGURES = ["--gpu_tflops=989.4", "--gpu_memory_gb=141", "--gpu_bandwidth_gb_s=4800"]

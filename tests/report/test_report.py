@@ -297,15 +297,15 @@ def test_a_run_is_named_by_its_folder_journal_or_json(tmp_path: Path, capsys: py
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found no run_\*\.jsonl"):
         report.write_report(tmp_path)
-    with pytest.raises(DataError, match="not there"):
+    with pytest.raises(DataError, match="nowhere: found no such file, wanted the folder of a run"):
         report.write_report(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="wanted a run's folder"):
+    with pytest.raises(DataError, match=r"notes\.txt: found another file, wanted the folder of a run"):
         report.write_report(tmp_path / "notes.txt")
     wrong = tmp_path / "run_1.json"
     for content in ("{", "[]", "{}", '{"training_iterations": 1}', "[" * 100_000):
         wrong.write_text(content)
-        with pytest.raises(DataError, match=r"cannot be read|is not a run's log"):
+        with pytest.raises(DataError, match=r"cannot be read|not the log of a run"):
             report.write_report(wrong)
     journal = write_journal(tmp_path, [])
     with pytest.raises(ConfigError, match=r"wanted a name that ends in \.html"):

@@ -165,7 +165,7 @@ def test_checkpoints_without_their_manifests_are_not_replaced(how: str, corpus: 
     run(corpus, tmp_path, "--max_iters=2")
     (tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json").unlink()
     before = sorted(path.name for path in (tmp_path / "checkpoints").rglob("*"))
-    with pytest.raises(CheckpointError, match=r"found checkpoints of another run|step-00000002 without MANIFEST"):
+    with pytest.raises(CheckpointError, match=r"found checkpoints of another run|without MANIFEST.*: step-00000002"):
         run(corpus, tmp_path, "--max_iters=2", f"--init_from={how}")
     assert sorted(path.name for path in (tmp_path / "checkpoints").rglob("*")) == before
 
@@ -258,7 +258,7 @@ def test_the_best_loss_is_resumed(corpus: Path, tmp_path: Path, monkeypatch: pyt
 def test_other_validation_data_are_not_gone_on_with(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path, "--max_iters=2")
     change_state(tmp_path, 2, "train_state", "validation", value="0" * 64)
-    with pytest.raises(DataError, match="of other validation data"):
+    with pytest.raises(DataError, match="losses on other validation data than now"):
         run(corpus, tmp_path, "--max_iters=3", "--init_from=resume")
 
 
@@ -342,7 +342,10 @@ def test_names_that_are_too_long_are_said_in_a_line(corpus: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("changed", "text"),
-    [({"RANK": "x"}, "found RANK = 'x', wanted whole numbers"), ({"MASTER_PORT": None}, "and MASTER_PORT not set")],
+    [
+        ({"RANK": "x"}, "found RANK = 'x', wanted whole numbers"),
+        ({"MASTER_PORT": None}, "the environment has no MASTER_PORT"),
+    ],
 )
 def test_a_job_that_torchrun_did_not_start(
     changed: dict[str, str | None], text: str, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,9 @@ def _rates(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_another_length_does_not_change_the_schedule(corpus: Path, tmp_path: Path) -> None:
+def test_another_length_does_not_change_the_schedule(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "long.toml").write_text(FILE)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     file = str(tmp_path / "long.toml")
@@ -30,9 +32,13 @@ def test_another_length_does_not_change_the_schedule(corpus: Path, tmp_path: Pat
     told = run_log(broken)
     assert told["config"]["optimizer"]["warmup_iters"] == 2
     assert told["config"]["optimizer"]["lr_decay_iters"] == 20
-    assert any(
-        "--warmup_iters=2 changes" in n or "lr_decay_iters = 20 as in" in n for n in told["startup_info"]["notes"]
+    notes = [note for note in told["startup_info"]["notes"] if "--lr_decay_iters=" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(
+        "the learning rate stays at min_lr = 0.001 in iterations 21 to 24, because the decay ends"
     )
+    assert notes[0].endswith("--lr_decay_iters=24 lets it end with the run")
+    assert sum("stays at min_lr" in line for line in capfd.readouterr().out.splitlines()) == 1
     run(corpus, broken, file, *START, "--init_from=resume", "--max_iters=30", "--lr_decay_iters=30", "--warmup_iters=5")
     changed = run_log(broken)["config"]["optimizer"]
     assert (changed["warmup_iters"], changed["lr_decay_iters"]) == (5, 30)
