@@ -34,6 +34,9 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
     except RuntimeError as error:
         if error is not failed:  # CUDA ended the capture when the body called what is not permitted in one
             _end(stream.device.index, pool)
+            # Its frames refer to the first error, and that one to the frames of the body: a cycle that would keep all
+            # tensors of the body until a garbage collection.
+            error.__traceback__ = None
         raise failed or error from None
 
 

@@ -1,6 +1,8 @@
 """Capturing a CUDA graph, with a stand-in for the GPU: what is undone when a capture fails."""
 
+import contextlib
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -89,6 +91,26 @@ def test_after_a_capture_everything_is_as_before(
     assert not gpu.workspaces
     assert gpu.collected == [False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_capture_that_fails_keeps_no_memory(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the body has computed is freed with the error, not by a later garbage collection: memory may be short."""
+    gpu, left = FakeGpu(monkeypatch), list[Any]()
+    graph: Any = None
+
+    def body() -> None:
+        activations = torch.zeros(1)
+        left.append(weakref.ref(activations))
+        raise kind("no memory")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(kind), capturing(graph, gpu.stream, "pool"):
+            body()
+        assert left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_generator_of_other_graphs_stays_after_an_error_that_the_capture_survives(
