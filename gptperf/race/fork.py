@@ -7,8 +7,9 @@ about how the losses of one fork follow one another, because each fork counts as
 mean difference, over data orders, at the end of forks of this length from this checkpoint.
 
 A fork inherits moments, the norms of the weights and an early phase that went well, so it cannot tell what another
-learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from one initialization, another
-one in each pair. Their differences vary more, because small changes of an early phase grow, but they have that phase.
+learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from one initialization, which
+differs from pair to pair. Their differences vary more, because small changes of an early phase grow, but they have that
+phase.
 """
 
 import functools
