@@ -161,12 +161,14 @@ def score_tasks(
 @contextlib.contextmanager
 def _any_algorithm() -> Iterator[None]:
     """Permits ops without a deterministic algorithm: on a GPU, PyTorch refuses the prefix sum of a draw otherwise."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    if not torch.are_deterministic_algorithms_enabled():
+        yield  # the functions below load torch.compile
+        return
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(True)
 
 
 def sample_text(engine: Engine, tokenizer: Tokenizer, tokens: int, drops: Callable[[], bool] | None = None) -> str:
