@@ -7,9 +7,8 @@ about how the losses of one fork follow one another, because each fork counts as
 mean difference, over data orders, at the end of forks of this length from this checkpoint.
 
 A fork inherits moments, the norms of the weights and an early phase that went well, so it cannot tell what another
-learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from one initialization, which
-differs from pair to pair. Their differences vary more, because small changes of an early phase grow, but they have that
-phase.
+learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from an initialization of its
+own. Their differences vary more, because small differences grow in the early phase, but they include that phase.
 """
 
 import functools
@@ -99,9 +98,8 @@ class Forks:
         }
         argv = (*arm.argv, *(f"--{key}={value}" for key, value in keys.items()), "--overwrite=False")
         argv = (*argv, f"--out_dir={folder}")
-        return Job(
-            seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=(self.run, self.step) if self.step else None
-        )
+        fork = (self.run, self.step) if self.step else None
+        return Job(seed, folder, argv, _config(argv), f"pair {pair + 1}", fork=fork)
 
     def decision(self, arm: ForkArm) -> Decision:
         """Returns what is known about a change, from the pairs that are complete up to the first one that is not."""

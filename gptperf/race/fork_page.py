@@ -34,8 +34,8 @@ def _method(forks: Forks) -> str:
     chance = 1 - forks.level * (len(forks.arms) - 1)
     what = "Forks" if forks.step else "Short runs"
     warning = (
-        f" {', '.join(forks.inherited)}: the forks inherit what the unchanged run has done; {forks.run}@0 tries a "
-        "change of the optimizer from the start."
+        f" {', '.join(forks.inherited)}: the forks inherit what the unchanged run has done; {forks.run}@0 tries "
+        "a change of the optimizer from the start."
     )
     return (
         f"{what} from {forks.run}@{forks.step} to iteration {forks.end}, {short_count(forks.tokens)} tokens in all. "

@@ -82,9 +82,8 @@ def test_pairs_from_the_start_are_short_runs_of_the_whole_schedule(
 ) -> None:
     """They need no checkpoint and no constant rate, and each pair has an initialization and data of its own."""
     run = _run(tmp_path / "run", schedule="cosine")
-    trainer = FakeTrainer(
-        monkeypatch, _loss(1e-3, lambda config: -0.05 if config.optimizer.optimizer == "muon" else 0.0)
-    )
+    effect = {"adamw": 0.0, "muon": -0.05}
+    trainer = FakeTrainer(monkeypatch, _loss(1e-3, lambda config: effect[config.optimizer.optimizer]))
     assert race.main([f"{run}@0", "--vary=optimizer=muon", f"--out={tmp_path / 'out'}"]) == 0
     found = _record(tmp_path / "out")
     assert found["changes"][0]["verdict"] == "better"
@@ -107,7 +106,7 @@ def test_only_a_change_of_the_optimizer_inherits_from_the_unchanged_run(
     FakeTrainer(monkeypatch, _loss(1e-3, lambda config: 0.05))
     vary = ("--vary=dtype=float32", "--vary=beta2=0.9", "--vary=kernels=eager,weight_decay=0")
     assert race.main([f"{run}@{STEP}", *vary, f"--out={tmp_path / 'out'}"]) == 0
-    assert "beta2=0.9, kernels=eager,weight_decay=0: the forks inherit" in capsys.readouterr().out
+    assert "longer runs. beta2=0.9, kernels=eager,weight_decay=0: the forks inherit" in capsys.readouterr().out
 
 
 def test_a_small_difference_is_none_without_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

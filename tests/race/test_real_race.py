@@ -74,6 +74,13 @@ def test_forks_of_a_run_from_command_to_verdict(corpus: Path, tmp_path: Path) ->
     arms = ("as_it_is", "learning_rate=1e-6", "optimizer=muon")
     folders = [next((tmp_path / "out").glob(f"{name}*")) / "pair1" for name in arms]
     assert len({losses(folder)[0] for folder in folders}) == 1  # the same weights and the same data
+    # From the start, the arms of a pair have one initialization and its first batch, and pairs have others.
+    argv = [f"{parent}@0", f"--out={tmp_path / 'start'}", "--vary=optimizer=muon", "--max_iters=5"]
+    assert race.main([*argv, "--seeds=2"]) == 0
+    arms, pairs = ("as_it_is", "optimizer=muon"), ("pair1", "pair2")
+    first = [{losses(next((tmp_path / "start").glob(f"{arm}*")) / pair)[0] for arm in arms} for pair in pairs]
+    assert [len(found) for found in first] == [1, 1]
+    assert first[0] != first[1]
 
 
 def test_windows_take_turns() -> None:
