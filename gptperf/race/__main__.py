@@ -4,7 +4,7 @@ With one configuration and `--vary key=value`, the arms are the configuration an
 rates are tried at a quarter of the length, and the best one and its neighbours over all of it, with a seed that is not
 compared. Then each seed trains a trunk at a constant rate, and cooldowns of it that end at 1/4, 1/2 and 1 of the
 length. `python -m gptperf.race RUN@STEP --vary key=value,value2` tries changes from a checkpoint instead, in pairs of
-forks, and stops when they are decided; RUN@0 tries them from the start, as a learning rate or an optimizer needs it.
+forks, and stops when they are decided; RUN@0 tries them from the start, in short runs.
 The same command continues: in parts, and on another card with a copy of DIR.
 """
 

@@ -6,9 +6,9 @@ loss after it. The differences of the pairs are independent given the checkpoint
 about how the losses of one fork follow one another, because each fork counts as one block. What is estimated is the
 mean difference, over data orders, at the end of forks of this length from this checkpoint.
 
-A fork inherits moments, the norms of the weights and an early phase that went well, so it cannot tell what another
-learning rate or optimizer does to a whole run. From iteration 0 a pair is two short runs from an initialization of its
-own. Their differences vary more, because small differences grow in the early phase, but they include that phase.
+A fork inherits moments, the norms of the weights and an early phase that went well, which another learning rate or
+optimizer would not have in a whole run. From iteration 0 a pair is two short runs from an initialization of its own.
+Their differences include the early phase and vary more, and they end before a change that gains late has gained.
 """
 
 import functools

@@ -35,7 +35,7 @@ def _method(forks: Forks) -> str:
     what = "Forks" if forks.step else "Short runs"
     warning = (
         f" {', '.join(forks.inherited)}: the forks inherit what the unchanged run has done; {forks.run}@0 tries "
-        "a change of the optimizer from the start."
+        "a change of the optimizer from the start; if the verdicts differ, trust neither."
     )
     return (
         f"{what} from {forks.run}@{forks.step} to iteration {forks.end}, {short_count(forks.tokens)} tokens in all. "
