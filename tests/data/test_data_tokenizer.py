@@ -163,7 +163,7 @@ def test_another_end_of_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: _encoding(special=special))
     assert load_tokenizer("gpt2", eot="<|stop|>").eot == 261
     assert restored(load_tokenizer("gpt2", eot="<|stop|>")).eot == 261
-    with pytest.raises(DataError, match=r"no <eos> token.*--eot= one of <\|endoftext\|>, <\|stop\|>"):
+    with pytest.raises(DataError, match=r"no <eos> token.*--eot=TOKEN, one of <\|endoftext\|>, <\|stop\|>"):
         load_tokenizer("gpt2", eot="<eos>")
     with pytest.raises(DataError, match="--eot: found '<eos>', wanted none"):
         load_tokenizer("byte", eot="<eos>")

@@ -117,7 +117,7 @@ def test_failing_commit_keeps_the_old_data_set(data: Path, monkeypatch: pytest.M
 
 
 def test_existing_data_set_is_replaced_only_when_asked(data: Path) -> None:
-    with pytest.raises(DataError, match="exists; to replace it: --overwrite=True"):
+    with pytest.raises(DataError, match="exists; wanted another --name, or --overwrite=True to replace it"):
         write(data, [[1]], [])
     assert verify(data) == 44
     write(data, [[1]], [], overwrite=True)

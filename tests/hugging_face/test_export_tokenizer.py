@@ -160,5 +160,7 @@ def test_an_end_that_is_a_word_of_the_model(tmp_path: Path) -> None:
 
 def test_a_conversion_with_other_ids_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported_tokenizer, "_pattern", lambda pattern: r"\s+|\S+")
-    with pytest.raises(DataError, match=r"tokenizer 'any': its tokenizer.json has other ids for"):
+    with pytest.raises(
+        DataError, match=r"tokenizer 'any': its tokenizer.json encodes .* to other ids than the tokenizer itself"
+    ):
         tokenizer_files(of_tiktoken("cl100k_base"), 32)

@@ -19,7 +19,7 @@ from gptperf.checkpoint import write
 from gptperf.config import KEYS, command_line
 from gptperf.data.prepare import prepare
 from gptperf.errors import CheckpointError, DataError, DiskError
-from gptperf.training import matching, reporting, trainer
+from gptperf.training import matching, reporting, saving
 from gptperf.training.kernel_digest import kernel_digest
 from gptperf.training.optimizers.adamw import AdamW
 
@@ -143,7 +143,7 @@ def test_a_summary_covers_all_starts_of_a_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ages = iter(10.0 * (i + 1) for i in range(100))
-    for module in (trainer, reporting):
+    for module in (saving, reporting):
         monkeypatch.setattr(module, "process_age_s", lambda: age)
     age = next(ages)
     assert run(corpus, tmp_path, "--max_iters=10") == 0
