@@ -273,7 +273,7 @@ def generate(
         stop_at_eot: Whether a sample also ends before the token that ends a document.
 
     Returns:
-        The prompt with its continuation, for each sample. The same seed gives the same sample on the same device.
+        The prompt with its continuation, for each sample. The same arguments give the same samples on the same device.
 
     Raises:
         ConfigError: A number is out of range, or a stop string is empty.

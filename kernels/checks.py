@@ -210,11 +210,12 @@ def check_decode_attention(
     sin: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    window: int,
 ) -> None:
     """Checks the arguments of decode_attention. The values of positions are not checked.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit.
+        ValueError: shapes, dtypes, devices or strides do not fit, or the window is negative.
     """
     op = "decode_attention"
     if qkv.dtype not in FLOATS or qkv.dim() != 3 or qkv.shape[1] != 1:
@@ -228,12 +229,14 @@ def check_decode_attention(
         wanted = f"({qkv.shape[0]},) torch.int64 on {qkv.device}"
         raise ValueError(f"{op}: found positions {_describe(positions)}, wanted {wanted}")
     K, D = keys.shape[2:]
-    heads, rest = divmod(qkv.shape[2], D)
+    heads, rest = divmod(qkv.shape[2], D) if K and D else (0, 0)
     if rest or heads <= 2 * K or heads % K:
         raise ValueError(
             f"{op}: found a projection of width {qkv.shape[2]}, wanted (H + 2 K) D with K = {K} and D = {D}, "
             "and H a multiple of K"
         )
+    if window < 0:
+        raise ValueError(f"{op}: found window {window}, wanted 0 or more")
     if cos is not None and sin is not None:
         check_rope(qkv, cos, sin, heads - 2 * K, K, q_weight, k_weight)
     elif cos is not None or sin is not None:

@@ -148,6 +148,7 @@ def _decode_attention_kernel(
         tl.store(KEYS + at + whole, new_key.to(KEYS.dtype.element_ty), mask=(whole < D) & (position < size))
         tl.store(VALUES + at + whole, value, mask=(whole < D) & (position < size))
     if splits == 1:
+        total *= tl.exp(maximum - maximum)  # 1, or NaN where the one score of a first token is not finite
         tl.store(Y + (row * H + head) * D + whole, (mean / total).to(Y.dtype.element_ty), mask=whole < D)
     else:
         part = (row * H + head) * splits + split
@@ -244,6 +245,6 @@ def decode_attention(
     On a GPU that launches kernels early, no kernel that may still run must write positions or the cache before them;
     see `wait_for_previous`.
     """
-    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
+    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight, window)
     check_triton("decode_attention", qkv)
     return _decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight, eps, interleaved, window)

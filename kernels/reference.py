@@ -254,9 +254,9 @@ def decode_attention(
         `(B, 1, H D)` in qkv's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or the window is negative.
     """
-    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight)
+    check_decode_attention(qkv, positions, keys, values, cos, sin, q_weight, k_weight, window)
     B, S, K, D = keys.shape
     H = qkv.shape[2] // D - 2 * K
     if cos is not None and sin is not None:  # a token of each sequence, at positions of their own, as one sequence

@@ -133,7 +133,8 @@ class _Decoder:
     def _record(self, model: GPT) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with capturing(graph, self.stream, torch.cuda.graph_pool_handle()):
+            # The capture makes the device of its stream the current one.
+            with torch.cuda.device(self.device), capturing(graph, self.stream, torch.cuda.graph_pool_handle()):
                 self._step(model)
         except torch.OutOfMemoryError:
             raise
@@ -163,7 +164,7 @@ class _Decoder:
         slot = self.calls % len(self.read)
         host, event = self.read[slot], self.events[slot]
         host.copy_(self.last[:, 0], non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # else that of the current device
 
         def arrived() -> list[int]:
             event.synchronize()

@@ -119,6 +119,24 @@ def test_only_the_new_position_of_the_cache_is_written() -> None:
             assert changed.nonzero().tolist() == [[i, p] for i, p in enumerate(given["positions"].tolist())]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [1, 2, 300])
+def test_what_is_not_finite_stays_in_its_row_as_in_eager(size: int, value: float) -> None:
+    """In the query or the key of a row, which may be the first token: softmax of one such score is NaN too."""
+    heads = H, _, D = (3, 1, 16)
+    given = arguments({"heads": heads, "size": size}, torch.float32)
+    qkv = given["qkv"]
+    qkv[0, 0, 0] = value * qkv[0, 0, H * D].sign()  # of the first head's query; the score is not -inf
+    qkv[1, 0, H * D] = torch.nan  # of the key, so of all heads
+    eager, kernel = called(reference.decode_attention, given), called(decode_attention, given)
+    for mine, theirs in zip(kernel, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    assert kernel[0][0].isnan().nonzero()[:, -1].tolist() == list(range(D))
+    assert kernel[0][1].isnan().all()
+    assert kernel[0][2].isfinite().all()
+
+
 def test_no_sequences() -> None:
     given = arguments(OPTIONS[0], torch.float32)
     none = {name: given[name][:0] for name in ("qkv", "positions", "keys", "values")}
@@ -171,6 +189,9 @@ def test_arguments_are_checked() -> None:
         {"qkv": given["qkv"][..., 1:]},
         {"sin": None},
         {"keys": given["keys"][:2]},
+        {"keys": given["keys"][:, :, :0], "values": given["values"][:, :, :0]},
+        {"keys": given["keys"][..., :0], "values": given["values"][..., :0]},
+        {"window": -1},
     ):
         for function in (reference.decode_attention, decode_attention):
             with pytest.raises(ValueError, match="decode_attention: found"):

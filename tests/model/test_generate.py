@@ -1,5 +1,6 @@
 """Generation with a cache draws the tokens that whole forward passes draw, for every preset and option."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,37 @@ def test_a_graph_draws_what_the_step_draws(preset: str) -> None:
             found.append(list(generate(model, prompts, 60, sampling, sources, capture=capture)))
         assert found[0] == found[1]
     assert model in generation._kept
+
+
+def on_another_gpu(capture: bool) -> list[list[int]]:
+    torch.manual_seed(0)
+    config = ModelConfig(arch_preset="llama", **(SIZES | PRESETS["llama"] | {"n_embd": 64, "weight_tying": False}))
+    model = GPT(config, resolve_ops("auto", "cuda")).to("cuda:1").eval()
+    sources = [torch.Generator().manual_seed(row) for row in range(2)]
+    found = list(generate(model, [[1, 2, 3], [4]], 30, Sampling(50, 2.0, 20), sources, capture=capture))
+    assert (model in generation._kept) == capture
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_gpu_than_the_current_one() -> None:
+    assert on_another_gpu(capture=True) == on_another_gpu(capture=False)
+    assert torch.cuda.current_device() == 0
+
+
+def test_tokens_are_awaited_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event without a stream is one of the current device, which may have nothing to do."""
+    model, events = small("llama", torch.float32), list[Any]()
+    decoder = generation._Decoder(model, 2, 12, GREEDY, False, None)
+    event = SimpleNamespace(record=lambda *stream: events.append(stream), synchronize=lambda: events.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: ("stream of", *device))
+    decoder.device, decoder.read, decoder.events = torch.device("cuda", 1), [torch.empty(2).long()], [event]
+    decoder.last[:, 0] = torch.tensor([7, 9])
+    arrived = decoder.fetch()
+    assert events == [(("stream of", torch.device("cuda", 1)),)]
+    assert arrived() == [7, 9]
+    assert events[1:] == ["waited"]
 
 
 def test_a_call_outside_of_inference_mode_after_one_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
