@@ -7,6 +7,11 @@ depend on the number of ranks, and stay what they are during an iteration. A sca
 value of the tensor itself: in the first iteration of a run, for a tensor that was never finite or above 0, and always
 with `--fp8_scaling=current`. Everything is in fixed memory on the device, and nothing is decided on the host, so that
 CUDA graphs can replay it.
+
+For the first `HISTORY` iterations of a tensor, its scale leaves room for as much growth as in the last iteration. While
+the learning rate rises linearly, the largest value of a weight that begins as 0, and of the gradients that it
+multiplies, grows by 3, 2, 1.67, ... times from one iteration to the next; a scale without more room than
+`gptperf.kernels.float8.scale_of` leaves would clamp them beyond 1.75 times.
 """
 
 from collections.abc import Mapping
@@ -30,6 +35,8 @@ __all__ = ["HISTORY", "Float8Layers", "check_float8", "make_float8"]
 
 HISTORY = 16
 """Iterations whose largest values decide a scale."""
+_MOST_GROWTH = 4.0
+"""Most growth of a largest value from one iteration to the next for which a scale leaves room."""
 _OLDEST_CAPABILITY = (8, 9)
 _MULTIPLE = 16
 _STALE = 2.0**-6
@@ -143,7 +150,10 @@ class Float8Layers:
 
     def _write_scales(self) -> None:
         if self.delayed:
-            amax = self.history.amax(-1)
+            newest, before, oldest = self.history[..., 0], self.history[..., 1], self.history[..., -1]
+            # Without a value before, the growth is not known: the most is assumed.
+            growth = torch.where(before > 0, newest / before, _MOST_GROWTH).clamp(1.0, _MOST_GROWTH)
+            amax = self.history.amax(-1) * torch.where(oldest > 0, 1.0, growth)
             self._scales[..., 0].copy_(torch.where(amax > 0, scale_of(amax, self._tops), 0.0))
 
     def tensors(self) -> dict[str, Tensor]:

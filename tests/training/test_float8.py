@@ -102,10 +102,48 @@ def test_scales_follow_the_largest_values() -> None:
         assert _scales(layers) == before, "scales must not change in an iteration"
         layers.update(PROCESS)
         largest = max(layers.history[0, 0].tolist())
+        if layers.history[0, 0].count_nonzero() == 1:
+            largest *= 4  # nothing is known of its growth
         for scale, form in zip(_scales(layers), (E4M3, E4M3, GRADIENTS), strict=True):
             assert math.frexp(scale)[0] == 0.5
             assert 1.75 <= form.largest / (largest * scale) <= 3.5
     assert largest == pytest.approx(0.01), "values that are too old do not count"
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 5, HISTORY + 3])
+@pytest.mark.parametrize("warmup", [1, 2, 10, 700])
+def test_what_begins_as_zero_and_grows_with_the_warm_up_is_not_clamped(zeros: int, warmup: int) -> None:
+    """A weight is the sum of the updates; its largest value lies anywhere between two powers of two."""
+    for first in (1.0, 1.3, 1.6, 1.99):
+        layers, weight = _layers(), 0.0
+        for _ in range(zeros):
+            _micro_batch(layers, 0.0, 0, 0)
+            layers.update(PROCESS)
+        for i in range(1, 30):
+            weight += first * min(i, warmup) / warmup
+            for scale, form in zip(_scales(layers), (E4M3, E4M3, GRADIENTS), strict=True):
+                assert weight * scale <= form.largest, f"iteration {i}"
+            _micro_batch(layers, weight, 0, 0)
+            layers.update(PROCESS)
+
+
+def test_growth_counts_only_while_a_tensor_is_new() -> None:
+    """Later a scale follows the largest values alone, so that one outlier does not take range from small values."""
+    layers = _layers()
+    for amax in [1.0] * HISTORY:
+        _micro_batch(layers, amax, 0, 0)
+        layers.update(PROCESS)
+    _micro_batch(layers, 3.0, 0, 0)
+    layers.update(PROCESS)
+    assert E4M3.largest / (3.0 * _scales(layers)[0]) <= 3.5
+
+
+def test_a_run_whose_projections_begin_as_zero_does_not_saturate(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus, tmp_path, *FP8, "--residual_init=zero", "--max_iters=8", "--warmup_iters=8", "--eval_interval=100")
+    assert [entry["float8"]["saturated_share"] for entry in run_log(tmp_path)["training_iterations"]] == [0.0] * 8
+    assert "saturates" not in "".join(capsys.readouterr())
 
 
 def test_scales_of_the_tensor_itself() -> None:
@@ -118,8 +156,9 @@ def test_scales_of_the_tensor_itself() -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_is_not_finite_does_not_decide_scales(bad: float) -> None:
     layers = _layers()
-    _micro_batch(layers, 3.0, 0, 0)
-    layers.update(PROCESS)
+    for _ in range(2):
+        _micro_batch(layers, 3.0, 0, 0)
+        layers.update(PROCESS)
     before = _scales(layers)
     _micro_batch(layers, bad, 0, 0)
     _micro_batch(layers, 1.0, 0, 0)
