@@ -73,6 +73,8 @@ class Ops:
     """Op name -> "eager" or "triton", for the ops that are used."""
     reasons: dict[str, str]
     """Op name -> why it runs in eager PyTorch although `kernels` is "auto"."""
+    packed_attention: Callable[..., Any] | None = None
+    """Attention of a packed projection, which cuDNN computes; None where the model calls `rope` and SDPA instead."""
 
 
 def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) -> Ops:
@@ -100,7 +102,14 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
         else:
             reasons[op] = reason
     _refuse(kernels, reasons)
-    return Ops(**functions, chosen=chosen, reasons=reasons)
+    packed = _packed_attention() if chosen.get("rope") == "triton" else None
+    return Ops(**functions, chosen=chosen, reasons=reasons, packed_attention=packed)
+
+
+def _packed_attention() -> Callable[..., Any] | None:
+    """Returns the op where this GPU can run it."""
+    torch, module = importlib.import_module("torch"), importlib.import_module("gptperf.kernels.packed_attention")
+    return module.packed_attention if module.missing(torch.cuda.get_device_capability()) is None else None
 
 
 def keeping_ffn(ops: Ops) -> Ops:
@@ -118,9 +127,10 @@ def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
     """
     _refuse(kernels, reasons)
     reference = importlib.import_module("gptperf.kernels.reference")
-    functions = {op: getattr(reference, op) for op in reasons}
-    chosen = ops.chosen | dict.fromkeys(reasons, "eager")
-    return replace(ops, **functions, chosen=chosen, reasons=ops.reasons | reasons)
+    functions = {op: getattr(reference, op) for op in reasons if op in OPS}
+    chosen = ops.chosen | dict.fromkeys(functions, "eager")
+    packed = None if reasons.keys() & {"rope", "packed_attention"} else ops.packed_attention
+    return replace(ops, **functions, packed_attention=packed, chosen=chosen, reasons=ops.reasons | reasons)
 
 
 def _refuse(kernels: str, reasons: dict[str, str]) -> None:

@@ -27,7 +27,7 @@ from gptperf.kernels.checks import check_rope, check_triton
 from gptperf.kernels.column_sum import column_sum
 from gptperf.kernels.launch import ceil_div, launch, power_of_2, register
 
-__all__ = ["rope"]
+__all__ = ["rope", "rotate", "rotate_back"]
 
 
 def program_shape(n_head: int, n_kv_head: int, head_dim: int, pairs: int) -> dict[str, int]:
@@ -80,12 +80,12 @@ def _weight_columns(D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.cons
 
 
 @triton.jit
-def _place(T, H: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+def _place(T, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     """Returns the batch, the tokens (BLOCK_T,) and the first packed head of this program.
 
     The programs of one block of tokens are neighbours, because they read the same angles.
     """
-    head_blocks: tl.constexpr = (H + 2 * K) // BLOCK_H
+    head_blocks: tl.constexpr = HEADS // BLOCK_H
     token_block = tl.program_id(0) // head_blocks
     head = tl.program_id(0) % head_blocks * BLOCK_H
     token_blocks = tl.cdiv(T, BLOCK_T)
@@ -98,9 +98,10 @@ def _place(T, H: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: 
 def _rope_forward_kernel(
     QKV, COS, SIN, Q_WEIGHT, K_WEIGHT, Q, K_OUT, V, T, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    batch, tokens, head = _place(T, H, K, BLOCK_T, BLOCK_H)
+    batch, tokens, head = _place(T, HEADS, BLOCK_T, BLOCK_H)
     t = tokens[:, None, None]
     h = tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -119,10 +120,12 @@ def _rope_forward_kernel(
             a *= rstd * tl.load(WEIGHT + first, mask=cols < D // 2, other=0.0).to(tl.float32)[None, None, :]
             b *= rstd * tl.load(WEIGHT + second, mask=cols < D // 2, other=0.0).to(tl.float32)[None, None, :]
         a, b = a * cos - b * sin, b * cos + a * sin
+    if HEADS == H + K:
+        tl.debug_barrier()  # Q and K_OUT may be parts of QKV: a program reads its heads before it writes them
     if head < H:
-        _store_pairs(Q, ((batch * T + t) * H + head + h) * D, mask, a, b, D, BLOCK_D, INTERLEAVED)
+        _store_pairs(Q, ((batch * T + t) * Q_ROW + head + h) * D, mask, a, b, D, BLOCK_D, INTERLEAVED)
     elif head < H + K:
-        _store_pairs(K_OUT, ((batch * T + t) * K + head - H + h) * D, mask, a, b, D, BLOCK_D, INTERLEAVED)
+        _store_pairs(K_OUT, ((batch * T + t) * K_ROW + head - H + h) * D, mask, a, b, D, BLOCK_D, INTERLEAVED)
     else:
         _store_pairs(V, ((batch * T + t) * K + head - H - K + h) * D, mask, a, b, D, BLOCK_D, INTERLEAVED)
 
@@ -132,9 +135,9 @@ def _rope_backward_kernel(
     DQ, DK, DV, QKV, COS, SIN, Q_WEIGHT, K_WEIGHT, DQKV, DQ_WEIGHT, DK_WEIGHT,
     dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    batch, tokens, head = _place(T, H, K, BLOCK_T, BLOCK_H)
+    batch, tokens, head = _place(T, HEADS, BLOCK_T, BLOCK_H)
     t = tokens[:, None, None]
     h = tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -157,7 +160,7 @@ def _rope_backward_kernel(
             x, y = _load_pairs(QKV, packed, mask, D, BLOCK_D, INTERLEAVED)
             rstd = tl.rsqrt(tl.sum(x * x + y * y, axis=2) / D + eps)[:, :, None]
             x, y = x * rstd, y * rstd
-            block = (tl.program_id(0) // ((H + 2 * K) // BLOCK_H)).to(tl.int64)
+            block = (tl.program_id(0) // (HEADS // BLOCK_H)).to(tl.int64)
             if head < H:
                 WEIGHT = Q_WEIGHT
                 DWEIGHT = DQ_WEIGHT + (block * (H // BLOCK_H) + head // BLOCK_H) * D
@@ -170,6 +173,8 @@ def _rope_backward_kernel(
             b *= tl.load(WEIGHT + second, mask=cols < D // 2, other=0.0).to(tl.float32)[None, None, :]
             mean = (tl.sum(a * x + b * y, axis=2) / D)[:, :, None]
             a, b = (a - x * mean) * rstd, (b - y * mean) * rstd
+    if HEADS == H + K:
+        tl.debug_barrier()  # DQ and DK may be parts of DQKV: a program reads its heads before it writes them
     _store_pairs(DQKV, packed, mask, a, b, D, BLOCK_D, INTERLEAVED)
 
 
@@ -184,17 +189,45 @@ def _forward(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+    qkv = qkv.contiguous()
     q, k, v = _forward_fake(qkv, cos, sin, n_head, n_kv_head)
-    B, T, H, D = q.shape
-    if qkv.numel():
-        shape = program_shape(H, n_kv_head, D, pairs=512)
-        programs = B * ceil_div(T, shape["BLOCK_T"]) * ((H + 2 * n_kv_head) // shape["BLOCK_H"])
-        weights = [cos if w is None else w.contiguous() for w in (q_weight, k_weight)]
-        sizes = {"H": H, "K": n_kv_head, "D": D, "HAS_NORM": q_weight is not None, "INTERLEAVED": interleaved}
-        tensors = (qkv, cos, sin, *weights, q, k, v)
-        launch(_rope_forward_kernel, (programs,), tensors, (T, eps), {**sizes, **shape})
+    rotate(qkv, (cos, sin), (q_weight, k_weight), eps, interleaved, (q, k), v)
     return q, k, v
+
+
+def rotate(
+    qkv: Tensor,
+    tables: tuple[Tensor, Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    interleaved: bool,
+    out: tuple[Tensor, Tensor],
+    v: Tensor | None,
+) -> None:
+    """Writes normalised and rotated queries and keys, and copies values.
+
+    Args:
+        qkv: `(B, T, (H + 2K) D)`, contiguous.
+        tables: cosines and sines.
+        weights: those of QK-norm, or None twice.
+        eps, interleaved: as in `rope`.
+        out: q `(B, T, H, D)` and k `(B, T, K, D)`: contiguous, or heads of contiguous rows. They may be the heads of
+            qkv itself if v is None.
+        v: `(B, T, K, D)`, contiguous; or None, then the values are not copied.
+    """
+    q, k = out
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    if not q.numel():
+        return
+    shape, heads = program_shape(H, K, D, pairs=512), H + K if v is None else H + 2 * K
+    programs = B * ceil_div(T, shape["BLOCK_T"]) * (heads // shape["BLOCK_H"])
+    cos, sin = (x.contiguous() for x in tables)
+    given = [cos if w is None else w.contiguous() for w in weights]
+    sizes = {"H": H, "K": K, "D": D, "HAS_NORM": weights[0] is not None, "INTERLEAVED": interleaved}
+    rows = {"HEADS": heads, "Q_ROW": q.stride(1) // D, "K_ROW": k.stride(1) // D}
+    tensors = (qkv, cos, sin, *given, q, k, k if v is None else v)
+    launch(_rope_forward_kernel, (programs,), tensors, (T, eps), {**sizes, **rows, **shape})
 
 
 def _forward_fake(
@@ -219,27 +252,57 @@ def _backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = dq.shape
-    K = dk.shape[2]
-    dqkv = dq.new_empty((B, T, (H + 2 * K) * D))
+    dqkv = dq.new_empty((B, T, (H + 2 * dk.shape[2]) * D))
+    dweights = rotate_back((dq, dk), dv, qkv, (cos, sin), (q_weight, k_weight), eps, interleaved, dqkv)
+    dq_weight, dk_weight = (cos.new_empty(0) if x is None else x for x in dweights)
+    return dqkv, dq_weight, dk_weight
+
+
+def rotate_back(
+    grads: tuple[Tensor, Tensor],
+    dv: Tensor | None,
+    qkv: Tensor | None,
+    tables: tuple[Tensor, Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    interleaved: bool,
+    dqkv: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes the gradients of queries and keys before rotation and norm, and copies those of the values.
+
+    Args:
+        grads: dq `(B, T, H, D)` and dk `(B, T, K, D)`. They may be the heads of dqkv itself if dv is None.
+        dv: `(B, T, K, D)`, or None, then the gradients of the values are not copied.
+        qkv: `(B, T, (H + 2K) D)`, of which QK-norm reads queries and keys; None without it.
+        tables, weights, eps, interleaved: as in `rotate`.
+        dqkv: `(B, T, (H + 2K) D)`, contiguous.
+
+    Returns:
+        The gradients of the weights, or None twice.
+    """
+    dq, dk = grads
+    B, T, H, D = dq.shape
+    K, (q_weight, k_weight), (cos, sin) = dk.shape[2], weights, tables
     # With QK-norm a program holds twice as many values in registers.
     shape = program_shape(H, K, D, pairs=512 if q_weight is None else 256)
-    blocks = B * ceil_div(T, shape["BLOCK_T"])
+    blocks, heads = B * ceil_div(T, shape["BLOCK_T"]), H + K if dv is None else H + 2 * K
     has_norm = q_weight is not None
     partials = [cos.new_empty((blocks * n // shape["BLOCK_H"] if has_norm else 0, D)) for n in (H, K)]
     if not dqkv.numel():
-        dq_weight, dk_weight = (cos.new_zeros(0) if w is None else w.new_zeros(D) for w in (q_weight, k_weight))
-        return dqkv, dq_weight, dk_weight
+        dq_weight, dk_weight = (None if w is None else w.new_zeros(D) for w in weights)
+        return dq_weight, dk_weight
+    dv = dk if dv is None else dv
     dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
-    weights = [cos if w is None else w.contiguous() for w in (q_weight, k_weight)]
+    given = [cos if w is None else w.contiguous() for w in weights]
     packed = dq if qkv is None else qkv.contiguous()
-    tensors = (dq, dk, dv, packed, cos.contiguous(), sin.contiguous(), *weights, dqkv, *partials)
+    tensors = (dq, dk, dv, packed, cos.contiguous(), sin.contiguous(), *given, dqkv, *partials)
     strides = [stride for x in (dq, dk, dv) for stride in x.stride()[:3]]
-    sizes = {"H": H, "K": K, "D": D, "HAS_NORM": has_norm, "INTERLEAVED": interleaved}
-    grid = (blocks * ((H + 2 * K) // shape["BLOCK_H"]),)
+    sizes = {"H": H, "K": K, "D": D, "HAS_NORM": has_norm, "INTERLEAVED": interleaved, "HEADS": heads}
+    grid = (blocks * (heads // shape["BLOCK_H"]),)
     launch(_rope_backward_kernel, grid, tensors, (*strides, T, eps), {**sizes, **shape})
     if q_weight is None or k_weight is None:
-        return dqkv, partials[0].new_empty(0), partials[1].new_empty(0)
-    return dqkv, column_sum(partials[0], D, q_weight.dtype)[0], column_sum(partials[1], D, k_weight.dtype)[0]
+        return None, None
+    return column_sum(partials[0], D, q_weight.dtype)[0], column_sum(partials[1], D, k_weight.dtype)[0]
 
 
 def _backward_fake(

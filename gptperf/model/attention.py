@@ -53,6 +53,11 @@ class SDPA(nn.Module):
         self.dropout = config.dropout
         self.grouped = config.kv_heads != config.n_head
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout applies now."""
+        return self.training and self.dropout > 0
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -168,8 +173,13 @@ class Attention(nn.Module):
         """Returns the output `(B, T, C)` for x `(B, T, C)`; with a cache, x has the tokens after the cached ones."""
         if cache is not None and cache.positions is not None:
             return self.out(self.decode(self.qkv(x), position, cache, mask))
+        packed = self.qkv(x)
+        if cache is None and mask is None and type(self.backend) is SDPA and not self.backend.drops:
+            y = position.attend(packed, self.q_norm, self.k_norm)
+            if y is not None:
+                return self.out(y.flatten(2))
         start = 0 if cache is None else cache.length
-        q, k, v = position.split(self.qkv(x), self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
+        q, k, v = position.split(packed, self.q_norm, self.k_norm, start)  # (B, T, H, D), twice (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.backend(q, k, v) if mask is None else self.backend(q, k, v, mask)

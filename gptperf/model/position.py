@@ -22,6 +22,8 @@ class NoPosition(nn.Module):
         self.eps = config.norm_eps
         self.norm = ops.rms_norm
         self.decode_attention = ops.decode_attention
+        ours = type(self).__module__ == __name__  # a plugin may split the heads in another way
+        self.packed_attention = ops.packed_attention if ours else None
 
     def embed(self, x: Tensor, start: int | Tensor, starts: Tensor | None = None) -> Tensor:
         """Returns the model's input `(B, T, C)` from x `(B, T, C)`, the token embeddings of positions start, ...
@@ -47,6 +49,20 @@ class NoPosition(nn.Module):
         if q_weight is not None:
             q, k = self.norm(q, q_weight, self.eps), self.norm(k, k_weight, self.eps)
         return q, k, v
+
+    def attend(self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> Tensor | None:
+        """Computes causal attention of the packed projection of the positions from 0 on; the op overwrites it.
+
+        Args:
+            qkv, q_weight, k_weight: as for `split`.
+
+        Returns:
+            `(B, T, H, D)`, or None where the op cannot run; then qkv is as it was.
+        """
+        if self.packed_attention is None:
+            return None
+        (cos, sin), interleaved = self.tables()
+        return self.packed_attention(qkv, cos, sin, *self.heads, q_weight, k_weight, self.eps, interleaved)
 
     def decode(
         self,

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from gptperf.kernels import launch
 from gptperf.kernels.checks import ACTIVATIONS
+from gptperf.kernels.rope import rotate, rotate_back
 
 __all__ = ["Case", "cases", "compile_cases", "jit_functions"]
 
@@ -204,6 +205,23 @@ def rope_case(
     return Case(" ".join(filter(None, words)), call, D == 128 and dtype != FULL)
 
 
+def rope_in_place_case(heads: tuple[int, int, int], w_dtype: torch.dtype | None, interleaved: bool) -> Case:
+    """Rotation in attention of a packed projection, which leaves the values where they are."""
+    H, K, D = heads
+
+    def call() -> None:
+        qkv, cos = torch.empty(2, ROWS, (H + 2 * K) * D, dtype=BRAIN), torch.empty(ROWS, D // 2)
+        parts = qkv.unflatten(-1, (H + 2 * K, D)).split([H, K, K], dim=2)[:2]
+        weights = (None, None) if w_dtype is None else (torch.empty(D, dtype=w_dtype),) * 2
+        given = (cos, cos), weights, EPS, interleaved
+        out = parts if w_dtype is None else torch.empty(2, ROWS, H + K, D, dtype=BRAIN).split([H, K], dim=2)
+        rotate(qkv, *given, out, None)
+        rotate_back(parts, None, qkv if w_dtype else None, *given, qkv)
+
+    words = ["rope in place", "/".join(map(str, heads)), f"norm {SHORT[w_dtype]}" if w_dtype else ""]
+    return Case(" ".join(filter(None, [*words, "interleaved" * interleaved])), call)
+
+
 def activation_case(name: str, F: int, dtype: torch.dtype) -> Case:
     def call() -> None:
         x = torch.empty(ROWS, 2 * F if name == "swiglu" else F, dtype=dtype)
@@ -315,6 +333,8 @@ def every_case() -> Iterator[Case]:
         for x, w in ((HALF, HALF), (FULL, FULL), (BRAIN, FULL)):
             yield rope_case((32, 8, 128), x, w, interleaved)
         yield rope_case((7, 1, 72), FULL, FULL, interleaved)
+        yield rope_in_place_case((16, 16, 128), None, interleaved)
+        yield rope_in_place_case((32, 8, 128), FULL, interleaved)
     yield rope_case((16, 16, 128), BRAIN, BRAIN, False, T=1)
     for dtype in (BRAIN, HALF, FULL):
         yield from (activation_case("swiglu", F, dtype) for F in (2048, 5632, 14336))
