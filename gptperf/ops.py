@@ -109,7 +109,8 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
 def _packed_attention() -> Callable[..., Any] | None:
     """Returns the op where this GPU can run it."""
     torch, module = importlib.import_module("torch"), importlib.import_module("gptperf.kernels.packed_attention")
-    return module.packed_attention if module.missing(torch.cuda.get_device_capability()) is None else None
+    runs = torch.cuda.is_available() and module.missing(torch.cuda.get_device_capability()) is None
+    return module.packed_attention if runs else None
 
 
 def keeping_ffn(ops: Ops) -> Ops:

@@ -47,7 +47,7 @@ def serial_ms(config: Config, ceilings: Mapping[str, Any]) -> dict[str, float]:
     count = flops.flops_per_token(config.model, "strict")
     scores = count.scores * tokens / count.tokens
     gemm = 3 * (float(count.forward) * tokens / count.tokens - scores)
-    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn
+    size, ffn = element_bytes(config.system.compute_dtype), not config.system.keeps_ffn
     moved = flops.bytes_moved(config.model, size, recompute_ffn=ffn).total * tokens
     seconds = {
         "gemm": gemm / ceilings["gemm_flop_s"],

@@ -36,6 +36,10 @@ class PositionEncoding:
             forward, backward = forward + 2 * (HD + KD), backward + 3 * (HD + KD)
         return Moved(L * forward, L * backward)
 
+    def saved_by_packing(self, HD: int, KD: int, qk_norm: bool) -> int:
+        """Returns the elements per token and layer of `moved` that the op `packed_attention` does not move."""
+        return 0 if qk_norm else 2 * (HD + 2 * KD)
+
     def kept(self, HD: int, KD: int, qk_norm: bool) -> int:
         """Returns the elements kept for backward per token and layer: q, k, v, and the input of QK-norm."""
         return HD + 2 * KD + (HD + KD if qk_norm else 0)
@@ -76,6 +80,9 @@ class RoPE(PositionEncoding):
     def moved(self, L: int, C: int, HD: int, KD: int, qk_norm: bool) -> Moved:
         packed = HD + 2 * KD
         return Moved(L * 2 * packed, L * (2 * packed + (HD + KD if qk_norm else 0)))
+
+    def saved_by_packing(self, HD: int, KD: int, qk_norm: bool) -> int:
+        return 4 * KD  # the values, forward and backward
 
     def kept(self, HD: int, KD: int, qk_norm: bool) -> int:
         packed = HD + 2 * KD

@@ -179,15 +179,6 @@ def _full_recompute_as_one_graph(c: _Values) -> str | None:
     return "full recomputation saves little memory inside one graph; nearest compile_scope: 'block'"
 
 
-def _keeps_ffn(c: _Values) -> str | None:
-    if c["recompute_ffn"]:
-        return None
-    for key, value in (("recompute", "none"), ("matmul_dtype", "dtype")):
-        if c[key] != value:
-            return f"recompute_ffn = false applies with {key} = {value!r} only; nearest: recompute_ffn = true"
-    return None
-
-
 def _only_fsdp(c: _Values, key: str) -> str | None:
     if not c[key] or c["use_fsdp"]:
         return None
@@ -323,7 +314,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("fp8_skip", "n_layer"), _fp8_skip),
     Rule(("recompute", "compile", "compile_scope"), _full_recompute_as_one_graph, _set(compile_scope="block")),
-    Rule(("recompute_ffn", "recompute", "matmul_dtype"), _keeps_ffn, _set(recompute_ffn=True)),
     Rule(("profile", "max_iters"), _profile, {"profile": _profiled}),
     Rule(("wandb_log",), partial(_missing_package, flag="wandb_log", package="wandb")),
     Rule(("tensorboard",), partial(_missing_package, flag="tensorboard", package="tensorboard")),

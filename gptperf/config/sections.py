@@ -239,8 +239,8 @@ class SystemConfig(_Section):
     """Implementation of the ops. auto: Triton where it can run; triton: Triton or an error; eager: PyTorch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward recomputes to save memory. selective: norms and activations; full: the whole block."""
-    recompute_ffn: bool = True
-    """Let Triton's op compute the activation of the FFN again in backward, which saves memory and moves more bytes."""
+    recompute_ffn: bool = False
+    """Compute the activation of the FFN again in backward: less memory, up to 1% more time. fp8 always does so."""
     deterministic: bool = False
     """Compute the same bits in every run, at some cost in speed."""
     use_zero1: bool = False
@@ -281,6 +281,14 @@ class SystemConfig(_Section):
             return self.compile
         eager = self.kernels == "eager" or self.device == "cpu"
         return eager or self.compile_scope == "model" or self.recompute != "none" or self.matmul_dtype == "fp8"
+
+    @property
+    def keeps_ffn(self) -> bool:
+        """Whether Triton's op keeps the activation of the FFN for backward instead of computing it again.
+
+        What `recompute` names is computed again in any case, and the kernels of fp8 write the activation in 8 bits.
+        """
+        return not self.recompute_ffn and self.recompute == "none" and self.matmul_dtype == "dtype"
 
     @property
     def one_graph(self) -> bool:

@@ -93,8 +93,6 @@ def _changes(
         for system, flags_of_system in _systems(config.system, given.strategy):
             for strategy in (x for x in more if x == given.strategy or x in strategies):
                 for recompute in RECOMPUTE[RECOMPUTE.index(given.recompute) :]:
-                    if recompute != "none" and not system.recompute_ffn:
-                        continue
                     flags = []
                     if batch != train.batch_size:
                         flags += [f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
@@ -111,7 +109,7 @@ def _systems(system: SystemConfig, strategy: Strategy) -> list[tuple[SystemConfi
     found: list[tuple[SystemConfig, list[str]]] = [(system, [])]
     if system.kernels != "auto":
         found.append((dataclasses.replace(system, kernels="auto"), ["--kernels=auto"]))
-    if not system.recompute_ffn:
+    if system.keeps_ffn:
         found += [(dataclasses.replace(x, recompute_ffn=True), [*f, "--recompute_ffn=True"]) for x, f in found]
     if strategy == "fsdp" and system.fsdp_gather_once:
         found += [(dataclasses.replace(x, fsdp_gather_once=False), [*f, "--fsdp_gather_once=False"]) for x, f in found]

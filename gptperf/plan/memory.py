@@ -109,8 +109,8 @@ def footprint(
     reason = unknown_memory(config.model)
     if reason is not None:
         raise ValueError(f"the memory cannot be predicted from the configuration: {reason}")
-    if recompute != "none":  # a block that is recomputed keeps no activation of its FFN
-        config = replace(config, system=replace(config.system, recompute_ffn=True))
+    again = not replace(config.system, recompute=recompute).keeps_ffn
+    config = replace(config, system=replace(config.system, recompute_ffn=again))
     weights, gradients, optimizer, gathered = _states(config, num_gpus, strategy)
     tokens = config.train.batch_size * config.model.block_size
     saved = tokens * saved_bytes(config, recompute)
@@ -254,7 +254,8 @@ def _float8_saves(config: Config, implementation: Implementation) -> float:
 
 def _ffn(config: Config) -> FFN:
     """Returns the card of the FFN as its op runs."""
-    return replace(ffn_of(config.model), recomputes=config.system.recompute_ffn)
+    system = config.system
+    return replace(ffn_of(config.model), recomputes=system.recompute_ffn or system.matmul_dtype == "fp8")
 
 
 def _mask_elements(config: Config) -> float:

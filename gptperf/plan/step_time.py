@@ -14,7 +14,7 @@ from gptperf.config import Config
 from gptperf.flops import BytesMoved
 from gptperf.flops.float8 import float8_activation_bytes, float8_bytes, float8_flops
 from gptperf.flops.matmuls import hidden_matrices
-from gptperf.flops.model_cards import optimizer_of
+from gptperf.flops.model_cards import optimizer_of, position_of
 from gptperf.hardware import Gpu
 from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move, direct_gradients
@@ -135,7 +135,7 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
     copy = rates.copy * gpu.hbm_byte_s
     per_token, weights = float8_bytes(config)
     written = float8_activation_bytes(config, sum(_bytes_moved(config, recompute).activation))
-    moved = (_memory_bound_bytes(config, recompute) - written) * tokens
+    moved = (_memory_bound_bytes(config, recompute) - written - _saved_by_packing(config, gpu, recompute)) * tokens
     memory_bound = moved / (copy * _OPS_OF_COPY[_implementation(config)])
     memory_bound += ((per_token + written) * tokens + weights * micro_batches) / (copy * _QUANTISE)
     optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
@@ -191,10 +191,26 @@ def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
     return float(moved.total + again)
 
 
+def _saved_by_packing(config: Config, gpu: Gpu, recompute: Recompute) -> int:
+    """Returns the bytes per token that do not move where `gptperf.kernels.packed_attention` runs."""
+    model, system = config.model, config.system
+    size, D = element_bytes(system.compute_dtype), model.head_width
+    watched = system.compiles or system.deterministic or recompute == "selective" or system.kernels == "eager"
+    masked = (
+        model.dropout > 0 or config.data.document_mask or any(window < model.block_size for window in model.windows)
+    )
+    has_cudnn = gpu.capability is not None and gpu.capability[0] in (9, 10)
+    if watched or masked or not has_cudnn or model.attention_backend != "sdpa" or size != 2 or D % 8 or D > 128:
+        return 0
+    saved = position_of(model).saved_by_packing(model.query_width, model.kv_width, model.qk_norm)
+    return size * model.n_layer * saved
+
+
 def _bytes_moved(config: Config, recompute: Recompute) -> BytesMoved:
     kept = _implementation(config) != "triton"
-    size, ffn = element_bytes(config.system.compute_dtype), config.system.recompute_ffn or recompute != "none"
-    return flops.bytes_moved(config.model, size, logits_kept=kept, recompute_ffn=ffn)
+    system = dataclasses.replace(config.system, recompute=recompute)
+    size, again = element_bytes(system.compute_dtype), not system.keeps_ffn
+    return flops.bytes_moved(config.model, size, logits_kept=kept, recompute_ffn=again)
 
 
 def optimizer_flops(config: Config, *, halved: bool) -> int:

@@ -72,7 +72,7 @@ def build_engine(config: Config, process: Process) -> Engine:
     muon = config.optimizer.optimizer == "muon"
     unused = GENERATION if muon else (*GENERATION, "symmetric_matmul")
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
-    if not config.system.recompute_ffn:
+    if config.system.keeps_ffn:
         ops = keeping_ffn(ops)
     direct = direct_gradients(config, process.world_size, strategy_of(config))
     gradients = dtype if direct else torch.float32

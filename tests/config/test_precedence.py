@@ -37,7 +37,6 @@ CONTRADICTIONS = [
         False,
     ),
     ("--dtype=float32", '[system]\nmatmul_dtype = "fp8"', "matmul_dtype", "dtype"),
-    ("--recompute=full", "[system]\nrecompute_ffn = false", "recompute_ffn", True),
     ("--max_iters=12", '[log]\nprofile = "100:104"', "profile", "10:12"),
 ]
 

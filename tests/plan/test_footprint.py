@@ -101,6 +101,7 @@ def built(combination: tuple[Any, ...], *flags: str) -> tuple[Config, GPT, Tenso
 
 def check_kept(combination: tuple[Any, ...], recompute: Any, *flags: str) -> str | None:
     """Returns what is wrong, or None."""
+    flags = (*flags, f"--recompute={recompute}")
     config, model, tokens, targets = built(combination, "--n_layer=2", *flags)
     model.recompute = recompute
     found = kept_bytes(model, tokens, targets)
@@ -111,6 +112,7 @@ def check_kept(combination: tuple[Any, ...], recompute: Any, *flags: str) -> str
 def check_peak(combination: tuple[Any, ...], recompute: Any, *flags: str) -> str | None:
     """Returns what is wrong by more than two activations of n_embd, or None."""
     sizes = ["--n_layer=3", "--batch_size=64", "--block_size=32", "--n_embd=64", "--vocab_size=8"]
+    flags = (*flags, f"--recompute={recompute}")
     config, model, tokens, targets = built(combination, *sizes, *flags)
     model.recompute = recompute
     parts = memory.footprint(config, recompute=recompute)
@@ -291,9 +293,9 @@ def main() -> int:
     # One mode for each combination, in turns: every mode meets every preset, position encoding and kind of attention.
     modes = cycle(("none", "selective", "full"))
     found += [check_peak(combination, mode) for combination, mode in zip(COMBINATIONS, modes, strict=False)]
-    kept = "--recompute_ffn=False"
+    again = "--recompute_ffn=True"
     found += [
-        check(combination, "none", kept) for combination in COMBINATIONS[::5] for check in (check_kept, check_peak)
+        check(combination, "none", again) for combination in COMBINATIONS[::5] for check in (check_kept, check_peak)
     ]
     for preset, level in product(("llama", "gpt2"), ("forward", "full")):
         for skip in ("", "0", "attention", "blocks.0.ffn.out"):
