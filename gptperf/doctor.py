@@ -24,7 +24,7 @@ from gptperf.errors import DeviceError, run_main
 from gptperf.formats import byte_text, counted, rough_duration
 from gptperf.hardware.compiler import compiler_problem
 from gptperf.hardware.cpu import set_up_threads, usable_cpus
-from gptperf.ops import ALL_TRITON, resolve_ops, unmeasured_versions
+from gptperf.ops import ALL_TRITON, resolve_ops, unmeasured_versions, why_not_packed
 
 __all__ = ["examine", "main", "problems", "report_lines", "try_triton"]
 
@@ -185,7 +185,10 @@ def _choices(report: dict[str, Any], device_type: str) -> dict[str, Any]:
         from gptperf.model import prefers_cudnn
 
         capability = report["gpus"][0]["capability"]
-        backends = "cuDNN first" if prefers_cudnn(tuple(capability)) else "PyTorch's order of flash, cuDNN and others"
+        backends = "PyTorch's order of flash, cuDNN and others"
+        if prefers_cudnn(tuple(capability)):
+            reason = why_not_packed(tuple(capability))
+            backends = "cuDNN first, " + ("packed" if reason is None else f"not packed: {reason}")
         compiles = _choice(
             report["triton"]["works"] and report["compiler_problem"] is None,
             f"{system.compile_scope}: torch.compile through Triton",

@@ -22,6 +22,7 @@ __all__ = [
     "keeping_ffn",
     "resolve_ops",
     "unmeasured_versions",
+    "why_not_packed",
     "without_triton",
 ]
 
@@ -106,11 +107,21 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
     return Ops(**functions, chosen=chosen, reasons=reasons, packed_attention=packed)
 
 
+def why_not_packed(capability: tuple[int, int]) -> str | None:
+    """Returns why a GPU of this compute capability cannot run `packed_attention`, or None if it can."""
+    if capability[0] not in (9, 10):
+        return "cuDNN's attention is the fastest on Hopper and on Blackwell's data-centre GPUs only"
+    if importlib.util.find_spec("cudnn") is None:
+        return "the package nvidia-cudnn-frontend is not installed"
+    return None
+
+
 def _packed_attention() -> Callable[..., Any] | None:
     """Returns the op where this GPU can run it."""
-    torch, module = importlib.import_module("torch"), importlib.import_module("gptperf.kernels.packed_attention")
-    runs = torch.cuda.is_available() and module.missing(torch.cuda.get_device_capability()) is None
-    return module.packed_attention if runs else None
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available() or why_not_packed(torch.cuda.get_device_capability()) is not None:
+        return None
+    return importlib.import_module("gptperf.kernels.packed_attention").packed_attention
 
 
 def keeping_ffn(ops: Ops) -> Ops:

@@ -15,7 +15,6 @@ Eager reference: `gptperf.kernels.reference.packed_attention`.
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -25,16 +24,7 @@ from torch.autograd.function import once_differentiable
 from gptperf.kernels.checks import check_rope
 from gptperf.kernels.rope import rotate, rotate_back
 
-__all__ = ["missing", "packed_attention"]
-
-
-def missing(capability: tuple[int, int]) -> str | None:
-    """Returns why a GPU of this compute capability cannot run the op, or None if it can."""
-    if capability[0] not in (9, 10):
-        return "cuDNN's attention is the fastest on Hopper and on Blackwell's data-centre GPUs only"
-    if importlib.util.find_spec("cudnn") is None:
-        return "the package nvidia-cudnn-frontend is not installed"
-    return None
+__all__ = ["packed_attention"]
 
 
 def _fits(qkv: Tensor, n_head: int, n_kv_head: int) -> bool:

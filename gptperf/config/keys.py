@@ -114,6 +114,8 @@ def value_problem(key: Key, value: Any) -> str | None:
         return f"found {value!r}, wanted {key.wanted}"
     if key.type is float and type(value) is int and abs(value) > _LARGEST_FLOAT:
         return f"found a whole number of {len(hex(value)) * 4} bits, wanted {key.wanted}"
+    if key.type is float and type(value) is int and int(float(value)) != value:
+        return f"found {value!r}, which would be rounded, wanted {key.wanted}; nearest: {int(float(value))}"
     if isinstance(value, str) and not value.isprintable() and key.section:
         return f"found {value!r}, wanted a string without control characters"
     if key.choices is not None and value not in key.choices:

@@ -275,19 +275,16 @@ class SystemConfig(_Section):
         """Whether the model is compiled, if its ops run as `kernels` says and none is of a plugin or manual attention.
 
         Not compiled, a step with Triton's ops takes the same time within 0.3%, and its first iteration ends 10 to 19 s
-        earlier (an H200, `bench/NOTES.md`). Recomputation and fp8 were not measured without torch.compile.
+        earlier; in fp8 it is 1.5% faster (an H200, `bench/NOTES.md`). Recomputation was not measured so.
         """
         if self.compile != "auto":
             return self.compile
         eager = self.kernels == "eager" or self.device == "cpu"
-        return eager or self.compile_scope == "model" or self.recompute != "none" or self.matmul_dtype == "fp8"
+        return eager or self.compile_scope == "model" or self.recompute != "none"
 
     @property
     def keeps_ffn(self) -> bool:
-        """Whether Triton's op keeps the activation of the FFN for backward instead of computing it again.
-
-        What `recompute` names is computed again in any case, and the kernels of fp8 write the activation in 8 bits.
-        """
+        """Whether backward reads the activation of the FFN instead of computing it again, as `recompute` and fp8 do."""
         return not self.recompute_ffn and self.recompute == "none" and self.matmul_dtype == "dtype"
 
     @property

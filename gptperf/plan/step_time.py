@@ -21,9 +21,9 @@ from gptperf.plan.memory import Recompute, Strategy, copy_engines_move, direct_g
 
 __all__ = ["band_of", "optimizer_flops", "parts_ms", "rates_of"]
 
-_LONG_SEQUENCE = 128
-"""Attention over T tokens runs at T / (T + this number) of the rate of a long sequence, because the diagonal tiles are
-half empty."""
+_LONG_SEQUENCE = 865
+"""Attention over T tokens runs at T / (T + this number) of the rate of a long sequence. Fitted to the steps of
+gpt2_124m on an H200, in which attention reaches 205 TFLOP/s at T = 1024 and 342 at 8192."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Rates:
     gemm: float
     """Matmuls, as a share of the dense peak."""
     attention: float
-    """Causal attention without windows, forward and backward at head_dim 128, as a share of the dense peak."""
+    """Causal attention of a very long sequence without windows, forward and backward at head_dim 128, as a share of the
+    dense peak."""
     copy: float
     """A copy, as a share of the memory bandwidth."""
     bus_byte_s: float
@@ -51,8 +52,11 @@ slower, the masks of T x T elements that replace FlexAttention with dropout, and
 _FLOAT8, _QUANTISE = 0.68, 0.60
 """Share of the fp8 peak that fp8 matmuls reach, and share of the rate of a copy that kernels reach which quantise.
 Both are fitted to the profile of one step of llama_1.36b on an H200, so neither is known for other models and GPUs."""
-_NARROW = 0.68
+_NARROW = 0.83
 """Share of `Rates.attention` that attention reaches at head_dim 64 and less."""
+_DROPOUT_FLOPS = 690
+"""FLOPs in the time of which attention draws the random numbers of dropout for a pair of query and key, forward and
+backward. Fitted to shakespeare_char at 2 x 8192 on an H200."""
 _MEASURED = 0.10
 _ASSUMED = 0.25
 # H200, PyTorch 2.11: products of llama_1.36b 692 TFLOP/s and of gpt2_124m 706 of 989.4; attention 319 at (16, 16, 2048,
@@ -60,17 +64,17 @@ _ASSUMED = 0.25
 # GB/s. The others are assumed by analogy: the same share of the peak, FlashAttention-2 where cuDNN is not first, and
 # the NVLink of that generation.
 _BY_CAPABILITY = {
-    (7, 0): Rates(0.70, 0.12, 0.88, 130e9, _ASSUMED),
-    (7, 5): Rates(0.50, 0.12, 0.85, 10e9, _ASSUMED),  # a T4 at its 70 W does not hold its clocks
-    (8, 0): Rates(0.80, 0.45, 0.88, 230e9, _ASSUMED),
-    (8, 6): Rates(0.75, 0.42, 0.88, 20e9, _ASSUMED),
-    (8, 9): Rates(0.75, 0.42, 0.88, 20e9, _ASSUMED),
-    (9, 0): Rates(0.705, 0.342, 0.885, 355e9, _ASSUMED),
-    (10, 0): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
-    (10, 3): Rates(0.70, 0.33, 0.88, 650e9, _ASSUMED),
-    (12, 0): Rates(0.80, 0.42, 0.88, 20e9, _ASSUMED),
+    (7, 0): Rates(0.70, 0.16, 0.88, 130e9, _ASSUMED),
+    (7, 5): Rates(0.50, 0.16, 0.85, 10e9, _ASSUMED),  # a T4 at its 70 W does not hold its clocks
+    (8, 0): Rates(0.80, 0.60, 0.88, 230e9, _ASSUMED),
+    (8, 6): Rates(0.75, 0.56, 0.88, 20e9, _ASSUMED),
+    (8, 9): Rates(0.75, 0.56, 0.88, 20e9, _ASSUMED),
+    (9, 0): Rates(0.705, 0.459, 0.885, 355e9, _ASSUMED),
+    (10, 0): Rates(0.70, 0.44, 0.88, 650e9, _ASSUMED),
+    (10, 3): Rates(0.70, 0.44, 0.88, 650e9, _ASSUMED),
+    (12, 0): Rates(0.80, 0.56, 0.88, 20e9, _ASSUMED),
 }
-_GIVEN = Rates(0.70, 0.34, 0.88, 20e9, 0.35)
+_GIVEN = Rates(0.70, 0.455, 0.88, 20e9, 0.35)
 """The shares of a GPU that the user describes: the middle of the table, and no NVLink."""
 _PCIE_BUS_BYTE_S = 20e9
 _WITHOUT_NVLINK = ("A30",)
@@ -132,6 +136,7 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         float8_peak = gpu.dense_tflops["fp8"] * 1e12
         gemm -= float8_flops(config, again) * tokens * (1 / (rates.gemm * peak) - 1 / (_FLOAT8 * float8_peak))
     attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
+    attention += _dropout_s(config, rates, peak) * scores * tokens
     copy = rates.copy * gpu.hbm_byte_s
     per_token, weights = float8_bytes(config)
     written = float8_activation_bytes(config, sum(_bytes_moved(config, recompute).activation))
@@ -165,9 +170,20 @@ def _waiting_s(config: Config, micro_batches: float, gpu_s: float) -> float:
 
 
 def _attention_share(config: Config, rates: Rates) -> float:
-    model = config.model
-    share = rates.attention * model.block_size / (model.block_size + _LONG_SEQUENCE)
-    return share * (1.0 if model.head_width > 64 else _NARROW) * _mask_share(config)
+    T = config.model.block_size
+    return _long_share(config, rates) * T / (T + _LONG_SEQUENCE) * _mask_share(config)
+
+
+def _long_share(config: Config, rates: Rates) -> float:
+    return rates.attention * (1.0 if config.model.head_width > 64 else _NARROW)
+
+
+def _dropout_s(config: Config, rates: Rates, peak: float) -> float:
+    """Returns the seconds that dropout adds to attention, for each FLOP of the scores of the forward pass."""
+    if config.model.dropout == 0:
+        return 0.0
+    flops_of_pair = 4 * config.model.head_width
+    return _DROPOUT_FLOPS / flops_of_pair / (_long_share(config, rates) * peak)
 
 
 def _mask_share(config: Config) -> float:

@@ -84,7 +84,7 @@ def startup_info(
         info["plan"] = plan_record(planned)
         lines = [*plan_lines(planned), *_float8_pays(config, planned)]
         info["notes"] = [*info["notes"], *(f"plan: {line}" for line in lines)]
-    info |= _hardware(process, config, peak)
+    info |= _hardware(process, config, peak, packs=engine.ops.packed_attention is not None)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
 
@@ -127,8 +127,11 @@ def _moved_by(collectives: Collectives) -> str:
     return f", moved by NCCL: {collectives.reason}" if collectives.device.type == "cuda" and collectives.reason else ""
 
 
-def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInfo:
-    """Returns the fields of the startup info that describe the device."""
+def _hardware(process: Process, config: Config, peak: Peak | None, *, packs: bool) -> StartupInfo:
+    """Returns the fields of the startup info that describe the device.
+
+    `packs` says whether cuDNN may write the gradients of queries, keys and values side by side.
+    """
     if process.device.type != "cuda":
         threads = torch.get_num_threads()
         name = f"CPU ({platform.machine()}), {counted(threads, 'thread')}"
@@ -138,6 +141,7 @@ def _hardware(process: Process, config: Config, peak: Peak | None) -> StartupInf
     if backend == "sdpa":
         cudnn = prefers_cudnn(torch.cuda.get_device_capability(process.device))
         backend += ", cuDNN first" if cudnn else ", in PyTorch's order"
+        backend += ", packed" if packs else ""
     info: StartupInfo = {
         "attention_backend": backend,
         "device": properties.name,

@@ -17,9 +17,9 @@ from gptperf.kernels import reference
 from gptperf.kernels.packed_attention import packed_attention
 from gptperf.kernels.rope import rope
 from gptperf.model import GPT
-from gptperf.ops import resolve_ops
+from gptperf.ops import resolve_ops, why_not_packed
 
-HAS_CUDNN = DEVICE == "cuda" and module.missing(torch.cuda.get_device_capability()) is None
+HAS_CUDNN = DEVICE == "cuda" and why_not_packed(torch.cuda.get_device_capability()) is None
 VARIANTS = ["none", "rope", "rope_interleaved", "rope_qk_norm", "rope_qk_norm_interleaved"]
 HEADS = [(3, 3), (4, 2), (6, 1)]
 

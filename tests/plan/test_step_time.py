@@ -67,8 +67,18 @@ def test_attention_is_slower_with_short_sequences_and_narrow_heads() -> None:
         work = flops.flops_per_token(model).scores / model.block_size  # of a token, and so of a batch of equal tokens
         return work / (parts_of(*flags)["attention"] / model.block_size)
 
-    assert rate("--block_size=128") == pytest.approx(rate("--block_size=131072") / 2, rel=1e-2)
-    assert rate("--n_head=32") < 0.8 * rate("--n_head=16")
+    assert rate("--block_size=865") == pytest.approx(rate("--block_size=131072") / 2, rel=1e-2)
+    assert rate("--n_head=32") < 0.85 * rate("--n_head=16")
+
+
+def test_dropout_takes_time_for_each_pair_of_query_and_key() -> None:
+    added = []
+    for T in (1024, 4096):
+        sizes = f"--block_size={T}", "--n_head=32"
+        with_dropout, without = parts_of("--dropout=0.1", *sizes), parts_of(*sizes)
+        added.append((with_dropout["attention"] - without["attention"]) / T)  # per token
+    assert added[0] > 0
+    assert added[1] / added[0] == pytest.approx((4096 + 1) / (1024 + 1))
 
 
 def test_windows_and_documents_run_in_flex_attention() -> None:

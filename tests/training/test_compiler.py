@@ -70,7 +70,7 @@ def test_a_flag_that_cannot_be_honoured_is_refused(broken: str, corpus: Path, tm
         (["--device=cpu"], True),
         (["--compile_scope=model"], True),
         (["--recompute=selective"], True),
-        (["--matmul_dtype=fp8"], True),
+        (["--matmul_dtype=fp8"], False),
     ],
 )
 def test_by_default_what_gains_is_compiled(flags: list[str], compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
