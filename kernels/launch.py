@@ -6,7 +6,11 @@ kernel that was launched before with arguments of the same kind is not looked up
 registered op.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ceil_div", "launch", "power_of_2", "register", "wait_for_previous"]
+__all__ = ["ceil_div", "compile_ahead", "launch", "power_of_2", "register", "wait_for_previous"]
 
 EARLY = True
 """Whether kernels with the constant `EARLY` are launched early where the GPU can do so; see `wait_for_previous`."""
@@ -27,6 +31,8 @@ _COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 _registered: list[Any] = []
 _launched: dict[tuple[Any, ...], Any] = {}
 """Properties that Triton compiles a kernel for -> the compiled kernel."""
+_ahead: contextvars.Context | None = None
+"""The context in which `launch` only compiles, while `compile_ahead` is active."""
 
 
 def register(
@@ -139,6 +145,23 @@ def _launches_early(device: torch.device) -> bool:
     return EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@contextlib.contextmanager
+def compile_ahead(threads: int) -> Iterator[None]:
+    """Compiles kernels in parallel: in the body `launch` starts their compilation in threads, and does not run them.
+
+    So the outputs of ops are undefined in the body. After it all kernels are compiled. The error of one that cannot be
+    compiled is raised when it is launched.
+    """
+    global _ahead
+    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
+        # Backward launches in a thread of its own, which does not see the context variable of Triton's mode.
+        _ahead = contextvars.copy_context()
+        try:
+            yield
+        finally:
+            _ahead = None
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -163,6 +186,9 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, scalars, constants)
+    if _ahead is not None:
+        _ahead.run(partial(kernel.warmup, *tensors, *scalars, grid=grid, **constants))
+        return None
     # Triton's own launcher is used in two cases: the interpreter has no compiled kernel, and a kernel that is compiled
     # for addresses that are multiples of 16 is wrong for other addresses, which views may have.
     if not isinstance(kernel, triton.JITFunction) or any(x.data_ptr() % 16 for x in tensors):

@@ -119,7 +119,8 @@ def test_modules_before_the_configuration_load_no_torch() -> None:
 
 def test_kernels_import_torch_and_triton_only() -> None:
     """And one another; the reference, its products and the checks run without Triton, which is not everywhere."""
-    standard = {"math", "collections", "functools", "importlib", "typing", "warnings"}
+    standard = {"collections", "concurrent", "contextlib", "contextvars", "functools", "importlib", "math", "typing"}
+    standard |= {"warnings"}
     for path in KERNELS:
         everywhere = path.name in ("reference.py", "attention_reference.py", "checks.py", "linear.py")
         tree = ast.parse(path.read_text())

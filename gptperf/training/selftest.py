@@ -1,10 +1,13 @@
 """The self-test before training: runs every Triton op that a model calls, and compares it with eager PyTorch.
 
-Both run on the device of the training run, on a few rows with the model's widths, for which the kernels are compiled.
+Both run on the device of the training run, on a few rows with the model's widths, for which the kernels are compiled
+first, in parallel.
 The self-test finds a kernel that does not compile, does not fit the GPU or computes wrong results. It does not measure
 small errors; the tests of the kernels do.
 """
 
+import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +21,7 @@ from gptperf.cards import FFN, Norm, PositionEncoding
 from gptperf.config import ModelConfig
 from gptperf.flops.model_cards import ffn_of
 from gptperf.kernels import reference
-from gptperf.kernels.checks import DECODE_WIDTH
+from gptperf.kernels.checks import DECODE_WIDTH, interpreter_is_on
 from gptperf.ops import Ops
 
 __all__ = ["broken_ops"]
@@ -26,6 +29,8 @@ __all__ = ["broken_ops"]
 _Op = Callable[..., Any]
 _Run = Callable[[_Op], list[Tensor]]
 ROWS = 32
+_THREADS = 16
+"""Most threads that compile kernels."""
 TOLERANCE = 0.05
 """Largest allowed difference, relative to the norm of the result. The error is 0.005 for bfloat16, and about 1 for a
 wrong kernel."""
@@ -62,11 +67,22 @@ def broken_ops(
     # Triton's cache raises OSError, and its C compiler CalledProcessError. If the GPU has no memory left, no kernel is
     # at fault, so that error is raised.
     failures = (TritonError, RuntimeError, ValueError, OSError, ImportError, subprocess.SubprocessError)
-    found: dict[str, str] = {}
     unused = set() if trains else _OF_TRAINING
-    for op, run in _runs(model, device, dtype, (moments, gradients), trains):
-        chosen = ops.packed_attention is not None if op == _PACKED else ops.chosen.get(op) == "triton"
-        if not chosen or op in found or op in unused:
+    runs = [
+        (op, run)
+        for op, run in _runs(model, device, dtype, (moments, gradients), trains)
+        if _is_chosen(ops, op) and op not in unused
+    ]
+    if not interpreter_is_on():
+        from gptperf.kernels.launch import compile_ahead
+
+        with compile_ahead(min(os.cpu_count() or 1, _THREADS)):
+            for op, run in runs:
+                with contextlib.suppress(*failures):  # found below
+                    run(getattr(ops, op))
+    found: dict[str, str] = {}
+    for op, run in runs:
+        if op in found:
             continue
         try:
             ours = run(getattr(ops, op))
@@ -80,6 +96,10 @@ def broken_ops(
         if not off <= TOLERANCE:
             found[op] = f"its kernel is off eager PyTorch by {off:.2g} of the norm on this GPU"
     return found
+
+
+def _is_chosen(ops: Ops, op: str) -> bool:
+    return ops.packed_attention is not None if op == _PACKED else ops.chosen.get(op) == "triton"
 
 
 _PACKED = "packed_attention"
@@ -258,7 +278,7 @@ def _drawn(function: _Op, inputs: _Inputs) -> list[Tensor]:
     V = inputs.model.padded_vocab_size
     logits, uniform = inputs.normal(16, 1, V).detach(), torch.full((1,), 0.7, device=inputs.device)
     drawn = function(logits, uniform, V, 0.8, min(50, V))
-    among = logits[0, drawn] >= logits[0].topk(min(50, V)).values[-1]
+    among = logits[0, drawn.clamp(0, V - 1)] >= logits[0].topk(min(50, V)).values[-1]
     return [function(logits, uniform, V, 0.0), among]
 
 
