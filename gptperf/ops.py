@@ -38,6 +38,7 @@ OPS = {
     "draw": "gptperf.kernels.draw",
     "adamw": "gptperf.kernels.adamw",
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
+    "sum_shares": "gptperf.kernels.sum_shares",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 GENERATION = ("decode_attention", "decode_linear", "draw")
@@ -70,6 +71,7 @@ class Ops:
     draw: Callable[..., Any]
     adamw: Callable[..., None]
     symmetric_matmul: Callable[..., Any]
+    sum_shares: Callable[..., None]
     chosen: dict[str, str]
     """Op name -> "eager" or "triton", for the ops that are used."""
     reasons: dict[str, str]

@@ -5,7 +5,7 @@ optimizer launches per step.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -18,7 +18,10 @@ from gptperf.distributed.bucket_sizes import join_units
 from gptperf.distributed.collectives import Pending
 
 __all__ = ["BUCKET_NUMEL", "Bucket", "BucketGroup", "Layout", "Piece", "Place", "by_size", "gaps"]
-__all__ += ["gradient_of", "group_of"]
+__all__ += ["SumShares", "add_gradients", "gradient_of", "group_of"]
+
+SumShares = Callable[[Tensor, Tensor, Tensor, int, bool], None]
+"""The op `gptperf.kernels.sum_shares`."""
 
 
 class BucketGroup(Enum):
@@ -167,3 +170,20 @@ def by_size(parameters: dict[str, nn.Parameter], numel: int, hidden_numel: int =
         least = max(numel, hidden_numel) if group is BucketGroup.HIDDEN else numel
         units = [[name] for name in names]
         yield from join_units(units, {name: x.numel() for name, x in parameters.items()}, least)
+
+
+def add_gradients(pairs: list[tuple[Tensor, Tensor]], sum_shares: SumShares | None) -> None:
+    """Adds gradients to their float32 sums.
+
+    Args:
+        pairs: sums, each with a gradient of its shape.
+        sum_shares: the op for gradients in 16 bits; None: PyTorch, which does not vectorise an addition of two dtypes.
+    """
+    if sum_shares is not None:
+        for total, gradient in pairs:
+            if gradient.dtype != total.dtype:
+                own = gradient.reshape(-1)
+                sum_shares(total.view(-1), own, own.new_empty((0, own.numel())), 0, True)
+        pairs = [(total, gradient) for total, gradient in pairs if gradient.dtype == total.dtype]
+    if pairs:
+        torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])

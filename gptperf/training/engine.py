@@ -70,7 +70,9 @@ def build_engine(config: Config, process: Process) -> Engine:
     dtype = build.DTYPES[config.system.compute_dtype]
     moments = build.DTYPES[config.optimizer.optimizer_state_dtype]
     muon = config.optimizer.optimizer == "muon"
-    unused = GENERATION if muon else (*GENERATION, "symmetric_matmul")
+    single = config.train.gradient_accumulation_steps == process.world_size
+    needed = {"symmetric_matmul": muon, "sum_shares": not single and dtype != torch.float32}
+    unused = (*GENERATION, *(op for op, need in needed.items() if not need))
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
     if config.system.keeps_ffn:
         ops = keeping_ffn(ops)
@@ -81,8 +83,9 @@ def build_engine(config: Config, process: Process) -> Engine:
     ops = without_triton(ops, config.system.kernels, broken)
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
-    single = config.train.gradient_accumulation_steps == process.world_size
     weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
+    if ops.chosen.get("sum_shares") == "triton":
+        weights.sum_shares = ops.sum_shares
     float8 = make_float8(model, config, process.device, triton="triton" in ops.chosen.values())
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)

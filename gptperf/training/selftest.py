@@ -103,7 +103,7 @@ def _is_chosen(ops: Ops, op: str) -> bool:
 
 
 _PACKED = "packed_attention"
-_OF_TRAINING = {"adamw", "symmetric_matmul", "linear_cross_entropy"}
+_OF_TRAINING = {"adamw", "symmetric_matmul", "linear_cross_entropy", "sum_shares"}
 """Ops that a model which is not trained does not call."""
 
 
@@ -205,6 +205,7 @@ def _runs(
     ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
     yield "adamw", lambda op: _updated(op, device, dtype, *of_adamw)
     yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
+    yield "sum_shares", lambda op: _accumulated(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
             yield norm.op, partial(run, arguments=_NORMS[norm.op](inputs, residual))
@@ -293,6 +294,13 @@ def _updated(
     seeds = torch.arange(ROWS, dtype=torch.int32, device=device) if moments == torch.bfloat16 else None
     function(master, gradient.to(gradients), exp_avg, exp_avg_sq, copy, scalars, 0.9, 0.95, 1e-8, 0.1, seeds)
     return [master, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
+
+
+def _accumulated(function: _Op, inputs: _Inputs) -> list[Tensor]:
+    """Returns the sum of a gradient and of those before it."""
+    total, own = inputs.normal(21, 64 * ROWS, dtype=torch.float32).detach(), inputs.normal(22, 64 * ROWS).detach()
+    function(total, own, own.new_empty((0, own.numel())), 0, True)
+    return [total]
 
 
 def _symmetric(function: _Op, inputs: _Inputs) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gptperf.config import ModelConfig, SystemConfig, command_line
 from gptperf.distributed.process import Process, start_process
 from gptperf.distributed.replicated import Replicated
+from gptperf.kernels.sum_shares import sum_shares
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.plan.memory import direct_gradients, strategy_of
@@ -251,3 +252,30 @@ def test_the_plan_knows_in_which_dtype_gradients_are(dtype: str, micro_batches: 
     config = command_line.resolve(given).config
     weights = make_weights(GPT(config.model), config.system, start_process("cpu"), micro_batches == 1)
     assert weights.direct is direct_gradients(config, 1, strategy_of(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_accumulation_by_the_op_has_the_bits_of_pytorchs(dtype: torch.dtype) -> None:
+    """Three micro-batches; the vectors, whose gradients are float32, are added by PyTorch."""
+    found = []
+    for op in (None, sum_shares):
+        torch.manual_seed(0)
+        model, calls = GPT(ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50)), []
+        weights = Replicated(model, dtype)
+        if op is not None:
+            weights.sum_shares = lambda *given, calls=calls: (calls.append(given[0]), sum_shares(*given))[1]  # type: ignore[misc]
+        weights.share()
+        weights.start_step()
+        for step in range(3):
+            weights.start_micro_batch(step == 2)
+            tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(tokens, tokens.roll(1))
+            loss.backward()
+        weights.finish_gradients()
+        found.append({name: weights.gradient(name).clone() for name in weights.places})
+        matrices = [name for name, p in model.named_parameters() if p.ndim >= 2]
+        assert len(calls) == (0 if op is None or dtype == torch.float32 else 2 * len(matrices))
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+        assert gradient.abs().max() > 0
