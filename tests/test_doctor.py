@@ -79,6 +79,15 @@ def test_a_healthy_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "compile                block: torch.compile through Triton" in text
 
 
+@pytest.mark.parametrize("reason", [None, "the package is not installed"])
+def test_what_packs_attention(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "why_not_packed", lambda capability: reason)
+    give_gpu(monkeypatch, "NVIDIA H200", 150.1, (9, 0))
+    assert f"sdpa: cuDNN first, {'packed' if reason is None else f'not packed: {reason}'}\n" in run(capsys)[1]
+
+
 def test_an_unknown_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     give_gpu(monkeypatch, "NVIDIA GB10", 128.5, (12, 1))
     code, text = run(capsys)

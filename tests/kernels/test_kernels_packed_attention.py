@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from kernel_cases import DEVICE, Result, rope_case, run
 from kernel_rule import check
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptperf.config import command_line
@@ -115,6 +116,21 @@ def test_an_op_that_kept_the_projection_is_refused() -> None:
     assert y is not None
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_may_be_recomputed(variant: str) -> None:
+    """As with `recompute = "full"`: backward computes the projection again, which the op overwrites again."""
+    case = _case(variant, (4, 2), 9, 16, torch.float16)
+    others = case.others | {name: x for name, x in case.tensors.items() if name != "qkv"}
+    found = []
+    for again in (False, True):
+        x = case.tensors["qkv"].clone().requires_grad_()
+        function = lambda x: packed_attention(x * 2, **others)  # noqa: E731
+        y = checkpoint(function, x, use_reentrant=False) if again else function(x)
+        y.backward(_incoming(case))
+        found.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
