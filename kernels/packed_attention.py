@@ -28,13 +28,17 @@ __all__ = ["packed_attention"]
 
 
 def _fits(qkv: Tensor, n_head: int, n_kv_head: int) -> bool:
-    """Returns whether nothing watches the ops, and cuDNN has the dtype and the shape; it is not deterministic."""
+    """Returns whether the op can run now: nothing watches the ops, and cuDNN takes the dtype and the shape.
+
+    With deterministic algorithms it cannot, because cuDNN's backward adds up dq in an order that varies.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active() or torch.are_deterministic_algorithms_enabled():
         return False
     D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
-    return type(qkv) is Tensor and qkv.dtype in _CUDNN_TYPES and D % 8 == 0 and D <= 128 and qkv.shape[1] > 1
+    takes = qkv.dtype in _CUDNN_TYPES and D % 8 == 0 and D <= 128 and qkv.shape[1] > 1 and qkv.numel() > 0
+    return takes and type(qkv) is Tensor
 
 
 class _PackedAttention(torch.autograd.Function):
