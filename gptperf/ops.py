@@ -38,7 +38,7 @@ OPS = {
     "draw": "gptperf.kernels.draw",
     "adamw": "gptperf.kernels.adamw",
     "symmetric_matmul": "gptperf.kernels.symmetric_matmul",
-    "sum_shares": "gptperf.kernels.sum_shares",
+    "accumulate": "gptperf.kernels.accumulate",
 }
 """Op name -> module of its Triton kernel. `gptperf.kernels.reference` has an eager function for each name."""
 GENERATION = ("decode_attention", "decode_linear", "draw")
@@ -71,13 +71,15 @@ class Ops:
     draw: Callable[..., Any]
     adamw: Callable[..., None]
     symmetric_matmul: Callable[..., Any]
-    sum_shares: Callable[..., None]
+    accumulate: Callable[..., None]
     chosen: dict[str, str]
     """Op name -> "eager" or "triton", for the ops that are used."""
     reasons: dict[str, str]
     """Op name -> why it runs in eager PyTorch although `kernels` is "auto"."""
     packed_attention: Callable[..., Any] | None = None
     """Attention of a packed projection, which cuDNN computes; None where the model calls `rope` and SDPA instead."""
+    not_packed: str = ""
+    """Why there is no `packed_attention`."""
 
 
 def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) -> Ops:
@@ -105,8 +107,9 @@ def resolve_ops(kernels: str, device_type: str, unused: Collection[str] = ()) ->
         else:
             reasons[op] = reason
     _refuse(kernels, reasons)
-    packed = _packed_attention() if chosen.get("rope") == "triton" else None
-    return Ops(**functions, chosen=chosen, reasons=reasons, packed_attention=packed)
+    not_packed = _why_not_packed() if chosen.get("rope") == "triton" else "rope runs in eager PyTorch"
+    packed = None if not_packed else importlib.import_module("gptperf.kernels.packed_attention").packed_attention
+    return Ops(**functions, chosen=chosen, reasons=reasons, packed_attention=packed, not_packed=not_packed)
 
 
 def why_not_packed(capability: tuple[int, int]) -> str | None:
@@ -118,12 +121,11 @@ def why_not_packed(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def _packed_attention() -> Callable[..., Any] | None:
-    """Returns the op where this GPU can run it."""
+def _why_not_packed() -> str:
     torch = importlib.import_module("torch")
-    if not torch.cuda.is_available() or why_not_packed(torch.cuda.get_device_capability()) is not None:
-        return None
-    return importlib.import_module("gptperf.kernels.packed_attention").packed_attention
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return why_not_packed(torch.cuda.get_device_capability()) or ""
 
 
 def keeping_ffn(ops: Ops) -> Ops:
@@ -139,12 +141,15 @@ def without_triton(ops: Ops, kernels: str, reasons: dict[str, str]) -> Ops:
     Raises:
         DeviceError: `kernels` is "triton" and `reasons` is not empty.
     """
+    not_packed = reasons.get("packed_attention", "rope runs in eager PyTorch" if "rope" in reasons else "")
+    if not_packed:  # rope and SDPA are as good a choice of Triton's ops
+        ops = replace(ops, packed_attention=None, not_packed=not_packed)
+    reasons = {op: reason for op, reason in reasons.items() if op in OPS}
     _refuse(kernels, reasons)
     reference = importlib.import_module("gptperf.kernels.reference")
-    functions = {op: getattr(reference, op) for op in reasons if op in OPS}
-    chosen = ops.chosen | dict.fromkeys(functions, "eager")
-    packed = None if reasons.keys() & {"rope", "packed_attention"} else ops.packed_attention
-    return replace(ops, **functions, packed_attention=packed, chosen=chosen, reasons=ops.reasons | reasons)
+    functions = {op: getattr(reference, op) for op in reasons}
+    chosen = ops.chosen | dict.fromkeys(reasons, "eager")
+    return replace(ops, **functions, chosen=chosen, reasons=ops.reasons | reasons)
 
 
 def _refuse(kernels: str, reasons: dict[str, str]) -> None:

@@ -181,6 +181,19 @@ def check_adamw(
         raise ValueError(f"adamw: found seeds {_describe(seeds)}, wanted {wanted}")
 
 
+def check_accumulate(total: Tensor, gradient: Tensor) -> None:
+    """Checks the arguments of accumulate.
+
+    Raises:
+        ValueError: total is not contiguous float32, or the gradient has another shape or device.
+    """
+    if total.dtype != torch.float32 or not total.is_contiguous():
+        raise ValueError(f"accumulate: found total {_describe(total)}, wanted torch.float32, contiguous")
+    if gradient.shape != total.shape or gradient.device != total.device:
+        wanted = f"{tuple(total.shape)} on {total.device}"
+        raise ValueError(f"accumulate: found gradient {_describe(gradient)}, wanted {wanted}")
+
+
 def check_symmetric_matmul(x: Tensor, z: Tensor | None, add: Tensor | None) -> None:
     """Checks the arguments of symmetric_matmul.
 

@@ -140,7 +140,10 @@ def _backward_graph(
     )
     for tensor, (shape, stride) in zip(found, layout[len(given) :], strict=True):
         tensor.set_output(True).set_dim(list(shape)).set_stride(list(stride))
-    graph.build([cudnn.heur_mode.A])
+    try:
+        graph.build([cudnn.heur_mode.A])
+    except cudnn.cudnnGraphNotSupportedError as error:  # of no class that callers know
+        raise RuntimeError(f"cuDNN has no backward of attention for these tensors: {error}") from error
     return graph, [*given, *found]
 
 

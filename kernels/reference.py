@@ -16,6 +16,7 @@ from torch import Tensor
 from gptperf.kernels.adamw_reference import adamw
 from gptperf.kernels.attention_reference import decode_attention, packed_attention, rope
 from gptperf.kernels.checks import (
+    check_accumulate,
     check_activation,
     check_decode_linear,
     check_draw,
@@ -26,7 +27,16 @@ from gptperf.kernels.checks import (
 )
 from gptperf.kernels.linear import add_product, linear
 
-__all__ = ["ACTIVATIONS", "activation", "adamw", "decode_attention", "decode_linear", "draw", "layer_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "accumulate",
+    "activation",
+    "adamw",
+    "decode_attention",
+    "decode_linear",
+    "draw",
+    "layer_norm",
+]
 __all__ += ["linear_cross_entropy", "packed_attention", "rms_norm", "rope", "softcapped", "sum_shares", "swiglu"]
 __all__ += ["symmetric_matmul"]
 
@@ -298,3 +308,17 @@ def sum_shares(out: Tensor, own: Tensor, pulled: Tensor, rank: int, add: bool) -
     for x in (*pulled[:rank], own, *pulled[rank:]):
         total += x.float()
     out.copy_(out + total if add else total)
+
+
+def accumulate(total: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient to the sum of those before it.
+
+    Args:
+        total: any shape, float32, contiguous; the gradient is added to it.
+        gradient: in the shape of total, in any floating-point dtype.
+
+    Raises:
+        ValueError: total is not contiguous float32, or the gradient has another shape or device.
+    """
+    check_accumulate(total, gradient)
+    total.add_(gradient)

@@ -38,7 +38,7 @@ class PositionEncoding:
 
     def saved_by_packing(self, HD: int, KD: int, qk_norm: bool) -> int:
         """Returns the elements per token and layer of `moved` that the op `packed_attention` does not move."""
-        return 0 if qk_norm else 2 * (HD + 2 * KD)
+        return 0
 
     def kept(self, HD: int, KD: int, qk_norm: bool) -> int:
         """Returns the elements kept for backward per token and layer: q, k, v, and the input of QK-norm."""
@@ -57,7 +57,14 @@ class PositionEncoding:
         return 0.0 if compiled else 2.0 * HD
 
 
-class LearnedAbsolute(PositionEncoding):
+class NoPosition(PositionEncoding):
+    """The built-in split, which the op `packed_attention` knows."""
+
+    def saved_by_packing(self, HD: int, KD: int, qk_norm: bool) -> int:
+        return 0 if qk_norm else 2 * (HD + 2 * KD)
+
+
+class LearnedAbsolute(NoPosition):
     """A table of T vectors that are added to the token embeddings."""
 
     def parameters(self, T: int, C: int) -> int:
@@ -95,6 +102,6 @@ class RoPE(PositionEncoding):
         return float(HD) if compiled else 6.5 * HD
 
 
-NO_POSITION = PositionEncoding(cost=Cost(0, "no position encoding"), documents=True)
+NO_POSITION = NoPosition(cost=Cost(0, "no position encoding"), documents=True)
 LEARNED_ABSOLUTE = LearnedAbsolute(cost=Cost(1, "plus, of an embedding"), documents=True)
 ROPE = RoPE(cost=Cost(3, "four products and two sums for two elements of a query or key"), op="rope", documents=True)

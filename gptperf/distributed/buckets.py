@@ -18,10 +18,10 @@ from gptperf.distributed.bucket_sizes import join_units
 from gptperf.distributed.collectives import Pending
 
 __all__ = ["BUCKET_NUMEL", "Bucket", "BucketGroup", "Layout", "Piece", "Place", "by_size", "gaps"]
-__all__ += ["SumShares", "add_gradients", "gradient_of", "group_of"]
+__all__ += ["Accumulate", "add_gradients", "gradient_of", "group_of"]
 
-SumShares = Callable[[Tensor, Tensor, Tensor, int, bool], None]
-"""The op `gptperf.kernels.sum_shares`."""
+Accumulate = Callable[[Tensor, Tensor], None]
+"""The op `gptperf.kernels.accumulate`."""
 
 
 class BucketGroup(Enum):
@@ -172,18 +172,17 @@ def by_size(parameters: dict[str, nn.Parameter], numel: int, hidden_numel: int =
         yield from join_units(units, {name: x.numel() for name, x in parameters.items()}, least)
 
 
-def add_gradients(pairs: list[tuple[Tensor, Tensor]], sum_shares: SumShares | None) -> None:
+def add_gradients(pairs: list[tuple[Tensor, Tensor]], accumulate: Accumulate | None) -> None:
     """Adds gradients to their float32 sums.
 
     Args:
         pairs: sums, each with a gradient of its shape.
-        sum_shares: the op for gradients in 16 bits; None: PyTorch, which does not vectorise an addition of two dtypes.
+        accumulate: the op for gradients in 16 bits; None: PyTorch.
     """
-    if sum_shares is not None:
+    if accumulate is not None:
         for total, gradient in pairs:
             if gradient.dtype != total.dtype:
-                own = gradient.reshape(-1)
-                sum_shares(total.view(-1), own, own.new_empty((0, own.numel())), 0, True)
+                accumulate(total, gradient)
         pairs = [(total, gradient) for total, gradient in pairs if gradient.dtype == total.dtype]
     if pairs:
         torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])

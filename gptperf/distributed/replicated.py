@@ -29,11 +29,11 @@ from gptperf.distributed.access import Access
 from gptperf.distributed.bucket_sizes import ALIGN, cut_between, least_numel
 from gptperf.distributed.buckets import (
     BUCKET_NUMEL,
+    Accumulate,
     Bucket,
     BucketGroup,
     Layout,
     Place,
-    SumShares,
     add_gradients,
     by_size,
     gaps,
@@ -87,7 +87,7 @@ class Replicated(Access):
         self.single = single and self.collectives.widens and self.wire_dtype.itemsize < 4
         # With float16, GradScaler looks for float32 gradients.
         self.direct = single and self.world_size == 1 and not self.is_sharded and compute_dtype != torch.float16
-        self.sum_shares: SumShares | None = None
+        self.accumulate: Accumulate | None = None
         self._last_micro_batch = False
         # Number of buckets whose reduction has begun in this micro-batch: always the first ones, see `_arrive`.
         self._reduced = 0
@@ -274,7 +274,7 @@ class Replicated(Access):
         if first:
             torch._foreach_copy_([self.gradient(n) for n in first], [bucket.arrived[n] for n in first])
         if more:
-            add_gradients([(self.gradient(n), bucket.arrived[n]) for n in more], self.sum_shares)
+            add_gradients([(self.gradient(n), bucket.arrived[n]) for n in more], self.accumulate)
         bucket.arrived.clear()
 
     def _complete(self, bucket: Bucket) -> None:

@@ -22,7 +22,7 @@ PARTS = ("gemm", "attention", "memory_bound", "optimizer", "other", "loader", "c
 transfers count only while nothing computes. host_gaps are the moments in which nothing runs at all."""
 _MARKS = (
     ("communication", r"nccl|^_sum_shares|Memcpy PtoP"),
-    ("optimizer", r"^_adamw|^_symmetric_matmul|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
+    ("optimizer", r"^_adamw|^_accumulate|^_symmetric_matmul|^triton_.*lerp|multi_tensor_apply|NormTwoOps"),
     ("gemm", r"^triton_tem_.*mm"),
     ("memory_bound", r"^triton_"),
     ("attention", r"sdpa|flash|fmha|cudnn::fusion|attention"),

@@ -18,6 +18,7 @@ from gptperf.flops.model_cards import optimizer_of, position_of
 from gptperf.hardware import Gpu
 from gptperf.plan.host_time import gaps_ms, graph_problem, graphs_pay, host_ms
 from gptperf.plan.memory import Recompute, Strategy, copy_engines_move, direct_gradients
+from gptperf.plan.packing import packing_problem
 
 __all__ = ["band_of", "optimizer_flops", "parts_ms", "rates_of"]
 
@@ -136,14 +137,14 @@ def parts_ms(config: Config, gpu: Gpu, num_gpus: int, strategy: Strategy, recomp
         float8_peak = gpu.dense_tflops["fp8"] * 1e12
         gemm -= float8_flops(config, again) * tokens * (1 / (rates.gemm * peak) - 1 / (_FLOAT8 * float8_peak))
     attention = (3 + again) * scores * tokens / (_attention_share(config, rates) * peak)
-    attention += _dropout_s(config, rates, peak) * scores * tokens
+    attention += (3 + again) / 3 * _dropout_s(config, rates, peak) * scores * tokens
     copy = rates.copy * gpu.hbm_byte_s
     per_token, weights = float8_bytes(config)
     written = float8_activation_bytes(config, sum(_bytes_moved(config, recompute).activation))
     moved = (_memory_bound_bytes(config, recompute) - written - _saved_by_packing(config, gpu, recompute)) * tokens
     memory_bound = moved / (copy * _OPS_OF_COPY[_implementation(config)])
     memory_bound += ((per_token + written) * tokens + weights * micro_batches) / (copy * _QUANTISE)
-    optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy) / (copy * _OPTIMIZER_OF_COPY)
+    optimizer = _optimizer_bytes(config, micro_batches, num_gpus, strategy, recompute) / (copy * _OPTIMIZER_OF_COPY)
     # Under every strategy each GPU orthogonalizes its share of the matrices.
     products = optimizer_flops(config, halved=_implementation(config) == "triton")
     optimizer += products / num_gpus / (rates.gemm * peak)
@@ -179,8 +180,12 @@ def _long_share(config: Config, rates: Rates) -> float:
 
 
 def _dropout_s(config: Config, rates: Rates, peak: float) -> float:
-    """Returns the seconds that dropout adds to attention, for each FLOP of the scores of the forward pass."""
-    if config.model.dropout == 0:
+    """Returns the seconds that dropout adds to attention, for each FLOP of the scores of the forward pass.
+
+    Only fused attention is known: manual attention drops in kernels of its own, and windows and documents with dropout
+    use masks of T x T elements.
+    """
+    if config.model.dropout == 0 or config.model.attention_backend == "manual":
         return 0.0
     flops_of_pair = 4 * config.model.head_width
     return _DROPOUT_FLOPS / flops_of_pair / (_long_share(config, rates) * peak)
@@ -209,17 +214,11 @@ def _memory_bound_bytes(config: Config, recompute: Recompute) -> float:
 
 def _saved_by_packing(config: Config, gpu: Gpu, recompute: Recompute) -> int:
     """Returns the bytes per token that do not move where `gptperf.kernels.packed_attention` runs."""
-    model, system = config.model, config.system
-    size, D = element_bytes(system.compute_dtype), model.head_width
-    watched = system.compiles or system.deterministic or recompute == "selective" or system.kernels == "eager"
-    masked = (
-        model.dropout > 0 or config.data.document_mask or any(window < model.block_size for window in model.windows)
-    )
-    has_cudnn = gpu.capability is not None and gpu.capability[0] in (9, 10)
-    if watched or masked or not has_cudnn or model.attention_backend != "sdpa" or size != 2 or D % 8 or D > 128:
+    if packing_problem(config, gpu.capability, recompute) is not None:
         return 0
+    model = config.model
     saved = position_of(model).saved_by_packing(model.query_width, model.kv_width, model.qk_norm)
-    return size * model.n_layer * saved
+    return element_bytes(config.system.compute_dtype) * model.n_layer * saved
 
 
 def _bytes_moved(config: Config, recompute: Recompute) -> BytesMoved:
@@ -240,7 +239,9 @@ def optimizer_flops(config: Config, *, halved: bool) -> int:
     return sum(times * card.flops(rows, columns, halved) for rows, columns, times in hidden.shapes)
 
 
-def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strategy: Strategy) -> float:
+def _optimizer_bytes(
+    config: Config, micro_batches: float, num_gpus: int, strategy: Strategy, recompute: Recompute
+) -> float:
     """Returns the bytes that an iteration moves to add up gradients, take their norm and update weights."""
     size = element_bytes(config.system.weight_copy_dtype)
     first, more, gradient = size + FP32_BYTES, size + 2 * FP32_BYTES, FP32_BYTES
@@ -248,7 +249,8 @@ def _optimizer_bytes(config: Config, micro_batches: float, num_gpus: int, strate
     added = count * (first + more * (micro_batches - 1))
     if direct_gradients(config, num_gpus, strategy):
         # Backward of a linear layer writes its gradient where the update reads it, unless it is compiled.
-        added, gradient = (count - (0 if config.system.compiles else hidden)) * 2 * size, size
+        compiles = dataclasses.replace(config.system, recompute=recompute).compiles
+        added, gradient = (count - (0 if compiles else hidden)) * 2 * size, size
     update = optimizer_of(config.optimizer).update_bytes(count, hidden, size if size < FP32_BYTES else 0, gradient)
     shared = 1 if strategy == "ddp" else num_gpus
     return added + (gradient * count + update) / shared

@@ -71,7 +71,7 @@ def build_engine(config: Config, process: Process) -> Engine:
     moments = build.DTYPES[config.optimizer.optimizer_state_dtype]
     muon = config.optimizer.optimizer == "muon"
     single = config.train.gradient_accumulation_steps == process.world_size
-    needed = {"symmetric_matmul": muon, "sum_shares": not single and dtype != torch.float32}
+    needed = {"symmetric_matmul": muon, "accumulate": not single and dtype != torch.float32}
     unused = (*GENERATION, *(op for op, need in needed.items() if not need))
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
     if config.system.keeps_ffn:
@@ -84,8 +84,8 @@ def build_engine(config: Config, process: Process) -> Engine:
     model = build.build_model(config.model, ops, process.device, config.train.seed)
     model.recompute = config.system.recompute
     weights = make_weights(model, config.system, process, single, packed_rows(model) if muon else None)
-    if ops.chosen.get("sum_shares") == "triton":
-        weights.sum_shares = ops.sum_shares
+    if ops.chosen.get("accumulate") == "triton":
+        weights.accumulate = ops.accumulate
     float8 = make_float8(model, config, process.device, triton="triton" in ops.chosen.values())
     optimizer = make_optimizer(weights, config.optimizer, ops)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)

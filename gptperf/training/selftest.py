@@ -110,7 +110,7 @@ def _is_chosen(ops: Ops, op: str) -> bool:
 
 
 _PACKED = "packed_attention"
-_OF_TRAINING = {"adamw", "symmetric_matmul", "linear_cross_entropy", "sum_shares"}
+_OF_TRAINING = {"adamw", "symmetric_matmul", "linear_cross_entropy", "accumulate"}
 """Ops that a model which is not trained does not call."""
 
 
@@ -132,13 +132,13 @@ class _Inputs:
         D = self.model.head_width
         return (self.vector(5, D), self.vector(6, D)) if self.model.qk_norm else (None, None)
 
-    def position_options(self) -> tuple[Any, ...]:
-        """The arguments of decode_attention after the cache: tables of rope, QK-norm, eps and pairs."""
+    def position_options(self, T: int = 4 * ROWS) -> tuple[Any, ...]:
+        """The arguments of decode_attention after the cache: tables of rope for T positions, QK-norm, eps and pairs."""
         model = self.model
         tables: tuple[Tensor, ...] | tuple[None, None] = (None, None)
         if model.position_encoding == "rope":
-            angles = torch.linspace(0, 3, 4 * ROWS * model.head_width // 2, device=self.device)
-            angles = angles.view(4 * ROWS, model.head_width // 2)
+            angles = torch.linspace(0, 3, T * model.head_width // 2, device=self.device)
+            angles = angles.view(T, model.head_width // 2)
             tables = angles.cos(), angles.sin()
         interleaved = model.position_encoding == "rope" and model.rope_pairs == "interleaved"
         weights = (None if x is None else x.detach() for x in self.qk_weights())
@@ -212,7 +212,7 @@ def _runs(
     ffn: FFN | None = None if registry.card("ffn_type", model.ffn_type) is None else ffn_of(model)
     yield "adamw", lambda op: _updated(op, device, dtype, *of_adamw)
     yield "symmetric_matmul", lambda op: _symmetric(op, inputs)
-    yield "sum_shares", lambda op: _accumulated(op, inputs)
+    yield "accumulate", lambda op: _accumulated(op, inputs)
     if norm is not None and norm.op is not None:
         for residual in (None, inputs.normal(1, ROWS, model.n_embd)):
             yield norm.op, partial(run, arguments=_NORMS[norm.op](inputs, residual))
@@ -248,9 +248,12 @@ def _forward(function: _Op, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _attended(function: _Op, inputs: _Inputs, run: Callable[[_Op, tuple[Any, ...]], list[Tensor]]) -> list[Tensor]:
-    """Returns the attention of a packed projection and its gradients; nothing where the op does not take this model."""
-    model, (cos, sin, _, _, eps, interleaved) = inputs.model, inputs.position_options()
-    packed = inputs.normal(20, 2, ROWS, model.query_width + 2 * model.kv_width)
+    """Returns the attention of a packed projection and its gradients; nothing where the op does not take this model.
+
+    The sequence is as long as the model's, because cuDNN chooses its kernels by the length.
+    """
+    model, (cos, sin, _, _, eps, interleaved) = inputs.model, inputs.position_options(inputs.model.block_size)
+    packed = inputs.normal(20, 1, model.block_size, model.query_width + 2 * model.kv_width)
     arguments = (packed, cos, sin, model.n_head, model.kv_heads, *inputs.qk_weights(), eps, interleaved)
     with torch.no_grad():
         if function(packed.clone(), *arguments[1:]) is None:
@@ -305,8 +308,8 @@ def _updated(
 
 def _accumulated(function: _Op, inputs: _Inputs) -> list[Tensor]:
     """Returns the sum of a gradient and of those before it."""
-    total, own = inputs.normal(21, 64 * ROWS, dtype=torch.float32).detach(), inputs.normal(22, 64 * ROWS).detach()
-    function(total, own, own.new_empty((0, own.numel())), 0, True)
+    total, gradient = inputs.normal(21, ROWS, 64, dtype=torch.float32).detach(), inputs.normal(22, ROWS, 64).detach()
+    function(total, gradient)
     return [total]
 
 

@@ -20,6 +20,7 @@ from gptperf.monitor.throughput import theoretical
 from gptperf.ops import unmeasured_versions
 from gptperf.plan import STRATEGY_NAMES, Plan, find_gpu, plan, plan_lines, plan_record
 from gptperf.plan.memory import strategy_of
+from gptperf.plan.packing import packing_problem
 from gptperf.registry import KINDS
 from gptperf.training.engine import Engine
 
@@ -84,7 +85,7 @@ def startup_info(
         info["plan"] = plan_record(planned)
         lines = [*plan_lines(planned), *_float8_pays(config, planned)]
         info["notes"] = [*info["notes"], *(f"plan: {line}" for line in lines)]
-    info |= _hardware(process, config, peak, packs=engine.ops.packed_attention is not None)
+    info |= _hardware(process, config, peak, engine.ops.not_packed)
     info |= theoretical(model, peak, process.world_size)  # type: ignore[typeddict-item]
     return info
 
@@ -127,10 +128,10 @@ def _moved_by(collectives: Collectives) -> str:
     return f", moved by NCCL: {collectives.reason}" if collectives.device.type == "cuda" and collectives.reason else ""
 
 
-def _hardware(process: Process, config: Config, peak: Peak | None, *, packs: bool) -> StartupInfo:
+def _hardware(process: Process, config: Config, peak: Peak | None, not_packed: str) -> StartupInfo:
     """Returns the fields of the startup info that describe the device.
 
-    `packs` says whether cuDNN may write the gradients of queries, keys and values side by side.
+    `not_packed` says why the op `packed_attention` cannot run here; "": it can, if the run allows it.
     """
     if process.device.type != "cuda":
         threads = torch.get_num_threads()
@@ -139,9 +140,11 @@ def _hardware(process: Process, config: Config, peak: Peak | None, *, packs: boo
     properties = torch.cuda.get_device_properties(process.device)
     backend = config.model.attention_backend
     if backend == "sdpa":
-        cudnn = prefers_cudnn(torch.cuda.get_device_capability(process.device))
-        backend += ", cuDNN first" if cudnn else ", in PyTorch's order"
-        backend += ", packed" if packs else ""
+        capability = torch.cuda.get_device_capability(process.device)
+        backend += ", cuDNN first" if prefers_cudnn(capability) else ", in PyTorch's order"
+        if prefers_cudnn(capability):
+            problem = packing_problem(config, capability, config.system.recompute) or not_packed
+            backend += f", not packed: {problem}" if problem else ", packed"
     info: StartupInfo = {
         "attention_backend": backend,
         "device": properties.name,

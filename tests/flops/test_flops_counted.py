@@ -194,7 +194,7 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Ops:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # a tensor that is on no GPU is let through
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know the meta device
     ours = (rms_norm, layer_norm, rope, activation, swiglu, linear_cross_entropy)
-    names = ("decode_attention", "decode_linear", "draw", "adamw", "symmetric_matmul", "sum_shares")
+    names = ("decode_attention", "decode_linear", "draw", "adamw", "symmetric_matmul", "accumulate")
     return Ops(*ours, *(getattr(reference, name) for name in names), chosen={}, reasons={})
 
 

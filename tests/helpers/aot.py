@@ -276,12 +276,13 @@ def adamw_case(n: int, dtype: torch.dtype | None, moments: torch.dtype = FULL) -
     return Case(f"adamw {n} {SHORT[dtype] if dtype else 'no copy'} moments {SHORT[moments]}", call)
 
 
-def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool, others: int = 3) -> Case:
+def sum_shares_case(n: int, dtype: torch.dtype, rank: int, add: bool) -> Case:
     def call() -> None:
         out, own = torch.empty(n), torch.empty(n, dtype=dtype)
-        torch.ops.gptperf.sum_shares(out, own, torch.empty(others, n, dtype=dtype), rank, add)
+        torch.ops.gptperf.sum_shares(out, own, torch.empty(3, n, dtype=dtype), rank, add)
+        torch.ops.gptperf.accumulate(out, own)
 
-    return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add} {others}", call)
+    return Case(f"sum_shares {n} {SHORT[dtype]} {rank} {add}", call)
 
 
 SQUARES = ((24, 2048, 5632), (12, 768, 768))
@@ -311,7 +312,6 @@ def cases(capability: int) -> Iterator[Case]:
     yield from (Case(label, call, widest=widest) for label, call, widest in generation_calls(capability, half))
     for dtype in (half, FULL):
         yield from (sum_shares_case(1 << 20, dtype, rank, add) for rank, add in ((0, False), (2, True)))
-    yield sum_shares_case(1 << 20, half, 0, add=True, others=0)
 
 
 def every_case() -> Iterator[Case]:

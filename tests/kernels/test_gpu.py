@@ -112,9 +112,10 @@ def test_gradients_written_to_their_place_have_the_same_bits(
         assert torch.equal(found[0][name], gradient), name
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_step_never_waits_for_the_gpu(dtype: str, corpus: Path) -> None:
-    engine = _engine(f"--dtype={dtype}", "--compile=False", "--dropout=0.1")
+def test_a_step_never_waits_for_the_gpu(dtype: str, dropout: float, corpus: Path) -> None:
+    engine = _engine(f"--dtype={dtype}", "--compile=False", f"--dropout={dropout}")
     source = TokenSource.open(corpus / "text", "train")
     with Loader(source, block_size=128, batch_size=8, micro_batches=2, seed=0, pin_memory=True) as loader:
         for step in range(3):
@@ -135,6 +136,19 @@ def test_all_may_be_dropped(compiled: bool) -> None:
     compile_engine(engine)
     rows = engine.config.model.padded_vocab_size
     assert _losses(engine, 2) == pytest.approx([math.log(rows)] * 2, rel=1e-3)  # logits of nothing
+
+
+def test_attention_is_packed_where_cudnn_wins() -> None:
+    """In every layer, forward and evaluation; a run says so, or why not."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("cuDNN's attention is preferred on Hopper and Blackwell data-centre GPUs")
+    engine = _engine("--compile=False")
+    assert engine.ops.not_packed == ""
+    packed, ran = engine.model.position.packed_attention, []
+    engine.model.position.packed_attention = lambda *given: ran.append(packed(*given)) or ran[-1]
+    train_step(engine, _batches(), 0)
+    assert len(ran) == 2 * 2  # layers, micro-batches
+    assert all(y is not None for y in ran)
 
 
 def test_attention_is_cudnns_where_it_wins() -> None:

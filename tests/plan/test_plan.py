@@ -58,22 +58,23 @@ def test_the_configuration_for_24_gb_fits_one_card_of_24_gb(gpu: str) -> None:
     assert planned.memory.total_gb > 0.5 * planned.limit_gb
 
 
+@pytest.mark.parametrize("name", ["A100 SXM 40", "H200"])
 @pytest.mark.parametrize("own", ["--recompute_ffn=True", "--recompute_ffn=False"])
-def test_remedies_fit_and_their_flags_make_them(own: str) -> None:
-    config, gpu = config_of("configs/llama_1.36b.toml", own), plan.find_gpu("A100 SXM 40")
-    given = plan.plan(config, gpu)
+def test_remedies_fit_and_their_flags_make_them(own: str, name: str) -> None:
+    config, gpu, reported_gb = config_of("configs/llama_1.36b.toml", own), plan.find_gpu(name), 42.3
+    given = plan.plan(config, gpu, reported_gb=reported_gb)
     assert not given.fits
-    found = plan.remedies(config, gpu, given)
+    found = plan.remedies(config, gpu, given, reported_gb)
     assert found
     assert any("--recompute=" in x.flags for x in found)
     assert [x.plan.step_ms for x in found] == sorted(x.plan.step_ms for x in found)
     for remedy in found:
         changed = config_of("configs/llama_1.36b.toml", own, *remedy.flags.split())
         assert changed.tokens_per_iter == config.tokens_per_iter
-        again = plan.plan(changed, gpu, recompute=changed.system.recompute)
+        again = plan.plan(changed, gpu, recompute=changed.system.recompute, reported_gb=reported_gb)
         assert again.fits
         assert again.step_ms == remedy.plan.step_ms
-        assert remedy.flags in plan.refusal(config, gpu, given)
+        assert remedy.flags in plan.refusal(config, gpu, given, reported_gb)
 
 
 def test_an_activation_that_is_kept_takes_memory_and_saves_time() -> None:

@@ -47,7 +47,7 @@ def test_matmuls_run_at_the_rate_of_the_card() -> None:
     rates, tokens = rates_of(GPU), 16 * config.model.block_size
     peak = GPU.dense_tflops["bfloat16"] * 1e12
     assert parts_of()["gemm"] == pytest.approx(1e3 * 6 * (blocks + head) * tokens / (rates.gemm * peak))
-    compiled = "--compile=True"  # as with selective recomputation, so that attention is PyTorch's in all cases
+    compiled = "--compile=True"  # as recomputation is by default, so that attention is not packed in any case
     once = parts_of(compiled, "--recompute_ffn=True")
     full = parts_of(compiled, recompute="full")  # the forward of every block once more, but not the head's
     assert full["gemm"] / parts_of()["gemm"] == pytest.approx((8 * blocks + 6 * head) / (6 * (blocks + head)))

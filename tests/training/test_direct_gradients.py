@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptperf.config import ModelConfig, SystemConfig, command_line
 from gptperf.distributed.process import Process, start_process
 from gptperf.distributed.replicated import Replicated
-from gptperf.kernels.sum_shares import sum_shares
+from gptperf.kernels.accumulate import accumulate
 from gptperf.model import GPT
 from gptperf.model.linear import Linear
 from gptperf.plan.memory import direct_gradients, strategy_of
@@ -20,6 +20,7 @@ from gptperf.training.engine import make_weights
 from gptperf.training.float8 import Float8Layers
 from gptperf.training.step import train_step
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"normalization": "rmsnorm", "ffn_type": "swiglu", "position_encoding": "rope", "weight_tying": False},
     "gpt2": {"normalization": "layernorm", "bias": True, "activation": "gelu"},
@@ -258,18 +259,20 @@ def test_the_plan_knows_in_which_dtype_gradients_are(dtype: str, micro_batches: 
 def test_accumulation_by_the_op_has_the_bits_of_pytorchs(dtype: torch.dtype) -> None:
     """Three micro-batches; the vectors, whose gradients are float32, are added by PyTorch."""
     found = []
-    for op in (None, sum_shares):
+    for op in (None, accumulate):
         torch.manual_seed(0)
-        model, calls = GPT(ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50)), []
+        config, calls = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50), []
+        model = GPT(config).to(DEVICE)
         weights = Replicated(model, dtype)
         if op is not None:
-            weights.sum_shares = lambda *given, calls=calls: (calls.append(given[0]), sum_shares(*given))[1]  # type: ignore[misc]
+            weights.accumulate = lambda *given, calls=calls: (calls.append(given[0]), accumulate(*given))[1]  # type: ignore[misc]
         weights.share()
         weights.start_step()
         for step in range(3):
             weights.start_micro_batch(step == 2)
             tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            tokens = tokens.to(DEVICE)
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
                 loss = model(tokens, tokens.roll(1))
             loss.backward()
         weights.finish_gradients()

@@ -91,6 +91,7 @@ def test_a_wrong_result_is_found() -> None:
         return reference.linear_cross_entropy(x, torch.cat([weight[:-40], weight[-40:].detach()]), targets)
 
     wrong = {"rms_norm": forgets_the_residual, "linear_cross_entropy": drops_the_tail, "adamw": lambda *_: None}
+    wrong["accumulate"] = lambda total, gradient: total.copy_(gradient)
     wrong["symmetric_matmul"] = lambda x, *_: reference.symmetric_matmul(x)
     found = _broken(_ops(**wrong))
     assert set(found) == set(wrong)
@@ -121,6 +122,30 @@ def test_adamw_is_run_with_the_dtypes_of_the_step(
     assert tested[1] == getattr(torch, wanted)
     train_step(engine, iter(torch.zeros(micro_batches, 2, 1, 16, dtype=torch.int64)), 0)
     assert tested in kinds[1:]
+
+
+def _packed(scale: float) -> Any:
+    """The reference times a factor; None for a factor of 0, as where the op cannot run."""
+    return lambda *given: scale * reference.packed_attention(*given) if scale else None
+
+
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_packed_attention_is_compared_where_it_runs(preset: str) -> None:
+    """What fails leaves rope and attention as they are, with kernels = "triton" too."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("cuDNN has no backward of attention")
+
+    flags = (f"--arch_preset={preset}",)
+    for packed, wanted in ((_packed(1.0), ""), (_packed(0.0), ""), (_packed(1.2), "off eager"), (fails, "no backward")):
+        ops = replace(_ops(), packed_attention=packed)
+        found = _broken(ops, *flags)
+        assert set(found) == ({"packed_attention"} if wanted else set())
+        assert wanted in found.get("packed_attention", "")
+        left = without_triton(ops, "triton", found)
+        assert (left.packed_attention is None) is (wanted != "")
+        assert left.not_packed == found.get("packed_attention", "")
+        assert set(left.chosen.values()) == {"triton"}
 
 
 def test_a_kernel_that_fails_is_named() -> None:
