@@ -230,7 +230,7 @@ class SystemConfig(_Section):
     fp8_skip: str = ""
     """Comma-separated layers without fp8: first, last or numbers of blocks, attention, ffn, blocks.3.ffn.out."""
     compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile. auto: unless each op is one Triton kernel, which is as fast without it and starts at once."""
+    """Use torch.compile. auto: unless each op is one Triton kernel: no slower without it, and it starts at once."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile each block, or the model as one graph, which is no faster with Triton and starts up 10 times slower."""
     cuda_graph: bool | Literal["auto"] = "auto"
@@ -274,8 +274,8 @@ class SystemConfig(_Section):
     def compiles(self) -> bool:
         """Whether the model is compiled, if its ops run as `kernels` says and none is of a plugin or manual attention.
 
-        Not compiled, a step with Triton's ops takes the same time within 0.3%, and its first iteration ends 10 to 19 s
-        earlier; in fp8 it is 1.5% faster (an H200, `bench/NOTES.md`). Recomputation was not measured so.
+        Not compiled, a step with Triton's ops is as fast or up to 1.5% faster, and its first iteration ends 10 to 19 s
+        earlier (an H200, `bench/NOTES.md`). Recomputation was not measured without torch.compile.
         """
         if self.compile != "auto":
             return self.compile

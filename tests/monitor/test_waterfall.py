@@ -37,6 +37,7 @@ NAMES = {
     "Memset (Device)": "memory_bound",
     "Memcpy DtoD (Device -> Device)": "memory_bound",
     "_adamw_kernel": "optimizer",
+    "_accumulate_kernel": "optimizer",
     "triton_poi_fused_add_copy_copy__div_eq_lerp_mul_rsub_sqrt_sub_unbind_where_0": "optimizer",
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>>": "optimizer",
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>": "optimizer",
