@@ -26,12 +26,14 @@ from torch import Tensor
 from triton.runtime import KernelInterface
 
 import gptperf.kernels
+from gptperf.kernels.accumulate import accumulate
 from gptperf.kernels.adamw import adamw
 from gptperf.kernels.decode_attention import decode_attention
 from gptperf.kernels.decode_linear import decode_linear
 from gptperf.kernels.draw import draw
 from gptperf.kernels.quantize import quantize
 from gptperf.kernels.quantize_swiglu import quantize_swiglu, quantize_swiglu_backward
+from gptperf.kernels.rope import rotate, rotate_back
 from gptperf.kernels.sum_shares import sum_shares
 from gptperf.kernels.symmetric_matmul import symmetric_matmul
 
@@ -71,10 +73,24 @@ def run_variants(
                 case = build(variant, shape, dtype, DEVICE, classes=classes + shape[0])
                 run(kernel(op), case, gradients_for(case))
         done(variant)
+    for dtype in dtypes:
+        for interleaved in (False, True):
+            _rotate_in_place(dtype, interleaved)
+    done("rope in place")
+
+
+def _rotate_in_place(dtype: torch.dtype, interleaved: bool) -> None:
+    """Rotates the queries and keys of a packed projection where they are, as packed attention does."""
+    T, H, K, D = 9, 4, 2, 16
+    qkv, tables = torch.rand(2, T, (H + 2 * K) * D, device=DEVICE).to(dtype), torch.rand(2, T, D // 2, device=DEVICE)
+    parts = qkv.unflatten(-1, (H + 2 * K, D)).split([H, K, K], dim=2)[:2]
+    options = tuple(tables), (None, None), 1e-5, interleaved
+    rotate(qkv, *options, parts, None)
+    rotate_back(parts, None, None, *options, qkv)
 
 
 def run_optimizers(shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    """Runs the update of AdamW, the sum of shards, and the products of Muon."""
+    """Runs the update of AdamW, the sums of gradients and of shards, and the products of Muon."""
     for rows, columns in shapes:
         numel = rows * columns
         tensors = [torch.rand(numel, device=DEVICE) for _ in range(4)]
@@ -83,9 +99,10 @@ def run_optimizers(shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[
         adamw(*tensors, copy, scalars, 0.9, 0.95, 1e-8, 0.1)
         sum_shares(tensors[0], tensors[1], torch.rand(3, numel, device=DEVICE), 1, True)
         for dtype in dtypes:
+            accumulate(tensors[0], tensors[1].to(dtype))
             gram = symmetric_matmul(torch.rand(2, rows, columns, device=DEVICE, dtype=dtype))
             symmetric_matmul(gram, None, gram, 0.5, -1.5)
-    done("adamw, sum_shares, symmetric_matmul")
+    done("adamw, accumulate, sum_shares, symmetric_matmul")
 
 
 def run_quantizing(shapes: Sequence[tuple[int, int]] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
