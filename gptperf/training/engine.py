@@ -1,7 +1,7 @@
 """Builds the objects that a training step works on: model, weights, optimizer, and their helpers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from gptperf.monitor.gradients import GradientMonitor
 from gptperf.ops import ALL_TRITON, GENERATION, Ops, keeping_ffn, resolve_ops, without_triton
 from gptperf.plan.host_time import graphs_pay
 from gptperf.plan.memory import direct_gradients, strategy_of
+from gptperf.plan.packing import packing_problem
 from gptperf.registry import KINDS
 from gptperf.training import build, selftest
 from gptperf.training.cuda_graph import CudaGraphs, check_graphs
@@ -74,6 +75,11 @@ def build_engine(config: Config, process: Process) -> Engine:
     needed = {"symmetric_matmul": muon, "accumulate": not single and dtype != torch.float32}
     unused = (*GENERATION, *(op for op, need in needed.items() if not need))
     ops = resolve_ops(config.system.kernels, process.device.type, unused)
+    if ops.packed_attention is not None:
+        capability = torch.cuda.get_device_capability(process.device)
+        problem = packing_problem(config, capability, config.system.recompute)
+        if problem is not None:
+            ops = replace(ops, packed_attention=None, not_packed=problem)
     if config.system.keeps_ffn:
         ops = keeping_ffn(ops)
     direct = direct_gradients(config, process.world_size, strategy_of(config))

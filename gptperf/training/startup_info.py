@@ -20,7 +20,6 @@ from gptperf.monitor.throughput import theoretical
 from gptperf.ops import unmeasured_versions
 from gptperf.plan import STRATEGY_NAMES, Plan, find_gpu, plan, plan_lines, plan_record
 from gptperf.plan.memory import strategy_of
-from gptperf.plan.packing import packing_problem
 from gptperf.registry import KINDS
 from gptperf.training.engine import Engine
 
@@ -131,7 +130,7 @@ def _moved_by(collectives: Collectives) -> str:
 def _hardware(process: Process, config: Config, peak: Peak | None, not_packed: str) -> StartupInfo:
     """Returns the fields of the startup info that describe the device.
 
-    `not_packed` says why the op `packed_attention` cannot run here; "": it can, if the run allows it.
+    `not_packed` says why the op `packed_attention` does not run; "": it does.
     """
     if process.device.type != "cuda":
         threads = torch.get_num_threads()
@@ -143,8 +142,7 @@ def _hardware(process: Process, config: Config, peak: Peak | None, not_packed: s
         capability = torch.cuda.get_device_capability(process.device)
         backend += ", cuDNN first" if prefers_cudnn(capability) else ", in PyTorch's order"
         if prefers_cudnn(capability):
-            problem = packing_problem(config, capability, config.system.recompute) or not_packed
-            backend += f", not packed: {problem}" if problem else ", packed"
+            backend += f", not packed: {not_packed}" if not_packed else ", packed"
     info: StartupInfo = {
         "attention_backend": backend,
         "device": properties.name,

@@ -13,12 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptperf.config import command_line
+from gptperf.distributed.process import Process
 from gptperf.kernels import packed_attention as module
 from gptperf.kernels import reference
 from gptperf.kernels.packed_attention import packed_attention
 from gptperf.kernels.rope import rope
 from gptperf.model import GPT
 from gptperf.ops import resolve_ops, why_not_packed
+from gptperf.plan.packing import packing_problem
+from gptperf.training import engine
 
 HAS_CUDNN = DEVICE == "cuda" and why_not_packed(torch.cuda.get_device_capability()) is None
 VARIANTS = ["none", "rope", "rope_interleaved", "rope_qk_norm", "rope_qk_norm_interleaved"]
@@ -208,3 +211,39 @@ def test_cudnn_is_as_exact_as_eager(variant: str, heads: tuple[int, int], T: int
         wanted = exact.tensors()[name].double()
         kind = "column" if "weight" in name else "output"
         check(f"{variant} {name}", found, eager.tensors()[name], wanted, kind=kind, rows=2 * T * heads[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], None),
+        (["--arch_preset=gpt2"], None),
+        (["--recompute=full", "--compile=False"], None),
+        (["--dropout=0.1"], "dropout"),
+        (["--window=8"], "a window"),
+        (["--document_mask=True"], "document_mask"),
+        (["--attention_backend=manual"], "attention_backend = 'manual'"),
+        (["--kernels=eager", "--compile=False"], "kernels = 'eager'"),
+        (["--dtype=float32"], "dtype = 'float32'"),
+        (["--deterministic=True"], "deterministic"),
+        (["--compile=True"], "torch.compile"),
+        (["--recompute=full"], "torch.compile"),
+        (["--recompute=selective", "--compile=False"], "recompute = 'selective'"),
+        (["--arch_preset=gpt2", "--qk_norm=True"], "qk_norm without rope"),
+        (["--n_embd=48"], "head_dim = 12"),
+    ],
+)
+def test_a_run_knows_why_attention_is_not_packed(
+    flags: list[str], problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [flag for flag in SIZES if flag != "--device=cpu"]
+    config = command_line.resolve([*sizes, "--batch_size=1", "--arch_preset=llama", *flags]).config
+    assert packing_problem(config, (9, 0), config.system.recompute) == problem
+    assert packing_problem(config, (8, 0), config.system.recompute) == "this GPU"
+    assert packing_problem(config, None, config.system.recompute) == "this GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    ops = dataclasses.replace(resolve_ops("eager", "cpu"), packed_attention=reference.packed_attention, not_packed="")
+    monkeypatch.setattr(engine, "resolve_ops", lambda *_: ops)
+    built = engine.build_engine(config, Process(0, 1, torch.device("cpu"))).ops
+    assert built.not_packed == (problem or "")
+    assert (built.packed_attention is None) is (problem is not None)
