@@ -2,7 +2,7 @@
 
     total = total + gradient
 
-PyTorch's addition of two dtypes does not use wide accesses. Elements moved for n elements: 2 n of float32, and n of the
+One pass with wide accesses. Elements moved for n elements: 2 n of float32, and n of the
 gradient's dtype.
 
 Eager reference: `gptperf.kernels.reference.accumulate`. There is no backward.

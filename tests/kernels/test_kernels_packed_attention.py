@@ -1,6 +1,7 @@
 """Attention of a packed projection: packing and rotation in place anywhere, with cuDNN on a GPU."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,3 +248,33 @@ def test_a_run_knows_why_attention_is_not_packed(
     built = engine.build_engine(config, Process(0, 1, torch.device("cpu"))).ops
     assert built.not_packed == (problem or "")
     assert (built.packed_attention is None) is (problem is not None)
+
+
+def test_what_cudnn_refuses_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test, which expects that class, then leaves rope and attention as they are."""
+
+    class Refusal(Exception):
+        pass
+
+    class Anything:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: self
+
+        def sdpa_backward(self, **_: Any) -> list[Any]:
+            return [self, self, self]
+
+        def build(self, plans: Any) -> None:
+            raise Refusal("no plan")
+
+    kinds = SimpleNamespace(HALF=0, FLOAT=1)
+    cudnn = SimpleNamespace(
+        data_type=kinds,
+        heur_mode=SimpleNamespace(A=0),
+        pygraph=lambda **_: Anything(),
+        cudnnGraphNotSupportedError=Refusal,
+    )
+    monkeypatch.setattr(module.importlib, "import_module", lambda name: cudnn)
+    monkeypatch.setattr(module, "_handle", lambda device: None)
+    layout = (((1, 2, 8, 16), (256, 128, 16, 1)),) * 9
+    with pytest.raises(RuntimeError, match="no backward of attention for these tensors: no plan"):
+        module._backward_graph(layout, torch.float16, 0)
