@@ -2,8 +2,7 @@
 
     total = total + gradient
 
-One pass with wide accesses. Elements moved for n elements: 2 n of float32, and n of the
-gradient's dtype.
+It takes one pass with wide accesses. Elements moved for n elements: 2 n of float32, and n of the gradient's dtype.
 
 Eager reference: `gptperf.kernels.reference.accumulate`. There is no backward.
 """

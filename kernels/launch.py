@@ -149,8 +149,8 @@ def _launches_early(device: torch.device) -> bool:
 def compile_ahead(threads: int) -> Iterator[None]:
     """Compiles kernels in parallel: in the body `launch` starts their compilation in threads, and does not run them.
 
-    So the outputs of ops are undefined in the body. After it all kernels are compiled. The error of one that cannot be
-    compiled is raised when it is launched.
+    So the outputs of ops are undefined in the body. After the body all kernels are compiled. If a kernel cannot be
+    compiled, its next launch raises the error.
     """
     global _ahead
     with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor, ignore_errors=True):

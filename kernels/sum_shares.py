@@ -2,8 +2,8 @@
 
     out = x_0 + x_1 + ... + x_{n-1}  (+ out),  where x_rank is this rank's own shard and the others were copied to it
 
-The sum has the same bits on every rank. Elements moved for n shards of P elements: n P read, and P of
-float32 written; with `add` another P of float32 read.
+The sum has the same bits on every rank. Elements moved for n shards of P elements: n P read, and P of float32 written;
+with `add` another P of float32 read.
 
 Eager reference: `gptperf.kernels.reference.sum_shares`. There is no backward.
 """

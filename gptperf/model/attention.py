@@ -61,7 +61,7 @@ class SDPA(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Returns the attention output `(B, T, H, D)` for q `(B, T, H, D)`, and k and v `(B, S, K, D)`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.drops else 0.0
         if mask is not None and mask.blocks is not None and dropout == 0:
             return flex(q, k, v, mask.blocks, self.grouped).transpose(1, 2)
         T, S = q.shape[2], k.shape[2]

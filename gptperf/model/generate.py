@@ -164,7 +164,7 @@ class _Decoder:
         slot = self.calls % len(self.read)
         host, event = self.read[slot], self.events[slot]
         host.copy_(self.last[:, 0], non_blocking=True)
-        event.record(torch.cuda.current_stream(self.device))  # else that of the current device
+        event.record(torch.cuda.current_stream(self.device))  # the default is the current device's stream
 
         def arrived() -> list[int]:
             event.synchronize()
